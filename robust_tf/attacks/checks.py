@@ -1,0 +1,101 @@
+"""What the attacks refuse: images, labels, radii and logits that no honest figure could come from."""
+
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.attacks.losses import Model, logits_of
+from robust_tf.config import check_epsilon
+from robust_tf.errors import UserError, unknown_name
+
+# Rounding of a resize or of a float16 file, not another unit.
+_PIXEL_TOLERANCE = 1e-3
+
+
+def check_threat_model(norm: str, epsilon: float | tf.Tensor, norms: tuple[str, ...] = ("linf", "l2", "l1")) -> None:
+    """Refuses a norm that is not in `norms`, and an epsilon out of its range; a tensor's value is not looked at."""
+    if norm not in norms:
+        raise unknown_name("norm of this attack", norm, norms)
+    if not isinstance(epsilon, tf.Tensor):
+        check_epsilon(norm, epsilon)
+
+
+def check_at_least(lowest: int, **values: int) -> None:
+    """Refuses a count, given by its name, that is below `lowest`."""
+    for name, value in values.items():
+        if value < lowest:
+            raise UserError(f"{name} must be {lowest} or more. Received: {name}={value}.")
+
+
+def checked_batch(model: Model, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The batch of an attack as float32 and int32.
+
+    In a graph there are no values to look at, only shapes.
+
+    Raises:
+        UserError: the shapes don't fit; or, eagerly, images are clearly not in [0, 1], a label is no class of the
+            model, or the model gives NaN for the first image.
+    """
+    images = tf.cast(tf.convert_to_tensor(images), tf.float32)
+    labels = tf.convert_to_tensor(labels)
+    if images.shape.rank != 4 or not images.shape[:1].is_compatible_with(labels.shape):
+        raise UserError(
+            "Images have the axes (batch, height, width, channels), and labels are one integer for each image. "
+            f"Received: images of shape {images.shape}, labels of shape {labels.shape}."
+        )
+    if tf.executing_eagerly() and images.shape[0]:
+        low, high = float(tf.reduce_min(images)), float(tf.reduce_max(images))
+        # The reference clamps inside the model, so images that are slightly outside [0, 1] are let through.
+        if not (low >= -1.0 and high <= 2.0):
+            raise _not_pixels(low, high)
+        logits = logits_of(model, images[:1])
+        check_labels(labels.numpy(), num_images=images.shape[0], num_classes=logits.shape[-1])
+        check_logits(logits.numpy())
+    return images, tf.cast(labels, tf.int32)
+
+
+def check_images(images: np.ndarray) -> None:
+    """Refuses images of an evaluation that are not (batch, height, width, channels) numbers in [0, 1]."""
+    if images.ndim != 4:
+        raise UserError(
+            f"Images have the axes (batch, height, width, channels). Received: an array of shape {images.shape}."
+        )
+    if not images.size:
+        raise UserError(f"There is nothing to attack. Received: images of shape {images.shape}.")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -_PIXEL_TOLERANCE and high <= 1 + _PIXEL_TOLERANCE):
+        raise _not_pixels(low, high)
+
+
+def check_labels(labels: np.ndarray, *, num_images: int, num_classes: int) -> None:
+    """Refuses labels that are not one class number in [0, num_classes) for each image."""
+    if labels.shape != (num_images,) or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"Labels are one integer for each of the {num_images} images. "
+            f"Received: an array of shape {labels.shape} and type {labels.dtype}."
+        )
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise UserError(
+            f"Labels must be in 0..{num_classes - 1}: the classifier has {num_classes} classes. "
+            f"Received: {labels[wrong[0]]} for image {wrong[0]}, and {wrong.size} such labels in all."
+        )
+
+
+def check_logits(logits: np.ndarray, image_ids: np.ndarray | None = None) -> None:
+    """Refuses logits that are not (batch, classes) of 2 classes or more, and NaN: no comparison with it holds."""
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise UserError(f"A classifier gives logits (batch, classes), 2 classes or more. Received: {logits.shape}.")
+    wrong = np.flatnonzero(np.isnan(logits).any(axis=-1))
+    if wrong.size:
+        first = wrong[0] if image_ids is None else image_ids[wrong[0]]
+        raise UserError(
+            f"The classifier gives NaN for {wrong.size} of {len(logits)} images, the first is image {first}. "
+            "Check its weights (a training that diverged?) and its precision."
+        )
+
+
+def _not_pixels(low: float, high: float) -> UserError:
+    return UserError(
+        f"Images must be in [0, 1]. Received: values from {low:g} to {high:g}. Divide 0-255 images by 255, and "
+        "put the normalisation inside the model."
+    )

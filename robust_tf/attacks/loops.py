@@ -1,0 +1,101 @@
+"""The loops of the attacks: tf.while_loop, and images that have fallen leave the batch.
+
+A Python loop would be unrolled (minutes of tracing for a deep network), and `for` over tf.range does not work inside
+`fit`, where autograph is off.
+"""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+# What an attack knows of each image: tensors with the same first axis. "fallen" (batch,) bool is always there.
+State = dict[str, tf.Tensor]
+
+# A batch shrinks when an eighth of it has fallen: often enough to save the work, seldom enough that the convolution
+# kernels, which are prepared for each batch size anew, are not prepared all the time.
+_SHRINK_AT = 8
+
+
+def repeat(step: Callable[[tf.Tensor, State], State], state: State, times: int | tf.Tensor) -> State:
+    """state = step(i, state) for i = 0, 1, … `times` - 1."""
+    keys = sorted(state)
+
+    def body(i: tf.Tensor, *values: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        new = step(i, dict(zip(keys, values, strict=True)))
+        return (i + 1, *(new[key] for key in keys))
+
+    start = (tf.constant(0), *(state[key] for key in keys))
+    result = tf.while_loop(lambda i, *_: i < times, body, start, maximum_iterations=times)
+    return dict(zip(keys, result[1:], strict=True))
+
+
+def in_graph(
+    loop: Callable[[Callable[[tf.Tensor, State], State], State, int], State],
+    step: Callable[[tf.Tensor, State], State],
+    state: State,
+    times: int,
+) -> State:
+    """`loop(step, state, times)`, compiled for this call when it runs eagerly: a long loop is worth its tracing."""
+    if not tf.executing_eagerly():
+        return loop(step, state, times)
+    return tf.function(lambda start: loop(step, start, times), autograph=False)(state)
+
+
+def repeat_while_resisting(step: Callable[[tf.Tensor, State], State], state: State, times: int | tf.Tensor) -> State:
+    """`repeat`, but images that have fallen are left out of the further steps, and it ends when none is left.
+
+    Cost grows with the images that still resist, not with the batch. An image may stay for some more steps after it has
+    fallen, until enough others have; its "images_adv", if the state has it, is not touched any more.
+
+    Args:
+        step: (i, state of some of the images) -> their new state. It must not mix the images.
+        state: of all images, with the key "fallen".
+        times: most steps.
+
+    Returns:
+        The state of all images in their order; of a fallen one, as it was when it left.
+    """
+    keys = sorted(state)
+    count = tf.shape(state["fallen"])[0]
+
+    def going_on(i: tf.Tensor, rows: tf.Tensor, active: State, everything: State) -> tf.Tensor:
+        del rows, everything
+        return (i < times) & ~tf.reduce_all(active["fallen"])
+
+    def body(
+        i: tf.Tensor, rows: tf.Tensor, active: State, everything: State
+    ) -> tuple[tf.Tensor, tf.Tensor, State, State]:
+        new = step(i, active)
+        if "images_adv" in new:  # or the result would depend on the company
+            gone = active["fallen"][:, None, None, None]
+            new["images_adv"] = tf.where(gone, active["images_adv"], new["images_adv"])
+        active = new
+        fallen = tf.math.count_nonzero(active["fallen"], dtype=tf.int32)
+
+        def shrink() -> tuple[tf.Tensor, State, State]:
+            left = tf.where(~active["fallen"])[:, 0]
+            written = _scattered(everything, rows, active)
+            return tf.gather(rows, left), {key: tf.gather(active[key], left) for key in keys}, written
+
+        rows, active, everything = tf.cond(
+            fallen * _SHRINK_AT >= tf.maximum(tf.shape(rows)[0], 1), shrink, lambda: (rows, active, everything)
+        )
+        return i + 1, rows, active, everything
+
+    free = {key: tf.TensorShape([None, *state[key].shape[1:]]) for key in keys}
+    whole = {key: state[key].shape for key in keys}
+    _, rows, active, everything = tf.while_loop(
+        going_on,
+        body,
+        (tf.constant(0), tf.range(count), state, state),
+        shape_invariants=(tf.TensorShape([]), tf.TensorShape([None]), free, whole),
+        maximum_iterations=times,
+    )
+    return _scattered(everything, rows, active)
+
+
+def _scattered(everything: State, rows: tf.Tensor, active: State) -> State:
+    return {
+        key: tf.ensure_shape(tf.tensor_scatter_nd_update(value, rows[:, None], active[key]), value.shape)
+        for key, value in everything.items()
+    }

@@ -1,0 +1,165 @@
+"""What the attacks raise: losses of logits, and their gradients with respect to the images."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from robust_tf.errors import UserError, unknown_name
+
+Model = Callable[[tf.Tensor], tf.Tensor]
+
+# The loss is scaled before the gradient and the gradient back after it: in float16 most input gradients would be
+# below the smallest number otherwise. A power of two changes no bit in float32 and bfloat16.
+_GRADIENT_SCALE = 256.0
+
+
+def logits_of(model: Model, images: tf.Tensor) -> tf.Tensor:
+    """Logits in float32, the network in inference mode (BatchNorm uses and keeps its running statistics)."""
+    # keras.Model and keras.Layer take `training`; a plain callable is what it is.
+    logits = model(images, training=False) if isinstance(model, keras.Layer) else model(images)
+    return tf.cast(logits, tf.float32)
+
+
+def is_correct(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Whether the prediction is the label, (batch,) bool."""
+    return tf.argmax(logits, axis=-1, output_type=tf.int32) == labels
+
+
+def margin_of(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Logit of the label minus the best other logit, (batch,) float32; negative where the prediction is wrong."""
+    return _of_class(logits, labels) - tf.reduce_max(_without_class(logits, labels), axis=-1)
+
+
+def likeliest_targets(logits: tf.Tensor, labels: tf.Tensor, count: int) -> tf.Tensor:
+    """The `count` classes with the highest logits that are not the label, the likeliest first, (batch, count) int32."""
+    return tf.math.top_k(_without_class(logits, labels), k=count).indices
+
+
+def _of_class(logits: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
+    return tf.gather(logits, classes, axis=-1, batch_dims=1)
+
+
+def _without_class(logits: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
+    excluded = tf.one_hot(classes, tf.shape(logits)[-1], on_value=True, off_value=False)
+    return tf.where(excluded, -float("inf"), logits)
+
+
+def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    del targets
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+
+
+def _margin(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    del targets
+    return -margin_of(logits, labels)
+
+
+def _dlr(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """Difference of logits ratio, equation (6) of 2003.01690: the margin in units of the 1st minus the 3rd logit."""
+    del targets
+    loss = -margin_of(logits, labels)
+    if num_classes(logits) < 3:
+        return loss
+    highest = tf.math.top_k(logits, k=3).values
+    return loss / (highest[:, 0] - highest[:, 2] + 1e-12)
+
+
+def _targeted_dlr(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """Equation (7) of arXiv 2003.01690; the unit is the 1st minus the mean of the 3rd and the 4th logit."""
+    loss = _of_class(logits, targets) - _of_class(logits, labels)
+    if num_classes(logits) < 4:
+        return loss
+    highest = tf.math.top_k(logits, k=4).values
+    return loss / (highest[:, 0] - (highest[:, 2] + highest[:, 3]) / 2 + 1e-12)
+
+
+def _targeted_margin(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    return _of_class(logits, targets) - _of_class(logits, labels)
+
+
+def _targeted_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    del labels
+    return -tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=logits)
+
+
+def num_classes(logits: tf.Tensor) -> int:
+    """Number of classes of logits (batch, classes); the shape must be known when the graph is built."""
+    count = None if logits.shape.rank is None else logits.shape[-1]
+    if count is None:
+        raise UserError(
+            "The number of classes must be known when the graph is built: give the logits of your callable a shape "
+            f"with set_shape or tf.ensure_shape. Received: {logits.shape}."
+        )
+    return count
+
+
+Loss = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
+
+# (logits (batch, classes), labels (batch,), target classes (batch,)) -> (batch,); the attacks raise them. With too few
+# classes for its unit the DLR loss is the margin.
+LOSSES: dict[str, Loss] = {"ce": _cross_entropy, "margin": _margin, "dlr": _dlr}
+TARGETED_LOSSES: dict[str, Loss] = {
+    "ce": _targeted_cross_entropy,
+    "margin": _targeted_margin,
+    "dlr": _targeted_dlr,
+}
+
+
+def find_loss(name: str, *, targeted: bool = False) -> Loss:
+    """The loss of that name. Raises UserError for an unknown one."""
+    table = TARGETED_LOSSES if targeted else LOSSES
+    if name not in table:
+        raise unknown_name("loss", name, table)
+    return table[name]
+
+
+class Slope(NamedTuple):
+    """The loss at some points, its gradient there, and whether the prediction is the label.
+
+    Attributes:
+        loss: (batch,) float32.
+        gradient: (batch, height, width, channels) float32.
+        correct: (batch,) bool.
+    """
+
+    loss: tf.Tensor
+    gradient: tf.Tensor
+    correct: tf.Tensor
+
+
+def slope_of(model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.Tensor], labels: tf.Tensor) -> Slope:
+    """The loss of the model's logits and its gradient, each image's own: it doesn't depend on the batch.
+
+    Args:
+        loss_of: logits -> (batch,).
+    """
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(points)
+        logits = logits_of(model, points)
+        loss = loss_of(logits)
+        # The sum, not the mean: an image's gradient doesn't depend on the batch it came in.
+        scaled_loss = _GRADIENT_SCALE * tf.reduce_sum(loss)
+    # A model without gradients has zero gradients: the attacks that need them stay where they are.
+    gradient = tape.gradient(scaled_loss, points, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return Slope(loss, gradient / _GRADIENT_SCALE, is_correct(logits, labels))
+
+
+def mean_slope(
+    model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.Tensor], labels: tf.Tensor, *, draws: int
+) -> Slope:
+    """`slope_of`, averaged over `draws` calls of a random model (expectation over transformation, arXiv 1802.00420).
+
+    The prediction is that of the last call.
+    """
+    slope = slope_of(model, points, loss_of, labels)
+    if draws == 1:
+        return slope
+
+    def add(i: tf.Tensor, total: Slope) -> tuple[tf.Tensor, Slope]:
+        new = slope_of(model, points, loss_of, labels)
+        return i + 1, Slope(total.loss + new.loss, total.gradient + new.gradient, new.correct)
+
+    _, total = tf.while_loop(lambda i, _: i < draws, add, (1, slope), maximum_iterations=draws - 1)
+    return Slope(total.loss / draws, total.gradient / draws, total.correct)

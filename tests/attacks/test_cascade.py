@@ -1,0 +1,254 @@
+"""The cascade: order, resuming, batches, what it refuses, and the warning flags."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from linear import assert_in_ball, small_batch, small_network, without_gradients
+
+from robust_tf.attacks import ATTACKS, CascadeState, CompiledAttacks, attacks_of, autoattack, cascade
+from robust_tf.attacks import warning_flags as flags
+from robust_tf.errors import UserError
+
+ARGUMENTS = {"attacks": ["fgsm", "pgd", "apgd-ce"], "norm": "l2", "epsilon": 0.35, "batch_size": 10, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A compiled model, 24 images and their labels, two of them wrong."""
+    model = small_network()
+    images, labels = small_batch(model)
+    labels[[3, 11]] = (labels[[3, 11]] + 1) % 5
+    return CompiledAttacks(model, "l2"), images, labels
+
+
+def last(states):
+    *_, state = states
+    return state
+
+
+def verdict(state):
+    return state.felled_by, state.predictions, state.warnings
+
+
+def test_each_image_falls_to_the_first_attack_that_succeeds(case):
+    compiled, images, labels = case
+    states = list(cascade(compiled, images, labels, keep=range(24), **ARGUMENTS))
+    state = states[-1]
+    assert state.done and not any(before.done for before in states[:-1])
+    assert [index for index, name in enumerate(state.felled_by) if name == "clean"] == [3, 11]
+    accuracies = [state.accuracy_after(name) for name in ("clean", *ARGUMENTS["attacks"])]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[0] == 22 / 24 and 0 < accuracies[-1] < accuracies[1] < accuracies[0]
+    assert state.robust_accuracy == accuracies[-1] == np.mean(state.robust)
+    # What resists is given to the next attack, what has fallen is not.
+    given = {before.attack: before.images_to_do for before in states}
+    assert [given[position] for position in range(4)] == [24, *(round(share * 24) for share in accuracies[:3])]
+    images_adv = np.stack([state.kept[number] for number in range(24)])
+    assert_in_ball(images_adv, images, "l2", 0.35)
+    predictions = compiled.model(images_adv).numpy().argmax(axis=1)
+    np.testing.assert_array_equal(predictions == labels, state.robust)
+    np.testing.assert_array_equal(predictions, state.predictions)
+
+
+def test_an_interrupted_run_ends_the_same(case):
+    compiled, images, labels = case
+    states = list(cascade(compiled, images, labels, keep=[0, 5], **ARGUMENTS))
+    for stop in range(len(states)):
+        stored = CascadeState.from_json(json.loads(json.dumps(states[stop].to_json())))
+        resumed = last(cascade(compiled, images, labels, keep=[0, 5], state=stored, **ARGUMENTS))
+        assert verdict(resumed) == verdict(states[-1])
+        for number in (0, 5):
+            np.testing.assert_array_equal(resumed.kept[number], states[-1].kept[number])
+
+
+def test_the_batch_size_and_the_company_do_not_matter(case):
+    compiled, images, labels = case
+    arguments = {**ARGUMENTS, "attacks": ["apgd-ce", "square"], "epsilon": 0.3}
+    together = last(cascade(compiled, images, labels, **arguments))
+    other = last(cascade(compiled, images, labels, **{**arguments, "batch_size": 7}))
+    assert other.felled_by == together.felled_by
+    half = np.arange(1, 24, 2)
+    part = last(cascade(compiled, images[half], labels[half], image_ids=half, **arguments))
+    assert part.felled_by == tuple(together.felled_by[i] for i in half)
+
+
+def test_nothing_is_traced_again(case):
+    _, images, labels = case
+    traces = []
+
+    def counted(x):
+        traces.append(None)
+        return network(x)
+
+    network = small_network()
+    compiled = CompiledAttacks(counted, "l2")
+    arguments = {**ARGUMENTS, "attacks": ["pgd", "square"]}
+    list(cascade(compiled, images, labels, **arguments))
+    before = len(traces)
+    # Another epsilon, batch size and number of images: no new graph but the small one of the warning flags.
+    calls_of_flags = 2
+    list(cascade(compiled, images[:17], labels[:17], **{**arguments, "epsilon": 0.1, "batch_size": 6}))
+    assert len(traces) <= before + calls_of_flags
+
+
+def test_all_wrong_from_the_start_ends_at_once(case):
+    compiled, images, labels = case
+    wrong = (compiled.model(images).numpy().argmax(axis=1) + 1) % 5
+    state = last(cascade(compiled, images, wrong, **ARGUMENTS))
+    assert state.done and set(state.felled_by) == {"clean"} and state.robust_accuracy == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attacks": ["pdg"]}, "'pdg'. Did you mean 'pgd'"),
+        ({"attacks": ["pgd", "pgd"]}, "once. Received: pgd, pgd"),
+        ({"norm": "l1"}, "'l1'"),
+        ({"norm": "linf"}, "compiled for norm 'l2'"),
+        ({"epsilon": math.nan}, "epsilon=nan"),
+        ({"epsilon": -0.1}, "epsilon=-0.1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"image_ids": [1] * 24}, "24 different integers"),
+    ],
+)
+def test_bad_arguments_are_named(case, change, message):
+    compiled, images, labels = case
+    with pytest.raises(UserError, match=message):
+        list(cascade(compiled, images, labels, **{**ARGUMENTS, **change}))
+
+
+def test_bad_images_and_labels_are_named(case):
+    compiled, images, labels = case
+    for changed, message in (
+        ((images * 255, labels), "values from .* to 25.*Divide 0-255"),
+        ((images - 0.5, labels), "values from -0"),
+        ((np.full_like(images, math.nan), labels), "nan"),
+        ((images[0], labels), r"shape \(8, 8, 1\)"),
+        ((images[:0], labels[:0]), "nothing to attack"),
+        ((images, labels + 3), r"0\.\.4"),
+        ((images, labels[:5]), r"shape \(5,\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(cascade(compiled, *changed, **ARGUMENTS))
+
+
+def test_nan_logits_are_named_with_the_image(case):
+    _, images, labels = case
+    network = small_network()
+
+    def sick(x):
+        return tf.where(
+            tf.reduce_all(x[:, :1, :1, 0] == images[7, 0, 0, 0], axis=(1, 2))[:, None], math.nan, network(x)
+        )
+
+    with pytest.raises(UserError, match="NaN for 1 of 4 images, the first is image 107"):
+        list(cascade(sick, images, labels, image_ids=np.arange(100, 124), **{**ARGUMENTS, "batch_size": 4}))
+
+
+def test_the_state_of_another_run_is_refused(case):
+    compiled, images, labels = case
+    state = next(iter(cascade(compiled, images, labels, **ARGUMENTS)))
+    for change, message in (
+        ({"epsilon": 0.5}, "epsilon: 0.35 -> 0.5"),
+        ({"seed": 4}, "seed: 3 -> 4"),
+        ({"attacks": ["pgd"]}, "attacks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(cascade(compiled, images, labels, state=state, **{**ARGUMENTS, **change}))
+    with pytest.raises(UserError, match="digest"):
+        list(cascade(compiled, images[::-1], labels, state=state, **ARGUMENTS))
+
+
+@pytest.mark.parametrize("content", [None, [], {}, {"run": {}}, {"felled_by": 3, "kept": {}}, "clean"])
+def test_what_is_no_state_is_refused(content):
+    with pytest.raises(UserError, match="not the state of a cascade"):
+        CascadeState.from_json(content)
+
+
+# --- AutoAttack ---
+
+
+def test_standard_version_has_the_published_attacks():
+    assert attacks_of("standard") == ("apgd-ce", "apgd-t", "fab-t", "square")
+    assert set(attacks_of("plus")) <= set(ATTACKS) and set(attacks_of("rand")) <= set(ATTACKS)
+    assert attacks_of("custom", ["pgd"]) == ("pgd",)
+    for arguments, message in (
+        (("standart",), "'standart'. Did you mean 'standard'"),
+        (("custom",), "none"),
+        (("standard", ["pgd"]), "version='standard'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            attacks_of(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_autoattack_is_at_least_as_strong_as_restarted_pgd(norm):
+    model = small_network()
+    images, labels = small_batch(model)
+    epsilon = {"linf": 0.05, "l2": 0.3, "l1": 1.5}[norm]
+    result = autoattack(model, images, labels, norm=norm, epsilon=epsilon)
+    assert_in_ball(result.images_adv, images, norm, epsilon)
+    right = model(result.images_adv).numpy().argmax(axis=1) == labels
+    np.testing.assert_array_equal(right, result.robust)
+    assert 0 < result.robust.mean() < 1
+    assert result.warnings == {}
+    if norm != "l1":
+        attack = {"attacks": ["pgd-100x10"], "version": "custom"}
+        pgd = autoattack(model, images, labels, norm=norm, epsilon=epsilon, **attack)
+        assert result.robust.mean() <= pgd.robust.mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["plus", "rand"])
+def test_the_other_versions_run(version):
+    model = small_network()
+    images, labels = small_batch(model, count=6)
+    result = autoattack(model, images, labels, norm="linf", epsilon=0.05, version=version)
+    assert 0 < result.robust.mean() < 1
+    assert_in_ball(result.images_adv, images, "linf", 0.05)
+
+
+# --- warning flags ---
+
+
+def warnings_of(model, classes=5, attacks=("apgd-ce", "apgd-t")):
+    images = np.random.default_rng(0).random((16, 8, 8, 1)).astype(np.float32)
+    return set(flags.find_warnings(model, images, np.zeros(16, np.int32), attacks=attacks))
+
+
+def test_a_sound_model_raises_no_flag():
+    assert warnings_of(small_network()) == set()
+
+
+def test_each_fault_raises_its_flag():
+    network = small_network()
+    assert warnings_of(small_network(3)) == {"few_classes"}
+    assert warnings_of(small_network(3), attacks=("apgd-ce", "square")) == set()
+    assert warnings_of(lambda x: tf.nn.softmax(network(x))) == {"probabilities"}
+    assert warnings_of(without_gradients(network)) == {"zero_gradients"}
+    assert warnings_of(lambda x: tf.stop_gradient(network(x))) == {"zero_gradients"}
+    assert warnings_of(lambda x: network(x + tf.random.normal(tf.shape(x), stddev=0.1))) == {"randomness"}
+
+
+def test_the_share_of_zero_gradients_is_counted():
+    network = small_network()
+
+    def half(x):
+        return tf.where((tf.range(tf.shape(x)[0]) % 4 == 0)[:, None], tf.stop_gradient(network(x)), network(x))
+
+    images, labels = small_batch(network, count=8)
+    assert flags.zero_gradient_share(half, tf.constant(images), tf.constant(labels)) == 0.25
+
+
+def test_square_beating_the_others_is_flagged_and_stored():
+    model = without_gradients(small_network())
+    images, labels = small_batch(model)
+    states = cascade(model, images, labels, attacks=["pgd", "square"], norm="linf", epsilon=0.1, batch_size=24)
+    state = last(states)
+    assert {"zero_gradients", "square_beats_gradients"} == set(state.warnings)
+    assert CascadeState.from_json(state.to_json()).warnings == state.warnings
+    assert flags.square_beats_the_others(["clean", "pgd", "", ""] * 200 + ["square"]) == {}

@@ -1,0 +1,105 @@
+"""The geometry against slow, independent solutions: inside, on and outside of the ball; hyperplanes within [0, 1]."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from linear import best_score
+
+from robust_tf.attacks.threat_models import DUAL_NORMS, HYPERPLANE_PROJECTIONS, NORMS
+
+EPSILONS = {"linf": 0.1, "l2": 0.6, "l1": 1.5}
+
+
+def images_and_points(seed=0, spread=0.5):
+    rng = np.random.default_rng(seed)
+    images = rng.random((6, 4, 5, 2)).astype(np.float32)
+    return images, images + spread * rng.standard_normal(images.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_is_inside_stays(norm):
+    images, _ = images_and_points()
+    inside = np.clip(images + 0.01, 0, 1)
+    np.testing.assert_allclose(NORMS[norm].project(inside, images, EPSILONS[norm]), inside, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("spread", [1e-6, 0.5, 100.0])
+def test_what_is_outside_comes_into_the_ball(norm, spread):
+    images, points = images_and_points(spread=spread)
+    projected = NORMS[norm].project(points, images, EPSILONS[norm]).numpy()
+    lengths = NORMS[norm].length(tf.constant(projected.astype(np.float64) - images))
+    assert np.max(lengths) <= EPSILONS[norm] + 1e-6
+    assert projected.min() >= 0 and projected.max() <= 1
+
+
+def test_l1_projection_is_the_nearest_point():
+    """Optimality of a convex problem: no point of the set lies on the other side of the projection."""
+    images, points = images_and_points()
+    projected = NORMS["l1"].project(points, images, 1.5).numpy().astype(np.float64)
+    np.testing.assert_allclose(np.abs(projected - images).sum(axis=(1, 2, 3)), 1.5, atol=1e-4)
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        other = images + rng.standard_normal(images.shape).astype(np.float32)
+        other = NORMS["l1"].project(other, images, rng.uniform(0, 1.5)).numpy()
+        angle = ((points - projected) * (other - projected)).sum(axis=(1, 2, 3))
+        assert angle.max() < 1e-4
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_images_random_start_is_its_own(norm):
+    images, _ = images_and_points()
+    seeds = np.array([[7, number] for number in range(6)], np.int32)
+    together = NORMS[norm].random_start(images, EPSILONS[norm], tf.constant(seeds)).numpy()
+    backwards = NORMS[norm].random_start(images[::-1], EPSILONS[norm], tf.constant(seeds[::-1])).numpy()[::-1]
+    np.testing.assert_array_equal(together, backwards)
+    noise = together - images
+    assert np.abs(noise[0] - noise[1]).max() > 0.01  # another seed, another start
+
+
+@pytest.mark.parametrize("norm", HYPERPLANE_PROJECTIONS)
+def test_reaches_the_hyperplane_by_the_shortest_way(norm):
+    rng = np.random.default_rng(0)
+    points = rng.random((40, 3, 3, 2)).astype(np.float32)
+    normal = rng.standard_normal(points.shape).astype(np.float32)
+    normal[:, 0, 0] = 0.0
+    value = (rng.uniform(-1, 1, 40) * 2.5).astype(np.float32)
+    move = HYPERPLANE_PROJECTIONS[norm](points, normal, tf.constant(value[:, None, None, None])).numpy()
+    reached = value + (normal * move).sum(axis=(1, 2, 3))
+    np.testing.assert_allclose(reached, 0, atol=1e-5)
+    assert (points + move).min() >= -1e-6 and (points + move).max() <= 1 + 1e-6
+    lengths = NORMS[norm].length(tf.constant(move)).numpy().ravel()
+    for i in range(40):  # within a slightly smaller ball the hyperplane is out of reach
+        sign = 1 if value[i] > 0 else -1
+        score = (sign * normal[i] * points[i]).sum()
+        shorter = best_score(sign * normal[i], points[i], norm, 0.999 * lengths[i])
+        assert abs(value[i]) + shorter - score > 0
+
+
+@pytest.mark.parametrize("norm", HYPERPLANE_PROJECTIONS)
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e12])
+def test_a_hyperplane_has_no_scale(norm, scale):
+    images, _ = images_and_points()
+    normal = np.random.default_rng(1).standard_normal(images.shape).astype(np.float32)
+    value = np.full((6, 1, 1, 1), 0.7, np.float32)
+    expected = HYPERPLANE_PROJECTIONS[norm](images, normal, tf.constant(value))
+    scaled = HYPERPLANE_PROJECTIONS[norm](images, scale * normal, tf.constant(np.float32(scale) * value))
+    np.testing.assert_allclose(scaled, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", HYPERPLANE_PROJECTIONS)
+def test_out_of_reach_goes_to_the_corner(norm):
+    normal = np.random.default_rng(1).standard_normal((1, 3, 3, 1)).astype(np.float32)
+    points = np.full((1, 3, 3, 1), 0.3, np.float32)
+    move = HYPERPLANE_PROJECTIONS[norm](points, normal, tf.constant([[[[1000.0]]]]))
+    np.testing.assert_allclose(points + move, normal < 0, atol=1e-6)
+    flat = HYPERPLANE_PROJECTIONS[norm](points, np.zeros_like(points), tf.constant([[[[1.0]]]]))
+    np.testing.assert_array_equal(flat, np.zeros_like(points))
+
+
+@pytest.mark.parametrize("norm", DUAL_NORMS)
+def test_dual_norm_is_the_best_gain_of_a_unit_step(norm):
+    gradient = np.random.default_rng(0).standard_normal((1, 3, 3, 1)).astype(np.float32)
+    image = np.full((3, 3, 1), 0.5)
+    gain = (gradient[0] * image).sum() - best_score(gradient[0], image, norm, 0.1)
+    np.testing.assert_allclose(0.1 * DUAL_NORMS[norm](gradient)[0, 0, 0, 0], gain, rtol=1e-5)
