@@ -1,0 +1,34 @@
+"""Architectures, and the way between their weights and the reference's checkpoints."""
+
+from robust_tf.models.architectures import ARCHITECTURES, Architecture, build_classifier
+from robust_tf.models.classifier_file import load_classifier, save_classifier
+from robust_tf.models.conversion import classifier_from_checkpoint
+from robust_tf.models.published import PUBLISHED, PublishedModel, fetch_published, standard_twin
+from robust_tf.models.reference_checkpoint import ReferenceCheckpoint, read_reference_checkpoint
+from robust_tf.models.reference_state import (
+    load_reference_state,
+    reference_architecture,
+    reference_normalization,
+    reference_num_classes,
+    to_reference_state,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "PUBLISHED",
+    "PublishedModel",
+    "ReferenceCheckpoint",
+    "build_classifier",
+    "classifier_from_checkpoint",
+    "fetch_published",
+    "load_classifier",
+    "load_reference_state",
+    "read_reference_checkpoint",
+    "reference_architecture",
+    "reference_normalization",
+    "reference_num_classes",
+    "save_classifier",
+    "standard_twin",
+    "to_reference_state",
+]

@@ -1,0 +1,53 @@
+"""MNASNet-B1 of depth multiplier 1.
+
+Kernels start Kaiming-normal over fan_out, the head uniform with variance 1 / number of classes and zero bias;
+BatchNorm moves its statistics by 0.0003 a step, as in the reference.
+Source: Tan et al. 2019 (arXiv 1807.11626).
+"""
+
+import keras
+
+from robust_tf.models.layers import Layers
+from robust_tf.models.mobilenet import inverted_residual, pooled_head
+
+LAYERS = Layers(batch_norm_momentum=0.9997)
+# (expansion, channels, blocks, strides of the first block, kernel size) of each stage
+STAGES = ((3, 24, 3, 2, 3), (3, 40, 3, 2, 5), (6, 80, 3, 2, 5), (6, 96, 2, 1, 3), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3))
+
+
+def mnasnet1_0(x: keras.KerasTensor) -> keras.KerasTensor:
+    """MNASNet: (batch, height, width, 3) normalised images to (batch, 1280) features."""
+    x = LAYERS.conv_bn_relu(x, 32, 3, prefix="stem", strides=2)
+    x = inverted_residual(x, 16, prefix="stem_block", expansion=1, layers=LAYERS)
+    for stage, (expansion, filters, blocks, stage_strides, kernel_size) in enumerate(STAGES, start=1):
+        for block in range(1, blocks + 1):
+            x = inverted_residual(
+                x,
+                filters,
+                prefix=f"stage{stage}_block{block}",
+                expansion=expansion,
+                layers=LAYERS,
+                kernel_size=kernel_size,
+                strides=stage_strides if block == 1 else 1,
+            )
+    return pooled_head(LAYERS.conv_bn_relu(x, 1280, 1, prefix="head"))
+
+
+def reference_module(layer: str) -> str:
+    """The reference's module for one of our layers: one list that counts activations too."""
+    outside = {
+        "stem_conv": "layers.0",
+        "stem_bn": "layers.1",
+        "stem_block_conv2": "layers.3",
+        "stem_block_bn2": "layers.4",
+        "stem_block_conv3": "layers.6",
+        "stem_block_bn3": "layers.7",
+        "head_conv": "layers.14",
+        "head_bn": "layers.15",
+        "logits": "classifier.1",
+    }
+    if layer in outside:
+        return outside[layer]
+    stage, block, part = layer.split("_")
+    place = {"conv1": 0, "bn1": 1, "conv2": 3, "bn2": 4, "conv3": 6, "bn3": 7}[part]
+    return f"layers.{int(stage.removeprefix('stage')) + 7}.{int(block.removeprefix('block')) - 1}.layers.{place}"

@@ -1,0 +1,308 @@
+"""The published robust models by name: their table, and how they get onto this machine.
+
+The ImageNet models are the authors' PyTorch checkpoints. Each is fetched from the hub once, checked, and converted
+once. The small Fashion-MNIST models are ours and come with the package.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import WeakFileLock
+
+from robust_tf.errors import UserError, unknown_name
+from robust_tf.files import cache_folder, write_json
+from robust_tf.models.architectures import ARCHITECTURES
+from robust_tf.models.classifier_file import save_classifier
+from robust_tf.models.conversion import classifier_from_checkpoint
+from robust_tf.models.reference_checkpoint import read_reference_checkpoint
+
+REPOSITORY = "madrylab/robust-imagenet-models"
+PACKAGED = pathlib.Path(__file__).parent / "weights"
+# Seconds before each further attempt at a download that failed for a reason that may pass.
+_PAUSES = (1, 2, 4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishedModel:
+    """One published model.
+
+    Attributes:
+        architecture: a name in `ARCHITECTURES`.
+        norm: of the perturbations that it was trained against.
+        epsilon: their largest norm, in [0, 1] pixel units; 0 for standard training.
+        dataset: what it was trained on.
+        filename: of the checkpoint in the hub's repository, or of the classifier that comes with the package.
+        clean_accuracy: published top-1 accuracy on unperturbed test images, in percent.
+        sha256: of the checkpoint, where its authors have published one.
+    """
+
+    architecture: str
+    norm: Literal["l2", "linf"]
+    epsilon: float
+    dataset: Literal["imagenet", "fashion_mnist"]
+    filename: str
+    clean_accuracy: float | None = None
+    sha256: str | None = None
+
+    @property
+    def packaged(self) -> bool:
+        return self.filename.endswith(".keras")
+
+
+# ImageNet top-1 accuracies by norm, epsilon (as the file names spell it; for linf in 1/255) and architecture.
+# Source: Salman et al. 2020 (arXiv 2007.08489) and the tables of the code published with it.
+_Norm = Literal["l2", "linf"]
+_IMAGENET: tuple[tuple[_Norm, tuple[str, ...], dict[str, tuple[float, ...]]], ...] = (
+    (
+        "l2",
+        ("0", "0.01", "0.03", "0.05", "0.1", "0.25", "0.5", "1", "3", "5"),
+        {
+            "resnet18": (69.79, 69.90, 69.24, 69.15, 68.77, 67.43, 65.49, 62.32, 53.12, 45.59),
+            "resnet50": (75.80, 75.68, 75.76, 75.59, 74.78, 74.14, 73.16, 70.43, 62.83, 56.13),
+            "wide_resnet50_2": (76.97, 77.25, 77.26, 77.17, 76.74, 76.21, 75.11, 73.41, 66.90, 60.94),
+            "wide_resnet50_4": (77.91, 78.02, 77.87, 77.77, 77.64, 77.10, 76.52, 75.51, 69.67, 65.20),
+        },
+    ),
+    (
+        "l2",
+        ("0", "3"),
+        {
+            "densenet161": (77.37, 66.98),
+            "mnasnet1_0": (60.97, 41.83),
+            "mobilenet_v2": (65.26, 50.40),
+            "resnext50_32x4d": (77.38, 66.25),
+            "shufflenet_v2_x1_0": (64.25, 43.32),
+            "vgg16_bn": (73.66, 57.19),
+        },
+    ),
+    (
+        "linf",
+        ("0.5", "1.0", "2.0", "4.0", "8.0"),
+        {
+            "resnet18": (66.13, 63.46, 59.63, 52.49, 42.11),
+            "resnet50": (73.73, 72.05, 69.10, 63.86, 54.53),
+            "wide_resnet50_2": (75.82, 74.65, 72.35, 68.41, 60.82),
+        },
+    ),
+)
+
+PUBLISHED: dict[str, PublishedModel] = {
+    f"{architecture}_{norm}_eps{epsilon}": PublishedModel(
+        architecture=architecture,
+        norm=norm,
+        epsilon=float(epsilon) / (255 if norm == "linf" else 1),
+        dataset="imagenet",
+        # The file names have the reference's name of the architecture, such as densenet for densenet161.
+        filename=f"{ARCHITECTURES[architecture].reference_name}_{norm}_eps{epsilon}.ckpt",
+        clean_accuracy=accuracy,
+    )
+    for norm, epsilons, architectures in _IMAGENET
+    for architecture, accuracies in architectures.items()
+    for epsilon, accuracy in zip(epsilons, accuracies, strict=True)
+} | {
+    name: PublishedModel(
+        architecture="resnet20",
+        norm="l2",
+        epsilon=epsilon,
+        dataset="fashion_mnist",
+        filename=f"{name}.keras",
+        clean_accuracy=accuracy,
+    )
+    # Made by configs/fashion_mnist_standard.cfg and configs/fashion_mnist_l2.cfg, whose headers hold all figures.
+    for name, epsilon, accuracy in (
+        ("resnet20_fashion_mnist_l2_eps0", 0.0, 93.25),
+        ("resnet20_fashion_mnist_l2_eps1", 1.0, 88.55),
+    )
+}
+
+
+def published_model(name: str) -> PublishedModel:
+    """The line of a name in `PUBLISHED`; an unknown one is a `UserError` that suggests the nearest."""
+    if name not in PUBLISHED:
+        raise unknown_name("published model", name, PUBLISHED)
+    return PUBLISHED[name]
+
+
+def standard_twin(name: str) -> str:
+    """Name of the model that differs from this one in its training alone: standard instead of robust."""
+    model = published_model(name)
+    return next(
+        twin
+        for twin, other in PUBLISHED.items()
+        if (other.architecture, other.dataset, other.epsilon) == (model.architecture, model.dataset, 0)
+    )
+
+
+def fetch_published(
+    name: str, *, cache_dir: str | pathlib.Path | None = None, endpoint: str | None = None
+) -> pathlib.Path:
+    """Path of a published classifier, fetched and converted at the first call.
+
+    A checkpoint that was downloaded by hand into the cache folder is taken from there. Size and SHA-256 of what
+    comes are written down at first and compared at every later call.
+
+    Args:
+        name: in `PUBLISHED`.
+        cache_dir: where checkpoints and classifiers are kept; `robust_tf` in the user's cache folder by default.
+        endpoint: address of the hub; by default what HF_ENDPOINT says, or the public one.
+
+    Returns:
+        path of a `.keras` file.
+
+    Raises:
+        UserError: an unknown name, no connection and no file, not enough space, or a file that has changed.
+    """
+    model = published_model(name)
+    if model.packaged:
+        classifier_path = PACKAGED / model.filename
+        if not classifier_path.exists():
+            raise UserError(
+                f"The classifier {name} should have come with robust_tf. Missing file: {classifier_path}. "
+                "Install the package again, or train it with the flag file in configs/."
+            )
+        return classifier_path
+
+    folder = cache_folder(cache_dir)
+    classifier_path = folder / f"{name}.keras"
+    if not classifier_path.exists():
+        with _exclusive(folder, name):
+            checkpoint_path = _checkpoint_in(folder, model, endpoint)
+            if not classifier_path.exists():  # no other process made it while this one waited
+                classifier = classifier_from_checkpoint(read_reference_checkpoint(checkpoint_path), model.architecture)
+                _record_path(classifier_path).unlink(missing_ok=True)
+                save_classifier(classifier, classifier_path)
+    _check_or_record(classifier_path)
+    return classifier_path
+
+
+def fetch_checkpoint(
+    name: str, *, cache_dir: str | pathlib.Path | None = None, endpoint: str | None = None
+) -> pathlib.Path:
+    """Path of the checkpoint behind a published ImageNet model; arguments and errors as of `fetch_published`."""
+    model = published_model(name)
+    if model.packaged:
+        raise UserError(
+            f"The classifier {name} comes with robust_tf and has no PyTorch checkpoint. It is at "
+            f"{PACKAGED / model.filename}."
+        )
+    folder = cache_folder(cache_dir)
+    with _exclusive(folder, name):
+        return _checkpoint_in(folder, model, endpoint)
+
+
+@contextlib.contextmanager
+def _exclusive(folder: pathlib.Path, name: str) -> Iterator[None]:
+    """Lets one process at a time work on a model's files in the cache folder; the others wait."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(folder / f".{name}.lock"))
+        except OSError as error:
+            raise UserError(
+                f"Cannot write into the cache folder {folder}: {error.strerror}. Choose another one."
+            ) from error
+        yield
+
+
+def _checkpoint_in(folder: pathlib.Path, model: PublishedModel, endpoint: str | None) -> pathlib.Path:
+    path = folder / model.filename
+    if not path.exists():
+        _download(path, model, endpoint)
+    _check_or_record(path)
+    return path
+
+
+# Download --------------------------------------------------------------------------------------------------------
+
+
+def _download(path: pathlib.Path, model: PublishedModel, endpoint: str | None) -> None:
+    """Fetches a checkpoint, in several attempts and several runs if need be: what has come is kept.
+
+    `huggingface_hub.hf_hub_download` throws a partial file away when its process ends, which is much to lose of a
+    file of 1.8 GB; hence its two halves here, metadata and content, with the partial file in our own hands.
+    """
+    url = huggingface_hub.hf_hub_url(REPOSITORY, path.name, endpoint=endpoint)
+    by_hand = (
+        f"Run the command again to go on with the download, or fetch {path.name} by hand from "
+        f"huggingface.co/{REPOSITORY} and put it into {path.parent}: it is looked for there first."
+    )
+    for pause in (*_PAUSES, None):
+        try:
+            metadata = huggingface_hub.get_hf_file_metadata(url, endpoint=endpoint)
+            if metadata.etag is None or metadata.commit_hash is None:
+                raise UserError(f"What answers at {url} is not the hub; a login page of the network may be. {by_hand}")
+            version = re.sub("[^0-9a-zA-Z]", "", metadata.etag)
+            part = path.with_name(f".{path.name}.{version}.part")
+            with part.open("ab") as file:
+                http_get(
+                    metadata.location,
+                    file,
+                    resume_size=file.tell(),
+                    expected_size=metadata.size,
+                    headers={"Accept-Encoding": "identity"},  # compressed, it would not have this size
+                    displayed_filename=path.name,
+                )
+            break
+        except (HTTPError, OSError) as error:
+            if pause is None or not _may_pass(error):
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise UserError(f"Cannot fetch {path.name} from {url}: {reason}. {by_hand}") from error
+            time.sleep(pause)
+
+    sha256 = _sha256(part)
+    hub_sha256 = version if re.fullmatch("[0-9a-f]{64}", version) else None  # how the hub names large files
+    for expected in filter(None, (hub_sha256, model.sha256)):
+        if sha256 != expected:
+            part.unlink()
+            raise UserError(
+                f"The download of {path.name} is damaged and was removed: its SHA-256 must be {expected}. "
+                f"Received: {sha256}. {by_hand}"
+            )
+    part.replace(path)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is worth trying again: not where the file is missing, the disk full or the machine set offline."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in {408, 429, 500, 502, 503, 504}
+    return not isinstance(error, OfflineModeIsEnabled) and getattr(error, "errno", None) is None
+
+
+# Checksums -------------------------------------------------------------------------------------------------------
+
+
+def _record_path(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _check_or_record(path: pathlib.Path) -> None:
+    """Compares a file with what was written down when it came, or writes it down."""
+    found = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    record = _record_path(path)
+    if not record.exists():
+        write_json(record, found)
+        return
+    try:
+        expected = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        expected = "an unreadable record"
+    if found != expected:
+        raise UserError(
+            f"{path} is not the file that came first: {record.name} says {expected}. Received: {found}. Remove both "
+            "to fetch it again."
+        )
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,290 @@
+"""Between the weights of a classifier and the state of a PyTorch checkpoint: names, layouts, checks.
+
+The reference saves a network inside its attacker, inside DataParallel, so that the keys of one weight read
+module.model.conv1.weight and, once more, module.attacker.model.conv1.weight; some networks have another "model." in
+front. Here the core key, conv1.weight, counts.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.errors import UserError, unknown_name
+from robust_tf.models.architectures import ARCHITECTURES, Architecture
+
+State = Mapping[str, np.ndarray]
+
+_ROWS_AT_ONCE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """One variable of the classifier and the layout of its counterpart.
+
+    Attributes:
+        variable: of the classifier.
+        groups: in how many groups a kernel works; None for a vector, which is the same on both sides.
+    """
+
+    variable: keras.Variable
+    groups: int | None = None
+
+    def from_reference(self, array: np.ndarray) -> np.ndarray:
+        """(outputs, inputs / groups, *area) to Keras's (*area, inputs, outputs / groups).
+
+        The inputs of a grouped kernel stand in the order of `layers.shuffle_channels`.
+        """
+        array = np.asarray(array, np.float32)
+        if self.groups is None:
+            return array
+        outputs, members, *area = array.shape
+        array = array.reshape(self.groups, outputs // self.groups, members, *area)
+        array = array.transpose(*range(3, 3 + len(area)), 2, 0, 1)
+        return array.reshape(*area, self.groups * members, outputs // self.groups)
+
+    def fill(self, array: np.ndarray) -> None:
+        """Puts an array of the reference into the variable."""
+        if array.ndim != 2 or self.groups != 1:
+            self.variable.assign(self.from_reference(array))
+            return
+        # VGG's largest kernel has 411 MB: in parts, it needs no second copy in the other layout. Not by assigning to
+        # slices of the variable, which copies all of it.
+        for start in range(0, array.shape[1], _ROWS_AT_ONCE):
+            part = self.from_reference(array[:, start : start + _ROWS_AT_ONCE])
+            self.variable.value.scatter_update(tf.IndexedSlices(part, tf.range(start, start + len(part))))
+
+    def to_reference(self) -> np.ndarray:
+        """The inverse of `from_reference`, of the variable's value."""
+        array = keras.ops.convert_to_numpy(self.variable)
+        if self.groups is None:
+            return array
+        *area, inputs, outputs = array.shape
+        array = array.reshape(*area, inputs // self.groups, self.groups, outputs)
+        array = array.transpose(len(area) + 1, len(area) + 2, len(area), *range(len(area)))
+        return np.ascontiguousarray(array.reshape(self.reference_shape))
+
+    @property
+    def reference_shape(self) -> tuple[int, ...]:
+        shape = tuple(self.variable.shape)
+        if self.groups is None:
+            return shape
+        *area, inputs, outputs = shape
+        return (self.groups * outputs, inputs // self.groups, *area)
+
+
+def load_reference_state(classifier: keras.Model, state: State) -> None:
+    """Fills a classifier with the weights of a PyTorch checkpoint; everything is checked before anything changes.
+
+    Args:
+        classifier: as `build_classifier` makes it; filled in place.
+        state: the checkpoint's keys, in any of the reference's wrappings, to arrays. Half precision is converted;
+            duplicate copies and counters of batches are passed over.
+
+    Raises:
+        UserError: missing keys, keys that are left over, other shapes, another architecture, or another
+            normalisation than the classifier's.
+    """
+    slots = _slots(classifier)
+    core = _core_state(state)
+    _check_keys(classifier, slots, core)
+    _check_normalization(classifier, state)
+    for key, slot in slots.items():
+        slot.fill(core[key])
+
+
+def to_reference_state(classifier: keras.Model) -> dict[str, np.ndarray]:
+    """The weights of a classifier as a bare PyTorch state_dict, in which hidden layers of the head have their place.
+
+    Args:
+        classifier: of an architecture in `ARCHITECTURES`, as its name says.
+
+    Returns:
+        Core keys to float32 arrays in PyTorch's layouts, and an int64 zero for each BatchNorm's num_batches_tracked.
+        The normalisation is not part of it: PyTorch users do it in their pipeline.
+
+    Raises:
+        UserError: the classifier is of no known architecture, or has a layer that the reference lacks.
+    """
+    state = {}
+    for key, slot in _slots(classifier).items():
+        state[key] = slot.to_reference()
+        if key.endswith(".running_var"):
+            state[key.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
+    return state
+
+
+def reference_architecture(state: State) -> str | None:
+    """The architecture whose head and number of parameters a checkpoint has, or None."""
+    core = _core_state(state)
+    for name, entry in ARCHITECTURES.items():
+        head = entry.reference_module("logits")
+        kernel = core.get(f"{head}.weight")
+        if kernel is None or kernel.shape[1:] != (entry.feature_dim,):
+            continue
+        parameters = sum(
+            array.size
+            for key, array in core.items()
+            if key.endswith((".weight", ".bias")) and not key.startswith(f"{head}.")
+        )
+        if parameters == entry.parameters:
+            return name
+    return None
+
+
+def reference_num_classes(state: State, architecture: str) -> int:
+    """The number of classes that a checkpoint of an architecture tells apart.
+
+    Raises:
+        UserError: it has no head of this architecture.
+    """
+    key = f"{_entry(architecture).reference_module('logits')}.weight"
+    kernel = _core_state(state).get(key)
+    if kernel is None or kernel.ndim != 2:
+        raise UserError(
+            f"The checkpoint holds no head {key!r}. Received: architecture={architecture}."
+            + _advice(state, architecture)
+        )
+    return kernel.shape[0]
+
+
+def reference_normalization(state: State) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of the channels, in [0, 1] pixel units, that a checkpoint normalises with.
+
+    Returns:
+        (mean, std), three numbers each, for `build_classifier`; None for a bare state_dict, which holds none.
+    """
+    arrays = _normalization_arrays(state)
+    if arrays is None:
+        return None
+    mean, std = arrays
+    return _decimals(mean), _decimals(std)
+
+
+def _decimals(array: np.ndarray) -> tuple[float, ...]:
+    """The shortest decimal numbers that stand for the values: 0.485, where float() gives 0.48500001430511475."""
+    return tuple(float(str(value)) for value in array.ravel())
+
+
+def _normalization_arrays(state: State) -> tuple[np.ndarray, np.ndarray] | None:
+    found = {key.rpartition(".")[2]: array for key, array in state.items()}
+    if "new_mean" not in found or "new_std" not in found:
+        return None
+    return found["new_mean"], found["new_std"]
+
+
+def _core_state(state: State) -> dict[str, np.ndarray]:
+    """What of a state is weights of the network, by core key."""
+    core: dict[str, np.ndarray] = {}
+    for key, array in state.items():
+        name = key
+        while name.startswith(("module.", "model.")):
+            name = name.partition(".")[2]
+        if name.startswith(("attacker.", "normalizer.")) or name.endswith(".num_batches_tracked"):
+            continue
+        # torchvision's own DenseNet files are older than PyTorch's ban on dots in module names: norm.1 is norm1.
+        name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
+        if name in core:
+            raise UserError(f"Two keys of the checkpoint stand for the same weight {name!r}. Received: {key!r}.")
+        core[name] = array
+    return core
+
+
+def _entry(architecture: str) -> Architecture:
+    if architecture not in ARCHITECTURES:
+        raise unknown_name("architecture", architecture, ARCHITECTURES)
+    return ARCHITECTURES[architecture]
+
+
+def _slots(classifier: keras.Model) -> dict[str, _Slot]:
+    """The variables of a classifier by the core keys of their counterparts."""
+    entry = _entry(classifier.name)
+    head = entry.reference_module("logits")
+    hidden = [layer.name for layer in classifier.layers if layer.name.startswith("head_hidden")]
+    modules = {name: f"{head}.{2 * index}" for index, name in enumerate(hidden)}  # a ReLU follows each
+    if hidden:
+        modules["logits"] = f"{head}.{2 * len(hidden)}"
+
+    slots = {}
+    for layer in classifier.layers:
+        if not layer.weights:
+            continue
+        try:
+            module = modules.get(layer.name) or entry.reference_module(layer.name)
+        except (LookupError, ValueError):
+            raise UserError(
+                f"A layer has no counterpart in the reference's {classifier.name}. Received: {layer.name!r}."
+            ) from None
+        if isinstance(layer, keras.layers.BatchNormalization):
+            slots[f"{module}.weight"] = _Slot(layer.gamma)
+            slots[f"{module}.bias"] = _Slot(layer.beta)
+            slots[f"{module}.running_mean"] = _Slot(layer.moving_mean)
+            slots[f"{module}.running_var"] = _Slot(layer.moving_variance)
+            continue
+        groups = 1
+        if isinstance(layer, keras.layers.DepthwiseConv2D):
+            # `Layers.conv` makes a group of m channels by m outputs a channel.
+            groups = layer.kernel.shape[2] // layer.depth_multiplier
+        slots[f"{module}.weight"] = _Slot(layer.kernel, groups)
+        if layer.bias is not None:
+            slots[f"{module}.bias"] = _Slot(layer.bias)
+    return slots
+
+
+def _check_keys(classifier: keras.Model, slots: Mapping[str, _Slot], core: State) -> None:
+    shared = slots.keys() & core.keys()
+    problems = {
+        "missing": slots.keys() - core.keys(),
+        "left over": core.keys() - slots.keys(),
+        "of another shape": {
+            f"{key} {core[key].shape}, not {slots[key].reference_shape}"
+            for key in shared
+            if core[key].shape != slots[key].reference_shape
+        },
+        "not of floating-point numbers": {
+            f"{key} ({core[key].dtype})" for key in shared if core[key].dtype.kind != "f"
+        },
+    }
+    if any(problems.values()):
+        num_classes = classifier.output_shape[-1]
+        listed = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in problems.items() if keys)
+        raise UserError(
+            f"The checkpoint does not fit {classifier.name} with {num_classes} classes. Received: keys {listed}."
+            + _advice(core, classifier.name, num_classes)
+        )
+
+
+def _first(keys: Iterable[str], count: int = 3) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _advice(state: State, architecture: str, num_classes: int | None = None) -> str:
+    """What a checkpoint that does not fit `architecture` with `num_classes` fits instead."""
+    fitting = reference_architecture(state)
+    if fitting is None:
+        return " No other architecture fits it either."
+    its_classes = reference_num_classes(state, fitting)
+    if (fitting, its_classes) == (architecture, num_classes):
+        return " It was damaged or edited: the number of parameters is right."
+    return f" It fits architecture={fitting} with num_classes={its_classes}."
+
+
+def _check_normalization(classifier: keras.Model, state: State) -> None:
+    arrays = _normalization_arrays(state)
+    if arrays is None:
+        return
+    layer = classifier.get_layer("normalization")
+    ours = (np.ravel(layer.mean), np.sqrt(np.ravel(layer.variance)))
+    for name, array, own in zip(("mean", "std"), arrays, ours, strict=True):
+        precision = 2 * float(np.finfo(np.float16 if array.dtype == np.float16 else np.float32).eps)
+        if array.size != own.size or not np.allclose(array.ravel(), own, rtol=precision, atol=0):
+            raise UserError(
+                f"The checkpoint normalises images otherwise than the classifier. Received: {name}={_decimals(array)}, "
+                f"in the classifier {_decimals(own)}. Build the classifier with the mean and std that "
+                "`reference_normalization` finds."
+            )
