@@ -1,0 +1,59 @@
+"""Data sets on this machine: what is there and in order, and getting what is not.
+
+python -m robust_tf.data --check                      # all in the table, in short
+python -m robust_tf.data --check pets folder:photos   # these, with exit code 1 if one is not ready
+python -m robust_tf.data --prepare=pets               # download and prepare
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+from absl import logging
+
+from robust_tf.command_line import flag, parse_flags
+from robust_tf.data.datasets import DATASETS
+from robust_tf.data.doctor import Diagnosis, diagnose
+from robust_tf.data.opening import open_dataset
+from robust_tf.errors import UserError, exit_on_user_error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """What to do. See `--help` for each field."""
+
+    check: bool = flag(False, "Examine the data sets that are named, or all.")
+    prepare: str = flag("", "Name of a data set to download and prepare; one that is prepared is left as it is.")
+    data_dir: str = flag("", "TFDS folder. Default: TFDS's own.")
+
+    def __post_init__(self) -> None:
+        if self.check == bool(self.prepare):
+            raise UserError("Either --check or --prepare=NAME is needed. Use --help for more.")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; the exit code is 1 if a data set that was named is not ready."""
+    flags, names = parse_flags(DataFlags, argv, usage=__doc__ or "")
+    data_dir = pathlib.Path(flags.data_dir).expanduser() if flags.data_dir else None
+    if flags.prepare:
+        if names:
+            raise UserError(f"--prepare takes one data set. Received: {' '.join([flags.prepare, *names])}.")
+        open_dataset(flags.prepare, data_dir)
+        names = [flags.prepare]
+    ready = True
+    for name in names or DATASETS:
+        diagnosis = diagnose(name, data_dir, thorough=bool(names))
+        print(_text(diagnosis), flush=True)  # some take their time
+        ready = ready and diagnosis.state == "ready"
+    return 0 if ready or not names else 1
+
+
+def _text(diagnosis: Diagnosis) -> str:
+    lines = [f"{diagnosis.name}: {diagnosis.state}", *(f"    {fact}" for fact in diagnosis.facts if fact)]
+    return "\n".join([*lines, *(f"  - {line}" for line in diagnosis.advice)])
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of folders that are not there yet
+    with exit_on_user_error():
+        sys.exit(main(sys.argv))

@@ -1,0 +1,158 @@
+"""The chosen examples of one part as tf.data: in order or shuffled, read anew each epoch or kept nearer."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.data.records import Part
+from robust_tf.files import replaced_atomically
+
+CacheMode = Literal["auto", "memory", "disk", "none"]
+
+# Encoded images that wait in a shuffle buffer may take so many bytes.
+_SHUFFLE_BYTES = 512 * 1024**2
+# Share of the free memory that encoded images may be kept in.
+_CACHE_SHARE = 0.25
+_FREE_MEMORY_UNKNOWN = 8 * 1024**3
+_WRITING_SEED = 20_200_716
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Some examples of a part. Their datasets hold (index, encoded image, label): int64, string and int32 scalars.
+
+    Attributes:
+        part: where they come from.
+        mask: (part.num_examples,) bool, which ones.
+        new_labels: int32, label of the part -> label here; None keeps them.
+        example_bytes: mean size of an encoded image.
+        in_memory: keep the encoded images in memory, from the first time that they are read.
+        file: a copy on disk that `write_file` makes and `shuffled` reads.
+    """
+
+    part: Part
+    mask: np.ndarray
+    new_labels: np.ndarray | None = None
+    example_bytes: float = 0.0
+    in_memory: bool = False
+    file: pathlib.Path | None = None
+
+    @property
+    def count(self) -> int:
+        return int(self.mask.sum())
+
+    def labels(self) -> np.ndarray:
+        """(count,) int32, in the order of the part."""
+        labels = self.part.labels()[self.mask]
+        return (labels if self.new_labels is None else self.new_labels[labels]).astype(np.int32)
+
+    def in_order(self) -> tf.data.Dataset:
+        """All of them, in the order of the part."""
+        return self._in_order
+
+    def shuffled(self, seed: tf.Tensor) -> tf.data.Dataset:
+        """All of them, in an order decided by `seed`, an int64 scalar that may be a graph tensor."""
+        if self.in_memory:
+            return self._shuffled_within(self._in_order, seed, self.count)  # the buffer copies no image
+        # A moving window shuffles enough: TFDS has shuffled the whole when it was prepared, and so has `write_file`.
+        window = int(_SHUFFLE_BYTES / max(self.example_bytes, 1.0))
+        if self.file is not None:
+            return self._shuffled_within(self._from_file(self.file), seed, window)
+        if self._single_files is None:
+            return self._shuffled_within(self._in_order, seed, window)
+        order = tf.random.experimental.stateless_shuffle(np.flatnonzero(self.mask), tf.stack([seed, 0]))
+        return self._single_files(tf.data.Dataset.from_tensor_slices(order))
+
+    def write_file(self) -> None:
+        """Makes the copy on disk, unless it is there.
+
+        Raises:
+            UserError: it can't be written (disk full); nothing is left behind.
+        """
+        if self.file is None or self.file.exists():
+            return
+        records = dataclasses.replace(self, file=None).shuffled(tf.constant(_WRITING_SEED, tf.int64))
+        with replaced_atomically(self.file) as temporary:
+            writer = tf.io.TFRecordWriter(str(temporary))
+            for record in records.map(_to_bytes, num_parallel_calls=tf.data.AUTOTUNE).as_numpy_iterator():
+                with _os_errors():
+                    writer.write(record)
+            with _os_errors():
+                writer.close()
+
+    def _from_file(self, file: pathlib.Path) -> tf.data.Dataset:
+        records = tf.data.TFRecordDataset(str(file)).map(_from_bytes, num_parallel_calls=tf.data.AUTOTUNE)
+        return records.apply(tf.data.experimental.assert_cardinality(self.count))
+
+    @functools.cached_property
+    def _in_order(self) -> tf.data.Dataset:
+        with tf.init_scope():  # made once, not in the graph of the function that happens to ask first
+            if self._single_files is not None:
+                records = self._single_files(tf.data.Dataset.from_tensor_slices(np.flatnonzero(self.mask)))
+            else:
+                records = self.part.records()
+                if not self.mask.all():
+                    kept = tf.constant(self.mask)
+                    records = records.filter(lambda index, _, __: tf.gather(kept, index))
+                records = records.map(self._relabelled)
+            records = records.apply(tf.data.experimental.assert_cardinality(self.count))
+            return records.cache() if self.in_memory else records
+
+    @property
+    def _single_files(self):  # type: ignore[no-untyped-def]
+        """Reads the examples of a dataset of indices, if the part can be read in any order; otherwise None."""
+        read = getattr(self.part, "record", None)
+        if read is None:
+            return None
+        return lambda indices: indices.map(
+            lambda index: self._relabelled(*read(index)), num_parallel_calls=tf.data.AUTOTUNE
+        )
+
+    def _relabelled(self, index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        if self.new_labels is not None:
+            label = tf.gather(tf.constant(self.new_labels), label)
+        return index, encoded, tf.cast(label, tf.int32)
+
+    def _shuffled_within(self, records: tf.data.Dataset, seed: tf.Tensor, window: int) -> tf.data.Dataset:
+        return records.shuffle(max(1, min(self.count, window)), seed=seed, reshuffle_each_iteration=False)
+
+
+def fits_in_memory(num_bytes: int) -> bool:
+    """Whether encoded images of this size may be kept in memory: in a quarter of what is free."""
+    return num_bytes <= _CACHE_SHARE * _free_memory()
+
+
+def _free_memory() -> int:
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):  # not Linux
+        return _FREE_MEMORY_UNKNOWN
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """What TensorFlow says when it can't write, as the error that Python's own files raise."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise OSError(error.message) from error
+
+
+def _to_bytes(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
+    numbers = [tf.strings.as_string(index), tf.strings.as_string(label)]
+    return tf.strings.join([*numbers, encoded], separator="\n")
+
+
+def _from_bytes(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The image may hold line ends of its own: only the first two separate."""
+    head = tf.strings.split(tf.strings.substr(record, 0, 48), "\n", maxsplit=2)
+    start = tf.strings.length(head[0]) + tf.strings.length(head[1]) + 2
+    encoded = tf.strings.substr(record, start, tf.strings.length(record) - start)
+    return tf.strings.to_number(head[0], tf.int64), encoded, tf.strings.to_number(head[1], tf.int32)

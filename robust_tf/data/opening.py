@@ -1,0 +1,29 @@
+"""From the value of --dataset to a data set that can be read."""
+
+import pathlib
+
+from robust_tf.data.datasets import FOLDER_PREFIX
+from robust_tf.data.folder_records import open_folder
+from robust_tf.data.records import LabelledImages
+from robust_tf.data.tfds_records import open_tfds
+from robust_tf.errors import UserError
+
+
+def open_dataset(name: str, data_dir: pathlib.Path | None = None, *, split_seed: int = 0) -> LabelledImages:
+    """Opens a row of DATASETS, `tfds:NAME[/config][:version]` or `folder:/path`.
+
+    Args:
+        name: the value of --dataset.
+        data_dir: TFDS folder; None takes TFDS's default.
+        split_seed: of the test part of a folder that has none.
+
+    Raises:
+        UserError: unknown name, or a data set that is not there, cannot be prepared or is not in order.
+    """
+    if name.startswith(FOLDER_PREFIX):
+        return open_folder(pathlib.Path(name.removeprefix(FOLDER_PREFIX)).expanduser(), split_seed=split_seed)
+    if split_seed:
+        raise UserError(
+            f"--split_seed is for a folder of images without a test part. Received: {split_seed} for {name}."
+        )
+    return open_tfds(name, data_dir)

@@ -1,0 +1,401 @@
+"""From a data set's name to batches: which examples, in which order, transformed how.
+
+Every batch is (images, labels): (batch, image_size, image_size, 3) float32 in [0, 1] and (batch,) int32. The order and
+the augmentation of epoch e are functions of (seed, e) alone, so training can start again at any epoch.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.command_line import parse_amount
+from robust_tf.data.augmentations import AUGMENTATIONS
+from robust_tf.data.broken_images import broken_images_named, remembered_broken_images
+from robust_tf.data.datasets import dataset_info
+from robust_tf.data.examples import CacheMode, Examples, fits_in_memory
+from robust_tf.data.keras_cv_layers import Mix, mix, rand_augment
+from robust_tf.data.opening import open_dataset
+from robust_tf.data.records import LabelledImages, check_classes_present, check_labels
+from robust_tf.data.selection import balanced_subset, checked_classes, few_of_each_class, held_out
+from robust_tf.data.transforms import DecodedPicture, Picture, decode, downscale, evaluation_transform
+from robust_tf.errors import UserError, unknown_name
+from robust_tf.files import cache_folder
+
+# Evaluation makes no use of small batches, which only take longer.
+_SMALLEST_EVALUATION_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an encoded image becomes pixels.
+
+    Attributes:
+        image_size: side of the result in pixels.
+        resize_size: what the shorter side is resized to in evaluation, before the centre crop.
+        augmentation: key of AUGMENTATIONS, for training.
+        rand_augment: magnitude in (0, 1] of RandAugment on top, 0 for none.
+        downscale: what the shorter side is resized to before everything else; None leaves it.
+    """
+
+    image_size: int
+    resize_size: int
+    augmentation: str
+    rand_augment: float = 0.0
+    downscale: int | None = None
+
+    def for_evaluation(self, encoded: tf.Tensor) -> tf.Tensor:
+        """Bytes -> (image_size, image_size, 3) float32 in [0, 1]."""
+        image = decode(encoded)
+        if self.downscale is not None:
+            image = downscale(image, self.downscale)
+        return evaluation_transform(image, image_size=self.image_size, resize_size=self.resize_size)
+
+    def for_training(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Bytes -> (image_size, image_size, 3) float32 in [0, 1], augmented as `seed` (2,) decides."""
+        size = self.image_size
+        if self.downscale is None:
+            picture = Picture(encoded)
+        else:
+            picture = DecodedPicture(downscale(decode(encoded), self.downscale))
+        crop_seed = tf.random.experimental.stateless_fold_in(seed, 0) if self.rand_augment else seed
+        image = tf.ensure_shape(AUGMENTATIONS[self.augmentation](picture, size, crop_seed), (size, size, 3))
+        if self.rand_augment:
+            policy_seed = tf.random.experimental.stateless_fold_in(seed, 1)
+            image = rand_augment(image, policy_seed, magnitude=self.rand_augment)
+        return image
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """The three parts of a classification task. `validation` and `test` are ordered and complete.
+
+    Attributes:
+        train_examples, validation_examples, test_examples: the encoded images of the parts.
+        preprocessing: what becomes of them.
+        class_names: of the classes in use; labels are positions in it.
+        metric: "accuracy" or "mean_per_class_accuracy".
+        batch_size: images in a training batch, of all workers together.
+        mixing: "none", or what mixes the images of a training batch; labels are then (batch, classes) float32.
+        seed: of the order and the augmentation.
+        fingerprint: changes when other images or labels are in use.
+        skipped: names of the broken images that were left out.
+        worker, num_workers: which share of every training batch is made here.
+    """
+
+    train_examples: Examples
+    validation_examples: Examples
+    test_examples: Examples
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    metric: str
+    batch_size: int
+    mixing: Mix
+    seed: int
+    fingerprint: str
+    skipped: tuple[str, ...] = ()
+    worker: int = 0
+    num_workers: int = 1
+
+    @property
+    def num_train(self) -> int:
+        return self.train_examples.count
+
+    @property
+    def num_validation(self) -> int:
+        return self.validation_examples.count
+
+    @property
+    def num_test(self) -> int:
+        return self.test_examples.count
+
+    @property
+    def image_size(self) -> int:
+        return self.preprocessing.image_size
+
+    @property
+    def resize_size(self) -> int:
+        return self.preprocessing.resize_size
+
+    @property
+    def augmentation(self) -> str:
+        return self.preprocessing.augmentation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps that see every example once; the last batch may be smaller.
+
+        Several workers leave the smaller one out: each of them needs the same number of steps.
+        """
+        full, rest = divmod(self.num_train, self.batch_size)
+        return full if self.num_workers > 1 or not rest else full + 1
+
+    def train(self, *, first_epoch: int, epochs: int) -> tf.data.Dataset:
+        """The batches of the epochs first_epoch to epochs - 1, one after the other."""
+        seed = self.seed
+
+        def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+            # Of this function's graph alone: the order must not depend on the global seed (and tf.data fails on a
+            # tensor as seed when that one is 0).
+            tf.random.set_seed(1)
+            epoch_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 0], tf.int64), epoch)
+            order_seed, augmentation_seed = tf.unstack(tf.random.split(epoch_seed, 2))
+            records = self.train_examples.shuffled(tf.cast(order_seed[0], tf.int64))
+            if self.num_workers > 1:
+                # Before decoding: the k-th batches of all workers together are the k-th batch of a single one.
+                records = records.take(self.steps_per_epoch * self.batch_size).shard(self.num_workers, self.worker)
+            batches = self._augmented(records, augmentation_seed).batch(self.batch_size // self.num_workers)
+            return batches if self.mixing == "none" else self._mixed(batches, augmentation_seed)
+
+        return _with_options(tf.data.Dataset.range(first_epoch, epochs).flat_map(one_epoch)).prefetch(2)
+
+    @functools.cached_property
+    def validation(self) -> tf.data.Dataset:
+        return self._evaluated(self.validation_examples)
+
+    @functools.cached_property
+    def test(self) -> tf.data.Dataset:
+        return self._evaluated(self.test_examples)
+
+    def train_view(self, view: int, first: int = 0) -> tf.data.Dataset:
+        """The training part in order, from its `first` image on: as in evaluation (view 0), or augmented (1, 2, ...).
+
+        The batches are those of evaluation.
+        """
+        if view == 0:
+            return self._evaluated(self.train_examples, first)
+        # An epoch number that no training reaches.
+        seed = tf.random.experimental.stateless_fold_in(tf.constant([self.seed, 1], tf.int64), view)
+        return _with_options(
+            self._augmented(self.train_examples.in_order().skip(first), seed).batch(self._evaluation_batch)
+        )
+
+    def validation_from(self, first: int) -> tf.data.Dataset:
+        """The validation part in order, from its `first` image on."""
+        return self._evaluated(self.validation_examples, first)
+
+    def preview(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` validation images and labels, the same at every call."""
+        images, labels = next(iter(self.validation.unbatch().batch(count)))
+        return images.numpy(), labels.numpy()
+
+    def sample(self) -> bytes:
+        """The first test image as the data set holds it, encoded."""
+        _, encoded, _ = next(self.test_examples.in_order().as_numpy_iterator())
+        return encoded
+
+    def broken_images_named(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, an image that cannot be decoded is a UserError with the image's name."""
+        return broken_images_named([self.train_examples.part, self.test_examples.part])
+
+    @property
+    def _evaluation_batch(self) -> int:
+        return max(self.batch_size, _SMALLEST_EVALUATION_BATCH)
+
+    def _evaluated(self, examples: Examples, first: int = 0) -> tf.data.Dataset:
+        def transform(_: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return self.preprocessing.for_evaluation(encoded), label
+
+        images = examples.in_order().skip(first).map(transform, num_parallel_calls=tf.data.AUTOTUNE)
+        return _with_options(images.batch(self._evaluation_batch)).prefetch(2)
+
+    def _augmented(self, records: tf.data.Dataset, seed: tf.Tensor) -> tf.data.Dataset:
+        def transform(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            # The seed belongs to the example, not to the draw: parallel calls can't change the result.
+            return self.preprocessing.for_training(
+                encoded, tf.random.experimental.stateless_fold_in(seed, index)
+            ), label
+
+        return records.map(transform, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def _mixed(self, batches: tf.data.Dataset, seed: tf.Tensor) -> tf.data.Dataset:
+        num_examples, num_classes = len(self.train_examples.mask), len(self.class_names)
+
+        def transform(number: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+            # Numbers that no example of this worker or another one has folded in.
+            batch_seed = tf.random.experimental.stateless_fold_in(
+                seed, num_examples + number * self.num_workers + self.worker
+            )
+            return mix(*batch, batch_seed, kind=self.mixing, num_classes=num_classes)
+
+        return batches.enumerate().map(transform, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def load_task(
+    name: str,
+    *,
+    classes: Sequence[int] | None = None,
+    image_size: int | None = None,
+    batch_size: int,
+    augmentation: str | None = None,
+    rand_augment: float = 0.0,
+    mixing: Mix = "none",
+    downscale: int | None = None,
+    validation_fraction: float = 0.1,
+    examples_per_class: int | None = None,
+    subset: str = "",
+    skip_bad_images: bool = False,
+    seed: int = 0,
+    split_seed: int = 0,
+    data_dir: pathlib.Path | None = None,
+    cache: CacheMode = "auto",
+    cache_dir: pathlib.Path | None = None,
+    worker: int = 0,
+    num_workers: int = 1,
+) -> TaskData:
+    """Splits a data set into train, validation and test, and sets up their pipelines.
+
+    The validation part is the same fraction of the paper's training split at every call, whatever the seed.
+
+    Args:
+        name: a row of DATASETS, `tfds:NAME[/config][:version]` or `folder:/path`.
+        classes: labels to keep; they are re-numbered by their position here. None keeps all.
+        image_size: side in pixels; None takes the row's.
+        batch_size: examples a training batch; evaluation takes at least 64.
+        augmentation: key of AUGMENTATIONS; None takes the row's.
+        rand_augment: magnitude in (0, 1] of RandAugment on top of it, 0 for none.
+        mixing: "mixup" and "cutmix" mix the images of a training batch; its labels are then (batch, classes) float32.
+        downscale: shorter side in pixels that every image is reduced to before anything else.
+        validation_fraction: share of the training split held out for choosing the epoch, in (0, 1); where the data
+            set is not of the table and has a validation part of its own, that counts instead.
+        examples_per_class: train on so many of each class only (chosen by `seed`); None trains on all.
+        subset: train on so many ("1000") or such a share ("0.1"), balanced, chosen by `seed`; "" trains on all.
+        skip_bad_images: decode everything once, and leave out what can't be.
+        seed: of the order, the augmentation and the choice of examples.
+        split_seed: of the test part of a folder of images that has none.
+        data_dir: TFDS folder; None takes TFDS's default.
+        cache: where encoded images are kept between epochs: "memory", "disk" (the training part, in `cache_dir`),
+            "none", or "auto": in memory if they take at most a quarter of what is free.
+        cache_dir: None takes the user's cache folder.
+        worker, num_workers: this is worker 0, 1, ... of so many that train together, each on its share of a batch.
+
+    Raises:
+        UserError: unknown name, class or augmentation; a part is empty; the data set can't be prepared.
+    """
+    info = dataset_info(name)
+    if augmentation is not None and augmentation not in AUGMENTATIONS:
+        raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
+    if not 0 < validation_fraction < 1:
+        raise UserError(f"--validation_fraction must be between 0 and 1. Received: {validation_fraction}.")
+    if not 0 <= worker < num_workers or batch_size % num_workers:
+        raise UserError(
+            "Workers are numbered from 0, and share every batch equally. Received: "
+            f"worker={worker}, num_workers={num_workers}, batch_size={batch_size}."
+        )
+    images = open_dataset(name, data_dir, split_seed=split_seed)
+    names = images.class_names
+    if classes is not None:
+        classes = checked_classes(classes, len(names), name)
+    folder = cache_folder(cache_dir)
+
+    broken = {part: np.zeros(0, np.int64) for part in ("train", "test")}
+    if skip_bad_images:
+        for part in broken:
+            broken[part] = remembered_broken_images(
+                getattr(images, part), f"{images.fingerprint} {part}", folder / "broken_images"
+            )
+    train_mask, validation_mask, test_mask = _masks(
+        images,
+        name,
+        broken=broken,
+        classes=classes,
+        validation_fraction=validation_fraction,
+        examples_per_class=examples_per_class,
+        subset=subset,
+        seed=seed,
+    )
+    new_labels = None
+    if classes is not None:
+        new_labels = np.zeros(len(names), np.int32)
+        new_labels[list(classes)] = np.arange(len(classes))
+    digest = hashlib.sha256(f"{images.fingerprint} {classes}".encode())
+    for mask in (train_mask, validation_mask, test_mask):
+        digest.update(mask.tobytes())
+    fingerprint = digest.hexdigest()
+
+    in_memory = cache == "memory" or (cache == "auto" and fits_in_memory(images.num_bytes))
+    examples = functools.partial(
+        Examples, new_labels=new_labels, example_bytes=images.num_bytes / (len(train_mask) + len(test_mask))
+    )
+    file = folder / "records" / f"{fingerprint[:20]}.tfrecord" if cache == "disk" else None
+    train_examples = examples(part=images.train, mask=train_mask, in_memory=in_memory, file=file)
+    train_examples.write_file()
+
+    size = image_size or info.image_size
+    return TaskData(
+        train_examples=train_examples,
+        validation_examples=examples(part=images.train, mask=validation_mask, in_memory=in_memory),
+        test_examples=examples(part=images.test, mask=test_mask),  # read once
+        preprocessing=Preprocessing(
+            image_size=size,
+            # The reference's 256 for 224, kept in proportion; small images are not cropped.
+            resize_size=max(size, round(size * info.resize_size / info.image_size)),
+            augmentation=augmentation or info.augmentation,
+            rand_augment=rand_augment,
+            downscale=downscale,
+        ),
+        class_names=tuple(names[label] for label in classes or range(len(names))),
+        metric=info.metric,
+        batch_size=batch_size,
+        mixing=mixing,
+        seed=seed,
+        fingerprint=fingerprint,
+        skipped=tuple(getattr(images, part).name(int(index)) for part in broken for index in broken[part]),
+        worker=worker,
+        num_workers=num_workers,
+    )
+
+
+def _masks(
+    images: LabelledImages,
+    name: str,
+    *,
+    broken: dict[str, np.ndarray],
+    classes: Sequence[int] | None,
+    validation_fraction: float,
+    examples_per_class: int | None,
+    subset: str,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which examples train, validate (both of `images.train`) and test, bool; all arguments but `broken` as above.
+
+    Args:
+        broken: numbers of the examples to leave out of "train" and "test".
+    """
+    names, num_pool = images.class_names, images.train.num_examples
+    validation = held_out(num_pool, validation_fraction) if images.validation is None else images.validation.copy()
+    train, test = ~validation, np.ones(images.test.num_examples, bool)
+    for mask, part in ((train, "train"), (validation, "train"), (test, "test")):
+        mask[broken[part]] = False
+    if classes is not None or examples_per_class is not None or subset or not images.trusted:
+        labels, test_labels = images.train.labels(), images.test.labels()
+        check_labels(labels, images.train, names, name=name)
+        check_labels(test_labels, images.test, names, name=name)
+        in_use = classes or range(len(names))
+        for mask, part_labels in ((train, labels), (validation, labels), (test, test_labels)):
+            mask &= np.isin(part_labels, in_use)
+        check_classes_present(labels[train], in_use, names, where=f"the training part of {name}")
+        check_classes_present(test_labels[test], in_use, names, where=f"the test part of {name}")
+        if examples_per_class is not None:
+            train = few_of_each_class(labels, train, examples_per_class, seed, name)
+        if subset:
+            train = balanced_subset(labels, train, parse_amount(subset), seed, name)
+    for part, mask in (("training", train), ("validation", validation), ("test", test)):
+        if not mask.any():
+            raise UserError(
+                f"The {part} part of {name!r} is empty. Received: classes={classes}, "
+                f"validation_fraction={validation_fraction}, {num_pool} training examples in all."
+            )
+    return train, validation, test
+
+
+def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    options = tf.data.Options()
+    # Images are what is worked on in parallel; to divide the work of one among the cores as well only costs.
+    options.threading.max_intra_op_parallelism = 1
+    return dataset.with_options(options)

@@ -1,0 +1,169 @@
+"""TFDS builders by name, how their data gets on the disk, and what to do where that fails."""
+
+import contextlib
+import difflib
+import io
+import json
+import os
+import pathlib
+import re
+import socket
+import tarfile
+import urllib.parse
+import zipfile
+
+import tensorflow_datasets as tfds
+
+from robust_tf.data.builders import OWN_BUILDERS
+from robust_tf.data.datasets import TFDS_PREFIX, dataset_info, is_row
+from robust_tf.errors import UserError
+
+_CATALOG = "https://www.tensorflow.org/datasets/catalog/overview"
+# What TFDS raises when files can't be had.
+_FAILURES = (
+    OSError,  # network, disk or permission
+    AssertionError,  # files are missing that must be brought by hand
+    tfds.download.DownloadError,
+    tfds.download.download_manager.NonMatchingChecksumError,
+    tfds.download.extractor.ExtractError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
+
+
+def builder_of(name: str, data_dir: pathlib.Path | None = None) -> tfds.core.DatasetBuilder:
+    """The TFDS builder of a row or of `tfds:NAME[/config][:version]`, prepared or not.
+
+    Raises:
+        UserError: TFDS has no such data set, config or version.
+    """
+    reference = dataset_info(name).builder
+    match = re.fullmatch(r"(\w+)(?:/([\w.-]+))?(?::(\d+\.\d+\.\d+))?", reference)
+    if match is None:
+        raise UserError(f"A TFDS data set is named {TFDS_PREFIX}NAME[/config][:version]. Received: {name!r}.")
+    own_builder = OWN_BUILDERS.get(match[1])
+    try:
+        if own_builder:
+            return own_builder(config=match[2], version=match[3], data_dir=data_dir)
+        return tfds.builder(reference, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        known = [*OWN_BUILDERS, *tfds.list_builders(with_community_datasets=False)]
+        nearest = difflib.get_close_matches(match[1], known, n=1, cutoff=0.5)
+        suggestion = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise UserError(
+            f"TFDS has no data set of this name. Received: {match[1]!r}.{suggestion} All of them: {_CATALOG}."
+        ) from None
+    except (ValueError, AssertionError) as error:  # TFDS lists the valid configs or versions
+        raise UserError(f"TFDS has no such data set. Received: {name!r}: {error}") from None
+
+
+def prepared_builder(name: str, data_dir: pathlib.Path | None = None) -> tfds.core.DatasetBuilder:
+    """The TFDS builder of `name`, downloaded and prepared first if it was not; TFDS shows bars while it works.
+
+    Raises:
+        UserError: it could not be downloaded or prepared; says the command, the size and the manual way.
+    """
+    builder = builder_of(name, data_dir)
+    if builder.is_prepared():
+        return builder
+    # TFDS would try for minutes.
+    hosts = {urllib.parse.urlparse(url).hostname or "" for url in _missing_downloads(builder)}
+    if hosts and _offline(hosts):
+        raise UserError(_failure(name, builder, f"no internet: cannot find {', '.join(sorted(hosts))}"))
+    try:
+        if name == "digits":  # a second, and no download: TFDS's announcements would only alarm
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                builder.download_and_prepare()
+        else:
+            builder.download_and_prepare()
+    except _FAILURES as error:
+        raise UserError(_failure(name, builder, f"{type(error).__name__}: {error}")) from error
+    return builder
+
+
+def root_of(builder: tfds.core.DatasetBuilder) -> pathlib.Path:
+    """The TFDS folder that a builder reads and writes, below which <name>/[<config>/]<version> lies."""
+    return pathlib.Path(builder.data_path).parents[builder.info.full_name.count("/")]
+
+
+def ways_to_prepare(name: str, builder: tfds.core.DatasetBuilder) -> tuple[str, ...]:
+    """What to do to get a data set that is not prepared: command, size and the way without internet, in sentences."""
+    root, by_hand = root_of(builder), _by_hand(builder)
+    command = f"python -m robust_tf.data --prepare={name} --data_dir={root}"
+    copy = f"Or copy {root / builder.name} from a machine where it is prepared."
+    if _needs_hands(name, builder):
+        return f"{by_hand}{_size(name, builder)}", f"Then run {command}.", copy
+    first = f"{'With internet run' if _urls(builder) else 'Run'} {command}{_size(name, builder)}."
+    return first, *([f"Without, do this before: {by_hand}"] if by_hand else []), copy
+
+
+def _failure(name: str, builder: tfds.core.DatasetBuilder, reason: str) -> str:
+    return (
+        f"Data set {name!r} is not prepared in {root_of(builder)} and cannot be now. Received: "
+        f"{' '.join(reason.split())}. {' '.join(ways_to_prepare(name, builder))} Another TFDS folder: --data_dir."
+    )
+
+
+def _manual_folder(builder: tfds.core.DatasetBuilder) -> pathlib.Path:
+    return root_of(builder) / "downloads" / "manual"
+
+
+def _needs_hands(name: str, builder: tfds.core.DatasetBuilder) -> bool:
+    """Whether files are needed that no program can download."""
+    if is_row(name):
+        return dataset_info(name).by_hand
+    return bool(builder.MANUAL_DOWNLOAD_INSTRUCTIONS) and not getattr(builder, "URLS", ())
+
+
+def _urls(builder: tfds.core.DatasetBuilder) -> list[str]:
+    return list(getattr(builder, "URLS", None) or builder.url_infos or ())
+
+
+def _size(name: str, builder: tfds.core.DatasetBuilder) -> str:
+    known = sum(info.size for info in (builder.url_infos or {}).values())
+    at_most = "at most " if len(builder.BUILDER_CONFIGS) > 1 else ""  # TFDS lists the files of all configs together
+    size = dataset_info(name).download_size or (f"{at_most}{known / 2**20:,.0f} MiB" if known else "")
+    return f" (download: {size})" if size else ""
+
+
+def _by_hand(builder: tfds.core.DatasetBuilder) -> str:
+    """How to bring the files, in sentences; empty if TFDS would not find them."""
+    folder = _manual_folder(builder)
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        return f"{' '.join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())} The manual folder (manual_dir) is {folder}."
+    files = {info.filename: url for url, info in (builder.url_infos or {}).items()}
+    if not files or None in files or len(files) > 5:
+        return ""
+    which = "what its config needs of " if len(builder.BUILDER_CONFIGS) > 1 else ""
+    listed = " and ".join(f"{name} ({url})" for name, url in files.items())
+    return f"put {which}{listed} into {folder}."
+
+
+def _missing_downloads(builder: tfds.core.DatasetBuilder) -> list[str]:
+    """Addresses that will be downloaded from: not those whose file was brought or downloaded before."""
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS and builder.name not in OWN_BUILDERS:
+        return []
+    downloads, brought = root_of(builder) / "downloads", _manual_folder(builder)
+    notes = [json.loads(path.read_text()) for pattern in ("*.INFO", "*/*.INFO") for path in downloads.glob(pattern)]
+    downloaded = {url for note in notes for url in note.get("urls", ())}
+    infos = builder.url_infos or {}
+
+    def is_brought(url: str) -> bool:
+        name = infos[url].filename if url in infos else pathlib.PurePosixPath(urllib.parse.urlparse(url).path).name
+        return name is not None and (brought / name).exists()
+
+    there = [url for url in _urls(builder) if url in downloaded or is_brought(url)]
+    if there and len(builder.BUILDER_CONFIGS) > 1:
+        return []  # perhaps all that this config needs
+    return [url for url in _urls(builder) if url not in there]
+
+
+def _offline(hosts: set[str]) -> bool:
+    """Whether none of the hosts has an address; a proxy might know one all the same."""
+    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
+        return False
+    for host in hosts:
+        with contextlib.suppress(OSError):
+            socket.getaddrinfo(host, None)
+            return False
+    return True

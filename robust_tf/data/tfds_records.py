@@ -1,0 +1,115 @@
+"""Records of a data set that TFDS holds."""
+
+import dataclasses
+import pathlib
+import re
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from robust_tf.data.datasets import dataset_info, is_row
+from robust_tf.data.preparing import prepared_builder
+from robust_tf.data.records import LabelledImages
+from robust_tf.errors import UserError
+
+# Names that data sets in TFDS give these parts; the first that is there counts.
+_TEST_SPLITS = ("test", "validation", "val")
+_VALIDATION_SPLITS = ("validation", "val")
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsPart:
+    """A split expression of a prepared builder, in file order."""
+
+    builder: tfds.core.DatasetBuilder
+    split: str
+    image_key: str = "image"
+    label_key: str = "label"
+
+    @property
+    def num_examples(self) -> int:
+        return int(self._read({self.label_key}).cardinality())
+
+    def records(self) -> tf.data.Dataset:
+        image, label = self.image_key, self.label_key
+        # Other features (masks, boxes) are not even read; images stay encoded until an epoch wants them.
+        dataset = self._read({image, label}, decoders={image: tfds.decode.SkipDecoding()})
+        return dataset.enumerate().map(lambda index, example: (index, example[image], example[label]))
+
+    def labels(self) -> np.ndarray:
+        batches = self._read({self.label_key}).map(lambda example: example[self.label_key]).batch(4096)
+        return np.concatenate([np.zeros(0, np.int64), *batches.as_numpy_iterator()])
+
+    def name(self, index: int) -> str:
+        """The TFDS id, with the original file's name where the data set kept it."""
+        file_keys = [key for key in self.builder.info.features if re.fullmatch(r"(image/)?file_?name", key)]
+        dataset = self._read(set(file_keys) or {self.label_key}, read_config=tfds.ReadConfig(add_tfds_id=True))
+        example = next(dataset.skip(index).take(1).as_numpy_iterator())
+        return " ".join(example[key].decode() for key in [*file_keys, "tfds_id"])
+
+    def _read(self, features: set[str], decoders: dict | None = None, **options: object) -> tf.data.Dataset:
+        partial = tfds.decode.PartialDecoding(features, decoders=decoders or {})
+        return self.builder.as_dataset(split=self.split, decoders=partial, shuffle_files=False, **options)
+
+
+def open_tfds(name: str, data_dir: pathlib.Path | None) -> LabelledImages:
+    """A row of DATASETS or `tfds:NAME`, prepared first if it was not.
+
+    Raises:
+        UserError: it can't be prepared, or is no image classification data set.
+    """
+    info = dataset_info(name)
+    builder = prepared_builder(name, data_dir)
+    image_key, label_key = _keys(builder, name)
+    train, test, validation = (info.train, info.test, None) if is_row(name) else _splits(builder, label_key, name)
+
+    def part(split: str) -> TfdsPart:
+        return TfdsPart(builder, split, image_key, label_key)
+
+    own_validation = None
+    if validation is not None:
+        counts = part(train).num_examples, part(validation).num_examples
+        own_validation = np.repeat([False, True], counts)
+        train = f"{train}+{validation}"
+    return LabelledImages(
+        class_names=tuple(builder.info.features[label_key].names),
+        train=part(train),
+        test=part(test),
+        validation=own_validation,
+        num_bytes=int(builder.info.dataset_size or 0),
+        fingerprint=f"{builder.info.full_name} {train} {test}",
+        trusted=is_row(name),
+    )
+
+
+def _keys(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:
+    """The features that hold the image and its label."""
+    features = dict(builder.info.features.items())
+    image_key, label_key = builder.info.supervised_keys or ("image", "label")
+    if not isinstance(features.get(image_key), tfds.features.Image) or not isinstance(
+        features.get(label_key), tfds.features.ClassLabel
+    ):
+        raise UserError(
+            f"{name} is no image classification data set: it needs one image and one class label in each example. "
+            f"Received: {', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())}."
+        )
+    return image_key, label_key
+
+
+def _splits(builder: tfds.core.DatasetBuilder, label_key: str, name: str) -> tuple[str, str, str | None]:
+    """Train, test and, if the data set has it besides, validation."""
+    there = [split for split, info in builder.info.splits.items() if info.num_examples]
+    if "train" not in there:
+        raise UserError(f"{name} has no training split. Received: {', '.join(there)}.")
+    # The test parts of some challenges are published without labels, as -1.
+    labelled = [split for split in there if split != "train" and _has_labels(builder, split, label_key)]
+    test = next((split for split in _TEST_SPLITS if split in labelled), None)
+    if test is None:
+        return "train[:80%]", "train[80%:]", None  # TFDS has shuffled them when it prepared the data set
+    return "train", test, next((split for split in _VALIDATION_SPLITS if split in labelled and split != test), None)
+
+
+def _has_labels(builder: tfds.core.DatasetBuilder, split: str, label_key: str) -> bool:
+    some = min(100, builder.info.splits[split].num_examples)
+    return bool((TfdsPart(builder, f"{split}[:{some}]", label_key=label_key).labels() >= 0).any())

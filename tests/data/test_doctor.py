@@ -1,0 +1,114 @@
+"""`python -m robust_tf.data`: what it finds, and its exit codes."""
+
+import shutil
+
+import pytest
+
+from robust_tf.data import DATASETS
+from robust_tf.data.__main__ import main
+from robust_tf.data.datasets import DatasetInfo
+from robust_tf.data.doctor import diagnose
+from robust_tf.errors import UserError
+from tests.data.images import jpeg, write, write_folder
+
+WHOLE = {"train/cat": 8, "train/dog": 6, "test/cat": 3, "test/dog": 2}
+
+
+def test_a_prepared_data_set(data_dir):
+    diagnosis = diagnose("digits", data_dir)
+    assert diagnosis.state == "ready" and not diagnosis.advice
+    assert f"in {data_dir / 'digits' / '1.0.0'}, 0." in diagnosis.facts[0]
+    assert diagnosis.facts[1] == "10 classes, 1,000 training and 797 test images"
+    assert "licence: CC BY 4.0" in diagnosis.facts[2]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_row_says_what_to_do(name, tmp_path):
+    diagnosis = diagnose(name, tmp_path)
+    assert diagnosis.state == "not prepared"
+    advice = " ".join(diagnosis.advice)
+    assert f"un python -m robust_tf.data --prepare={name} --data_dir={tmp_path}" in advice
+    assert DATASETS[name].download_size in advice
+    assert list(tmp_path.iterdir()) == []  # it only looks
+
+
+def test_counts_that_are_not_the_papers(data_dir, monkeypatch):
+    row = DatasetInfo(builder="digits:1.0.0", num_classes=10, num_train=1000, num_test=800)
+    monkeypatch.setitem(DATASETS, "digits", row)
+    diagnosis = diagnose("digits", data_dir)
+    assert diagnosis.state == "faulty"
+    assert diagnosis.advice == (
+        "There must be 800 test images. Received: 797. Delete the folder and prepare it again.",
+    )
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_damaged_files(data_dir, tmp_path, damage):
+    copy = tmp_path / "digits" / "1.0.0"
+    shutil.copytree(data_dir / "digits" / "1.0.0", copy)
+    path = copy / "digits-test.tfrecord-00000-of-00001"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:5000])
+    diagnosis = diagnose("digits", tmp_path)
+    assert diagnosis.state == "faulty"
+    expected = f"1 of its 2 files are missing, e.g. {path}." if damage == "missing" else "The test part cannot be read"
+    assert diagnosis.advice[0].startswith(expected)
+
+
+def test_a_folder_in_order(tmp_path):
+    diagnosis = diagnose(f"folder:{write_folder(tmp_path, WHOLE)}")
+    assert (diagnosis.state, diagnosis.advice) == ("ready", ())
+    assert diagnosis.facts[1] == "2 classes, 14 training and 5 test images"
+
+
+def test_faults_of_a_folder_are_named(tmp_path):
+    root = write_folder(tmp_path, WHOLE | {"train/emu": 3})
+    write(root / "train/cat/003.jpg", b"no image")
+    write(root / "test/dog/copy.jpg", jpeg(0))  # train/cat/000.jpg
+    diagnosis = diagnose(f"folder:{root}")
+    missing, broken, twice = diagnosis.advice
+    assert diagnosis.state == "faulty"
+    assert "none of emu" in missing
+    assert f"1 images cannot be decoded: {root}/train/cat/003.jpg" in broken
+    assert (
+        f"1 images of the test part are in the training part too: {root}/test/dog/copy.jpg = {root}/train/cat/000.jpg"
+        in twice
+    )
+    assert len(diagnose(f"folder:{root}", thorough=False).advice) == 1
+
+
+def test_many_faults_are_counted(tmp_path):
+    root = write_folder(tmp_path, WHOLE)
+    for index in range(5):
+        write(root / f"train/cat/{index:03d}.jpg", b"no image")
+    assert "and 2 more" in diagnose(f"folder:{root}").advice[0]
+
+
+def test_program(data_dir, tmp_path, capsys):
+    folder = f"folder:{write_folder(tmp_path / 'photos', WHOLE)}"
+    assert main(["data", "--check", "digits", folder, f"--data_dir={data_dir}"]) == 0
+    assert capsys.readouterr().out.startswith("digits: ready\n    in ")
+    assert main(["data", "--check", "digits", "pets", f"--data_dir={data_dir}"]) == 1
+    assert "pets: not prepared" in capsys.readouterr().out
+    assert main(["data", "--check", f"--data_dir={data_dir}"]) == 0
+    out = capsys.readouterr().out
+    assert [name for name in DATASETS if f"{name}: " in out] == list(DATASETS)
+    assert main(["data", "--prepare=digits", f"--data_dir={tmp_path / 'new'}"]) == 0
+    assert (tmp_path / "new" / "digits" / "1.0.0").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Either --check or --prepare"),
+        (["--check", "--prepare=digits"], "Either --check or --prepare"),
+        (["--check", "digit"], "Received: 'digit'. Did you mean 'digits'"),
+        (["--prepare=digits", "pets"], "Received: digits pets"),
+        (["--chek"], "chek"),
+    ],
+)
+def test_wrong_command_lines(arguments, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main(["data", *arguments, f"--data_dir={tmp_path}"])

@@ -1,0 +1,125 @@
+"""The data of a task: complete, disjoint, in a known order, the same for the same seed."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from robust_tf.data import load_task
+from robust_tf.errors import UserError
+
+
+def batches(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    pairs = list(dataset.as_numpy_iterator())
+    return np.concatenate([images for images, _ in pairs]), np.concatenate([labels for _, labels in pairs])
+
+
+def rows(images: np.ndarray) -> set[bytes]:
+    return {image.tobytes() for image in images}
+
+
+@pytest.fixture
+def digits(data_dir):
+    def load(**options):
+        return load_task("digits", **{"batch_size": 64, "augmentation": "none", "data_dir": data_dir} | options)
+
+    return load
+
+
+def test_types_and_ranges(digits):
+    task = digits()
+    for dataset in (task.train(first_epoch=0, epochs=1), task.validation, task.test):
+        images, labels = next(dataset.as_numpy_iterator())
+        assert images.shape == (64, 16, 16, 3) and images.dtype == np.float32
+        assert labels.dtype == np.int32
+        assert images.min() == 0.0 and images.max() == 1.0
+
+
+def test_parts_are_complete_and_disjoint(digits):
+    task = digits()
+    assert (task.num_train, task.num_validation, task.num_test) == (900, 100, 797)
+    train, validation, test = (
+        batches(dataset)[0] for dataset in (task.train(first_epoch=0, epochs=1), task.validation, task.test)
+    )
+    assert (len(train), len(validation), len(test)) == (900, 100, 797)
+    assert len(rows(train) | rows(validation)) == len(rows(train)) + len(rows(validation))
+    assert task.steps_per_epoch == 15
+
+
+def test_validation_part_is_the_same_for_every_seed(digits):
+    np.testing.assert_array_equal(batches(digits(seed=1).validation)[0], batches(digits(seed=2).validation)[0])
+
+
+def test_evaluation_has_a_fixed_order(digits):
+    task = digits()
+    np.testing.assert_array_equal(batches(task.test)[1], batches(task.test)[1])
+
+
+@pytest.mark.parametrize("augmentation", ["none", "shift"])
+def test_an_epoch_is_decided_by_seed_and_number(digits, augmentation):
+    task = digits(augmentation=augmentation)
+    images, labels = batches(task.train(first_epoch=0, epochs=3))
+    resumed, resumed_labels = batches(digits(augmentation=augmentation).train(first_epoch=1, epochs=3))
+    np.testing.assert_array_equal(images[900:], resumed)
+    np.testing.assert_array_equal(labels[900:], resumed_labels)
+    first, second = images[:900], images[900:1800]
+    assert not np.array_equal(labels[:900], labels[900:1800])  # another order
+    assert (rows(first) == rows(second)) == (augmentation == "none")  # other shifts of the same images
+    other, _ = batches(digits(augmentation=augmentation, seed=5).train(first_epoch=0, epochs=1))
+    assert not np.array_equal(first, other)
+
+
+def test_order_does_not_depend_on_the_global_seed(digits):
+    labels = []
+    for seed in (0, 1):
+        tf.random.set_seed(seed)
+        labels.append(batches(digits().train(first_epoch=0, epochs=1))[1])
+    np.testing.assert_array_equal(*labels)
+
+
+def test_classes_are_renumbered_in_the_order_given(digits):
+    task, everything = digits(classes=(9, 5)), digits()
+    assert task.class_names == ("9", "5")
+    images, labels = batches(task.test)
+    all_images, all_labels = batches(everything.test)
+    np.testing.assert_array_equal(images[labels == 0], all_images[all_labels == 9])
+    np.testing.assert_array_equal(images[labels == 1], all_images[all_labels == 5])
+    assert len(images) == task.num_test == np.isin(all_labels, (5, 9)).sum()
+
+
+def test_few_examples_of_each_class(digits):
+    task = digits(classes=(5, 6, 7), examples_per_class=4)
+    images, labels = batches(task.train(first_epoch=0, epochs=1))
+    np.testing.assert_array_equal(np.bincount(labels), [4, 4, 4])
+    assert rows(images) < rows(batches(digits().train(first_epoch=0, epochs=1))[0])
+    assert task.num_validation == digits(classes=(5, 6, 7)).num_validation  # still all of them
+    other = digits(classes=(5, 6, 7), examples_per_class=4, seed=1)
+    assert rows(images) != rows(batches(other.train(first_epoch=0, epochs=1))[0])
+
+
+def test_resize_size_keeps_the_references_proportion(mocked_tfds):
+    with mocked_tfds(num_examples=20):
+        assert load_task("pets", batch_size=4).resize_size == 256
+        assert load_task("pets", batch_size=4, image_size=112).resize_size == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "digit"}, "Received: 'digit'. Did you mean 'digits'"),
+        ({"classes": (3, 10)}, r"0 to 9. Received: \[10\]"),
+        ({"classes": (3, 3)}, r"Received: \[3, 3\]"),
+        ({"classes": (3,)}, r"two or more.*\[3\]"),
+        ({"augmentation": "flipp"}, "Received: 'flipp'"),
+        ({"validation_fraction": 1.5}, "Received: 1.5"),
+        ({"examples_per_class": 1000}, "--examples_per_class=1000"),
+    ],
+)
+def test_wrong_requests_are_refused_by_value(data_dir, options, message):
+    with pytest.raises(UserError, match=message):
+        load_task(**{"name": "digits", "batch_size": 64, "data_dir": data_dir} | options)
+
+
+def test_a_data_set_that_cannot_be_had_says_how(tmp_path):
+    """Its files are downloaded by hand, so this fails without asking the network."""
+    with pytest.raises(UserError, match=r"(?s)imagenet2012.*144 GiB.*--prepare=imagenet2012 --data_dir="):
+        load_task("imagenet2012", batch_size=4, data_dir=tmp_path)
