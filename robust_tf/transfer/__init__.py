@@ -1,0 +1,14 @@
+"""Transfer of a trained backbone: which stages train, and copies of a classifier for another task."""
+
+from robust_tf.transfer.heads import replace_head, with_dtype_policy, with_image_size, with_normalization
+from robust_tf.transfer.stages import freeze, parameter_counts, stages
+
+__all__ = [
+    "freeze",
+    "parameter_counts",
+    "replace_head",
+    "stages",
+    "with_dtype_policy",
+    "with_image_size",
+    "with_normalization",
+]

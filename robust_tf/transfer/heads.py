@@ -1,0 +1,171 @@
+"""Copies of a classifier for another task: a fresh head, other normalisation, image size or precision."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import keras
+
+from robust_tf.errors import UserError, unknown_name
+
+HeadInitializer = Literal["pytorch", "keras", "zeros"]
+
+HEAD_INITIALIZERS: tuple[HeadInitializer, ...] = ("pytorch", "keras", "zeros")
+DTYPE_POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
+ALWAYS_FLOAT32 = ("images", "normalization", "logits")
+
+
+def replace_head(
+    classifier: keras.Model,
+    num_classes: int,
+    *,
+    hidden_layers: int = 0,
+    initializer: HeadInitializer = "pytorch",
+    seed: int,
+) -> keras.Model:
+    """A classifier with a fresh head on the backbone of this one.
+
+    The backbone is shared, not copied: training one classifier changes the other.
+
+    Args:
+        classifier: a functional model whose head starts after a layer called "features", (batch, feature_dim).
+        num_classes: number of logits, at least 2.
+        hidden_layers: number of layers Dense(feature_dim) with ReLU before the logits, called "head_hidden1", ...
+        initializer: "pytorch": kernels and biases uniform within 1 / sqrt(fan_in), as PyTorch's Linear starts;
+            "keras": Glorot-uniform kernels and biases of zero; "zeros": logits of zero, and hidden layers as in
+            "pytorch", since a hidden layer of zeros would never learn.
+        seed: the head starts from the same weights for the same seed.
+
+    Returns:
+        A functional model of the same name, from the same input to logits (batch, num_classes) in float32.
+
+    Raises:
+        UserError: no layer "features", an unknown initializer, or a number outside its range.
+    """
+    if num_classes < 2:
+        raise UserError(f"A classifier needs at least 2 classes. Received: num_classes={num_classes}.")
+    if hidden_layers < 0:
+        raise UserError(f"`hidden_layers` must be at least 0. Received: hidden_layers={hidden_layers}.")
+    if initializer not in HEAD_INITIALIZERS:
+        raise unknown_name("head initializer", initializer, HEAD_INITIALIZERS)
+    features = _layer(classifier, "features")
+    x = features.output
+    feature_dim = x.shape[-1]
+    rng = random.Random(seed)
+    start = _pytorch_start if initializer == "zeros" else _STARTS[initializer]
+    for index in range(1, hidden_layers + 1):
+        x = keras.layers.Dense(
+            feature_dim,
+            activation="relu",
+            dtype=features.dtype_policy,
+            name=f"head_hidden{index}",
+            **start(feature_dim, rng),
+        )(x)
+    logits = keras.layers.Dense(num_classes, dtype="float32", name="logits", **_STARTS[initializer](feature_dim, rng))
+    return keras.Model(classifier.input, logits(x), name=classifier.name)
+
+
+def with_normalization(classifier: keras.Model, mean: Sequence[float], std: Sequence[float]) -> keras.Model:
+    """A copy of the classifier, with the same weights, that normalises its images differently.
+
+    Args:
+        classifier: a functional model with a layer called "normalization".
+        mean: of the three channels, in [0, 1] pixel units.
+        std: standard deviation of the three channels, above 0.
+
+    Raises:
+        UserError: no layer "normalization", or numbers that are not three or out of range.
+    """
+    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+        raise UserError(
+            "`mean` and `std` hold one number for each of the three channels, those of `std` above 0. "
+            f"Received: mean={tuple(mean)}, std={tuple(std)}."
+        )
+    _layer(classifier, "normalization")
+    variance = [value**2 for value in std]
+    return _copy(classifier, lambda name: {"mean": list(mean), "variance": variance} if name == "normalization" else {})
+
+
+def with_image_size(classifier: keras.Model, image_size: int) -> keras.Model:
+    """A copy of the classifier, with the same weights, for square images of another size.
+
+    Args:
+        classifier: a functional model with an input called "images".
+        image_size: height and width, in pixels.
+
+    Raises:
+        UserError: the network does not allow this size, or its weights belong to the size that it was built for.
+    """
+    shape = (None, image_size, image_size, _layer(classifier, "images").output.shape[-1])
+    try:
+        return _copy(classifier, lambda name: {"batch_shape": shape} if name == "images" else {})
+    except ValueError as error:
+        raise UserError(
+            f"The weights of {classifier.name!r} do not fit images of this size. Received: image_size={image_size}, "
+            f"built for {classifier.input_shape[1]}. Resize the images instead, or take another size or architecture."
+        ) from error
+
+
+def with_dtype_policy(classifier: keras.Model, policy: str) -> keras.Model:
+    """A copy of the classifier, with the same weights, that computes in another precision.
+
+    The layers "normalization" and "logits" stay in float32, as they are in a new classifier. The loss scaling that
+    "mixed_float16" needs comes from the global policy (`keras.config.set_dtype_policy`) at the time when the model
+    that is compiled is made.
+
+    Args:
+        classifier: a flat functional model.
+        policy: "float32", "mixed_bfloat16" or "mixed_float16"; the weights are float32 under each of them.
+
+    Raises:
+        UserError: another policy.
+    """
+    if policy not in DTYPE_POLICIES:
+        raise unknown_name("dtype policy", policy, DTYPE_POLICIES)
+    return _copy(classifier, lambda name: {"dtype": "float32" if name in ALWAYS_FLOAT32 else policy})
+
+
+def _copy(classifier: keras.Model, changes: Callable[[str], dict[str, Any]]) -> keras.Model:
+    """A copy with the same weights and the same ones frozen; `changes` gives the changed options of a named layer."""
+    config = classifier.get_config()
+    for layer in config["layers"]:
+        layer["config"] |= {key: value for key, value in changes(layer["name"]).items() if key in layer["config"]}
+    copy = type(classifier).from_config(config)
+    copy.set_weights(classifier.get_weights())
+    for ours, theirs in zip(copy.weights, classifier.weights, strict=True):
+        ours.trainable = theirs.trainable
+    return copy
+
+
+def _layer(classifier: keras.Model, name: str) -> keras.layers.Layer:
+    names = [layer.name for layer in classifier.layers]
+    if name not in names:
+        raise UserError(
+            f"The classifier needs a layer called {name!r}. Received one whose layers are "
+            f"{', '.join(names[:3])}, ..., {', '.join(names[-3:])}."
+        )
+    return classifier.get_layer(name)
+
+
+def _pytorch_start(fan_in: int, rng: random.Random) -> dict[str, Any]:
+    bound = 1 / math.sqrt(fan_in)
+    return {
+        f"{name}_initializer": keras.initializers.RandomUniform(-bound, bound, seed=rng.getrandbits(31))
+        for name in ("kernel", "bias")
+    }
+
+
+def _keras_start(fan_in: int, rng: random.Random) -> dict[str, Any]:
+    return {"kernel_initializer": keras.initializers.GlorotUniform(seed=rng.getrandbits(31))}
+
+
+def _zero_start(fan_in: int, rng: random.Random) -> dict[str, Any]:
+    return {"kernel_initializer": "zeros"}
+
+
+_STARTS: dict[HeadInitializer, Callable[[int, random.Random], dict[str, Any]]] = {
+    "pytorch": _pytorch_start,
+    "keras": _keras_start,
+    "zeros": _zero_start,
+}

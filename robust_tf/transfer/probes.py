@@ -1,0 +1,188 @@
+"""Linear heads with a closed or convex solution: multinomial logistic regression and ridge regression on features.
+
+Both choose their regularisation on the validation part, and give plain weights for a Dense layer.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+# Penalties relative to the scale of the features, strong ones first: each solution starts the next one.
+_LOGISTIC_PENALTIES = tuple(10.0**exponent for exponent in range(1, -7, -1))
+_RIDGE_PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -13, -1))
+_MAX_ITERATIONS = 1000
+# Rows that are in memory at once where the whole isn't needed.
+_ROWS = 8192
+# A class that has no training example is never predicted.
+_NEVER = -100.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearHead:
+    """Weights of a linear classifier on features.
+
+    Attributes:
+        kernel: (feature_dim, num_classes) float32.
+        bias: (num_classes,) float32.
+        penalty: the regularisation that was chosen.
+        validation_value: metric on the validation part.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    penalty: float
+    validation_value: float
+
+
+def logistic_regression(
+    train: Sequence[np.ndarray],
+    train_labels: np.ndarray,
+    validation: np.ndarray,
+    validation_labels: np.ndarray,
+    *,
+    num_classes: int,
+    metric: str,
+) -> LinearHead:
+    """Minimises mean cross-entropy + penalty / 2 * |kernel|^2 on standardised features, by L-BFGS.
+
+    Args:
+        train: for each view (num_train, feature_dim); all views are examples.
+        train_labels: (num_train,) int.
+        validation: (num_validation, feature_dim).
+        validation_labels: (num_validation,) int.
+        num_classes: number of labels.
+        metric: "accuracy" or "mean_per_class_accuracy", which chooses the penalty; the cross-entropy decides ties.
+
+    Source of the protocol: Kornblith et al. 2019, arXiv 1805.08974, section 4.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression  # slow to import
+
+    mean, std = _moments(train)
+    features = (np.concatenate(list(train)).astype(np.float64) - mean) / std
+    labels = np.tile(train_labels, len(train))
+    solver = LogisticRegression(max_iter=_MAX_ITERATIONS, tol=1e-5, warm_start=True)
+    best: tuple[tuple[float, float], LinearHead] | None = None
+    for penalty in _LOGISTIC_PENALTIES:
+        solver.set_params(C=1.0 / (penalty * len(labels)))
+        with warnings.catch_warnings():
+            # At weak penalties the optimum is far; what was reached is a candidate like the others.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            solver.fit(features, labels)
+        kernel, bias = _softmax_weights(solver.coef_, solver.intercept_, solver.classes_, num_classes)
+        kernel = kernel / std[:, None]
+        bias = bias - mean @ kernel
+        best = _better(best, kernel, bias, penalty, validation, validation_labels, metric)
+    if best is None:
+        raise AssertionError("there are penalties")
+    return best[1]
+
+
+def ridge_regression(
+    train: Sequence[np.ndarray],
+    train_labels: np.ndarray,
+    validation: np.ndarray,
+    validation_labels: np.ndarray,
+    *,
+    num_classes: int,
+    metric: str,
+) -> LinearHead:
+    """Minimises mean (score - target)^2 + penalty * |kernel|^2 with targets +-1, one column a class, exactly.
+
+    The penalty is given relative to the features' mean variance. One eigendecomposition serves all penalties. The
+    scores are multiplied by the factor that makes their softmax fit the validation labels best, since +-1 says nothing
+    about probabilities; that changes no prediction. Arguments and result as of `logistic_regression`.
+    """
+    mean, _ = _moments(train)
+    dim, count = len(mean), len(train) * len(train_labels)
+    share = np.bincount(train_labels, minlength=num_classes) / len(train_labels)
+    mean_target = 2.0 * share - 1.0
+    gram, product = np.zeros((dim, dim)), np.zeros((dim, num_classes))
+    for view in train:
+        for start in range(0, len(view), _ROWS):
+            rows = view[start : start + _ROWS].astype(np.float64) - mean
+            targets = np.full((len(rows), num_classes), -1.0)
+            targets[np.arange(len(rows)), train_labels[start : start + _ROWS]] = 1.0
+            gram += rows.T @ rows / count
+            product += rows.T @ (targets - mean_target) / count
+    eigenvalues, eigenvectors = np.linalg.eigh(gram)
+    eigenvalues = np.maximum(eigenvalues, 0.0)
+    scale = max(float(eigenvalues.mean()), np.finfo(np.float64).tiny)
+    rotated = eigenvectors.T @ product
+    best: tuple[tuple[float, float], LinearHead] | None = None
+    for penalty in _RIDGE_PENALTIES:
+        kernel = eigenvectors @ (rotated / (eigenvalues + penalty * scale)[:, None])
+        bias = mean_target - mean @ kernel
+        factor = _best_factor(validation @ kernel + bias, validation_labels)
+        best = _better(best, factor * kernel, factor * bias, penalty, validation, validation_labels, metric)
+    if best is None:
+        raise AssertionError("there are penalties")
+    return best[1]
+
+
+PROBES = {"lbfgs": logistic_regression, "ridge": ridge_regression}
+
+
+def metric_of(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float:
+    """Accuracy, or its mean over the classes that occur, in [0, 1]."""
+    hits = predictions == labels
+    if metric == "accuracy":
+        return float(hits.mean())
+    return float(np.mean([hits[labels == label].mean() for label in np.unique(labels)]))
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over the rows, in nats."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]).mean())
+
+
+def _better(
+    best: tuple[tuple[float, float], LinearHead] | None,
+    kernel: np.ndarray,
+    bias: np.ndarray,
+    penalty: float,
+    validation: np.ndarray,
+    labels: np.ndarray,
+    metric: str,
+) -> tuple[tuple[float, float], LinearHead]:
+    """The better one of the best solution so far and a new one; the earlier (more regularised) one of two equals."""
+    logits = validation @ kernel + bias
+    value = metric_of(logits.argmax(axis=1), labels, metric)
+    rank = (value, -cross_entropy(logits, labels))
+    if best is not None and best[0] >= rank:
+        return best
+    return rank, LinearHead(
+        kernel=kernel.astype(np.float32), bias=bias.astype(np.float32), penalty=penalty, validation_value=value
+    )
+
+
+def _moments(train: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (1 for a constant feature) over all views, (feature_dim,) float64 each."""
+    count = sum(len(view) for view in train)
+    mean = sum(view.sum(axis=0, dtype=np.float64) for view in train) / count
+    variance = np.zeros_like(mean)
+    for view in train:
+        for start in range(0, len(view), _ROWS):
+            variance += ((view[start : start + _ROWS] - mean) ** 2).sum(axis=0) / count
+    std = np.sqrt(variance)
+    return mean, np.where(std > 1e-6 * std.max(), std, 1.0)
+
+
+def _softmax_weights(
+    coefficients: np.ndarray, intercepts: np.ndarray, classes: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's weights as one column a class; for two classes it has a single one, of the second's log-odds."""
+    if len(classes) == 2:
+        coefficients = np.concatenate([-coefficients, coefficients]) / 2.0
+        intercepts = np.concatenate([-intercepts, intercepts]) / 2.0
+    kernel, bias = np.zeros((coefficients.shape[1], num_classes)), np.full(num_classes, _NEVER)
+    kernel[:, classes], bias[classes] = coefficients.T, intercepts
+    return kernel, bias
+
+
+def _best_factor(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The positive factor of least cross-entropy (temperature scaling; Guo et al. 2017, arXiv 1706.04599)."""
+    return float(min(np.logspace(-1, 3, 41), key=lambda factor: cross_entropy(factor * scores, labels)))

@@ -1,0 +1,84 @@
+"""Linear probes: the exact optimum where there is a formula, and the penalty that the validation part wants."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+
+from robust_tf.transfer.probes import PROBES, cross_entropy, logistic_regression, metric_of, ridge_regression
+
+
+def blobs(count: int, *, num_classes: int = 3, dim: int = 12, seed: int = 0, noise: float = 1.0):
+    """Gaussian classes, with features of very different scales, one of them constant."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(num_classes, dim))
+    labels = rng.permutation(np.arange(count) % num_classes)
+    features = centres[labels] + noise * rng.normal(size=(count, dim))
+    features = features * np.logspace(-2, 2, dim) + 5.0
+    features[:, 3] = 7.0
+    return features.astype(np.float32), labels.astype(np.int32)
+
+
+@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("metric", ["accuracy", "mean_per_class_accuracy"])
+def test_separable_classes_are_separated(name, num_classes, metric):
+    options = {"num_classes": num_classes, "noise": 0.2}
+    train, labels = blobs(200, **options)
+    validation, validation_labels = blobs(60, **options, seed=1)
+    test, test_labels = blobs(300, **options, seed=2)
+    head = PROBES[name]([train], labels, validation, validation_labels, num_classes=num_classes, metric=metric)
+    logits = test @ head.kernel + head.bias
+    assert head.kernel.dtype == head.bias.dtype == np.float32
+    assert metric_of(logits.argmax(axis=1), test_labels, "accuracy") > 0.98
+    own = metric_of((validation @ head.kernel + head.bias).argmax(axis=1), validation_labels, metric)
+    assert head.validation_value == pytest.approx(own)
+
+
+def test_ridge_is_scikit_learns(monkeypatch):
+    train, labels = blobs(150)
+    validation, validation_labels = blobs(50, seed=1)
+    penalty = 0.01
+    monkeypatch.setattr("robust_tf.transfer.probes._RIDGE_PENALTIES", (penalty,))
+    views = [train[:, :], train + 0.1]
+    head = ridge_regression(views, labels, validation, validation_labels, num_classes=3, metric="accuracy")
+    both = np.concatenate(views).astype(np.float64)
+    scale = both.var(axis=0).mean()
+    targets = 2.0 * np.eye(3)[np.tile(labels, 2)] - 1.0
+    theirs = Ridge(alpha=penalty * scale * len(both)).fit(both, targets)
+    factor = (head.kernel * theirs.coef_.T).sum() / (theirs.coef_**2).sum()  # ours is scaled as a whole
+    np.testing.assert_allclose(head.kernel, factor * theirs.coef_.T, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(head.bias, factor * theirs.intercept_, rtol=1e-3, atol=1e-3)
+    logits = validation @ head.kernel + head.bias
+    for other in (0.7, 1.4):  # the factor fits the probabilities
+        assert cross_entropy(logits, validation_labels) <= cross_entropy(other * logits, validation_labels)
+
+
+def test_logistic_regression_is_at_the_optimum(monkeypatch):
+    """The gradient of its objective is zero there."""
+    train, labels = blobs(200)
+    penalty = 0.1
+    monkeypatch.setattr("robust_tf.transfer.probes._LOGISTIC_PENALTIES", (penalty,))
+    head = logistic_regression([train], labels, *blobs(50, seed=1), num_classes=3, metric="accuracy")
+    std = np.where(train.std(axis=0) > 1e-3, train.std(axis=0), 1.0).astype(np.float64)
+    standardised = (train - train.mean(axis=0)) / std
+    kernel = head.kernel * std[:, None]
+    logits = train.astype(np.float64) @ head.kernel + head.bias
+    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    gradient = standardised.T @ (probabilities - np.eye(3)[labels]) / len(train) + penalty * kernel
+    assert np.abs(gradient).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_the_penalty_is_the_one_that_the_validation_part_wants(name, monkeypatch):
+    """Many features, few noisy examples: the weakest penalty overfits."""
+    penalties = f"robust_tf.transfer.probes._{'LOGISTIC' if name == 'lbfgs' else 'RIDGE'}_PENALTIES"
+    train, labels = blobs(45, dim=60, noise=3.0)
+    others = [blobs(3000, dim=60, noise=3.0, seed=seed) for seed in (1, 2)]
+    values = {}
+    for choice in [(1.0,), (1e-6,), (1.0, 1e-6)]:
+        monkeypatch.setattr(penalties, choice)
+        head = PROBES[name]([train], labels, *others[0], num_classes=3, metric="accuracy")
+        values[choice] = head.validation_value, head.penalty
+    assert values[(1.0,)][0] > values[(1e-6,)][0]
+    assert values[(1.0, 1e-6)] == values[(1.0,)]
