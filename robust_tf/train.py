@@ -1,0 +1,272 @@
+"""Trains a classifier: adversarial (or standard) pretraining, or transfer of a robust backbone.
+
+    python -m robust_tf.train --flagfile=configs/quickstart.cfg [--workdir=W] [any flag]
+
+Started again on the same workdir, it goes on where it stopped.
+"""
+
+import base64
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import logging
+
+from robust_tf.command_line import parse_flags, to_flag_file
+from robust_tf.config import JobConfig, read_flag_file
+from robust_tf.environment import set_tensorflow_defaults
+from robust_tf.errors import UserError, exit_on_user_error
+from robust_tf.files import replaced_atomically, write_json
+
+set_tensorflow_defaults()
+
+import keras  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from robust_tf.data import TaskData, dataset_info  # noqa: E402
+from robust_tf.models import PUBLISHED, load_classifier, save_classifier  # noqa: E402
+from robust_tf.serving.model_card import card_from_results  # noqa: E402
+from robust_tf.serving.publish import export_classifier  # noqa: E402
+from robust_tf.training.building import adapted, new_classifier, task_of  # noqa: E402
+from robust_tf.training.checkpoint import Checkpoints  # noqa: E402
+from robust_tf.training.evaluation import evaluate_classifier  # noqa: E402
+from robust_tf.training.fitting import fit_classifier  # noqa: E402
+from robust_tf.training.head_fitting import fit_head  # noqa: E402
+from robust_tf.training.plan import plan_table  # noqa: E402
+from robust_tf.training.progress import console  # noqa: E402
+from robust_tf.training.results import closing_table, job_results  # noqa: E402
+from robust_tf.training.tensorboard import write_result  # noqa: E402
+from robust_tf.transfer import sources  # noqa: E402
+
+Results = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> None:
+    """The program: flags in, the job's files and a table out."""
+    logging.set_verbosity(logging.ERROR)  # TFDS and TensorFlow tell much that is no news to the user
+    config, rest = parse_flags(JobConfig, argv, __doc__ or "")
+    if rest:
+        raise UserError(f"Everything is a flag, --name=value. Received: {rest[0]!r}.")
+    run(dataclasses.replace(config, workdir=config.workdir or default_workdir(argv)))
+
+
+def run(config: JobConfig) -> None:
+    """Runs a job, its baseline and its export, and prints what came out."""
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    if config.dry_run:
+        print_plan(config)
+        return
+    results = run_job(config)
+    if config.baseline:
+        results = {**results, "baseline": run_baseline(config)}
+        write_json(pathlib.Path(config.workdir) / "results.json", results)
+    console.print(closing_table(results))
+    if config.export_dir:
+        export(config, results)
+    print_next_commands(config)
+
+
+def run_job(config: JobConfig) -> Results:
+    """One training job from its flags to results.json; a finished one is only read again.
+
+    Raises:
+        UserError: something in the flags, the data or the files is at fault. What was written before is kept.
+    """
+    workdir = pathlib.Path(config.workdir)
+    claim_workdir(workdir, config)
+    if (workdir / "results.json").exists():
+        console.print(f"{workdir} is finished already.")
+        return json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+
+    keras.utils.set_random_seed(config.seed)
+    keras.config.set_dtype_policy(config.precision)  # also tells Keras whether to scale the loss
+    try:
+        classifier, task = build_job(config)
+        console.print(f"Training {classifier.name} on {config.dataset} ({task.num_train} images) in {workdir}.")
+        if task.skipped:
+            console.print(f"Left out {len(task.skipped)} images that cannot be decoded: {', '.join(task.skipped[:5])}")
+        head_fit = None
+        with task.broken_images_named():
+            if config.features == "cached":
+                head_fit = fit_head(config, classifier, task, workdir)
+                progress = head_fit.progress
+            else:
+                progress = fit_classifier(config, classifier, task, workdir)
+            # The one and only look at the test part.
+            evaluation = evaluate_classifier(
+                classifier,
+                task.test,
+                attack=config.evaluation_attack,
+                num_images=task.num_test,
+            )
+        results = job_results(config, task, classifier, evaluation, progress, head_fit)
+        save_classifier(classifier, workdir / "classifier.keras")
+        write_result(
+            workdir / "tensorboard",
+            settings=_hparams(config),
+            figures={
+                name: results[name] for name in ("clean_accuracy", "robust_accuracy") if results[name] is not None
+            },
+            confusion=evaluation.confusion,
+            class_names=task.class_names,
+        )
+        write_json(workdir / "results.json", results)  # last: its presence says that the job is finished
+        return results
+    except KeyboardInterrupt:
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        done = checkpoints.peek().epochs_done if checkpoints.exists else 0
+        console.print(
+            f"Interrupted. {done} of {config.epochs} epochs are saved in {workdir}; the same command goes on there."
+        )
+        raise SystemExit(130) from None
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def build_job(config: JobConfig) -> tuple[keras.Model, TaskData]:
+    """The classifier, frozen as the flags say, and its data. Runs the source's job first if it has to."""
+    if config.task == "pretrain":
+        task = task_of(config)
+        return new_classifier(config, task), task
+    source = load_source_classifier(config)
+    task = task_of(config, image_size=source.input_shape[1])
+    return adapted(source, config, task), task
+
+
+def load_source_classifier(config: JobConfig) -> keras.Model:
+    """The source; if it is a flag file whose classifier is missing, that job is run first."""
+    if not sources.is_flag_file(config.source):
+        return sources.load_source(config.source, architecture=config.architecture, image_size=config.image_size)
+    source_job = source_config(config)
+    run_job(source_job)
+    path = str(pathlib.Path(source_job.workdir) / "classifier.keras")
+    return sources.load_source(path, architecture=config.architecture, image_size=config.image_size)
+
+
+def source_config(config: JobConfig, overrides: Sequence[str] = (), suffix: str = "") -> JobConfig:
+    """The job of a source that is a flag file; its workdir lies beside this job's unless the file names one."""
+    path = pathlib.Path(config.source)
+    source_job = read_flag_file(path, overrides)
+    workdir = pathlib.Path(source_job.workdir or pathlib.Path(config.workdir).with_name(path.stem))
+    return dataclasses.replace(
+        source_job,
+        workdir=str(workdir.with_name(workdir.name + suffix)),
+        data_dir=source_job.data_dir or config.data_dir,
+    )
+
+
+def run_baseline(config: JobConfig) -> Results:
+    """The same job from the standard twin of its source, in the sub-folder baseline/ of its workdir."""
+    if sources.is_flag_file(config.source):
+        robust = source_config(config)
+        # Trained without an attack, but measured under the same one.
+        overrides = ["--epsilon=0", f"--eval_epsilon={robust.evaluation_attack.epsilon}", "--on_alarm=warn"]
+        twin_job = source_config(config, overrides, suffix="_eps0")
+        run_job(twin_job)
+        twin = str(pathlib.Path(twin_job.workdir) / "classifier.keras")
+    else:
+        twin = sources.published_twin(config.source)
+    workdir = str(pathlib.Path(config.workdir) / "baseline")
+    return run_job(dataclasses.replace(config, source=twin, workdir=workdir, baseline=False, export_dir=""))
+
+
+def claim_workdir(workdir: pathlib.Path, config: JobConfig) -> None:
+    """Writes flags.cfg, or checks that the one there describes the same job.
+
+    Raises:
+        UserError: the workdir belongs to another job (lists the flags that differ), or can't be written.
+    """
+    path = workdir / "flags.cfg"
+    if path.exists():
+        differences = read_flag_file(path).differences(config)
+        if differences:
+            raise UserError(
+                f"The workdir {workdir} holds a job with other flags (there -> now): {'; '.join(differences)}. "
+                "Choose another --workdir, or delete this one."
+            )
+        return
+    with replaced_atomically(path) as temporary:
+        temporary.write_text(to_flag_file(config), encoding="utf-8")
+
+
+def export(config: JobConfig, results: Results) -> None:
+    """Publishes the finished classifier as the next SavedModel version below `--export_dir`."""
+    classifier = load_classifier(pathlib.Path(config.workdir) / "classifier.keras")
+    version_dir = export_classifier(
+        classifier,
+        config.export_dir,
+        served_name(config),
+        model_card=card_from_results(results),
+        labels=results["class_names"],
+        resize_size=results["resize_size"],
+    )
+    console.print(f"Published {version_dir}.")
+
+
+def print_plan(config: JobConfig) -> None:
+    """`--dry_run`: the figures of the job. Sources that are jobs or downloads of their own are not run or fetched."""
+    planned = config
+    if sources.is_flag_file(config.source):
+        source_job = source_config(config)
+        planned = dataclasses.replace(
+            config,
+            architecture=config.architecture or source_job.architecture,
+            image_size=config.image_size or source_job.image_size or dataset_info(source_job.dataset).image_size,
+        )
+    elif config.source in PUBLISHED:
+        planned = dataclasses.replace(config, architecture=PUBLISHED[config.source].architecture)
+    elif config.task == "transfer":
+        classifier, task = build_job(config)
+        console.print(plan_table(config, task, classifier, pathlib.Path(config.workdir)))
+        return
+    task = task_of(planned)
+    classifier = new_classifier(planned, task)
+    if config.task == "transfer":
+        classifier = adapted(classifier, config, task)
+    console.print(plan_table(config, task, classifier, pathlib.Path(config.workdir)))
+
+
+def default_workdir(argv: Sequence[str]) -> str:
+    """runs/<name of the flag file>."""
+    flag_files = [arg.partition("=")[2] for arg in argv if arg.lstrip("-").startswith("flagfile=")]
+    return str(pathlib.Path("runs") / (pathlib.Path(flag_files[-1]).stem if flag_files else "train"))
+
+
+def served_name(config: JobConfig) -> str:
+    """The name that the model is exported and queried under."""
+    return config.model_name or pathlib.Path(config.workdir).name
+
+
+def print_next_commands(config: JobConfig) -> None:
+    """The commands that usually follow, to copy."""
+    commands = [f"tensorboard --logdir {pathlib.Path(config.workdir).parent}"]
+    if config.export_dir:
+        name, base = served_name(config), pathlib.Path(config.export_dir).resolve() / served_name(config)
+        serve = f"python -m robust_tf.serve --rest_api_port=8501 --model_name={name} --model_base_path={base}"
+        commands += [f"python -m pip install '.[serve]' && {serve}", _query(config, name)]
+    console.print("Next:", *(f"  {command}" for command in commands), sep="\n")
+
+
+def _query(config: JobConfig, name: str) -> str:
+    """Asks the served model about a test image: within the command where it is small enough for that."""
+    sample = task_of(config).sample()
+    if len(sample) > 1000:
+        return f"python -m robust_tf.predict --server=http://localhost:8501 --model_name={name} IMAGE_OR_FOLDER"
+    request = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode("ascii")}]})
+    return f"curl -d '{request}' http://localhost:8501/v1/models/{name}:predict"
+
+
+def _hparams(config: JobConfig) -> dict[str, bool | int | float | str]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        name: value for name, value in values.items() if isinstance(value, bool | int | float | str) and value != ""
+    }
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(sys.argv)

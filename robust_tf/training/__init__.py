@@ -1,0 +1,7 @@
+"""Adversarial training on plain Keras `compile`, `fit` and `evaluate`."""
+
+from robust_tf.attacks import AttackConfig
+from robust_tf.training.metrics import MeanPerClassAccuracy
+from robust_tf.training.trainer import AdversarialTrainer
+
+__all__ = ["AdversarialTrainer", "AttackConfig", "MeanPerClassAccuracy"]

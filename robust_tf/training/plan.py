@@ -1,0 +1,61 @@
+"""What `--dry_run` prints: the job in figures, before anything is trained."""
+
+import math
+import pathlib
+
+import keras
+from rich.table import Table
+
+from robust_tf.config import JobConfig
+from robust_tf.data import TaskData
+from robust_tf.transfer.stages import parameter_counts
+
+# Resident size of a process that has imported TensorFlow and read its data, measured on Linux.
+_PROCESS_BYTES = 700 * 1024**2
+
+
+def plan_table(config: JobConfig, task: TaskData, classifier: keras.Model, workdir: pathlib.Path) -> Table:
+    """The plan of one job; the classifier only has to have the right layers frozen."""
+    trainable, total = parameter_counts(classifier)
+    steps = task.steps_per_epoch
+    attack = config.attack
+    table = Table(title=f"Plan of {workdir} (dry run: nothing is trained)", title_justify="left", show_header=False)
+    rows = {
+        "task": config.task,
+        "data": f"{config.dataset}: {task.num_train} training, {task.num_validation} validation, "
+        f"{task.num_test} test images, {len(task.class_names)} classes",
+        "images": f"{task.image_size}x{task.image_size}, augmentation {task.augmentation}",
+        "source": config.source,
+        "model": f"{classifier.name}: {total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen",
+        "attack": f"PGD-{attack.steps}, {attack.norm} epsilon {attack.epsilon:.4g}, step {attack.step_size:.4g}"
+        if attack.active
+        else "none: standard training",
+        "steps": f"{config.epochs} epochs x {steps} = {config.epochs * steps:,} steps of {config.batch_size} images",
+        "passes": f"1 forward pass per image and view ({config.views}), whose features are stored"
+        if config.features == "cached"
+        else f"{_passes(config):g} forward and backward passes per image and epoch",
+        "memory": f"about {estimated_bytes(config, classifier, trainable, total) / 1024**3:.1f} GB (estimate)",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def estimated_bytes(config: JobConfig, classifier: keras.Model, trainable: int, total: int) -> int:
+    """Estimated peak memory of training: process, weights, gradients, momentum, and the outputs of all layers.
+
+    Every layer's output is kept for the backward pass, and about as much again is alive in gradients and in the
+    operations inside the layers.
+    """
+    bytes_per_value = 4 if config.precision == "float32" else 2
+    outputs = sum(
+        math.prod(tensor.shape[1:])
+        for layer in classifier.layers
+        for tensor in keras.tree.flatten(layer.output)
+        if None not in tensor.shape[1:]
+    )
+    return _PROCESS_BYTES + 4 * (total + 2 * trainable) + 2 * outputs * config.batch_size * bytes_per_value
+
+
+def _passes(config: JobConfig) -> float:
+    return 1 + (config.attack.steps if config.attack.active else 0)

@@ -1,0 +1,165 @@
+"""What a long job shows while it runs: a bar with rate and remaining time, and a line that stays for each epoch."""
+
+import contextlib
+import datetime
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import keras
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+Batch = tuple[Any, Any]
+
+# One console for all output: a bar and lines printed beside it must not write over each other.
+console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,  # a log file gets the lines only
+    )
+
+
+def _speed(rate: float, unit: str = "images") -> str:
+    return f"{rate:.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
+
+
+class _LogLines:
+    """Where no bar can be drawn (a log file), says once a minute how far the work is."""
+
+    def __init__(self, *, seconds: float = 60.0) -> None:
+        self._seconds = seconds
+        self._last = time.perf_counter()
+
+    def update(self, name: str, *, done: int, total: int, rate: float, unit: str = "images", figures: str = "") -> None:
+        now = time.perf_counter()
+        if console.is_terminal or now - self._last < self._seconds or not rate:
+            return
+        self._last = now
+        remaining = datetime.timedelta(seconds=round((total - done) / rate))
+        line = f"{name}  {done / total:.0%} of all  {_speed(rate, unit)}  ETA {remaining}"
+        console.print(f"{line}  {figures}" if figures else line)
+
+
+@contextlib.contextmanager
+def meter(name: str, *, total: int, unit: str = "images") -> Iterator[Callable[[int, str], None]]:
+    """A bar over `total` units of work; gives the function that moves it to (units done, figures to show beside).
+
+    The first call says where the work starts, which is not 0 when it was interrupted before: the rate is that since.
+    """
+    start = time.perf_counter()
+    first: int | None = None
+    lines = _LogLines()
+    with _bar() as bar:
+        task = bar.add_task(name, total=total, rate="", figures="")
+
+        def update(done: int, figures: str = "") -> None:
+            nonlocal first
+            if first is None:
+                first = done
+            rate = (done - first) / (time.perf_counter() - start)
+            bar.update(task, completed=done, rate=_speed(rate, unit), figures=figures)
+            lines.update(name, done=done, total=total, rate=rate, unit=unit, figures=figures)
+
+        yield update
+
+
+def track(batches: Iterable[Batch], name: str, *, num_images: int) -> Iterator[Batch]:
+    """Passes the (images, labels) batches on, with a bar in images."""
+    with meter(name, total=num_images) as update:
+        images = 0
+        update(images, "")
+        for batch in batches:
+            yield batch
+            images += len(batch[1])
+            update(images, "")
+
+
+class ProgressBar(keras.callbacks.Callback):
+    """A bar over all epochs, and one line for each finished one.
+
+    Args:
+        num_images: training images in an epoch.
+        batch_size: images a step.
+        epochs: of the whole training.
+        adversarial: whether the compiled figures are those on adversarial images.
+    """
+
+    def __init__(self, *, num_images: int, batch_size: int, epochs: int, adversarial: bool) -> None:
+        super().__init__()
+        self.images_per_second = 0.0  # of the last epoch; other callbacks log it
+        self._num_images, self._batch_size, self._epochs = num_images, batch_size, epochs
+        self._adversarial = adversarial
+        self._lines = _LogLines()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._epoch = self._first_epoch = 0
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._bar = _bar()
+        self._bar.start()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._bar is not None and self._task is None:
+            self._first_epoch = epoch
+            self._task = self._bar.add_task("", total=self._total, rate="", figures="")
+        self._epoch = epoch
+        self._start = time.perf_counter()
+        self._images_before_start = 0
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        now = time.perf_counter()
+        images = min((batch + 1) * self._batch_size, self._num_images)
+        if batch == 0 and self._epoch == self._first_epoch and images < self._num_images:
+            # The first step of a run traces the graph: its seconds say nothing about the rate.
+            self._start, self._images_before_start = now, images
+        else:
+            self.images_per_second = (images - self._images_before_start) / (now - self._start)
+        name = f"epoch {self._epoch + 1}/{self._epochs}"
+        done = (self._epoch - self._first_epoch) * self._num_images + images
+        self._lines.update(name, done=done, total=self._total, rate=self.images_per_second)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(
+                self._task,
+                description=name,
+                completed=done,
+                rate=_speed(self.images_per_second),
+                figures=f"loss {(logs or {}).get('loss', float('nan')):.3f}",
+            )
+
+    @property
+    def _total(self) -> int:
+        return (self._epochs - self._first_epoch) * self._num_images
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        logs = logs or {}
+        parts = [f"epoch {epoch + 1:>{len(str(self._epochs))}}/{self._epochs}", f"loss {logs['loss']:.3f}"]
+        parts.append(_accuracies("train", logs, "", self._adversarial))
+        parts.append(_accuracies("validation", logs, "val_", self._adversarial))
+        parts.append(_speed(self.images_per_second))
+        console.print("  ".join(parts))
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar away; `fit` does it unless it is interrupted."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _accuracies(part: str, logs: dict[str, Any], prefix: str, adversarial: bool) -> str:
+    if not adversarial:
+        return f"{part} {logs[prefix + 'accuracy']:.1%}"
+    return f"{part} clean {logs[prefix + 'clean_accuracy']:.1%} robust {logs[prefix + 'accuracy']:.1%}"

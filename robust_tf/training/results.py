@@ -1,0 +1,118 @@
+"""What a finished job leaves in writing: results.json, and the closing table."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import keras
+from rich import box
+from rich.table import Table
+
+import robust_tf
+from robust_tf.command_line import to_flag_file
+from robust_tf.config import JobConfig
+from robust_tf.data import TaskData
+from robust_tf.training.checkpoint import Progress
+from robust_tf.training.evaluation import Evaluation
+from robust_tf.training.head_fitting import HeadFit
+from robust_tf.transfer.stages import parameter_counts
+
+_PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy")
+
+
+def job_results(
+    config: JobConfig,
+    task: TaskData,
+    classifier: keras.Model,
+    evaluation: Evaluation,
+    progress: Progress,
+    head_fit: HeadFit | None = None,
+) -> dict[str, Any]:
+    """Everything that results.json holds; accuracies in [0, 1], intervals at 95 % (Wilson)."""
+    trainable, total = parameter_counts(classifier)
+    transfer = config.task == "transfer"
+    attack = config.evaluation_attack
+    return {
+        "task": config.task,
+        "dataset": config.dataset,
+        "classes": list(config.classes) or None,
+        "class_names": list(task.class_names),
+        "architecture": classifier.name,
+        "image_size": task.image_size,
+        "resize_size": task.resize_size,
+        "downscale": config.downscale,
+        "source": config.source if transfer else None,
+        "transfer_mode": config.transfer_mode if transfer else None,
+        "head": config.head if transfer else None,
+        "views": config.views if head_fit else None,
+        "feature_cache": {
+            "hits": head_fit.cache_hits,
+            "misses": head_fit.cache_misses,
+            "seconds": round(head_fit.feature_seconds, 1),
+        }
+        if head_fit
+        else None,
+        "head_penalty": head_fit.penalty if head_fit else None,
+        "metric": task.metric,
+        "clean_accuracy": evaluation.clean_accuracy,
+        "clean_accuracy_interval": evaluation.clean_interval,
+        "mean_per_class_accuracy": evaluation.mean_per_class_accuracy,
+        "robust_accuracy": evaluation.robust_accuracy,
+        "robust_accuracy_interval": evaluation.robust_interval,
+        "robust_accuracy_attack": {
+            "norm": attack.norm,
+            "epsilon": attack.epsilon,
+            "step_size": attack.step_size,
+            "steps": attack.steps,
+        }
+        if attack.active
+        else None,
+        "num_train_images": task.num_train,
+        "num_validation_images": task.num_validation,
+        "num_test_images": task.num_test,
+        "skipped_images": list(task.skipped),
+        "best_epoch": progress.best_epoch + 1,
+        "alarms": progress.alarms,
+        "validation_value": progress.best_value,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "seconds": round(progress.seconds, 1),
+        "images_per_second": round(task.num_train * progress.epochs_done / max(progress.seconds, 1e-9), 1),
+        "seed": config.seed,
+        "versions": {
+            "robust_tf": robust_tf.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "flags": to_flag_file(config).splitlines(),
+        "baseline": None,
+    }
+
+
+def closing_table(results: dict[str, Any]) -> Table:
+    """The figures on the test part, the baseline beside them when there is one."""
+    attack = results["robust_accuracy_attack"]
+    table = Table(
+        title=f"{results['dataset']}: {results['num_test_images']} test images", title_justify="left", box=box.SIMPLE
+    )
+    table.add_column("")
+    table.add_column("clean accuracy")
+    if results["metric"] == "mean_per_class_accuracy":
+        table.add_column("mean per class")
+    if attack:
+        table.add_column(f"PGD-{attack['steps']}, {attack['norm']} {attack['epsilon']:.4g}")
+    rows = {results["architecture"]: results}
+    if results["baseline"]:
+        rows = {"from the robust source": results, "from the standard source": results["baseline"]}
+    for name, row in rows.items():
+        cells = [_share(row["clean_accuracy"], row["clean_accuracy_interval"])]
+        if results["metric"] == "mean_per_class_accuracy":
+            cells.append(f"{row['mean_per_class_accuracy']:.1%}")
+        if attack:
+            cells.append(_share(row["robust_accuracy"], row["robust_accuracy_interval"]))
+        table.add_row(name, *cells)
+    return table
+
+
+def _share(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"

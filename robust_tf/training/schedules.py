@@ -1,0 +1,97 @@
+"""How the learning rate changes over training, as one Keras schedule counted in steps."""
+
+import math
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from robust_tf.config import JobConfig
+from robust_tf.errors import unknown_name
+
+SCHEDULES = ("constant", "step", "piecewise", "cosine", "cyclic")
+
+
+@keras.saving.register_keras_serializable(package="robust_tf")
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+    """learning_rate x shape(epoch) x warm-up(epoch), the epoch being fractional for the smooth shapes.
+
+    Args:
+        kind: "constant"; "step": x `decay` every `step_epochs`; "piecewise": x `decay` at each of `milestones`;
+            "cosine": half a cosine down to 0; "cyclic": linearly up to the peak at `peak` of all steps, and down to 0
+            (Wong et al. 2020, arXiv 2001.03994).
+        learning_rate: the highest value.
+        steps_per_epoch: optimizer steps in one epoch.
+        epochs: length of the training.
+        warmup_epochs: linear rise from 0 over so many epochs; the other shapes are multiplied by it.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        learning_rate: float,
+        steps_per_epoch: int,
+        epochs: int,
+        step_epochs: int = 50,
+        milestones: tuple[int, ...] = (),
+        decay: float = 0.1,
+        peak: float = 4 / 15,
+        warmup_epochs: float = 0.0,
+    ) -> None:
+        if kind not in SCHEDULES:
+            raise unknown_name("learning-rate schedule", kind, SCHEDULES)
+        self._config: dict[str, Any] = {
+            "kind": kind,
+            "learning_rate": learning_rate,
+            "steps_per_epoch": steps_per_epoch,
+            "epochs": epochs,
+            "step_epochs": step_epochs,
+            "milestones": tuple(milestones),
+            "decay": decay,
+            "peak": peak,
+            "warmup_epochs": warmup_epochs,
+        }
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        """The learning rate of one step, float32 scalar; `step` counts from 0."""
+        config = self._config
+        step = tf.cast(step, tf.float32)
+        epoch = step / config["steps_per_epoch"]
+        warmup_steps = config["warmup_epochs"] * config["steps_per_epoch"]
+        # Counted from 1: the very first step should already learn.
+        warmup = tf.minimum((step + 1.0) / warmup_steps, 1.0) if warmup_steps else 1.0
+        return config["learning_rate"] * self._shape(epoch) * warmup
+
+    def _shape(self, epoch: tf.Tensor) -> tf.Tensor:
+        config = self._config
+        progress = tf.minimum(epoch / config["epochs"], 1.0)
+        if config["kind"] == "step":
+            return tf.pow(config["decay"], tf.floor(epoch / config["step_epochs"]))
+        if config["kind"] == "piecewise":
+            passed = [tf.cast(epoch >= milestone, tf.float32) for milestone in config["milestones"]]
+            return tf.pow(config["decay"], tf.add_n(passed))
+        if config["kind"] == "cosine":
+            return 0.5 * (1.0 + tf.cos(math.pi * progress))
+        if config["kind"] == "cyclic":
+            peak = config["peak"]
+            return tf.minimum(progress / peak, (1.0 - progress) / (1.0 - peak))
+        return tf.ones_like(epoch)
+
+    def get_config(self) -> dict[str, Any]:
+        return dict(self._config)
+
+
+def schedule_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0) -> Schedule:
+    """The schedule that a job's flags describe, with `factor` on its learning rate."""
+    return Schedule(
+        config.lr_schedule,
+        learning_rate=config.learning_rate * factor,
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.epochs,
+        step_epochs=config.lr_step_epochs,
+        milestones=config.lr_milestones,
+        decay=config.lr_decay,
+        peak=config.lr_peak,
+        warmup_epochs=config.warmup_epochs,
+    )

@@ -1,0 +1,171 @@
+"""What a training run writes for TensorBoard."""
+
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import matplotlib
+import numpy as np
+import tensorflow as tf
+from tensorboard.plugins.hparams import api as hparams
+
+from robust_tf.attacks import AttackConfig, run_pgd
+
+matplotlib.use("Agg")  # no display needed
+from matplotlib import pyplot  # noqa: E402
+
+# Names in the charts, from the names in Keras's logs: with an attack `loss` and `accuracy` are the adversarial ones.
+_ADVERSARIAL_NAMES = {"loss": "adversarial_loss", "accuracy": "adversarial_accuracy"}
+_STANDARD_NAMES = {"loss": "clean_loss", "accuracy": "clean_accuracy"}
+
+
+class TensorBoardLogger(keras.callbacks.Callback):
+    """Charts for each step and epoch, and a picture of the attack for the same images after each epoch.
+
+    Step charts show the mean over the epoch so far, as Keras's own do. Training and validation are two runs with the
+    same chart names, so that TensorBoard draws them together.
+
+    Args:
+        folder: gets the sub-folders train/ and validation/.
+        attack: of training; its epsilon is charted, and its examples are shown.
+        preview: images (count, height, width, 3) in [0, 1] and labels (count,), shown after each epoch.
+        progress: has `images_per_second`.
+        steps_per_epoch: to count the steps of a run that is resumed.
+        every_steps: steps between two points of the step charts.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        attack: AttackConfig,
+        preview: tuple[np.ndarray, np.ndarray],
+        progress: Any,
+        steps_per_epoch: int,
+        every_steps: int,
+    ) -> None:
+        super().__init__()
+        self._train = tf.summary.create_file_writer(str(folder / "train"))
+        self._validation = tf.summary.create_file_writer(str(folder / "validation"))
+        self._attack = attack
+        self._preview = preview
+        self._progress = progress
+        self._steps_per_epoch = steps_per_epoch
+        self._every_steps = every_steps
+        self._names = _ADVERSARIAL_NAMES if attack.active else _STANDARD_NAMES
+        self._examples: Any = None
+        self._epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        step = self._epoch * self._steps_per_epoch + batch
+        if step % self._every_steps == 0:
+            self._scalars(self._train, "step", self._with_settings(logs or {}), step)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        logs = logs or {}
+        train = {name: value for name, value in logs.items() if not name.startswith("val_")}
+        validation = {name[4:]: value for name, value in logs.items() if name.startswith("val_")}
+        self._scalars(self._train, "epoch", self._with_settings(train), epoch)
+        self._scalars(self._validation, "epoch", validation, epoch)
+        with self._validation.as_default():
+            tf.summary.image("attack", self._attack_picture()[None], step=epoch)
+        for writer in (self._train, self._validation):
+            writer.flush()
+
+    def _with_settings(self, logs: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **logs,
+            "learning_rate": float(self.model.optimizer.learning_rate),
+            "epsilon": self._attack.epsilon,
+            "images_per_second": self._progress.images_per_second,
+        }
+
+    def _scalars(self, writer: tf.summary.SummaryWriter, group: str, values: dict[str, Any], step: int) -> None:
+        with writer.as_default():
+            for name, value in values.items():
+                tf.summary.scalar(f"{group}/{self._names.get(name, name)}", value, step=step)
+
+    def _attack_picture(self) -> np.ndarray:
+        """Rows: clean images, adversarial ones, perturbation around grey, stretched to the full range."""
+        images, labels = self._preview
+        if not self._attack.active:
+            return _tiled([images])
+        if self._examples is None:
+            classifier, attack = self.model.classifier, self._attack
+            self._examples = tf.function(lambda x, y: run_pgd(classifier, x, y, attack=attack).images_adv)
+        images_adv = self._examples(tf.constant(images), tf.constant(labels)).numpy()
+        perturbation = images_adv - images
+        largest = np.abs(perturbation).max() or 1.0
+        return _tiled([images, images_adv, 0.5 + 0.5 * perturbation / largest])
+
+
+def _tiled(rows: list[np.ndarray], *, smallest: int = 64) -> np.ndarray:
+    """One picture (height, width, 3) of rows of images; small ones are enlarged by whole factors."""
+    factor = max(1, smallest // rows[0].shape[1])
+    tiles = np.stack(rows).repeat(factor, axis=2).repeat(factor, axis=3)  # (row, column, height, width, 3)
+    tiles = np.pad(tiles, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0)
+    count, columns, height, width, channels = tiles.shape
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(count * height, columns * width, channels)
+
+
+def write_config(folder: pathlib.Path, flag_file: str) -> None:
+    """The flags as text, shown in TensorBoard's Text tab."""
+    indented = "\n".join(f"    {line}" for line in flag_file.splitlines())  # Markdown for preformatted
+    with tf.summary.create_file_writer(str(folder / "train")).as_default():
+        tf.summary.text("flags", indented, step=0)
+
+
+def write_history(folder: pathlib.Path, history: Sequence[dict[str, float]]) -> None:
+    """The epoch charts of a standard training that is over: its figures by name, "val_..." for the validation part."""
+    for run, chosen in (("train", False), ("validation", True)):
+        with tf.summary.create_file_writer(str(folder / run)).as_default():
+            for epoch, logs in enumerate(history):
+                for name, value in logs.items():
+                    if name.startswith("val_") == chosen:
+                        name = name.removeprefix("val_")
+                        tf.summary.scalar(f"epoch/{_STANDARD_NAMES.get(name, name)}", value, step=epoch)
+
+
+def write_result(
+    folder: pathlib.Path,
+    *,
+    settings: dict[str, bool | int | float | str],
+    figures: dict[str, float],
+    confusion: np.ndarray,
+    class_names: tuple[str, ...],
+) -> None:
+    """The end of a job: HParams with the test figures, and the confusion matrix as a picture."""
+    with tf.summary.create_file_writer(str(folder / "test")).as_default():
+        hparams.hparams(settings)
+        for name, value in figures.items():
+            tf.summary.scalar(f"test/{name}", value, step=0)
+        tf.summary.image("confusion", _confusion_picture(confusion, class_names)[None], step=0)
+
+
+def _confusion_picture(confusion: np.ndarray, class_names: tuple[str, ...]) -> np.ndarray:
+    """Share of each true class (row) that went to each prediction (column), as (height, width, 4) uint8."""
+    count = len(class_names)
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    side = min(4 + 0.25 * count, 14)
+    figure, axes = pyplot.subplots(figsize=(side + 1, side), layout="constrained")
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, label="share of the true class")
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("true class")
+    if count <= 50:  # more names than that can't be read
+        axes.set_xticks(range(count), class_names, rotation=90)
+        axes.set_yticks(range(count), class_names)
+    if count <= 20:
+        for row, column in np.ndindex(count, count):
+            if confusion[row, column]:
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(confusion[row, column]), ha="center", va="center", color=color)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    pyplot.close(figure)
+    return tf.io.decode_png(buffer.getvalue()).numpy()

@@ -1,0 +1,103 @@
+"""The transfer job on stored features: the same files, the same recipe, the head put into the classifier."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from robust_tf import train
+from robust_tf.config import JobConfig
+from robust_tf.data import load_task
+from robust_tf.models import build_classifier, load_classifier
+from robust_tf.training import head_fitting
+
+
+@pytest.fixture
+def job(tmp_path, data_dir):
+    """Makes jobs from one untrained source to three digits."""
+    source = tmp_path / "source.keras"
+    build_classifier("resnet8", 10, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3).save(source)
+
+    def make(name: str, **changes) -> JobConfig:
+        settings = {
+            "task": "transfer",
+            "source": str(source),
+            "classes": (0, 1, 2),
+            "features": "cached",
+            "augmentation": "none",
+            "eval_epsilon": 0.1,
+            "eval_steps": 2,
+            "epochs": 15,
+            "batch_size": 32,
+            "learning_rate": 0.1,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        return JobConfig(workdir=str(tmp_path / name), data_dir=str(data_dir), **{**settings, **changes})
+
+    return make
+
+
+def run(config: JobConfig) -> dict:
+    train.run(config)
+    return json.loads((pathlib.Path(config.workdir) / "results.json").read_text())
+
+
+def weights_of(path) -> dict[str, np.ndarray]:
+    return {weight.path: weight.numpy() for weight in load_classifier(pathlib.Path(path)).weights}
+
+
+def test_the_job_writes_the_same_files_with_the_head_put_in(job, data_dir):
+    config = job("sgd", hidden_layers=1, views=2, augmentation="shift")
+    results = run(config)
+    assert {"classifier.keras", "flags.cfg", "results.json", "tensorboard"} == {
+        path.name for path in pathlib.Path(config.workdir).iterdir()
+    }
+    rows = 2 * results["num_train_images"] + results["num_validation_images"]
+    assert (results["head"], results["views"]) == ("sgd", 2)
+    assert (results["feature_cache"]["hits"], results["feature_cache"]["misses"]) == (0, rows)
+    assert results["clean_accuracy"] > 0.8 >= results["robust_accuracy"] - 0.2
+    # The classifier in the file is the one that was measured, on its source's backbone bit by bit.
+    classifier = load_classifier(pathlib.Path(config.workdir) / "classifier.keras")
+    task = load_task("digits", classes=(0, 1, 2), image_size=8, batch_size=1000, data_dir=data_dir)
+    images, labels = next(task.test.as_numpy_iterator())
+    assert (classifier(images).numpy().argmax(1) == labels).mean() == pytest.approx(results["clean_accuracy"])
+    before, after = weights_of(config.source), weights_of(f"{config.workdir}/classifier.keras")
+    backbone = [path for path in before if not path.startswith("logits")]
+    assert backbone and all(np.array_equal(before[path], after[path]) for path in backbone)
+
+
+def test_further_heads_find_the_features_stored(job, capsys):
+    run(job("first"))
+    for head in ("lbfgs", "ridge"):
+        results = run(job(head, head=head))
+        assert results["head"] == head and results["head_penalty"] > 0
+        assert results["feature_cache"]["misses"] == 0 < results["feature_cache"]["hits"]
+        assert results["clean_accuracy"] > 0.8
+    assert "0 computed" in capsys.readouterr().out
+
+
+def test_sgd_on_features_is_the_recipe_of_the_whole_network(job, monkeypatch):
+    """One epoch of one batch: the same step from the same start."""
+    options = {"epochs": 1, "batch_size": 500, "select_by": "last", "eval_epsilon": 0.0}
+    cached = run(job("cached", **options))
+    live = run(job("live", features="live", **options))
+    ours, theirs = (weights_of(f"{job(name).workdir}/classifier.keras") for name in ("cached", "live"))
+    before = weights_of(job("cached").source)
+    assert ours.keys() == theirs.keys() == before.keys()
+    for path in ours:
+        np.testing.assert_allclose(ours[path], theirs[path], atol=1e-5, err_msg=path)
+    assert cached["trainable_parameters"] == live["trainable_parameters"]
+    assert cached["clean_accuracy"] == live["clean_accuracy"]
+
+
+def test_the_head_of_the_best_epoch_is_kept(job, monkeypatch):
+    """By figures that are given, of which an epoch asks for two; what comes after it isn't kept."""
+    values = iter([0.2, 0.2, 0.9, 0.9, 0.5, 0.5])
+    monkeypatch.setattr(head_fitting, "metric_of", lambda *arguments: next(values))
+    results = run(job("best", epochs=3, lr_schedule="constant"))
+    assert results["best_epoch"] == 2 and results["validation_value"] == 0.9
+    monkeypatch.undo()
+    run(job("two", epochs=2, select_by="last", lr_schedule="constant"))
+    best, two = (weights_of(f"{job(name).workdir}/classifier.keras") for name in ("best", "two"))
+    assert all(np.array_equal(best[path], two[path]) for path in best)

@@ -1,0 +1,142 @@
+"""Flags: every one is checked, written back and read again without a change."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from robust_tf.command_line import parse_number, to_flag_file
+from robust_tf.config import JobConfig, read_flag_file
+from robust_tf.errors import UserError
+
+CACHED = ["--task=transfer", "--source=x.keras", "--features=cached"]
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.cfg"))
+
+
+def config_of(tmp_path: pathlib.Path, *flags: str) -> JobConfig:
+    path = tmp_path / "job.cfg"
+    path.write_text("\n".join(flags))
+    return read_flag_file(path)
+
+
+def test_configs_are_there():
+    assert {"quickstart", "fashion_mnist_l2", "pets", "imagenet_resnet50_l2_eps3"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses_and_is_documented(path, tmp_path):
+    config = read_flag_file(path)
+    written = tmp_path / "flags.cfg"
+    written.write_text(to_flag_file(config))
+    assert read_flag_file(written) == config
+    lines = path.read_text().splitlines()
+    header = "\n".join(line for line in lines if line.startswith("#"))
+    assert f"--flagfile=configs/{path.name}" in header  # the exact command
+    assert "not yet run" in header or "%" in header  # figures of a run, or the plain statement that there are none
+    assert len(lines) <= 40
+
+
+def test_all_kinds_of_values_survive_a_flag_file(tmp_path):
+    config = JobConfig(
+        task="transfer",
+        source="resnet50_l2_eps3",
+        classes=(5, 6, 7),
+        epsilon=8 / 255,
+        norm="linf",
+        examples_per_class=10,
+        deterministic=True,
+        learning_rate_multipliers=("stem=0.1", "head=10"),
+        lr_milestones=(30, 60),
+    )
+    (tmp_path / "flags.cfg").write_text(to_flag_file(config))
+    assert read_flag_file(tmp_path / "flags.cfg") == config
+    assert config.multipliers == {"stem": 0.1, "head": 10.0}
+
+
+def test_overrides_win(tmp_path):
+    (tmp_path / "job.cfg").write_text("--epsilon=1\n--epochs=3\n")
+    config = read_flag_file(tmp_path / "job.cfg", ["--epsilon=0"])
+    assert (config.epsilon, config.epochs) == (0.0, 3)
+
+
+@pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.5", 0.5), ("1e-3", 1e-3), ("2", 2.0)])
+def test_numbers_and_fractions(text, value):
+    assert parse_number(text) == value
+
+
+@pytest.mark.parametrize("text", ["1/0", "two", "__import__('os')", "8/255/2"])
+def test_anything_else_is_no_number(text):
+    with pytest.raises(UserError, match="fraction such as 8/255"):
+        parse_number(text)
+
+
+def test_attack_settings_default_to_the_usual_ones():
+    config = JobConfig(norm="linf", epsilon=8 / 255, attack_steps=10, eval_steps=50)
+    assert config.attack.step_size == pytest.approx(2.5 * 8 / 255 / 10)
+    assert config.evaluation_attack.epsilon == 8 / 255
+    assert config.evaluation_attack.step_size == pytest.approx(2.5 * 8 / 255 / 50)
+    assert JobConfig(epsilon=0.0, eval_epsilon=1.0).evaluation_attack.epsilon == 1.0
+
+
+def test_differences_name_both_values_and_leave_out_what_is_no_part_of_the_job():
+    first = JobConfig(epsilon=1.0, workdir="a", export_dir="b")
+    second = dataclasses.replace(first, epsilon=0.5, workdir="c", export_dir="d")
+    assert first.differences(second) == ["--epsilon: 1.0 -> 0.5"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--norm=l3"], "Received: 'l3'. Did you mean 'l2'"),
+        (["--norm=linf", "--epsilon=8"], "Did you mean 8/255"),
+        (["--epsilon=-1"], "epsilon=-1"),
+        (["--epsilon=1", "--attack_step_size=0"], "step_size=0.0"),
+        (["--epsilon=x"], "Received: 'x'"),
+        (["--epslon=1"], "Did you mean: epsilon"),
+        (["--epochs=0"], "--epochs must be 1 or more. Received: 0"),
+        (["--epochs=ten"], "epochs=ten"),
+        (["--batch_size=-3"], "Received: -3"),
+        (["--learning_rate=0"], "Received: 0.0"),
+        (["--validation_fraction=1"], "Received: 1.0"),
+        (["--classes=a,b"], "Received: a,b"),
+        (["--task=transfer"], "--source=none"),
+        (["--source=resnet50_l2_eps3"], "--source=resnet50_l2_eps3"),
+        (["--baseline"], "--task=pretrain"),
+        (["--task=transfer", "--source=x.keras", "--transfer_mode=partial"], "--freeze_through=''"),
+        (["--task=transfer", "--source=x.keras", "--freeze_through=stage1"], "'stage1'"),
+        (["--task=transfer", "--source=x.keras", "--transfer_mode=fixed"], "Did you mean 'fixed_feature'"),
+        (["--task=transfer", "--source=x.keras", "--unfreeze_at_epoch=10"], "Received: 10"),
+        (["--deterministic", "--jit_compile=true"], "--deterministic --jit_compile=true"),
+        (["--lr_schedule=piecewise"], "--lr_milestones"),
+        (["--lr_peak=1"], "Received: 1.0"),
+        (["--select_by=robust_accuracy"], "--epsilon=0"),
+        (["--learning_rate_multipliers=stem"], "Received: 'stem'"),
+        (["--precision=mixed_fp16"], "Did you mean 'mixed_float16'"),
+        (["--rand_augment=1.5"], "Received: 1.5"),
+        (["--mixing=mix"], "Did you mean 'mixup'"),
+        (["--mixing=mixup", "--epsilon=1"], "--mixing=mixup --epsilon=1"),
+        (["--downscale=0"], "--downscale must be 1 or more. Received: 0"),
+        (["--downscale=32", "--export_dir=e"], "--downscale=32 --export_dir=e"),
+        (["--subset=10", "--examples_per_class=3"], "--subset=10 --examples_per_class=3"),
+        (["--subset=10%"], "Received: '10%'"),
+        (["--cache=ram"], "Received: 'ram'"),
+        (["--views=2"], "--views is for --features=cached. Received: --views=2"),
+        (["--head=ridge"], "--head is for --features=cached. Received: --head=ridge"),
+        (["--features=cached"], "needs --task=transfer. Received: pretrain"),
+        ([*CACHED, "--views=0"], "--views must be 1 or more. Received: 0"),
+        ([*CACHED, "--transfer_mode=full_network"], "needs --transfer_mode=fixed_feature. Received: full_network"),
+        ([*CACHED, "--frozen_batchnorm=update"], "needs --frozen_batchnorm=frozen. Received: update"),
+        ([*CACHED, "--head=lbfgs", "--hidden_layers=1"], "--head=lbfgs needs --hidden_layers=0. Received: 1"),
+        ([*CACHED, "--epsilon=0.5"], "Received: --epsilon=0.5"),
+        ([*CACHED, "--unfreeze_at_epoch=3"], "Received: 3"),
+        ([*CACHED, "--features_cache_size_gb=0"], "Received: 0.0"),
+    ],
+)
+def test_wrong_values_are_refused_by_value(tmp_path, flags, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(").replace("?", r"\?")):
+        config_of(tmp_path, *flags)
+
+
+def test_a_missing_flag_file_is_named():
+    with pytest.raises(UserError, match="nowhere.cfg"):
+        read_flag_file(pathlib.Path("nowhere.cfg"))

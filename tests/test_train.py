@@ -1,0 +1,515 @@
+"""The job from flags to files, on the real digits with a small network."""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import torch_writer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from robust_tf import train
+from robust_tf.command_line import to_flag_file
+from robust_tf.config import JobConfig, read_flag_file
+from robust_tf.data import load_task
+from robust_tf.errors import UserError
+from robust_tf.models import build_classifier, fetch_published, load_classifier, to_reference_state
+from robust_tf.training.callbacks import SaveEpochs
+from robust_tf.transfer import sources
+from tests.data.images import write_folder
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = {
+    "architecture": "resnet8",
+    "image_size": 8,
+    "classes": (0, 1, 2),
+    "examples_per_class": 24,
+    "norm": "l2",
+    "epsilon": 0.5,
+    "attack_steps": 2,
+    "eval_steps": 3,
+    "epochs": 2,
+    "batch_size": 24,
+    "learning_rate": 0.05,
+    "log_every_steps": 1,
+}
+
+
+@pytest.fixture
+def job(tmp_path, data_dir):
+    """Makes small jobs; each name is a workdir."""
+
+    def make(name: str = "job", **changes) -> JobConfig:
+        return JobConfig(workdir=str(tmp_path / name), data_dir=str(data_dir), **{**SMALL, **changes})
+
+    return make
+
+
+@pytest.fixture
+def source_file(job, tmp_path):
+    """A flag file of a pretraining job."""
+    path = tmp_path / "source.cfg"
+    path.write_text(to_flag_file(dataclasses.replace(job(), workdir="")))
+    return path
+
+
+@pytest.fixture
+def transfer(job, source_file):
+    """Makes transfer jobs from the source, to three other digits."""
+
+    def make(name: str = "transfer", **changes) -> JobConfig:
+        settings = {
+            "task": "transfer",
+            "source": str(source_file),
+            "classes": (5, 6, 7),
+            "architecture": "",
+            "image_size": None,
+            "epsilon": 0.0,
+            "eval_epsilon": 0.5,
+        }
+        return job(name, **{**settings, **changes})
+
+    return make
+
+
+def results_of(config: JobConfig) -> dict:
+    return json.loads((pathlib.Path(config.workdir) / "results.json").read_text())
+
+
+def classifier_of(config: JobConfig) -> keras.Model:
+    return load_classifier(pathlib.Path(config.workdir) / "classifier.keras")
+
+
+def weights_by_path(classifier: keras.Model) -> dict[str, np.ndarray]:
+    return {weight.path: weight.numpy() for weight in classifier.weights}
+
+
+def events(config: JobConfig, part: str) -> EventAccumulator:
+    accumulator = EventAccumulator(f"{config.workdir}/tensorboard/{part}", size_guidance={"tensors": 0})
+    return accumulator.Reload()
+
+
+def test_pretraining_leaves_the_promised_files(job, tmp_path):
+    config = job()
+    train.run(config)
+    workdir = pathlib.Path(config.workdir)
+    assert {path.name for path in workdir.iterdir()} == {
+        "flags.cfg",
+        "classifier.keras",
+        "results.json",
+        "tensorboard",
+        "checkpoints",
+    }
+    assert read_flag_file(workdir / "flags.cfg") == config
+    results = results_of(config)
+    assert results["task"] == "pretrain" and results["class_names"] == ["0", "1", "2"]
+    assert results["robust_accuracy_attack"] == {"norm": "l2", "epsilon": 0.5, "step_size": 2.5 * 0.5 / 3, "steps": 3}
+    low, high = results["clean_accuracy_interval"]
+    assert low < results["clean_accuracy"] < high
+    assert results["robust_accuracy"] <= results["clean_accuracy"]
+    assert results["seed"] == 0 and results["versions"]["keras"] == keras.__version__
+    classifier = classifier_of(config)
+    assert results["total_parameters"] == classifier.count_params()
+    assert results["trainable_parameters"] == sum(weight.numpy().size for weight in classifier.trainable_weights)
+    assert "--epsilon=0.5" in results["flags"]
+
+
+def test_classifier_is_plain_keras_and_the_one_that_was_measured(job, data_dir, tmp_path):
+    """Loaded in safe mode where robust_tf cannot be imported, it has the accuracy that results.json says."""
+    config = job()
+    train.run(config)
+    task = load_task("digits", classes=(0, 1, 2), image_size=8, batch_size=1000, data_dir=data_dir)
+    images, labels = next(task.test.as_numpy_iterator())
+    np.savez(tmp_path / "test.npz", images=images, labels=labels)
+    code = (
+        "import sys; sys.modules['robust_tf'] = None; import keras, numpy as np; data = np.load(sys.argv[2]);"
+        "model = keras.saving.load_model(sys.argv[1], safe_mode=True);"
+        "assert type(model).__name__ == 'Functional';"
+        "print((model.predict(data['images'], verbose=0).argmax(1) == data['labels']).mean())"
+    )
+    command = [sys.executable, "-c", code, f"{config.workdir}/classifier.keras", tmp_path / "test.npz"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert float(printed) == pytest.approx(results_of(config)["clean_accuracy"])
+
+
+def test_tensorboard_holds_what_it_should(job):
+    config = job(epochs=2)
+    train.run(config)
+    train_events, validation, test = (events(config, part) for part in ("train", "validation", "test"))
+    figures = {"adversarial_loss", "adversarial_accuracy", "clean_loss", "clean_accuracy"}
+    settings = {"learning_rate", "epsilon", "images_per_second"}
+    tags = set(train_events.Tags()["tensors"])
+    assert {f"{group}/{name}" for group in ("step", "epoch") for name in figures | settings} <= tags
+    assert {f"epoch/{name}" for name in figures} <= set(validation.Tags()["tensors"])
+    assert [event.step for event in train_events.Tensors("step/adversarial_loss")] == [0, 1, 2, 3, 4, 5]
+    rates = [float(tf.make_ndarray(event.tensor_proto)) for event in train_events.Tensors("step/epsilon")]
+    assert rates == [0.5] * 6
+    text = tf.make_ndarray(train_events.Tensors("flags")[0].tensor_proto)
+    assert b"--epsilon=0.5" in text.item()
+    # One picture of the attack for each epoch: 8 images in 3 rows.
+    pictures = [tf.make_ndarray(event.tensor_proto) for event in validation.Tensors("attack")]
+    assert len(pictures) == 2
+    picture = tf.io.decode_png(pictures[-1][2]).numpy()
+    assert picture.shape == (3 * 66, 8 * 66, 3)
+    clean, adversarial, perturbation = np.split(picture.astype(float), 3)
+    assert 0 < np.abs(clean - adversarial).max()
+    assert np.abs(perturbation - 127.5).max() > 120  # stretched to the full range
+    tags = test.Tags()["tensors"]
+    assert "confusion" in tags and "test/clean_accuracy" in tags and "test/robust_accuracy" in tags
+    assert "_hparams_/session_start_info" in test.summary_metadata
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("random_start", [False, True])
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(job, monkeypatch, capsys, random_start):
+    settings = {"epochs": 4, "deterministic": True, "random_start": random_start}
+    train.run(job("whole", **settings))
+    save = SaveEpochs.on_epoch_end
+
+    def save_and_interrupt(self, epoch, logs=None):
+        save(self, epoch, logs)
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SaveEpochs, "on_epoch_end", save_and_interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        train.run(job("parts", **settings))
+    assert stopped.value.code == 130
+    assert "2 of 4 epochs are saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    train.run(job("parts", **settings))
+    assert "Going on after epoch 2 of 4" in capsys.readouterr().out
+    whole, parts = classifier_of(job("whole")), classifier_of(job("parts"))
+    for ours, theirs in zip(parts.weights, whole.weights, strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=ours.path)
+    ignored = ("seconds", "images_per_second", "flags")
+    ours, theirs = ({k: v for k, v in results_of(job(name)).items() if k not in ignored} for name in ("parts", "whole"))
+    assert ours == theirs
+
+
+def test_a_workdir_of_another_job_is_refused_and_kept(job):
+    train.run(job(epochs=1))
+    before = {path: path.read_bytes() for path in pathlib.Path(job().workdir).rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"--epsilon: 0.5 -> 0.25; --epochs: 1 -> 2"):
+        train.run(job(epsilon=0.25, epochs=2))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_finished_job_is_not_run_again(job, capsys):
+    train.run(job(epochs=1))
+    first = (pathlib.Path(job().workdir) / "classifier.keras").read_bytes()
+    train.run(job(epochs=1))
+    assert "is finished already" in capsys.readouterr().out
+    assert (pathlib.Path(job().workdir) / "classifier.keras").read_bytes() == first
+
+
+def test_best_epoch_is_chosen_on_the_validation_part(job, monkeypatch):
+    """Whatever comes after the best epoch does not end up in the classifier."""
+    values = iter([0.2, 0.9, 0.5])
+    save = SaveEpochs.on_epoch_end
+    weights = []
+
+    def with_figures(self, epoch, logs=None):
+        weights.append(self.model.classifier.get_weights())
+        save(self, epoch, {**logs, "val_accuracy": next(values)})
+
+    monkeypatch.setattr(SaveEpochs, "on_epoch_end", with_figures)
+    config = job(epochs=3)
+    train.run(config)
+    assert results_of(config)["best_epoch"] == 2 and results_of(config)["validation_value"] == 0.9
+    for ours, best, last in zip(classifier_of(config).get_weights(), weights[1], weights[2], strict=True):
+        np.testing.assert_array_equal(ours, best)
+        assert not np.array_equal(best, last)
+
+
+@pytest.mark.slow
+def test_transfer_with_its_baseline(transfer, tmp_path, capsys):
+    config = transfer(baseline=True, export_dir=str(tmp_path / "exports"), model_name="digits")
+    train.run(config)
+    results = results_of(config)
+    robust_source, standard_source = tmp_path / "source", tmp_path / "source_eps0"
+    assert "--epsilon=0.5" in (robust_source / "flags.cfg").read_text()
+    assert "--epsilon=0.0" in (standard_source / "flags.cfg").read_text()
+    assert results["transfer_mode"] == "fixed_feature"
+    assert results["baseline"]["source"] == str(standard_source / "classifier.keras")
+    assert results["baseline"]["num_test_images"] == results["num_test_images"]
+    out = capsys.readouterr().out
+    for row in (results, results["baseline"]):
+        low, high = row["clean_accuracy_interval"]
+        assert f"{row['clean_accuracy']:.1%} ({low:.1%} to {high:.1%})" in out
+    # Fixed-feature: the backbone is bit-equal to its source, BatchNorm statistics included; the head is new.
+    for folder, job_folder in ((robust_source, config.workdir), (standard_source, f"{config.workdir}/baseline")):
+        before = weights_by_path(load_classifier(folder / "classifier.keras"))
+        after = weights_by_path(load_classifier(pathlib.Path(job_folder) / "classifier.keras"))
+        assert before.keys() == after.keys()
+        for path, weight in before.items():
+            assert np.array_equal(weight, after[path]) == (not path.startswith("logits")), path
+    # Served as the next version, and the same command publishes the one after it.
+    assert (tmp_path / "exports" / "digits" / "1" / "saved_model.pb").exists()
+    assert f"--model_base_path={tmp_path / 'exports' / 'digits'}" in out
+    train.run(config)
+    assert (tmp_path / "exports" / "digits" / "2" / "saved_model.pb").exists()
+
+
+@pytest.mark.slow
+def test_transfer_of_the_packaged_classifiers(transfer, monkeypatch):
+    """Works without a connection, and the twin is found by its name."""
+
+    def no_connection(*args, **kwargs):
+        raise OSError("a connection was tried")
+
+    monkeypatch.setattr("socket.socket.connect", no_connection)
+    config = transfer(source="resnet20_fashion_mnist_l2_eps1", baseline=True)
+    train.run(config)
+    results = results_of(config)
+    assert results["source"] == "resnet20_fashion_mnist_l2_eps1"
+    assert results["baseline"]["source"] == "resnet20_fashion_mnist_l2_eps0"
+    source = weights_by_path(load_classifier(fetch_published(config.source)))
+    after = weights_by_path(classifier_of(config))
+    assert all(np.array_equal(weight, after[path]) for path, weight in source.items() if not path.startswith("logits"))
+
+
+def test_partial_transfer_with_moving_statistics(transfer):
+    """Weights through the stage stay bit-equal; with frozen_batchnorm=update their statistics do not."""
+    config = transfer(transfer_mode="partial", freeze_through="stage2", frozen_batchnorm="update", epochs=1)
+    train.run(config)
+    source = weights_by_path(classifier_of(dataclasses.replace(config, workdir=config.workdir[:-8] + "source")))
+    after = weights_by_path(classifier_of(config))
+    for path, weight in source.items():
+        frozen = path.startswith(("stem", "stage1", "stage2")) and "moving" not in path
+        assert np.array_equal(weight, after[path]) == frozen, path
+
+
+@pytest.mark.slow
+def test_unfreezing_at_an_epoch_survives_an_interruption(transfer, monkeypatch):
+    settings = {"unfreeze_at_epoch": 1, "epochs": 3, "deterministic": True}
+    train.run(transfer("whole", **settings))
+    save = SaveEpochs.on_epoch_end
+
+    def save_and_interrupt(self, epoch, logs=None):
+        save(self, epoch, logs)
+        if epoch == stop_after:
+            raise KeyboardInterrupt
+
+    for stop_after in (0, 1):
+        monkeypatch.setattr(SaveEpochs, "on_epoch_end", save_and_interrupt)
+        with pytest.raises(SystemExit):
+            train.run(transfer("parts", **settings))
+        monkeypatch.undo()
+    train.run(transfer("parts", **settings))
+    whole, parts = classifier_of(transfer("whole")), classifier_of(transfer("parts"))
+    for ours, theirs in zip(parts.weights, whole.weights, strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=ours.path)
+
+
+def test_transfer_from_a_checkpoint_of_the_reference(transfer, tmp_path):
+    """A checkpoint in the reference's layout; its own normalisation comes along, its backbone stays bit-equal."""
+    original = build_classifier("resnet8", 10, image_size=16, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    state = {f"module.model.{key}": value for key, value in to_reference_state(original).items()}
+    state["module.normalizer.new_mean"] = np.array([0.1, 0.2, 0.3], np.float32).reshape(3, 1, 1)
+    state["module.normalizer.new_std"] = np.array([0.4, 0.5, 0.6], np.float32).reshape(3, 1, 1)
+    torch_writer.write_zip(tmp_path / "source.ckpt", {"model": torch_writer.tensors(state), "epoch": 3})
+    config = transfer(source=str(tmp_path / "source.ckpt"), architecture="resnet8", image_size=16, epochs=1)
+    train.run(config)
+    classifier = classifier_of(config)
+    before, after = weights_by_path(original), weights_by_path(classifier)
+    assert all(np.array_equal(before[path], after[path]) for path in before if not path.startswith("logits"))
+    np.testing.assert_allclose(classifier.get_layer("normalization").get_config()["mean"], [0.1, 0.2, 0.3])
+
+
+@pytest.mark.slow
+def test_compiled_by_xla_a_job_gives_the_same_figures(job, recwarn):
+    results = []
+    for jit_compile in ("false", "true"):
+        config = job(jit_compile, jit_compile=jit_compile, epochs=1)
+        train.run(config)
+        results.append(results_of(config))
+    assert not [warning for warning in recwarn if "jit_compile" in str(warning.message)]  # Keras did compile
+    assert results[0]["validation_value"] == pytest.approx(results[1]["validation_value"], abs=0.1)
+    assert results[0]["clean_accuracy"] == pytest.approx(results[1]["clean_accuracy"], abs=0.05)
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_job(job, precision):
+    config = job(precision=precision, epochs=1)
+    train.run(config)
+    classifier = classifier_of(config)
+    assert classifier.output.dtype == "float32"
+    assert classifier.get_layer("stage1_block1_conv1").compute_dtype == precision.removeprefix("mixed_")
+    assert classifier.get_layer("normalization").compute_dtype == "float32"
+    assert keras.config.dtype_policy().name == "float32"  # the next job starts afresh
+
+
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_a_job_with_mixed_images(job, mixing):
+    """Labels are shares of classes in training, and classes in evaluation."""
+    config = job(
+        mixing=mixing, rand_augment=0.2, epsilon=0.0, eval_epsilon=0.0, epochs=3, subset="", deterministic=True
+    )
+    train.run(config)
+    results = results_of(config)
+    assert results["clean_accuracy"] > 0.5  # of three classes; the labels reach the loss
+    validation = events(config, "validation")
+    accuracies = [float(tf.make_ndarray(e.tensor_proto)) for e in validation.Tensors("epoch/clean_accuracy")]
+    assert results["validation_value"] == pytest.approx(max(accuracies))
+
+
+def image_folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Light and dark images, one of which is broken."""
+    rng = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 128)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(low, low + 128, (16, 16, 3), np.uint8)
+            tf.io.write_file(str(tmp_path / "images" / name / f"{number}.jpg"), tf.io.encode_jpeg(pixels))
+    broken = tmp_path / "images" / "dark" / "7.jpg"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    return broken
+
+
+def test_a_broken_image_is_named_or_skipped_and_counted(job, tmp_path, capsys):
+    broken = image_folder(tmp_path)
+    options = {"dataset": f"folder:{tmp_path / 'images'}", "classes": (), "examples_per_class": None, "epochs": 1}
+    options |= {"cache_dir": str(tmp_path / "cache"), "augmentation": "none", "epsilon": 0.0}
+    with pytest.raises(UserError, match=f"Cannot decode the image {broken}.*--skip_bad_images"):
+        train.run(job("stops", **options))
+    train.run(job("goes_on", **options, skip_bad_images=True))
+    results = results_of(job("goes_on"))
+    assert results["skipped_images"] == [str(broken)]
+    assert results["num_train_images"] + results["num_validation_images"] + results["num_test_images"] == 59
+    assert f"Left out 1 images that cannot be decoded: {broken}" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_stops_the_run(job):
+    config = job(learning_rate=1e30, epochs=3)
+    with pytest.raises(UserError, match=r"Received: loss=(nan|inf) in step \d+ of epoch \d"):
+        train.run(config)
+    assert not (pathlib.Path(config.workdir) / "results.json").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(transfer, capsys):
+    train.run(transfer(dry_run=True))
+    out = capsys.readouterr().out
+    assert "72 training" in out and "3 classes" in out
+    assert "195 trainable" in out  # 64 features to 3 logits
+    assert "2 epochs x 3 = 6 steps" in out
+    assert "GB (estimate)" in out
+    assert not pathlib.Path(transfer().workdir).exists()
+
+
+def broken_file(tmp_path: pathlib.Path) -> str:
+    path = tmp_path / "broken.keras"
+    path.write_bytes(b"PK no archive")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "architecture", "message"),
+    [
+        ("nowhere.keras", "", "nowhere.keras"),
+        (broken_file, "", r"broken\.keras \(13 bytes\).*damaged"),
+        ("resnet50_l2_eps33", "", "Received: 'resnet50_l2_eps33'. Did you mean 'resnet50_l2_eps3'"),
+        ("some/folder/model.h5", "", "Received: some/folder/model.h5"),
+        ("model.ckpt", "", "Add --architecture"),
+        ("missing.cfg", "", "missing.cfg"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_named(transfer, tmp_path, source, architecture, message):
+    source = source(tmp_path) if callable(source) else source
+    with pytest.raises(UserError, match=message):
+        train.run(transfer(source=source, architecture=architecture))
+
+
+def test_a_source_that_does_not_fit_is_refused(transfer, job, tmp_path):
+    config = job("other", epochs=1)
+    train.run(config)
+    source = f"{config.workdir}/classifier.keras"
+    with pytest.raises(UserError, match="is a resnet8. Received: --architecture=resnet20"):
+        train.run(transfer("a", source=source, architecture="resnet20"))
+    with pytest.raises(UserError, match="'stage9'.*stage3"):
+        train.run(transfer("b", source=source, transfer_mode="partial", freeze_through="stage9"))
+    with pytest.raises(UserError, match="standard twin is known"):
+        train.run(transfer("c", source=source, baseline=True))
+
+
+def test_a_workdir_that_cannot_be_written_is_named(job, tmp_path):
+    (tmp_path / "blocked").write_text("")
+    with pytest.raises(UserError, match="blocked"):
+        train.run(job("blocked/job"))
+
+
+def program(*arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "robust_tf.train", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--epsilon=8", "--norm=linf"], 2, "error: epsilon of the linf norm"),
+        (["--dataset=digit"], 2, "Did you mean 'digits'"),
+        (["--epslon=1"], 2, "Did you mean: epsilon"),
+        (["--task=pretrain", "configs/quickstart.cfg"], 2, "'configs/quickstart.cfg'"),
+    ],
+)
+def test_the_program_says_what_is_wrong_without_a_traceback(tmp_path, arguments, code, message):
+    process = program(f"--workdir={tmp_path / 'w'}", *arguments)
+    out, _ = process.communicate()
+    assert process.returncode == code
+    assert message in out and "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(job, tmp_path):
+    (tmp_path / "job.cfg").write_text(to_flag_file(job(epochs=10_000)))
+    # A shell that starts the tests in the background lets its children ignore Ctrl-C.
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = program(f"--flagfile={tmp_path / 'job.cfg'}", **listening)
+    for line in process.stdout:
+        if line.startswith("epoch     2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    out = process.stdout.read()
+    assert process.wait(timeout=60) == 130
+    assert "epochs are saved" in out and "Traceback" not in out
+    assert (pathlib.Path(job().workdir) / "checkpoints" / "latest.npz").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pets", "imagenet_resnet50_l2_eps3"])
+def test_the_large_configs_run_a_step_on_mocked_data(name, tmp_path, monkeypatch, mocked_tfds):
+    """Random images of the right kind, and a ResNet-50 that was not downloaded."""
+    overrides = [f"--workdir={tmp_path / name}", "--epochs=1", "--batch_size=4", "--eval_steps=1", "--nobaseline"]
+    config = read_flag_file(
+        ROOT / "configs" / f"{name}.cfg", [*overrides, "--export_dir=", "--validation_fraction=0.1"]
+    )
+    source = tmp_path / "published.keras"
+    imagenet = {"image_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    build_classifier("resnet50", 1000, **imagenet).save(source)
+    monkeypatch.setattr(sources, "fetch_published", lambda published: source)
+    with mocked_tfds(num_examples=5):
+        train.run(config)
+    results = results_of(config)
+    assert (results["image_size"], results["resize_size"], results["num_test_images"]) == (224, 256, 5)
+    assert len(results["class_names"]) == {"pets": 37, "imagenet_resnet50_l2_eps3": 1000}[name]
+    if name == "pets":  # raw pixels downstream, as in the paper's code
+        assert classifier_of(config).get_layer("normalization").get_config()["mean"] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_a_job_on_a_folder_of_images(job, tmp_path):
+    """The whole way with JPEG files, and the class names of the folders in results.json."""
+    root = write_folder(tmp_path / "photos", {"train/cat": 12, "train/dog": 12, "test/cat": 3, "test/dog": 2})
+    config = job(dataset=f"folder:{root}", classes=(), examples_per_class=None)
+    train.run(config)
+    results = results_of(config)
+    assert results["dataset"] == f"folder:{root}"
+    assert results["class_names"] == ["cat", "dog"]
+    assert (results["num_train_images"], results["num_validation_images"], results["num_test_images"]) == (22, 2, 5)

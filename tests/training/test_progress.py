@@ -1,0 +1,56 @@
+"""What a long job says while it runs."""
+
+import pytest
+
+from robust_tf.training import progress
+from robust_tf.training.progress import ProgressBar, track
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves by hand, in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def run_epochs(bar: ProgressBar, clock: list[float], *, first: int, epochs: int, seconds_a_step: float) -> None:
+    bar.on_train_begin()
+    for epoch in range(first, epochs):
+        bar.on_epoch_begin(epoch)
+        for step in range(10):
+            clock[0] += seconds_a_step + (100.0 if epoch == first and step == 0 else 0.0)  # the first step traces
+            bar.on_train_batch_end(step, {"loss": 1.5})
+        clock[0] += 1000.0  # validation: no part of the rate
+        bar.on_epoch_end(epoch, {"loss": 1.5, "accuracy": 0.5, "val_accuracy": 0.25})
+    bar.on_train_end()
+
+
+def test_rate_is_that_of_the_training_steps_alone(clock, capsys):
+    bar = ProgressBar(num_images=95, batch_size=10, epochs=2, adversarial=False)
+    run_epochs(bar, clock, first=0, epochs=2, seconds_a_step=0.5)
+    assert bar.images_per_second == pytest.approx(19.0)  # 95 images in 10 steps; the last batch has 5
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "epoch 2/2  loss 1.500  train 50.0%  validation 25.0%  19 images/s"
+
+
+def test_a_log_file_hears_of_the_remaining_time_once_a_minute(clock, capsys):
+    bar = ProgressBar(num_images=100, batch_size=10, epochs=4, adversarial=False)
+    run_epochs(bar, clock, first=2, epochs=4, seconds_a_step=25.0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
+    assert lines[0] == "epoch 3/4  10% of all  0.4 images/s  ETA 0:07:30"  # 180 images at 0.4 a second
+    assert len(lines) < 10
+
+
+def test_adversarial_figures_are_told_apart(capsys):
+    bar = ProgressBar(num_images=10, batch_size=10, epochs=1, adversarial=True)
+    bar.on_epoch_begin(0)
+    logs = {"loss": 1.0, "accuracy": 0.1, "clean_accuracy": 0.2, "val_accuracy": 0.3, "val_clean_accuracy": 0.4}
+    bar.on_epoch_end(0, logs)
+    expected = "train clean 20.0% robust 10.0%  validation clean 40.0% robust 30.0%"
+    assert expected in capsys.readouterr().out
+
+
+def test_track_passes_everything_on():
+    batches = [("images", [0, 1]), ("more images", [2])]
+    assert list(track(batches, "test", num_images=3)) == batches

@@ -1,0 +1,106 @@
+"""Unfreezing inside `fit`: still before, moving after, and no momentum lost on the way."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from smallbn import build_smallbn, golden_batches
+
+from robust_tf.training.optimizers import build_optimizer
+from robust_tf.training.unfreezing import UnfreezeAtEpoch, unfreeze
+from robust_tf.transfer.stages import freeze
+
+IMAGES, LABELS = (array.reshape(-1, *array.shape[3:]) for array in golden_batches())
+DATASET = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).batch(32)
+
+
+class Recorder(keras.callbacks.Callback):
+    """Keeps the weights, and the momentum of the head, at the end of every epoch."""
+
+    def __init__(self, classifier: keras.Model):
+        super().__init__()
+        self.classifier = classifier
+        self.weights: list[dict[str, np.ndarray]] = []
+        self.momentum: list[np.ndarray] = []
+
+    def record(self) -> None:
+        self.weights.append({weight.path: weight.numpy() for weight in self.classifier.weights})
+        by_name = {variable.name: variable.numpy() for variable in self.model.optimizer.variables}
+        self.momentum.append(by_name["logits_kernel_momentum"])
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.record()
+
+
+class Recompile:
+    def __init__(self, model: keras.Model):
+        self.model = model
+
+    def __call__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        self.model.compile(optimizer, loss, metrics=["accuracy"])
+
+
+def compiled(**freezing: str) -> tuple[keras.Model, keras.Model, Recompile]:
+    """A classifier, another model on its layers that is compiled, and what compiles it."""
+    classifier = build_smallbn()
+    freeze(classifier, **freezing)
+    model = keras.Model(classifier.input, classifier.output)
+    recompile = Recompile(model)
+    recompile(build_optimizer("sgd", learning_rate=0.05, weight_decay=5e-4))
+    return classifier, model, recompile
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_frozen_weights_are_bit_equal_until_the_epoch_and_move_after_it(policy):
+    keras.config.set_dtype_policy(policy)
+    classifier, model, recompile = compiled(mode="fixed_feature")
+    start = {weight.path: weight.numpy() for weight in classifier.weights}
+    recorder = Recorder(classifier)
+    unfreezing = UnfreezeAtEpoch(2, classifier, recompile=recompile, mode="partial", through="stem")
+    history = model.fit(
+        DATASET, validation_data=DATASET, epochs=4, shuffle=False, verbose=0, callbacks=[unfreezing, recorder]
+    )
+    for path in start:
+        still = [np.array_equal(weights[path], start[path]) for weights in recorder.weights]
+        expected = {"stem": [True] * 4, "stage1": [True, True, False, False], "logits": [False] * 4}
+        assert still == expected[path.replace("/", "_").split("_")[0]], path
+    assert len(history.history["val_accuracy"]) == 4
+    assert int(model.optimizer.iterations) > 2 * 3  # less than 4 * 3 where the loss scale has to fall first
+
+
+def test_nothing_jumps_when_nothing_is_unfrozen():
+    """With the same weights trainable before and after, the run equals one without the callback: all state is kept."""
+    runs = []
+    for with_callback in (False, True):
+        classifier, model, recompile = compiled(mode="partial", through="stem")
+        recorder = Recorder(classifier)
+        unfreezing = UnfreezeAtEpoch(1, classifier, recompile=recompile, mode="partial", through="stem")
+        callbacks = [unfreezing, recorder] if with_callback else [recorder]
+        model.fit(DATASET, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+        runs.append(recorder)
+    for plain, unfrozen in zip(*(run.weights for run in runs), strict=True):
+        for path, weight in plain.items():
+            np.testing.assert_allclose(unfrozen[path], weight, atol=1e-6, err_msg=path)
+    np.testing.assert_allclose(runs[1].momentum[-1], runs[0].momentum[-1], atol=1e-6)
+
+
+def test_the_momentum_of_the_head_is_kept_and_the_learning_rate_too():
+    classifier, model, recompile = compiled(mode="fixed_feature")
+    recorder = Recorder(classifier)
+    model.fit(DATASET, epochs=1, shuffle=False, verbose=0, callbacks=[recorder])
+    model.optimizer.learning_rate = 0.003
+    unfreeze(model, classifier, recompile=recompile)
+    recorder.record()
+    np.testing.assert_array_equal(recorder.momentum[0], recorder.momentum[1])
+    assert recorder.momentum[0].any()
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.003)
+    assert [weight.path for weight in model.trainable_weights] == [w.path for w in build_smallbn().trainable_weights]
+
+
+def test_a_later_part_of_a_run_does_not_unfreeze_again():
+    classifier, model, recompile = compiled(mode="fixed_feature")
+    unfreezing = UnfreezeAtEpoch(1, classifier, recompile=recompile)
+    model.fit(DATASET, epochs=4, initial_epoch=2, shuffle=False, verbose=0, callbacks=[unfreezing])
+    assert [weight.path for weight in model.trainable_weights] == ["logits/kernel", "logits/bias"]
