@@ -1,0 +1,1 @@
+"""What is measured on a finished classifier: attacks, corruptions, calibration, and pictures of what it looks at."""

@@ -1,0 +1,349 @@
+"""The 15 common corruptions, each in five severities, for images of any size.
+
+Source: Hendrycks and Dietterich 2019, arXiv 1903.12261. The severities are the published ones: those of ImageNet-C
+above 64 pixels, those of CIFAR-10-C up to there; what is counted in pixels (radii, displacements) goes with the size
+of the image, but is never less than CIFAR-10-C's. The random draws are ours, so the images are not those of the
+published files. One corruption differs in kind: the published frost is cut from photographs, ours is a synthetic
+texture of like brightness.
+
+Every function here takes and gives one image, (height, width, channels) float in [0, 1], height equal to width, and
+`unit`, how many of its pixels are one pixel of the published sizes (224 or 32).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from scipy import ndimage
+
+from robust_tf.errors import UserError, unknown_name
+
+SEVERITIES = (1, 2, 3, 4, 5)
+_LARGEST_SMALL = 64  # in pixels: up to here CIFAR-10-C's severities, above ImageNet-C's
+_SMALL_SIDE, _LARGE_SIDE = 32, 224  # the sizes that the published severities were chosen for
+
+
+def corrupt(images: np.ndarray, name: str, severity: int, *, ids: Sequence[int], seed: int = 0) -> np.ndarray:
+    """Corrupted copies of images.
+
+    An image whose channels are equal stays grey: its noise is drawn once and not for each channel.
+
+    Args:
+        images: (batch, size, size, 3) float in [0, 1].
+        name: in `CORRUPTIONS`.
+        severity: 1 to 5.
+        ids: (batch,) of the images; with `seed` they decide the random draws, so an image is corrupted alike in
+            whatever batch it comes.
+        seed: 0 or more.
+
+    Returns:
+        (batch, size, size, 3) float32 in [0, 1], in steps of 1/255 as the published files are.
+
+    Raises:
+        UserError: an unknown corruption or severity.
+    """
+    if name not in CORRUPTIONS:
+        raise unknown_name("corruption", name, CORRUPTIONS)
+    if severity not in SEVERITIES:
+        raise UserError(f"A corruption has the severities 1 to 5. Received: severity={severity}.")
+    corruption = CORRUPTIONS[name]
+    side = images.shape[1]
+    small = side <= _LARGEST_SMALL
+    parameters = (corruption.small if small else corruption.large)[severity - 1]
+    # Below 32 pixels the blurs of CIFAR-10-C would be less than a pixel wide.
+    unit = max(1.0, side / _SMALL_SIDE) if small else side / _LARGE_SIDE
+    number = list(CORRUPTIONS).index(name)
+    results = []
+    for image, identity in zip(images, ids, strict=True):
+        rng = np.random.default_rng([seed, number, severity, int(identity)])
+        grey = np.ptp(image, axis=-1).max() == 0
+        pixels = np.asarray(image[..., :1] if grey else image, np.float64)
+        result = corruption.function(pixels, parameters, unit, rng)
+        results.append(np.broadcast_to(result, image.shape))
+    return (np.round(np.clip(np.stack(results), 0.0, 1.0) * 255.0) / 255.0).astype(np.float32)
+
+
+# Noise -----------------------------------------------------------------------------------------------------------
+
+
+def _gaussian_noise(image: np.ndarray, std: float, unit: float, rng: np.random.Generator) -> np.ndarray:
+    return image + rng.normal(scale=std, size=image.shape)
+
+
+def _shot_noise(image: np.ndarray, photons: float, unit: float, rng: np.random.Generator) -> np.ndarray:
+    return rng.poisson(image * photons) / photons
+
+
+def _impulse_noise(image: np.ndarray, share: float, unit: float, rng: np.random.Generator) -> np.ndarray:
+    draw = rng.random(image.shape)
+    return np.where(draw < share / 2, 0.0, np.where(draw < share, 1.0, image))
+
+
+# Blur ------------------------------------------------------------------------------------------------------------
+
+
+def _defocus_blur(image: np.ndarray, parameters: Any, unit: float, rng: np.random.Generator) -> np.ndarray:
+    radius, softness = parameters
+    if radius >= 1:
+        radius = max(1.0, radius * unit)
+    reach = max(1, math.ceil(radius)) + 2
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    disk = ndimage.gaussian_filter((x**2 + y**2 <= radius**2).astype(float), softness)
+    return ndimage.convolve(image, (disk / disk.sum())[..., None], mode="mirror")
+
+
+def _glass_blur(image: np.ndarray, parameters: Any, unit: float, rng: np.random.Generator) -> np.ndarray:
+    sigma, reach, rounds = parameters[0] * unit, max(1, round(parameters[1] * unit)), parameters[2]
+    image = _blurred(image, sigma)
+    rows, columns = np.indices(image.shape[:2])
+    for _ in range(rounds):  # each pixel is taken from a place nearby, up to and without +reach as published
+        dy, dx = rng.integers(-reach, reach, size=(2, *image.shape[:2]))
+        image = _clamped(image, rows + dy, columns + dx)
+    return _blurred(image, sigma)
+
+
+def _motion_blur(image: np.ndarray, parameters: Any, unit: float, rng: np.random.Generator) -> np.ndarray:
+    radius, sigma = parameters
+    return _smeared(image, radius * unit, sigma * unit, rng.uniform(-45.0, 45.0))
+
+
+def _zoom_blur(image: np.ndarray, parameters: Any, unit: float, rng: np.random.Generator) -> np.ndarray:
+    zooms = np.arange(*parameters)
+    return (image + sum(_zoomed(image, zoom) for zoom in zooms)) / (len(zooms) + 1)
+
+
+# Weather ---------------------------------------------------------------------------------------------------------
+
+
+def _snow(image: np.ndarray, parameters: Any, unit: float, rng: np.random.Generator) -> np.ndarray:
+    mean, std, zoom, threshold, radius, sigma, kept = parameters
+    flakes = _zoomed(rng.normal(mean, std, size=(*image.shape[:2], 1)), zoom)
+    flakes = np.clip(np.where(flakes < threshold, 0.0, flakes), 0.0, 1.0)
+    flakes = _smeared(flakes, radius * unit, sigma * unit, rng.uniform(-135.0, -45.0))
+    whitened = np.maximum(image, _luma(image) * 1.5 + 0.5)
+    return np.clip(kept * image + (1.0 - kept) * whitened, 0.0, 1.0) + flakes + np.rot90(flakes, k=2)
+
+
+def _frost(image: np.ndarray, parameters: Any, unit: float, rng: np.random.Generator) -> np.ndarray:
+    kept, added = parameters
+    side = image.shape[0]
+    # Ridges of two fractals look like needles of ice; the square makes the rest of the pane clearer.
+    ridges = 1.0 - np.abs(2.0 * _plasma(side, 1.6, rng) - 1.0)
+    veins = 1.0 - np.abs(2.0 * _plasma(side, 1.3, rng) - 1.0)
+    ice = (0.6 * ridges + 0.4 * veins)[..., None] ** 2
+    tint = np.array([0.85, 0.95, 1.0])
+    return kept * image + added * ice * (tint if image.shape[-1] == 3 else tint.mean())
+
+
+def _fog(image: np.ndarray, parameters: Any, unit: float, rng: np.random.Generator) -> np.ndarray:
+    density, decay = parameters
+    brightest = image.max()
+    fog = density * _plasma(image.shape[0], decay, rng)[..., None]
+    return (image + fog) * brightest / (brightest + density)
+
+
+# Brightness, contrast and digital --------------------------------------------------------------------------------
+
+
+def _brightness(image: np.ndarray, added: float, unit: float, rng: np.random.Generator) -> np.ndarray:
+    # HSV with a higher value: hue and saturation stay, and black, which has neither, becomes grey.
+    value = image.max(axis=-1, keepdims=True)
+    raised = np.minimum(value + added, 1.0)
+    return np.where(value > 0, image / np.where(value > 0, value, 1.0), 1.0) * raised
+
+
+def _contrast(image: np.ndarray, factor: float, unit: float, rng: np.random.Generator) -> np.ndarray:
+    mean = image.mean(axis=(0, 1), keepdims=True)
+    return (image - mean) * factor + mean
+
+
+def _elastic_transform(image: np.ndarray, parameters: Any, unit: float, rng: np.random.Generator) -> np.ndarray:
+    strength, smoothness, tilt = (value * image.shape[0] for value in parameters)
+    side = image.shape[0]
+    # A random affine map, given by where three points go, then a smooth random displacement.
+    centre, arm = side // 2, side // 3
+    corners = np.array([[centre + arm, centre + arm], [centre + arm, centre - arm], [centre - arm, centre - arm]])
+    moved = corners + rng.uniform(-tilt, tilt, size=(3, 2))
+    affine = np.linalg.solve(np.hstack([moved, np.ones((3, 1))]), corners)  # backwards: from the result to the image
+    rows, columns = np.indices((side, side))
+    dy, dx = (
+        strength * ndimage.gaussian_filter(rng.uniform(-1.0, 1.0, (side, side)), smoothness, truncate=3.0)
+        for _ in range(2)
+    )
+    places = np.stack([rows + dy, columns + dx, np.ones_like(dy)], axis=-1) @ affine
+    return np.stack(
+        [
+            ndimage.map_coordinates(image[..., channel], (places[..., 0], places[..., 1]), order=1, mode="mirror")
+            for channel in range(image.shape[-1])
+        ],
+        axis=-1,
+    )
+
+
+def _pixelate(image: np.ndarray, share: float, unit: float, rng: np.random.Generator) -> np.ndarray:
+    side = image.shape[0]
+    small = max(1, int(side * share))
+    reduced = tf.image.resize(image, (small, small), method="area")
+    return tf.image.resize(reduced, (side, side), method="nearest").numpy()
+
+
+def _jpeg_compression(image: np.ndarray, quality: int, unit: float, rng: np.random.Generator) -> np.ndarray:
+    encoded = tf.io.encode_jpeg(np.round(image * 255.0).astype(np.uint8), quality=quality)
+    return tf.io.decode_jpeg(encoded, channels=image.shape[-1]).numpy() / 255.0
+
+
+# Helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+    return ndimage.gaussian_filter(image, (sigma, sigma, 0.0), mode="nearest")
+
+
+def _clamped(image: np.ndarray, rows: Any, columns: Any) -> np.ndarray:
+    """The pixels at these places; beyond the border those on it."""
+    last = image.shape[0] - 1
+    return image[np.clip(rows, 0, last), np.clip(columns, 0, last)]
+
+
+def _smeared(image: np.ndarray, radius: float, sigma: float, degrees: float) -> np.ndarray:
+    """Motion blur: the half of a Gaussian that trails behind, along one direction."""
+    steps = np.arange(2 * max(1, round(radius)) + 1)
+    weights = np.exp(-(steps**2) / (2.0 * sigma**2))
+    rows, columns = np.indices(image.shape[:2])
+    angle = math.radians(degrees)
+    result = np.zeros_like(image)
+    for step, weight in zip(steps, weights / weights.sum(), strict=True):
+        result += weight * _clamped(
+            image, rows + round(step * math.sin(angle)), columns + round(step * math.cos(angle))
+        )
+    return result
+
+
+def _zoomed(image: np.ndarray, zoom: float) -> np.ndarray:
+    """The centre, enlarged to the size of the image."""
+    centre = (image.shape[0] - 1) / 2
+    offset = centre - centre / zoom
+    matrix = np.array([1 / zoom, 1 / zoom, 1.0])
+    return ndimage.affine_transform(image, matrix, (offset, offset, 0.0), order=1, mode="nearest")
+
+
+def _luma(image: np.ndarray) -> np.ndarray:
+    if image.shape[-1] == 1:
+        return image
+    return (image @ np.array([0.299, 0.587, 0.114]))[..., None]  # ITU-R 601
+
+
+def _plasma(side: int, decay: float, rng: np.random.Generator) -> np.ndarray:
+    """A (side, side) cloud in [0, 1] by midpoint displacement on a torus (the diamond-square algorithm).
+
+    `decay` is by how much the random displacement shrinks from one level to the next.
+    """
+    size = 1 << max(1, math.ceil(math.log2(side)))
+    cloud = np.zeros((size, size))
+    step, amplitude = size, 1.0
+    while step >= 2:
+        half = step // 2
+        corners = cloud[::step, ::step]
+        sums = corners + np.roll(corners, -1, axis=0)
+        sums = sums + np.roll(sums, -1, axis=1)
+        middles = sums / 4 + amplitude * rng.uniform(-1.0, 1.0, corners.shape)
+        cloud[half::step, half::step] = middles
+        beside = corners + np.roll(corners, -1, axis=1) + middles + np.roll(middles, 1, axis=0)
+        cloud[::step, half::step] = beside / 4 + amplitude * rng.uniform(-1.0, 1.0, corners.shape)
+        below = corners + np.roll(corners, -1, axis=0) + middles + np.roll(middles, 1, axis=1)
+        cloud[half::step, ::step] = below / 4 + amplitude * rng.uniform(-1.0, 1.0, corners.shape)
+        step, amplitude = half, amplitude / decay
+    cloud = cloud[:side, :side] - cloud.min()
+    return cloud / max(float(cloud.max()), 1e-12)
+
+
+# The table -------------------------------------------------------------------------------------------------------
+
+
+class Corruption(NamedTuple):
+    """One corruption.
+
+    Attributes:
+        function: (image, parameters, unit, generator) -> the corrupted image, which may leave [0, 1].
+        large: its parameters by severity on images above 64 pixels (ImageNet-C).
+        small: the same up to there (CIFAR-10-C).
+    """
+
+    function: Callable[[np.ndarray, Any, float, np.random.Generator], np.ndarray]
+    large: tuple[Any, ...]
+    small: tuple[Any, ...]
+
+
+# The parameters are those of the code published with arXiv 1903.12261.
+CORRUPTIONS = {
+    "gaussian_noise": Corruption(_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10)),
+    "shot_noise": Corruption(_shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
+    "impulse_noise": Corruption(_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07)),
+    "defocus_blur": Corruption(  # radius, softness of the edge
+        _defocus_blur,
+        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
+        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+    ),
+    "glass_blur": Corruption(  # sigma, displacement, rounds
+        _glass_blur,
+        ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+        ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+    ),
+    "motion_blur": Corruption(  # radius, sigma
+        _motion_blur,
+        ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+        ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+    ),
+    "zoom_blur": Corruption(  # zooms: first, end, step
+        _zoom_blur,
+        ((1, 1.11, 0.01), (1, 1.16, 0.01), (1, 1.21, 0.02), (1, 1.26, 0.02), (1, 1.31, 0.03)),
+        ((1, 1.06, 0.01), (1, 1.11, 0.01), (1, 1.16, 0.01), (1, 1.21, 0.01), (1, 1.26, 0.01)),
+    ),
+    "snow": Corruption(  # mean, std and zoom of the flakes, threshold, radius and sigma of their fall, share kept
+        _snow,
+        (
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ),
+        (
+            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+        ),
+    ),
+    "frost": Corruption(  # share of the image kept, of the frost added
+        _frost,
+        ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
+        ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
+    ),
+    "fog": Corruption(  # density, decay of the cloud
+        _fog,
+        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+    ),
+    "brightness": Corruption(_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "contrast": Corruption(_contrast, (0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "elastic_transform": Corruption(  # strength, smoothness and tilt as shares of the side (224 * 244 / 224 = 244)
+        _elastic_transform,
+        tuple(
+            tuple(value * 244 / 224 for value in row)
+            for row in (
+                (2, 0.7, 0.1),
+                (2, 0.08, 0.2),
+                (0.05, 0.01, 0.02),
+                (0.07, 0.01, 0.02),
+                (0.12, 0.01, 0.02),
+            )
+        ),
+        ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+    ),
+    "pixelate": Corruption(_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65)),
+    "jpeg_compression": Corruption(_jpeg_compression, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
+}

@@ -1,0 +1,121 @@
+"""The pictures of an evaluation, drawn without a display."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+
+from robust_tf.evaluation.calibration import Calibration
+from robust_tf.files import replaced_atomically
+from robust_tf.training.metrics import wilson_interval
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+
+class Curve(NamedTuple):
+    """One line of the robustness curve.
+
+    Attributes:
+        name: in the legend.
+        epsilons: ascending.
+        accuracy: one for each epsilon, in [0, 1].
+        intervals: lower and upper end for each epsilon.
+    """
+
+    name: str
+    epsilons: Sequence[float]
+    accuracy: Sequence[float]
+    intervals: Sequence[tuple[float, float]]
+
+
+def save_curve(path: pathlib.Path, curves: Sequence[Curve], *, norm: str, title: str) -> None:
+    """Robust accuracy over epsilon, with the 95 % intervals as bands."""
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for curve in curves:
+        (line,) = axes.plot(curve.epsilons, 100 * np.array(curve.accuracy), marker="o", label=curve.name)
+        low, high = 100 * np.array(curve.intervals).T
+        axes.fill_between(curve.epsilons, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel(f"epsilon ({norm}, pixels in [0, 1])")
+    axes.set_ylabel("accuracy, % (band: 95 % interval)")
+    axes.set_ylim(-2, 102)
+    axes.set_title(title, fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(path, figure)
+
+
+def save_reliability(path: pathlib.Path, calibrations: dict[str, Calibration]) -> None:
+    """Accuracy (with 95 % intervals) over confidence for each classifier, with the number of images below."""
+    figure, (axes, counts) = pyplot.subplots(
+        2, 1, figsize=(5, 6), layout="constrained", sharex=True, height_ratios=(3, 1)
+    )
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="perfectly calibrated")
+    width = 1.0 / (len(calibrations) + 0.25)
+    for position, (name, bins) in enumerate(calibrations.items()):
+        filled = bins.counts > 0
+        label = f"{name}: ECE {100 * bins.expected_calibration_error:.1f} %"
+        accuracy, counted = bins.accuracy[filled], bins.counts[filled]
+        hits = np.round(accuracy * counted).astype(int)
+        ends = np.array([wilson_interval(int(hit), int(count)) for hit, count in zip(hits, counted, strict=True)])
+        beside = np.abs(ends.T - accuracy)
+        axes.errorbar(bins.confidence[filled], accuracy, beside, fmt="o", capsize=2, label=label)
+        bin_width = np.diff(bins.edges) * width
+        counts.bar(bins.edges[:-1] + position * bin_width, bins.counts, bin_width, align="edge")
+    axes.set_ylabel("accuracy")
+    axes.legend(fontsize="small")
+    counts.set_ylabel("images")
+    counts.set_xlabel("confidence")
+    axes.set_xlim(0, 1)
+    save(path, figure)
+
+
+def save_sheet(
+    path: pathlib.Path,
+    rows: Sequence[Sequence[np.ndarray]],
+    captions: Sequence[Sequence[str]],
+    *,
+    row_names: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """A grid of pictures with a caption above each.
+
+    Args:
+        rows: pictures (height, width, 3) float in [0, 1]; the rows are equally long.
+        captions: in the same shape.
+        row_names: written along the left side.
+        title: above all.
+    """
+    side = 1.3  # of a picture, in inches
+    figure, axes = pyplot.subplots(
+        len(rows),
+        len(rows[0]),
+        figsize=(side * len(rows[0]), (side + 0.3) * len(rows)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for line, pictures, texts in zip(axes, rows, captions, strict=True):
+        for axis, picture, text in zip(line, pictures, texts, strict=True):
+            axis.imshow(np.clip(picture, 0.0, 1.0), interpolation="nearest")
+            axis.set_title(text, fontsize=7)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, name in zip(axes[:, 0], row_names, strict=False):
+        axis.set_ylabel(name, fontsize=8)
+    figure.suptitle(title, fontsize="medium")
+    save(path, figure)
+
+
+def magnified(perturbation: np.ndarray) -> np.ndarray:
+    """A perturbation around grey, stretched so that its largest value reaches 0 or 1."""
+    return 0.5 + 0.5 * perturbation / (np.abs(perturbation).max() or 1.0)
+
+
+def save(path: pathlib.Path, figure: Figure) -> None:
+    """Writes a figure as PNG, without the date and version that would make equal figures differ."""
+    with replaced_atomically(path) as temporary:
+        figure.savefig(temporary, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)

@@ -1,0 +1,35 @@
+"""The logits of many images."""
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.errors import UserError
+
+# (count, size, size, 3) float32 -> (count, num_classes) float32
+Predict = Callable[[np.ndarray], np.ndarray]
+
+
+def batched_logits(classifier: keras.Model, *, batch_size: int) -> Predict:
+    """A function from images to logits, in batches, traced once.
+
+    The function raises UserError when a logit is no finite number.
+    """
+    signature = tf.TensorSpec([None, *classifier.input_shape[1:]], tf.float32)
+    forward = tf.function(lambda images: classifier(images, training=False), input_signature=[signature])
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        parts = [forward(images[start : start + batch_size]).numpy() for start in range(0, len(images), batch_size)]
+        logits = np.concatenate(parts).astype(np.float32)
+        finite = np.isfinite(logits).all(axis=1)
+        if not finite.all():
+            raise UserError(
+                "The logits of a classifier must be finite numbers. Received: NaN or infinity for "
+                f"{(~finite).sum()} of {len(images)} images, {logits[~finite][0].tolist()} for the first of them. Its "
+                "weights may hold NaN, or its precision be too low."
+            )
+        return logits
+
+    return predict

@@ -1,0 +1,136 @@
+"""evaluation.json and the closing table: everything that was measured, with its uncertainty."""
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+import robust_tf
+from robust_tf.evaluation.attacking import Robustness
+from robust_tf.evaluation.calibration import Calibration
+from robust_tf.evaluation.subject import Images, Subject, short_names
+from robust_tf.training.metrics import wilson_interval
+
+_PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scipy")
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    return {
+        "robust_tf": robust_tf.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def accuracy_entry(correct: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """An accuracy with its 95 % interval (Wilson), in all and for each class that occurs.
+
+    Args:
+        correct: (count,) bool.
+        labels: (count,) int.
+    """
+    per_class = {
+        name: _share(correct[labels == label]) for label, name in enumerate(class_names) if (labels == label).any()
+    }
+    return {**_share(correct), "per_class": per_class}
+
+
+def _share(correct: np.ndarray) -> dict[str, Any]:
+    hits, total = int(correct.sum()), len(correct)
+    return {"accuracy": hits / total, "interval": list(wilson_interval(hits, total)), "num_images": total}
+
+
+def robustness_entry(result: Robustness, images: Images, class_names: Sequence[str]) -> dict[str, Any]:
+    """One attack at one epsilon, with the ids of the images that fell, by what felled them and at which epsilon."""
+    fell: dict[str, dict[str, list[int]]] = {}
+    for number, by, at in zip(images.ids.tolist(), result.felled_by, result.felled_at, strict=True):
+        if by:
+            fell.setdefault(f"{at:.9g}", {}).setdefault(by, []).append(number)
+    return {
+        "attack": result.attack,
+        "norm": result.norm,
+        "epsilon": result.epsilon,
+        **accuracy_entry(result.robust, images.labels, class_names),
+        "fell": fell,
+        "warnings": result.warnings,
+    }
+
+
+def calibration_entry(bins: Calibration) -> dict[str, Any]:
+    """The expected calibration error and its bins."""
+    return {
+        "expected_calibration_error": bins.expected_calibration_error,
+        "bins": [
+            {"above": low, "to": high, "num_images": count, "confidence": confidence, "accuracy": accuracy}
+            for low, high, count, confidence, accuracy in zip(
+                bins.edges[:-1].tolist(),
+                bins.edges[1:].tolist(),
+                bins.counts.tolist(),
+                bins.confidence.tolist(),
+                bins.accuracy.tolist(),
+                strict=True,
+            )
+        ],
+    }
+
+
+def subject_entry(
+    subject: Subject, images: Images, logits: np.ndarray, bins: Calibration, robustness: Sequence[Robustness]
+) -> dict[str, Any]:
+    """Everything about one classifier but its corruption error."""
+    names = subject.task.class_names
+    correct = logits.argmax(axis=1) == images.labels
+    return {
+        "classifier": subject.name,
+        "architecture": subject.classifier.name,
+        "weights_sha256": subject.weights_sha256,
+        "dataset": subject.dataset,
+        "classes": list(subject.classes) or None,
+        "class_names": list(names),
+        "image_size": subject.task.image_size,
+        "num_test_images": subject.task.num_test,
+        "image_ids": images.ids.tolist(),
+        "clean": {**accuracy_entry(correct, images.labels, names), "wrong": images.ids[~correct].tolist()},
+        "calibration": calibration_entry(bins),
+        "attacks": [robustness_entry(result, images, names) for result in robustness],
+        "corruptions": None,
+    }
+
+
+def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """The figures of one or two classifiers side by side, one row for each figure."""
+    table = Table(title=_images(entries), title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    for name in short_names([entry["classifier"] for entry in entries]):
+        table.add_column(name, overflow="fold")
+    if len({entry["dataset"] for entry in entries}) > 1:
+        table.add_row("data set", *(entry["dataset"] for entry in entries))
+    table.add_row("clean accuracy", *(_with_interval(entry["clean"]) for entry in entries))
+    for rows in zip(*(entry["attacks"] for entry in entries), strict=True):
+        name = f"{rows[0]['attack']}, {rows[0]['norm']} {rows[0]['epsilon']:.4g}"
+        flags = (" (!)" if row["warnings"] else "" for row in rows)
+        table.add_row(name, *(_with_interval(row) + flag for row, flag in zip(rows, flags, strict=True)))
+    calibration_errors = (f"{entry['calibration']['expected_calibration_error']:.1%}" for entry in entries)
+    table.add_row("calibration error (ECE)", *calibration_errors)
+    if entries[0]["corruptions"]:
+        errors = [entry["corruptions"] for entry in entries]
+        table.add_row("mean corruption error", *(f"{error['mean_corruption_error']:.1%}" for error in errors))
+        if errors[0]["relative_mean_corruption_error"] is not None:
+            relative = (f"{error['relative_mean_corruption_error']:.1%}" for error in errors)
+            table.add_row("mCE to the second", *relative)
+    return table
+
+
+def _images(entries: Sequence[dict[str, Any]]) -> str:
+    sizes = {(len(entry["image_ids"]), entry["num_test_images"], entry["dataset"]) for entry in entries}
+    return "; ".join(f"{count} of {total} test images of {name}" for count, total, name in sorted(sizes))
+
+
+def _with_interval(entry: dict[str, Any]) -> str:
+    low, high = entry["interval"]
+    return f"{entry['accuracy']:.1%} ({low:.1%} to {high:.1%})"

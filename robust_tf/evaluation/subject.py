@@ -1,0 +1,188 @@
+"""What is evaluated: a classifier, the task it was made for, and the test images that are looked at."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.data import TaskData, load_task
+from robust_tf.errors import UserError, unknown_name
+from robust_tf.models import PUBLISHED, fetch_published, load_classifier
+
+_PUBLISHED_DATASETS = {"imagenet": "imagenet2012", "fashion_mnist": "fashion_mnist"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A classifier and its task.
+
+    Attributes:
+        name: as the user wrote it.
+        classifier: [0, 1] images (batch, size, size, 3) to logits.
+        dataset: a row of DATASETS.
+        classes: labels that were kept, in the order of the logits; empty: all.
+        norm, epsilon: of the perturbations that it was made for, where that is known and not 0.
+    """
+
+    name: str
+    classifier: keras.Model
+    dataset: str
+    classes: tuple[int, ...]
+    task: TaskData
+    norm: str | None
+    epsilon: float | None
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the values and shapes of all weights, in order: the same for the same weights in another file."""
+        digest = hashlib.sha256()
+        for weight in self.classifier.get_weights():
+            digest.update(f"{weight.dtype}{weight.shape}".encode())
+            digest.update(np.ascontiguousarray(weight).tobytes())
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Test images in the order of their ids.
+
+    Attributes:
+        ids: (count,) int64, positions in the test split of the data set as TFDS stores it.
+        pixels: (count, size, size, 3) float32 in [0, 1].
+        labels: (count,) int32.
+    """
+
+    ids: np.ndarray
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+def load_subject(
+    name: str, *, dataset: str = "", classes: Sequence[int] = (), data_dir: str = "", batch_size: int = 128
+) -> Subject:
+    """A classifier by path or published name, with the data that it is evaluated on.
+
+    Args:
+        name: path of a `.keras` file, or the name of a published model.
+        dataset: "" takes that of the job that trained it (`results.json` beside the file) or of the published model.
+        classes: labels to keep; with `dataset` left out, those of its job.
+        data_dir: TFDS folder; "" takes TFDS's default.
+        batch_size: of the test batches.
+
+    Raises:
+        UserError: no such classifier, a data set that isn't known or prepared, or one of another number of classes.
+    """
+    path = pathlib.Path(name)
+    if path.suffix != ".keras" and name not in PUBLISHED:
+        raise unknown_name(
+            "classifier (neither the path of a .keras file nor the name of a published model)", name, PUBLISHED
+        )
+    classifier = load_classifier(fetch_published(name) if name in PUBLISHED else path)
+    job = _job_of(path, name)
+    dataset_given = bool(dataset)
+    if dataset:
+        kept = tuple(classes)
+    elif job.get("dataset"):
+        dataset, kept = job["dataset"], tuple(classes or job.get("classes") or ())
+    else:
+        raise UserError(f"No results.json beside {name} tells its data set. Received: no --dataset. Add it.")
+    task = load_task(
+        dataset,
+        classes=kept or None,
+        image_size=classifier.input_shape[1],
+        downscale=None if dataset_given else job.get("downscale"),
+        batch_size=batch_size,
+        data_dir=pathlib.Path(data_dir) if data_dir else None,
+    )
+    logits = classifier.output_shape[-1]
+    if logits != len(task.class_names):
+        raise UserError(
+            f"The labels of the data must be those of the classifier. Received: {name} with {logits} logits for "
+            f"{len(task.class_names)} classes of {dataset}. Choose another --dataset, or --classes."
+        )
+    return Subject(
+        name=name,
+        classifier=classifier,
+        dataset=dataset,
+        classes=kept,
+        task=task,
+        norm=job.get("norm"),
+        epsilon=job.get("epsilon"),
+    )
+
+
+def draw_images(task: TaskData, *, count: int | None, seed: int) -> Images:
+    """`count` test images, the same for the same seed; None takes all.
+
+    Raises:
+        UserError: more images than the test part has.
+    """
+    if count is not None and count > task.num_test:
+        raise UserError(
+            f"--num_images is more than the test part has. Received: {count}; it has {task.num_test}. Use "
+            "--num_images=0 for all."
+        )
+    return chosen_images(
+        task.test_examples.in_order(), chosen_positions(task.num_test, count, seed), task.preprocessing.for_evaluation
+    )
+
+
+def chosen_positions(total: int, count: int | None, seed: int) -> np.ndarray:
+    """(total,) bool, true for `count` of them, the same for the same seed."""
+    chosen = np.zeros(total, bool)
+    chosen[np.random.default_rng(seed).permutation(total)[:count]] = True
+    return chosen
+
+
+def chosen_images(records: tf.data.Dataset, chosen: np.ndarray, preprocess: Callable[[tf.Tensor], tf.Tensor]) -> Images:
+    """The images at the chosen positions of (index, encoded image, label) records, in their order."""
+    kept = tf.constant(chosen)
+
+    def transform(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return index, preprocess(encoded), tf.cast(label, tf.int32)
+
+    records = records.enumerate().filter(lambda position, _: tf.gather(kept, position)).map(lambda _, record: record)
+    batches = records.map(transform, num_parallel_calls=tf.data.AUTOTUNE).batch(256).as_numpy_iterator()
+    ids, pixels, labels = zip(*batches, strict=True)
+    return Images(np.concatenate(ids), np.concatenate(pixels), np.concatenate(labels))
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """What classifiers are called in tables and pictures: short, and different.
+
+    That is the folder of a job's classifier.keras, the name of any other file, or the name of a published model.
+    """
+    paths = [pathlib.Path(name) for name in names]
+    short = [path.parent.name if path.stem == "classifier" and path.parent.name else path.stem for path in paths]
+    return short if len(set(short)) == len(short) else [f"{name} ({number})" for number, name in enumerate(short, 1)]
+
+
+def _job_of(path: pathlib.Path, name: str) -> dict[str, Any]:
+    """What is known about how a classifier was made: data set, classes, norm and epsilon, as far as it is."""
+    if name in PUBLISHED:
+        model = PUBLISHED[name]
+        threat = {"norm": model.norm, "epsilon": model.epsilon} if model.epsilon else {}
+        return {"dataset": _PUBLISHED_DATASETS[model.dataset], **threat}
+    results = path.parent / "results.json"
+    if not results.is_file():
+        return {}
+    try:
+        job = json.loads(results.read_text(encoding="utf-8"))
+        attack = job.get("robust_accuracy_attack") or {}
+        return {
+            "dataset": job["dataset"],
+            "classes": job["classes"],
+            "norm": attack.get("norm"),
+            "epsilon": attack.get("epsilon"),
+        }
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{results} is not what a training job writes. Received: {type(error).__name__}: {error}. Remove it, or "
+            "name --dataset."
+        ) from error

@@ -1,0 +1,279 @@
+"""The program from flags to files, on the real digits with a small network."""
+
+import contextlib
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from small_jobs import small_classifier, write_job
+
+from robust_tf import evaluate
+from robust_tf.attacks import pgd
+from robust_tf.command_line import parse_flags
+from robust_tf.errors import UserError
+from robust_tf.evaluation import attacking
+from robust_tf.evaluation.settings import EvaluateConfig
+from robust_tf.training.metrics import wilson_interval
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def flags(jobs, data_dir, tmp_path):
+    """Makes argument lists of small evaluations; each name is an output folder."""
+
+    def make(name: str = "evaluation", *, classifier: str = "good", **changes) -> list[str]:
+        values = {
+            "classifier": jobs[classifier].classifier if classifier in jobs else classifier,
+            "output_dir": tmp_path / name,
+            "data_dir": data_dir,
+            "num_images": 60,
+            "num_examples": 0,
+            "attack": "fgsm",
+            **changes,
+        }
+        return ["evaluate", *(f"--{name}={value}" for name, value in values.items())]
+
+    return make
+
+
+def results_of(arguments: list[str]) -> dict:
+    folder = next(argument for argument in arguments if argument.startswith("--output_dir=")).partition("=")[2]
+    return json.loads((pathlib.Path(folder) / "evaluation.json").read_text())
+
+
+def fallen(entry: dict) -> set[int]:
+    return {number for by in entry["fell"].values() for numbers in by.values() for number in numbers}
+
+
+def test_a_curve_of_two_attacks_with_all_its_files(flags, tmp_path, capsys):
+    arguments = flags(attack="fgsm,pgd", epsilon="1,0,1/4", num_examples=3)
+    evaluate.main(arguments)
+    assert {path.name for path in (tmp_path / "evaluation").iterdir()} == {
+        "evaluation.json",
+        "state.json",
+        "curve.png",
+        "reliability.png",
+        "examples.png",
+    }
+    (entry,) = results_of(arguments)["classifiers"]
+    ids = entry["image_ids"]
+    assert len(set(ids)) == 60 and ids == sorted(ids)
+    attacks = entry["attacks"]
+    assert [(row["attack"], row["norm"], row["epsilon"]) for row in attacks] == [
+        (name, "l2", epsilon) for name in ("fgsm", "pgd") for epsilon in (0.0, 0.25, 1.0)
+    ]
+    for row in attacks:
+        assert fallen(row) <= set(ids)
+        assert row["accuracy"] == pytest.approx(1 - len(fallen(row)) / 60)
+        assert row["interval"] == pytest.approx(wilson_interval(60 - len(fallen(row)), 60))
+        assert set(row["per_class"]) == set("01234")
+        per_class = row["per_class"].values()
+        assert sum(one["num_images"] for one in per_class) == 60
+        assert sum(one["accuracy"] * one["num_images"] for one in per_class) == pytest.approx(60 * row["accuracy"])
+    for weaker, stronger in ((attacks[0], attacks[1]), (attacks[1], attacks[2]), (attacks[4], attacks[5])):
+        assert fallen(weaker) <= fallen(stronger)
+    assert attacks[2]["accuracy"] < attacks[0]["accuracy"] == entry["clean"]["accuracy"]
+    assert attacks[0]["fell"].get("0", {}).get("clean", []) == entry["clean"]["wrong"]
+    assert len(attacks[5]["fell"]["1"]["pgd"]) > 0
+    bins = entry["calibration"]["bins"]
+    assert sum(row["num_images"] for row in bins) == 60
+    out = capsys.readouterr().out
+    assert "pgd, l2 0.25" in out and f"({attacks[4]['interval'][0]:.1%} to " in out
+
+
+def test_an_image_falls_as_the_attack_alone_would_have_it(flags, jobs):
+    """What the program counts is what PGD gives when it is called by hand on the same images."""
+    arguments = flags(attack="pgd", epsilon="1")
+    evaluate.main(arguments)
+    (entry,) = results_of(arguments)["classifiers"]
+    config, _ = parse_flags(EvaluateConfig, arguments)
+    subject = evaluate.load(config, jobs["good"].classifier)
+    images = evaluate.draw_images(subject.task, count=60, seed=0)
+    assert images.ids.tolist() == entry["image_ids"]
+    images_adv = pgd(
+        subject.classifier, images.pixels, images.labels, norm="l2", epsilon=1.0, step_size=0.125, steps=20
+    )
+    right = np.argmax(subject.classifier(images_adv), axis=-1) == images.labels
+    right &= np.argmax(subject.classifier(images.pixels), axis=-1) == images.labels
+    assert entry["attacks"][0]["accuracy"] == pytest.approx(right.mean())
+
+
+def test_the_flags_come_from_the_job_beside_the_classifier(flags, jobs):
+    arguments = flags()
+    evaluate.main(arguments)
+    (entry,) = results_of(arguments)["classifiers"]
+    assert (entry["dataset"], entry["classes"], entry["image_size"]) == ("digits", [0, 1, 2, 3, 4], 8)
+    assert [(row["norm"], row["epsilon"]) for row in entry["attacks"]] == [("l2", 0.0), ("l2", 0.5)]
+    assert EvaluateConfig(classifier=jobs["good"].classifier).folder == jobs["good"].folder / "evaluation"
+
+
+def test_two_classifiers_side_by_side_with_corruptions(flags, jobs, tmp_path, capsys):
+    arguments = flags(compare=jobs["poor"].classifier, corruptions="true", num_images=30, num_examples=2)
+    evaluate.main(arguments)
+    good, poor = results_of(arguments)["classifiers"]
+    assert good["image_ids"] == poor["image_ids"]
+    assert good["clean"]["accuracy"] > poor["clean"]["accuracy"]
+    assert good["weights_sha256"] != poor["weights_sha256"]
+    for entry in (good, poor):
+        corruptions = entry["corruptions"]
+        assert corruptions["source"] == "computed" and corruptions["baseline"] == jobs["poor"].classifier
+        assert len(corruptions["errors"]) == 15
+        errors = np.array(list(corruptions["errors"].values()))
+        assert errors.shape == (15, 5) and corruptions["mean_corruption_error"] == pytest.approx(errors.mean())
+    assert poor["corruptions"]["relative_mean_corruption_error"] == pytest.approx(1.0)
+    assert good["corruptions"]["relative_mean_corruption_error"] < 1.0
+    assert (tmp_path / "evaluation" / "examples_compare.png").exists()
+    assert "mCE to the second" in capsys.readouterr().out
+
+
+def test_before_and_after_transfer_each_on_its_own_task(flags, jobs):
+    arguments = flags(compare=jobs["other"].classifier, epsilon="0.5")
+    evaluate.main(arguments)
+    before, after = results_of(arguments)["classifiers"]
+    assert before["class_names"] == ["0", "1", "2", "3", "4"] and after["class_names"] == ["5", "6", "7", "8", "9"]
+    assert after["clean"]["accuracy"] > 0.6
+    assert not set(before["image_ids"]) & set(after["image_ids"])
+
+
+def test_a_finished_part_is_not_run_again_and_others_can_be_added(flags, tmp_path, monkeypatch):
+    evaluate.main(flags("both", epsilon="0.25,0.5", num_images=20))
+    evaluate.main(flags("added", epsilon="0.25", num_images=20))
+    evaluate.main(flags("added", epsilon="0.25,0.5", num_images=20))
+    both, added = ((tmp_path / name / "evaluation.json").read_text() for name in ("both", "added"))
+    assert both == added
+    monkeypatch.setattr(attacking, "cascade", None)  # would fail when called
+    evaluate.main(flags("added", epsilon="0.25,0.5", num_images=20))
+    assert (tmp_path / "added" / "evaluation.json").read_text() == added
+
+
+def test_the_progress_rises_to_the_end(flags, monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def record(name, *, total, unit="images"):
+        yield lambda done, figures="": seen.append((done / total, figures))
+
+    monkeypatch.setattr(evaluate, "meter", record)
+    evaluate.main(flags(attack="fgsm+pgd", epsilon="0.25,1", batch_size=24))
+    shares = [share for share, _ in seen]
+    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1.0
+    assert len(set(shares)) > 6
+    assert all(figures.startswith("robust so far ") for _, figures in seen)
+
+
+def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys):
+    settings = {"attack": "fgsm+pgd", "epsilon": "0.25,1", "batch_size": 24, "corruptions": "true"}
+    evaluate.main(flags("whole", **settings))
+    keep = attacking.StateFile.keep
+    for stop_after in (1, 5):
+        left = [stop_after]
+
+        def keep_and_stop(self, key, progress, left=left):
+            keep(self, key, progress)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(attacking.StateFile, "keep", keep_and_stop)
+        with pytest.raises(SystemExit):
+            evaluate.main(flags("parts", **settings))
+        monkeypatch.undo()
+        assert "Interrupted. What was done is saved" in capsys.readouterr().out
+    evaluate.main(flags("parts", **settings))
+    whole, parts = ((tmp_path / name / "evaluation.json").read_text() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_gives_the_same_evaluation(flags, tmp_path):
+    settings = {"attack": "autoattack", "epsilon": "0.25,0.5", "batch_size": 8, "num_images": 32, "corruptions": "true"}
+    evaluate.main(flags("whole", **settings))
+    command = [sys.executable, "-m", "robust_tf.evaluate", *flags("killed", **settings)[1:]]
+    state = tmp_path / "killed" / "state.json"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (state.exists() and '"attack": 2' in state.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "evaluation.json").exists()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    whole, killed = ((tmp_path / name / "evaluation.json").read_text() for name in ("whole", "killed"))
+    assert whole == killed
+    (entry,) = json.loads(whole)["classifiers"]
+    assert entry["attacks"][1]["attack"] == "autoattack"
+    assert not {path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classifier": "nowhere.keras"}, r"There is no classifier nowhere\.keras"),
+        ({"classifier": "resnet20_fashion_mnist_l2_eps2"}, "Did you mean 'resnet20_fashion_mnist_l2_eps"),
+        ({"epsilon": "0.5,x"}, r"--epsilon takes numbers or fractions.*Received: 0\.5,x"),
+        ({"epsilon": "0.5,-1"}, r"0 or more.*Received: --epsilon=0\.5,-1"),
+        ({"epsilon": "nan"}, "Received: --epsilon=nan"),
+        ({"epsilon": "0.5,1/2"}, r"once.*0\.5,0\.5"),
+        ({"epsilon": "8", "norm": "linf"}, "Did you mean 8/255"),
+        ({"epsilon": "8/0"}, "Received: 8/0"),
+        ({"attack": "none,pgd"}, "none alone. Received: none,pgd"),
+        ({"attack": "pgdd"}, "Received: 'pgdd'. Did you mean 'pgd'"),
+        ({"attack": "pgd+apgd"}, "Received: 'apgd'"),
+        ({"norm": "l3"}, "l3"),
+        ({"norm": "linf"}, "another norm. Received: --norm=linf. Add --epsilon"),
+        ({"num_images": "1000"}, r"Received: 1000; it has \d+"),
+        ({"batch_size": "0"}, "--batch_size must be 1 or more. Received: 0"),
+        ({"dataset": "digits"}, "with 5 logits for 10 classes"),
+        ({"dataset": "digit"}, "Did you mean 'digits'"),
+        ({"corruption_source": "tfd"}, "Did you mean 'tfds'"),
+        ({"corruptions": "true", "corruption_source": "tfds"}, "Received: digits"),
+    ],
+)
+def test_bad_input_is_named(flags, changes, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main(flags(**changes))
+
+
+def test_a_classifier_without_a_job_needs_its_data_and_threat_model(flags, tmp_path):
+    path = tmp_path / "alone.keras"
+    small_classifier(seed=0).save(path)
+    with pytest.raises(UserError, match="no --dataset"):
+        evaluate.main(flags(classifier=str(path)))
+    with pytest.raises(UserError, match="Name both"):
+        evaluate.main(flags(classifier=str(path), dataset="digits", classes="0,1,2,3,4"))
+    evaluate.main(flags(classifier=str(path), dataset="digits", classes="0,1,2,3,4", attack="none"))
+
+
+def test_nan_logits_are_named(flags, tmp_path):
+    classifier = small_classifier(seed=0)
+    classifier.set_weights([np.full_like(weight, np.nan) for weight in classifier.get_weights()])
+    job = write_job(tmp_path / "nan", classifier)
+    with pytest.raises(UserError, match="NaN or infinity for 60 of 60 images"):
+        evaluate.main(flags(classifier=job.classifier))
+
+
+def test_the_state_of_another_run_is_refused(flags, jobs, tmp_path):
+    evaluate.main(flags(attack="fgsm"))
+    before = (tmp_path / "evaluation" / "evaluation.json").read_text()
+    for changes, message in (
+        ({"seed": "1"}, "--seed: 0 -> 1"),
+        ({"num_images": "50"}, r"--num_images: \[60\] -> \[50\]"),
+        ({"classifier": "poor"}, "weights of --classifier"),
+        ({"compare": jobs["poor"].classifier}, "weights of --compare: null ->"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.main(flags(**{"attack": "fgsm", **changes}))
+    assert (tmp_path / "evaluation" / "evaluation.json").read_text() == before
+
+
+def test_results_json_that_is_none_is_named(flags, tmp_path):
+    job = write_job(tmp_path / "broken", small_classifier(seed=0))
+    (job.folder / "results.json").write_text("[]")
+    with pytest.raises(UserError, match=r"results\.json is not what a training job writes"):
+        evaluate.main(flags(classifier=job.classifier))
