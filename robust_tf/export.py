@@ -1,0 +1,81 @@
+"""Publishes a classifier for TensorFlow Serving.
+
+    python -m robust_tf.export --classifier=W/classifier.keras --export_dir=E --model_name=pets
+
+writes `E/pets/1` (or the next free number), checked and all at once. Label names, dataset and accuracies come from the
+`results.json` that the training job leaves beside its classifier; flags win over it.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from robust_tf.command_line import flag, parse_flags
+from robust_tf.environment import set_tensorflow_defaults
+from robust_tf.errors import UserError, exit_on_user_error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The flags of this program."""
+
+    classifier: str = flag("", "The .keras file to publish.")
+    export_dir: str = flag("", "Folder of all served models.")
+    model_name: str = flag("", "Name of the model in requests.")
+    version: int | None = flag(None, "Version number. Default: the next free one.")
+    labels: str = flag("", "Text file with the class names, one a line, in order. Default: as in results.json.")
+    resize_size: int | None = flag(
+        None, "Shorter side of encoded images before the centre crop. Default: as in results.json, else the image size."
+    )
+    license: str = flag("", "Licence of the classifier, for the model card.")
+    attack_probe: bool = flag(False, "Serve the signature attack_probe too.")
+    norm: str = flag("", "Norm of the attack probe, l2 or linf. Default: as in results.json.")
+    attack_steps: int = flag(20, "Steps of the attack probe.")
+
+    def __post_init__(self) -> None:
+        for name in ("classifier", "export_dir", "model_name"):
+            if not getattr(self, name):
+                raise UserError(f"--classifier, --export_dir and --model_name are needed. Received: no --{name}.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exports as the flags in `argv` say."""
+    config, rest = parse_flags(ExportConfig, argv, __doc__ or "")
+    if rest:
+        raise UserError(f"Everything is a flag, --name=value. Received: {rest[0]!r}.")
+    set_tensorflow_defaults()
+    path = pathlib.Path(config.classifier)
+
+    # TensorFlow takes seconds to import: not for a mistyped flag.
+    from robust_tf.models import load_classifier
+    from robust_tf.serving.model_card import card_from_results, probe_from_results, read_results
+    from robust_tf.serving.publish import export_classifier
+
+    results = read_results(path.with_name("results.json"))
+    probe = None
+    if config.attack_probe:
+        probe = probe_from_results(results, norm=config.norm, steps=config.attack_steps)
+    version_dir = export_classifier(
+        load_classifier(path),
+        config.export_dir,
+        config.model_name,
+        version=config.version,
+        labels=_read_labels(config.labels) if config.labels else results.get("class_names"),
+        resize_size=results.get("resize_size") if config.resize_size is None else config.resize_size,
+        model_card=card_from_results(results, licence=config.license),
+        attack_probe=probe,
+    )
+    print(f"Published {version_dir}")
+
+
+def _read_labels(path: str) -> list[str]:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels must be a text file. Received: {path}: {error}.") from error
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(sys.argv)

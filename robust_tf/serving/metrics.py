@@ -1,0 +1,80 @@
+"""Counters and latency histograms by TensorFlow Serving's names, in Prometheus's text format."""
+
+import bisect
+import threading
+from collections import defaultdict
+
+_PREFIX = ":tensorflow:serving:"
+# Upper bounds in microseconds: TensorFlow Serving's, so that its dashboards fit.
+_BOUNDS = [10 * 1.8**exponent for exponent in range(33)]
+
+
+class Metrics:
+    """All numbers of one server; every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, ...], int] = defaultdict(int)
+        self._examples: dict[str, int] = defaultdict(int)
+        self._request_latency: dict[tuple[str, str, str], _Histogram] = defaultdict(_Histogram)
+        self._runtime_latency: dict[tuple[str, str, str], _Histogram] = defaultdict(_Histogram)
+
+    def count_request(self, model_name: str, status: str) -> None:
+        """One answered request; status is a canonical code's name, or "OK"."""
+        with self._lock:
+            self._counts[model_name, status] += 1
+
+    def observe(self, model_name: str, method: str, entrypoint: str, *, microseconds: float) -> None:
+        """How long a good request took from its arrival to its reply, e.g. ("m", "predict", "REST")."""
+        with self._lock:
+            self._request_latency[model_name, method, entrypoint].add(microseconds)
+
+    def observe_run(self, model_name: str, method: str, *, microseconds: float, examples: int) -> None:
+        """How long the model alone took, and for how many examples."""
+        with self._lock:
+            self._runtime_latency[model_name, method, "TF"].add(microseconds)
+            self._examples[model_name] += examples
+
+    def render(self) -> str:
+        """Prometheus's text exposition format."""
+        with self._lock:
+            lines = _counter_lines("request_count", ("model_name", "status"), self._counts)
+            lines += _counter_lines(
+                "request_example_count_total", ("model_name",), {(name,): n for name, n in self._examples.items()}
+            )
+            lines += _histogram_lines("request_latency", "entrypoint", self._request_latency)
+            lines += _histogram_lines("runtime_latency", "runtime", self._runtime_latency)
+        return "\n".join(lines) + "\n"
+
+
+class _Histogram:
+    def __init__(self) -> None:
+        self.counts = [0] * (len(_BOUNDS) + 1)
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect.bisect_left(_BOUNDS, value)] += 1
+        self.total += value
+
+
+def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
+    escaped = (value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for value in values)
+    return ",".join(f'{name}="{value}"' for name, value in zip(names, escaped, strict=True))
+
+
+def _counter_lines(name: str, label_names: tuple[str, ...], values: dict[tuple[str, ...], int]) -> list[str]:
+    lines = [f"# TYPE {_PREFIX}{name} counter"]
+    return lines + [f"{_PREFIX}{name}{{{_labels(label_names, key)}}} {value}" for key, value in values.items()]
+
+
+def _histogram_lines(name: str, last_label: str, histograms: dict[tuple[str, str, str], _Histogram]) -> list[str]:
+    lines = [f"# TYPE {_PREFIX}{name} histogram"]
+    for key, histogram in histograms.items():
+        labels = _labels(("model_name", "API", last_label), key)
+        below = 0
+        for bound, count in zip([*(f"{bound:g}" for bound in _BOUNDS), "+Inf"], histogram.counts, strict=True):
+            below += count
+            lines.append(f'{_PREFIX}{name}_bucket{{{labels},le="{bound}"}} {below}')
+        lines.append(f"{_PREFIX}{name}_sum{{{labels}}} {histogram.total:g}")
+        lines.append(f"{_PREFIX}{name}_count{{{labels}}} {below}")
+    return lines

@@ -1,0 +1,28 @@
+"""The page at `GET /`: the served models, and a place to drop an image on."""
+
+import base64
+import functools
+import hashlib
+import importlib.resources
+import re
+
+from starlette.responses import Response
+
+
+@functools.cache
+def _page() -> tuple[bytes, dict[str, str]]:
+    html = importlib.resources.files("robust_tf.serving").joinpath("page.html").read_bytes()
+    script = re.search(rb"<script>(.*)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script[1] if script else b"").digest()).decode()
+    # Only this page's own script runs, and it can ask only this server.
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+
+
+def page() -> Response:
+    """The page as a reply; it reads everything else from the REST interface."""
+    html, headers = _page()
+    return Response(html, headers=headers, media_type="text/html")

@@ -1,0 +1,292 @@
+"""The embedded server: starts, watches, drains and stops everything."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import tensorflow as tf
+import uvicorn
+
+from robust_tf.command_line import flag
+from robust_tf.errors import UserError
+from robust_tf.serving import config_files
+from robust_tf.serving.batching import BatchedModel
+from robust_tf.serving.config_files import Batching
+from robust_tf.serving.grpc_services import add_services
+from robust_tf.serving.metrics import Metrics
+from robust_tf.serving.rest import RestApp
+from robust_tf.serving.service import Service
+from robust_tf.serving.session import LoadedModel
+from robust_tf.serving.status import ServingError
+from robust_tf.serving.versions import ModelManager, ModelSettings
+
+_LOG = logging.getLogger(__name__)
+# Enough waiting requests to fill a batch; the model's own work is spread by TensorFlow's threads.
+_THREADS = max(32, 4 * (os.cpu_count() or 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The flags of `python -m robust_tf.serve`: those of `tensorflow_model_server`, and a few of ours at the end."""
+
+    port: int = flag(8500, "gRPC port; 0 opens none.")
+    grpc_socket_path: str = flag("", "Unix socket to serve gRPC on too.")
+    rest_api_port: int = flag(8501, "REST port; 0 opens none.")
+    rest_api_timeout_in_ms: int = flag(30_000, "Longest run of a model for a REST request.")
+    rest_api_num_threads: int = flag(_THREADS, "REST requests worked on at the same time.")
+    rest_api_enable_cors_support: bool = flag(False, "Let web pages of other origins ask.")
+    grpc_max_threads: int = flag(_THREADS, "gRPC requests worked on at the same time.")
+    model_name: str = flag("default", "Name of the model in requests.")
+    model_base_path: str = flag("", "Folder of the model's versions.")
+    model_config_file: str = flag("", "Text file of a ModelServerConfig: several models, policies, labels.")
+    model_config_file_poll_wait_seconds: float = flag(0.0, "Read that file again so often; 0: never.")
+    file_system_poll_wait_seconds: float = flag(1.0, "Look for new versions so often; 0: only at the start.")
+    allow_version_labels_for_unavailable_models: bool = flag(False, "Accept new labels before their version.")
+    enable_model_warmup: bool = flag(True, "Replay a version's warm-up requests before it takes others.")
+    saved_model_tags: str = flag("serve", "Tags of the SavedModel's graph, with commas between them.")
+    enable_batching: bool = flag(False, "Run requests that arrive together together.")
+    batching_parameters_file: str = flag("", "Text file of BatchingParameters; needs --enable_batching.")
+    monitoring_config_file: str = flag("", "Text file of a MonitoringConfig: Prometheus.")
+    ssl_config_file: str = flag("", "Text file of an SSLConfig: TLS for gRPC.")
+    tensorflow_intra_op_parallelism: int = flag(0, "Threads within an operation; 0: TensorFlow's choice.")
+    tensorflow_inter_op_parallelism: int = flag(0, "Operations at the same time; 0: TensorFlow's choice.")
+    bind_address: str = flag("127.0.0.1", "Address of both ports; 0.0.0.0 lets other machines in.")
+    max_request_bytes: int = flag(100 * 2**20, "Larger requests are refused.")
+    shutdown_grace_seconds: float = flag(30.0, "How long requests may take to end after SIGTERM.")
+
+    def __post_init__(self) -> None:
+        if bool(self.model_base_path) == bool(self.model_config_file):
+            raise UserError(
+                "Either --model_base_path or --model_config_file is needed. Received: "
+                f"--model_base_path={self.model_base_path!r} --model_config_file={self.model_config_file!r}."
+            )
+        if self.batching_parameters_file and not self.enable_batching:
+            raise UserError(
+                "--batching_parameters_file needs --enable_batching. Received: "
+                f"--batching_parameters_file={self.batching_parameters_file} alone."
+            )
+        if not (self.port or self.rest_api_port or self.grpc_socket_path):
+            raise UserError("A server needs a port. Received: --port=0 --rest_api_port=0.")
+        for name in ("port", "rest_api_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise UserError(f"--{name} is a number from 0 to 65535. Received: {getattr(self, name)}.")
+        for name in ("rest_api_num_threads", "grpc_max_threads", "max_request_bytes", "rest_api_timeout_in_ms"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is at least 1. Received: {getattr(self, name)}.")
+
+    def models(self) -> list[ModelSettings]:
+        """The models to serve, the config file read anew."""
+        if self.model_config_file:
+            return config_files.model_settings(config_files.read_model_config(pathlib.Path(self.model_config_file)))
+        return [ModelSettings(name=self.model_name, base_path=pathlib.Path(self.model_base_path).absolute())]
+
+    def addresses(self) -> str:
+        """Where the server answers, for people."""
+        rest = [f"http://{self.bind_address}:{self.rest_api_port}/"] if self.rest_api_port else []
+        grpc_ = [f"grpc://{self.bind_address}:{self.port}"] if self.port else []
+        sockets = [f"unix:{self.grpc_socket_path}"] if self.grpc_socket_path else []
+        return " ".join([*rest, *grpc_, *sockets])
+
+
+class Server:
+    """One embedded server.
+
+    Args:
+        config: the flags.
+
+    Raises:
+        UserError: a file that the flags name is at fault.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._models = config.models()
+        self._batching = _batching(config)
+        monitoring = config.monitoring_config_file
+        metrics_path = config_files.read_monitoring(pathlib.Path(monitoring)) if monitoring else None
+        self._manager = ModelManager(
+            self._load,
+            poll_seconds=config.file_system_poll_wait_seconds,
+            warm_up=config.enable_model_warmup,
+            labels_before_versions=config.allow_version_labels_for_unavailable_models,
+        )
+        self._service = Service(self._manager, Metrics())
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._grpc = self._grpc_server() if config.port or config.grpc_socket_path else None
+        self._workers = ThreadPoolExecutor(config.rest_api_num_threads, thread_name_prefix="rest")
+        app = RestApp(
+            self._service,
+            workers=self._workers,
+            timeout_ms=config.rest_api_timeout_in_ms,
+            max_body_bytes=config.max_request_bytes,
+            metrics_path=metrics_path,
+            cors=config.rest_api_enable_cors_support,
+        )
+        self._rest = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_level="warning",
+                access_log=False,
+                ws="none",
+                timeout_keep_alive=75,  # longer than clients and proxies keep an idle connection: they close first
+                server_header=False,
+                timeout_graceful_shutdown=max(1, int(config.shutdown_grace_seconds)),
+            )
+        )
+
+    def start(self) -> bool:
+        """Loads the models, then opens the ports; waits for a first version where there is none yet.
+
+        Returns:
+            Whether it serves now; False when it was asked to stop before that.
+
+        Raises:
+            UserError: a version can't be loaded, a label has no version, or a port is taken.
+        """
+        self._load_first_versions()
+        if self._stopping.is_set():
+            return False
+        if self._grpc is not None:
+            self._grpc.start()
+        if self._config.rest_api_port:
+            listener = _listen(self._config.bind_address, self._config.rest_api_port)
+            self._run_in_thread("rest-server", lambda: self._rest.run(sockets=[listener]))
+        self._manager.start_polling()
+        if self._config.model_config_file and self._config.model_config_file_poll_wait_seconds > 0:
+            self._run_in_thread("config-poller", self._poll_config)
+        _LOG.info("Serving %s", ", ".join(self._manager.names()))
+        return True
+
+    def ask_to_stop(self) -> None:
+        """Makes `wait` return; may be called from a signal handler."""
+        self._stopping.set()
+
+    def wait(self) -> None:
+        """Returns when somebody has asked to stop."""
+        self._stopping.wait()
+
+    def stop(self) -> None:
+        """Takes no new requests, finishes those that were accepted, then frees the models."""
+        self._stopping.set()
+        self._rest.should_exit = True
+        if self._grpc is not None:
+            self._grpc.stop(self._config.shutdown_grace_seconds).wait()
+        for thread in self._threads:
+            thread.join()
+        self._workers.shutdown()
+        self._manager.stop()
+
+    def _load(self, path: pathlib.Path) -> LoadedModel:
+        options: dict[str, Any] = {
+            "tags": self._config.saved_model_tags.split(","),
+            "session_config": tf.compat.v1.ConfigProto(
+                intra_op_parallelism_threads=self._config.tensorflow_intra_op_parallelism,
+                inter_op_parallelism_threads=self._config.tensorflow_inter_op_parallelism,
+            ),
+        }
+        if self._batching is None:
+            return LoadedModel(path, **options)
+        return BatchedModel(path, batching=self._batching, **options)
+
+    def _load_first_versions(self) -> None:
+        while not self._stopping.is_set():
+            label_error = None
+            try:
+                self._manager.configure(self._models)
+            except ServingError as error:
+                label_error = error
+            failures = self._manager.failures()
+            if failures:
+                raise UserError(f"{len(failures)} servable(s) did not become available: " + "; ".join(failures))
+            if self._manager.ready():
+                if label_error:
+                    raise UserError(label_error.message)
+                return
+            if self._config.file_system_poll_wait_seconds <= 0:
+                raise UserError(
+                    "There is no version to serve, and --file_system_poll_wait_seconds=0 looks only once. Received: "
+                    + ", ".join(str(model.base_path) for model in self._models)
+                )
+            self._stopping.wait(self._config.file_system_poll_wait_seconds)
+
+    def _grpc_server(self) -> grpc.Server:
+        config = self._config
+        server = grpc.server(
+            ThreadPoolExecutor(config.grpc_max_threads, thread_name_prefix="grpc"),
+            options=[
+                ("grpc.max_receive_message_length", config.max_request_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        add_services(server, self._service)
+        try:
+            if config.grpc_socket_path:
+                server.add_insecure_port(f"unix:{config.grpc_socket_path}")
+            if config.port and config.ssl_config_file:
+                credentials = _credentials(config_files.read_tls(pathlib.Path(config.ssl_config_file)))
+                server.add_secure_port(f"{config.bind_address}:{config.port}", credentials)
+            elif config.port:
+                server.add_insecure_port(f"{config.bind_address}:{config.port}")
+        except RuntimeError as error:
+            raise UserError(
+                f"Cannot open the gRPC port. Received: --port={config.port} on {config.bind_address}: {error}."
+            ) from error
+        return server
+
+    def _run_in_thread(self, name: str, target: Any) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _poll_config(self) -> None:
+        path = pathlib.Path(self._config.model_config_file)
+        seen = path.read_bytes()
+        while not self._stopping.wait(self._config.model_config_file_poll_wait_seconds):
+            try:
+                content = path.read_bytes()
+                if content == seen:
+                    continue
+                seen = content
+                self._manager.configure(self._config.models())
+                _LOG.info("Read %s again", path)
+            except (OSError, UserError, ServingError) as error:
+                _LOG.error("The models stay as they are: %s", error)
+
+
+def _batching(config: ServeConfig) -> Batching | None:
+    if not config.enable_batching:
+        return None
+    if config.batching_parameters_file:
+        return config_files.read_batching(pathlib.Path(config.batching_parameters_file))
+    return Batching(num_batch_threads=os.cpu_count() or 1)
+
+
+def _credentials(tls: config_files.Tls) -> grpc.ServerCredentials:
+    return grpc.ssl_server_credentials(
+        [(tls.server_key.encode(), tls.server_cert.encode())],
+        root_certificates=tls.custom_ca.encode() or None,
+        require_client_auth=tls.client_verify,
+    )
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        listener = socket.create_server((address, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"Cannot open the REST port. Received: --rest_api_port={port} on {address}: {error.strerror}."
+        ) from error
+    # Accepted connections take this over; else the body of a reply waits for the client's acknowledgement of its
+    # headers, 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

@@ -1,0 +1,152 @@
+"""What the serving tests share: models on disk, made once, and servers in this process."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+
+import grpc
+import httpx
+import keras
+import pytest
+from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
+
+from robust_tf.serving.server import ServeConfig, Server
+from tests.serving.models import (
+    export_small_classifier,
+    save_echo,
+    save_half_plus_two,
+    small_classifier,
+    write_config,
+)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@dataclasses.dataclass
+class Running:
+    """A server that is up, and ways to ask it."""
+
+    url: str
+    target: str
+    rest: httpx.Client
+    predict: prediction_service_pb2_grpc.PredictionServiceStub
+    models: model_service_pb2_grpc.ModelServiceStub
+    server: Server | None = None  # when it is ours and in this process
+
+    @property
+    def rest_port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+
+@contextlib.contextmanager
+def clients_of(url: str, target: str, server: Server | None = None) -> Iterator[Running]:
+    channel = grpc.insecure_channel(target, [("grpc.max_receive_message_length", -1)])
+    with httpx.Client(base_url=url, timeout=60) as client, channel:
+        yield Running(
+            url,
+            target,
+            client,
+            prediction_service_pb2_grpc.PredictionServiceStub(channel),
+            model_service_pb2_grpc.ModelServiceStub(channel),
+            server,
+        )
+
+
+@contextlib.contextmanager
+def running_server(**flags) -> Iterator[Running]:
+    """The embedded server in this process."""
+    config = ServeConfig(**{"port": free_port(), "rest_api_port": free_port(), **flags})
+    server = Server(config)
+    try:
+        server.start()
+        url, target = f"http://127.0.0.1:{config.rest_api_port}", f"127.0.0.1:{config.port}"
+        with clients_of(url, target, server) as running:
+            yield running
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def tensorflow_serving(flags: dict[str, str]) -> Iterator[Running]:
+    """The real server: the one that the environment names, else a new one when it is installed."""
+    url, target = os.environ.get("TF_SERVING_REST_URL"), os.environ.get("TF_SERVING_GRPC_TARGET")
+    if url and target:
+        with clients_of(url, target) as running:
+            yield running
+        return
+    binary = shutil.which("tensorflow_model_server")
+    if binary is None:
+        pytest.skip("needs tensorflow_model_server on PATH, or TF_SERVING_REST_URL and TF_SERVING_GRPC_TARGET")
+    rest_port, port = free_port(), free_port()
+    command = [binary, f"--port={port}", f"--rest_api_port={rest_port}"]
+    process = subprocess.Popen([*command, *(f"--{name}={value}" for name, value in flags.items())])
+    try:
+        with clients_of(f"http://127.0.0.1:{rest_port}", f"127.0.0.1:{port}") as running:
+            for _ in range(600):
+                with contextlib.suppress(httpx.ConnectError):
+                    running.rest.get("/v1/models/digits")
+                    break
+                time.sleep(0.1)
+            yield running
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def half_plus_two(tmp_path_factory) -> pathlib.Path:
+    """A model's folder with the version 00000123."""
+    base = tmp_path_factory.mktemp("half_plus_two")
+    save_half_plus_two(base / "00000123")
+    return base
+
+
+@pytest.fixture(scope="session")
+def echo(tmp_path_factory) -> pathlib.Path:
+    base = tmp_path_factory.mktemp("echo")
+    save_echo(base / "1")
+    return base
+
+
+@pytest.fixture(scope="session")
+def classifier() -> keras.Model:
+    return small_classifier()
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, classifier) -> pathlib.Path:
+    """The version folder of `classifier` as the model "digits"."""
+    return export_small_classifier(classifier, tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="session")
+def server_flags(half_plus_two, echo, exported, tmp_path_factory) -> dict[str, str]:
+    """A configuration with all three models."""
+    bases = {"half_plus_two": half_plus_two, "echo": echo, "digits": exported.parent}
+    return write_config(tmp_path_factory.mktemp("config"), bases)
+
+
+@pytest.fixture(scope="session")
+def embedded(server_flags) -> Iterator[Running]:
+    """Our server, for every test that only asks."""
+    with running_server(**server_flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="session", params=["embedded", "tensorflow_serving"])
+def server(request, server_flags) -> Iterator[Running]:
+    """Our server and, where there is one, the real one: both pass the same tests."""
+    if request.param == "embedded":
+        yield request.getfixturevalue("embedded")
+    else:
+        with tensorflow_serving(server_flags) as running:
+            yield running

@@ -1,0 +1,165 @@
+"""Load on a server while its versions change: used by the short test and by the long run.
+
+    python -m tests.serving.load --seconds=600 --clients=16 --swap_every=20
+
+starts `python -m robust_tf.serve` on versions of a model that answers with its own number, swaps them, and checks each
+answer against the versions that may have given it. Prints the figures as JSON; exit code 1 when anything failed.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+
+import grpc
+import httpx
+import numpy as np
+import tensorflow as tf
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+from tests.serving.conftest import free_port
+
+
+def save_version(base: pathlib.Path, number: int) -> None:
+    """A version that answers y = x + number, published with one rename; with some megabytes of weights."""
+    module = tf.Module()
+    module.number = tf.Variable(float(number))
+    module.ballast = tf.Variable(tf.random.uniform([1 << 20]))
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+    def serve(x: tf.Tensor) -> dict[str, tf.Tensor]:
+        version = tf.fill([tf.size(x)], module.number + 0.0 * module.ballast[0])
+        return {"y": x + module.number, "version": version}
+
+    hidden = base / f".new-{number}"
+    tf.saved_model.save(module, str(hidden), signatures={"serving_default": serve})
+    hidden.rename(base / str(number))
+
+
+class Load:
+    """Clients that ask without a pause, and what they saw."""
+
+    def __init__(self, rest_port: int, grpc_port: int) -> None:
+        self.url = f"http://127.0.0.1:{rest_port}/v1/models/m:predict"
+        self.target = f"127.0.0.1:{grpc_port}"
+        self.seen: Counter[int] = Counter()
+        self.failures: list[str] = []
+        self.stopping = threading.Event()
+        self._lock = threading.Lock()
+
+    def run_client(self, seed: int) -> None:
+        """Odd clients speak gRPC, even ones REST."""
+        rng = np.random.default_rng(seed)
+        ask = self._ask_grpc() if seed % 2 else self._ask_rest()
+        while not self.stopping.is_set():
+            sent = np.float32(rng.integers(0, 1000, rng.integers(1, 5)))
+            try:
+                answer, version = ask(sent)
+                # An answer is whole: every row from one version, and right for that version.
+                good = len(set(version)) == 1 and np.array_equal(answer, sent + version[0])
+                failure = "" if good else f"wrong answer {answer} of version {version} to {sent}"
+            except (httpx.HTTPError, grpc.RpcError, KeyError) as error:
+                failure = repr(error)
+            with self._lock:
+                if failure:
+                    self.failures.append(failure)
+                else:
+                    self.seen[int(version[0])] += 1
+
+    def _ask_rest(self):
+        client = httpx.Client(timeout=60)
+
+        def ask(sent):
+            reply = client.post(self.url, json={"inputs": sent.tolist()}).json()["outputs"]
+            return np.float32(reply["y"]), np.float32(reply["version"])
+
+        return ask
+
+    def _ask_grpc(self):
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(self.target))
+
+        def ask(sent):
+            request = predict_pb2.PredictRequest()
+            request.model_spec.name = "m"
+            request.inputs["x"].CopyFrom(tf.make_tensor_proto(sent))
+            reply = stub.Predict(request, timeout=60)
+            return tf.make_ndarray(reply.outputs["y"]), tf.make_ndarray(reply.outputs["version"])
+
+        return ask
+
+
+def resident_megabytes(pid: int) -> float:
+    """Memory of a process (Linux)."""
+    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"no VmRSS for {pid}")
+
+
+def run(*, seconds: float, clients: int, swap_every: float, batching: bool) -> dict:
+    """Runs the load and gives the figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = pathlib.Path(folder) / "m"
+        base.mkdir()
+        save_version(base, 1)
+        rest_port, grpc_port = free_port(), free_port()
+        command = [sys.executable, "-m", "robust_tf.serve", "--model_name=m", f"--model_base_path={base}"]
+        command += [f"--rest_api_port={rest_port}", f"--port={grpc_port}", "--file_system_poll_wait_seconds=0.2"]
+        command += ["--enable_batching"] if batching else []
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            if not server.stdout.readline().startswith("Ready"):
+                raise RuntimeError("the server did not start")
+            load = Load(rest_port, grpc_port)
+            threads = [threading.Thread(target=load.run_client, args=(seed,)) for seed in range(clients)]
+            for thread in threads:
+                thread.start()
+            memory, newest, start = [], 1, time.monotonic()
+            while time.monotonic() - start < seconds:
+                time.sleep(swap_every)
+                memory.append(round(resident_megabytes(server.pid), 1))
+                newest += 1
+                save_version(base, newest)
+                (base / str(newest - 1)).rename(base / f"{newest - 1}.withdrawn")
+            load.stopping.set()
+            for thread in threads:
+                thread.join()
+            elapsed = time.monotonic() - start
+            server.terminate()
+            code = server.wait(60)
+        finally:
+            server.kill()
+    return {
+        "seconds": round(elapsed, 1),
+        "clients": clients,
+        "batching": batching,
+        "requests": sum(load.seen.values()),
+        "requests_per_second": round(sum(load.seen.values()) / elapsed, 1),
+        "failures": len(load.failures),
+        "first_failures": load.failures[:5],
+        "versions_published": newest,
+        "versions_seen": len(load.seen),
+        "memory_megabytes": memory,
+        "exit_code": code,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--swap_every", type=float, default=20)
+    parser.add_argument("--batching", action="store_true")
+    arguments = parser.parse_args()
+    figures = run(**vars(arguments))
+    print(json.dumps(figures, indent=2))
+    return int(figures["failures"] > 0 or figures["exit_code"] != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

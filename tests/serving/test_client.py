@@ -1,0 +1,204 @@
+"""The client over REST and gRPC, and the program around it."""
+
+import http.server
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from robust_tf import predict
+from robust_tf.errors import UserError
+from robust_tf.serving.client import ServerError, connect
+from tests.serving.conftest import free_port
+from tests.serving.models import LABELS
+
+IMAGES = pathlib.Path(__file__).parent / "images"
+
+
+@pytest.fixture(params=["rest", "grpc"])
+def address(embedded, request):
+    return embedded.url if request.param == "rest" else f"grpc://{embedded.target}"
+
+
+def test_both_transports_give_the_same_arrays(embedded):
+    pixels = np.random.default_rng(0).uniform(size=(3, 16, 16, 3)).astype(np.float32)
+    answers = []
+    for address in (embedded.url, f"grpc://{embedded.target}"):
+        with connect(address, model_name="digits") as client:
+            answers.append(client.predict({"images": pixels}, signature_name="predict_pixels"))
+            assert client.signatures["predict_pixels"].inputs["images"] == ("DT_FLOAT", (None, 16, 16, 3))
+            assert "__saved_model_init_op" not in client.signatures
+    rest, grpc = answers
+    assert rest.keys() == grpc.keys()
+    for name in rest:
+        assert rest[name].dtype == grpc[name].dtype
+        np.testing.assert_array_equal(rest[name], grpc[name])
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_every_number_arrives_as_it_is(address, as_list):
+    numbers = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    numbers[:4] = np.nan, np.inf, -np.inf, -0.0
+    if as_list:
+        numbers = [float(number) for number in numbers]
+    with connect(address, model_name="echo") as client:
+        (answer,) = client.predict({"x": numbers}, signature_name="echo_float32").values()
+    np.testing.assert_array_equal(answer, np.asarray(numbers, np.float32))
+    np.testing.assert_array_equal(np.signbit(answer), np.signbit(numbers))
+
+
+def test_images_are_classified(address):
+    images = [path.read_bytes() for path in sorted(IMAGES.iterdir())]
+    with connect(address, model_name="digits") as client:
+        client.wait_until_available(5)
+        results = client.classify(images)
+        assert len(results) == 5
+        for guesses in results:
+            assert {guess.label for guess in guesses} == set(LABELS)
+            probabilities = [guess.probability for guess in guesses]
+            assert probabilities == sorted(probabilities, reverse=True)
+            assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        mixed = list(client.classify_many([images[0], b"broken", images[1]] * 3, batch_size=2, concurrency=2))
+        assert [isinstance(result, ServerError) for result in mixed] == [False, True, False] * 3
+        assert "Unknown image file format" in mixed[1].message
+        for alone, together in [(mixed[0], results[0]), (mixed[2], results[1]), (mixed[6], results[0])]:
+            assert [guess.label for guess in alone] == [guess.label for guess in together]
+            # Another batch size takes other kernels, with other roundings.
+            np.testing.assert_allclose([g.probability for g in alone], [g.probability for g in together], atol=1e-5)
+
+
+def test_bytes_come_back_as_bytes(address):
+    with connect(address, model_name="digits") as client:
+        answer = client.predict(
+            {"image_bytes": [(IMAGES / "a.png").read_bytes()], "label": [-1], "epsilon": [0.5]},
+            signature_name="attack_probe",
+        )
+    assert answer["adversarial_image_bytes"][0].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ({"model_name": "nobody"}, "NOT_FOUND", "nobody"),
+        ({"model_name": "digits", "version": 77}, "NOT_FOUND", "77"),
+        ({"model_name": "digits", "label": "blue"}, "INVALID_ARGUMENT", "blue"),
+    ],
+)
+def test_errors_have_code_and_message(address, options, code, message):
+    with connect(address, **options) as client, pytest.raises(ServerError) as raised:
+        client.classify([b""])
+    assert raised.value.code == code
+    assert message in raised.value.message
+
+
+def test_an_unknown_signature_is_the_servers_error(address):
+    with connect(address, model_name="digits") as client, pytest.raises(ServerError, match='"painting"'):
+        client.predict({"image_bytes": [b""]}, signature_name="painting")
+
+
+def test_bad_addresses():
+    for address in ("localhost:8501", "ftp://x", "http://"):
+        with pytest.raises(UserError, match=repr(address)):
+            connect(address, model_name="m")
+    with pytest.raises(UserError, match="version=1, label='a'"):
+        connect("http://localhost", model_name="m", version=1, label="a")
+    with pytest.raises(UserError, match="model_name=''"):
+        connect("grpc://localhost:1")
+
+
+def test_an_absent_server_is_tried_again_and_then_named(monkeypatch):
+    pauses = []
+    monkeypatch.setattr("robust_tf.serving.client.time.sleep", pauses.append)
+    port = free_port()
+    for scheme in ("http", "grpc"):
+        pauses.clear()
+        with connect(f"{scheme}://127.0.0.1:{port}", model_name="m") as client:
+            with pytest.raises(ServerError) as raised:
+                client.classify([b""])
+            assert not client.available()
+        assert raised.value.code == "UNAVAILABLE"
+        assert pauses == [0.1, 0.2, 0.4]
+
+
+class _Script(http.server.BaseHTTPRequestHandler):
+    """Answers with one status after the other."""
+
+    statuses: list[int] = []
+    seen: list[tuple[str, str]] = []
+
+    def do_GET(self):
+        self.seen.append((self.path, self.headers.get("Authorization", "")))
+        self.send_response(self.statuses.pop(0))
+        self.end_headers()
+        self.wfile.write(b'{"metadata": {"signature_def": {"signature_def": {}}}}')
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def scripted():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Script) as listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        _Script.seen.clear()
+        yield f"http://127.0.0.1:{listener.server_port}"
+        listener.shutdown()
+
+
+def test_only_503_is_asked_again(scripted, monkeypatch):
+    monkeypatch.setattr("robust_tf.serving.client.time.sleep", lambda _: None)
+    with connect(scripted, model_name="a b", label="x", token="secret") as client:
+        _Script.statuses[:] = [503, 503, 200]
+        assert client.signatures == {}
+        assert _Script.seen == [("/v1/models/a%20b/labels/x/metadata", "Bearer secret")] * 3
+    for status in (500, 502, 429, 401):
+        _Script.seen.clear()
+        _Script.statuses[:] = [status]
+        with connect(scripted, model_name="m") as client, pytest.raises(ServerError):
+            client.signatures  # noqa: B018
+        assert len(_Script.seen) == 1
+
+
+def test_the_client_does_not_import_tensorflow():
+    script = "import sys, robust_tf.predict; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_program(embedded, tmp_path, capsys):
+    shutil.copytree(IMAGES, tmp_path / "photos" / "more")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    flags = ["predict", f"--server={embedded.url}", "--model_name=digits"]
+    assert predict.main([*flags, str(tmp_path / "photos"), str(IMAGES / "a.png"), "--top=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith(f"{tmp_path}/photos/more/a.png: ")
+    assert lines[0].count("%") == 2
+
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    assert predict.main([*flags, "--json", str(tmp_path / "broken.jpg"), str(IMAGES / "a.png")]) == 1
+    bad, good = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "Unknown image file format" in bad["error"]
+    assert good["image"] == str(IMAGES / "a.png")
+    assert [set(guess) for guess in good["predictions"]] == [{"label", "probability"}] * 3
+
+
+def test_the_programs_errors(embedded, tmp_path):
+    flags = ["predict", f"--server={embedded.url}"]
+    image = str(IMAGES / "a.png")
+    for arguments, message in [
+        ([*flags], "Received: none"),
+        ([*flags, image], "It has: digits, echo, half_plus_two"),
+        ([*flags, "--model_name=nobody", image], "Servable not found for request: Latest(nobody)"),
+        ([*flags, "--model_name=digits", "nothing.jpg"], "nothing.jpg"),
+        ([*flags, "--model_name=digits", str(tmp_path)], str(tmp_path)),
+        ([*flags, "--top=0", image], "--top is at least 1. Received: 0"),
+        (["predict", "--ca_file=none.pem", "--server=https://x", "--model_name=m", image], "none.pem"),
+    ]:
+        with pytest.raises(UserError) as raised:
+            predict.main(arguments)
+        assert message in str(raised.value)

@@ -1,0 +1,82 @@
+"""The page at GET / in a real browser."""
+
+import base64
+import hashlib
+import pathlib
+import re
+import shutil
+
+import pytest
+
+IMAGES = pathlib.Path(__file__).parent / "images"
+
+
+def test_only_the_pages_own_script_may_run(embedded):
+    reply = embedded.rest.get("/")
+    assert (reply.status_code, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", reply.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in reply.headers["content-security-policy"]
+    assert "innerHTML" not in script  # names and labels are text, whatever stands in them
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,1400"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+@pytest.mark.slow
+def test_an_image_is_predicted_and_attacked(embedded, browser, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def text(name):
+        return browser.find_element(By.ID, name).text
+
+    wait = WebDriverWait(browser, 60)
+    browser.get(embedded.url + "/")
+    wait.until(lambda _: "digits" in text("models"))
+    assert "half_plus_two 123 AVAILABLE" in text("models")
+    assert not browser.find_element(By.ID, "result").is_displayed()
+
+    chooser = browser.find_element(By.ID, "file")
+    chooser.send_keys(str(IMAGES / "d.jpg"))
+    wait.until(lambda _: text("bars").count("%") == 5)
+    wait.until(lambda _: text("verdict"))
+    shown = [float(part) for part in re.findall(r"([\d.]+) %", text("bars"))]
+    assert shown == sorted(shown, reverse=True)
+    assert sum(shown) == pytest.approx(100, abs=0.5)
+
+    def move_slider(position):
+        browser.execute_script(
+            "const slider = document.getElementById('epsilon'); slider.value = arguments[0];"
+            "slider.dispatchEvent(new Event('input'));",
+            position,
+        )
+
+    move_slider(0)
+    wait.until(lambda _: "holds" in text("verdict"))
+    clean, adversarial = (browser.find_element(By.ID, name).get_attribute("src") for name in ("clean", "adversarial"))
+    assert clean == adversarial
+    move_slider(60)
+    wait.until(lambda _: "broken" in text("verdict"))
+    assert browser.find_element(By.ID, "adversarial").get_attribute("src") != clean
+    browser.save_screenshot(str(tmp_path / "page.png"))
+
+    chooser.send_keys(str(pathlib.Path(__file__)))
+    wait.until(lambda _: "Unknown image file format" in text("error"))
+    assert not browser.find_element(By.ID, "result").is_displayed()
+    severe = [entry for entry in browser.get_log("browser") if "400 (Bad Request)" not in entry["message"]]
+    assert [entry for entry in severe if entry["level"] == "SEVERE" and "favicon" not in entry["message"]] == []

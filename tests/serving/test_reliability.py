@@ -1,0 +1,30 @@
+"""Short forms of the long runs: load during swaps, killed exporters, damaged requests."""
+
+import pytest
+
+from tests.serving import fuzz, kill, load
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", [False, True])
+def test_no_request_fails_and_no_answer_is_wrong_while_versions_change(batching):
+    figures = load.run(seconds=6, clients=8, swap_every=1.5, batching=batching)
+    assert figures["failures"] == 0, figures["first_failures"]
+    assert figures["exit_code"] == 0
+    assert figures["requests"] > 100
+    assert figures["versions_seen"] >= 3
+
+
+@pytest.mark.slow
+def test_a_killed_exporter_leaves_no_broken_version():
+    figures = kill.run(kills=2, seed=0)
+    assert figures["broken"] == []
+    assert figures["published"] + figures["unfinished"] > 0
+
+
+@pytest.mark.slow
+def test_damaged_requests_are_the_clients_errors(embedded):
+    figures = fuzz.run(embedded.url, embedded.target, requests=250, seed=0)
+    assert figures["wrong"] == []
+    assert figures["seen"]["HTTP 400"] > 50
+    assert figures["seen"]["gRPC INVALID_ARGUMENT"] > 50
