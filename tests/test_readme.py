@@ -1,0 +1,59 @@
+"""What README shows is what runs."""
+
+import pathlib
+import re
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.attacks import pgd
+from robust_tf.command_line import parse_flags
+from robust_tf.config import JobConfig
+from robust_tf.convert import ConvertConfig
+from robust_tf.evaluation.settings import EvaluateConfig
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_on_an_own_model_runs(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    my_classifier = keras.Sequential(
+        [keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3), keras.layers.Flatten(), keras.layers.Dense(3)]
+    )
+    rng = np.random.default_rng(0)
+    images, labels = rng.random((32, 8, 8, 3)).astype(np.float32), rng.integers(0, 3, 32)
+    dataset = tf.data.Dataset.from_tensor_slices((images, labels)).batch(16)
+    monkeypatch.chdir(tmp_path)
+    names = {"my_classifier": my_classifier, "train_dataset": dataset, "validation_dataset": dataset}
+    exec(code.replace("epochs=30", "epochs=1"), names)
+    assert {"loss", "accuracy", "clean_loss", "clean_accuracy"} <= set(names["trainer"].get_metrics_result())
+    restored = keras.saving.load_model(tmp_path / "robust.keras")
+    np.testing.assert_allclose(restored(images), my_classifier(images), rtol=1e-5)
+
+
+def test_the_attack_of_the_readme_runs():
+    call = re.search(r"`robust_tf\.attacks\.(pgd\(.*?\))`", README)[1]
+    model = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Flatten(), keras.layers.Dense(3)])
+    images = np.full((2, 4, 4, 3), 0.5, np.float32)
+    names = {"pgd": pgd, "model": model, "images": images, "labels": np.array([0, 1])}
+    assert eval(call, names).shape == images.shape
+
+
+def test_every_program_and_config_that_is_named_exists():
+    root = pathlib.Path(__file__).parents[1]
+    programs = set(re.findall(r"python -m robust_tf\.(\w+)", README))
+    assert {"train", "evaluate", "visualize", "data", "convert", "export", "serve", "predict"} <= programs
+    package = root / "robust_tf"
+    assert all((package / f"{name}.py").exists() or (package / name / "__main__.py").exists() for name in programs)
+    assert all((root / path).exists() for path in re.findall(r"\((?!http)([\w/.]+)\)", README))
+    assert all((root / path).exists() for path in re.findall(r"configs/\w+\.cfg", README))
+
+
+def test_the_commands_of_the_readme_have_flags_that_exist():
+    configs = {"train": JobConfig, "evaluate": EvaluateConfig, "convert": ConvertConfig}
+    commands = re.findall(r"^python -m robust_tf\.(\w+) (--.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    assert {program for program, _ in commands} == set(configs)
+    for program, arguments in commands:
+        if "--flagfile" not in arguments:
+            parse_flags(configs[program], [program, *arguments.split()])
