@@ -171,12 +171,28 @@ class JobConfig:
     warmup_epochs: float = _flag(0.0, "Linear rise from 0 at the start, for every schedule.")
     momentum: float = _flag(0.9, "sgd: momentum.")
     weight_decay: float = _flag(5e-4, "Weight decay on all weights, BatchNorm and biases included.")
+    clip_norm: float = _flag(0.0, "The gradient of all weights is scaled down to at most this L2 norm; 0 leaves it.")
+    accumulate_steps: int = _flag(
+        1,
+        "The weights move once in so many steps, by the mean gradient: as with a batch so many times as large, but for "
+        "BatchNorm's statistics. What an epoch leaves over goes into the next one.",
+    )
+    ema_decay: float = _flag(
+        0.0, "Keep a moving average of the weights, e.g. 0.999, and validate, save and export that; 0 keeps none."
+    )
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = _flag("float32", "Of the layers.")
     jit_compile: Literal["auto", "true", "false"] = _flag("auto", "XLA; auto leaves it off on CPU, where it is slow.")
     select_by: Literal["auto", "accuracy", "robust_accuracy", "last"] = _flag(
         "auto", "Validation figure that chooses the epoch; auto: robust_accuracy if trained with an attack."
     )
     # Output
+    checkpoint_every_minutes: float = _flag(
+        10.0, "Save the state so often within an epoch, besides at its end; 0 never.", identity=False
+    )
+    checkpoint_every_steps: int | None = _flag(None, "Save the state every so many steps as well.", identity=False)
+    profile_steps: tuple[int, ...] = _flag(
+        (), "Record these steps of this run for TensorBoard's Profile tab: first,last, e.g. 10,15.", identity=False
+    )
     log_every_steps: int = _flag(10, "Steps between two points in TensorBoard's step charts.", identity=False)
     export_dir: str = _flag("", "Publish a SavedModel version below this folder when done.", identity=False)
     model_name: str = _flag("", "Name to serve under. Default: the workdir's name.", identity=False)
@@ -184,13 +200,24 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("epochs", "batch_size", "lr_step_epochs", "log_every_steps", "views"):
+        for name in ("epochs", "batch_size", "lr_step_epochs", "log_every_steps", "views", "accumulate_steps"):
             _check_range(name, getattr(self, name), lowest=1)
-        for name in ("image_size", "examples_per_class", "alarm_every_epochs", "downscale"):
+        for name in ("image_size", "examples_per_class", "alarm_every_epochs", "downscale", "checkpoint_every_steps"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), lowest=1)
         for name in ("seed", "split_seed", "hidden_layers", "momentum", "weight_decay", "warmup_epochs", "eval_steps"):
             _check_range(name, getattr(self, name), lowest=0)
+        for name in ("clip_norm", "checkpoint_every_minutes"):
+            _check_range(name, getattr(self, name), lowest=0)
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema_decay must lie in [0, 1). Received: {self.ema_decay}.")
+        if self.profile_steps and not (
+            len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
+        ):
+            raise UserError(
+                "--profile_steps takes the first and the last step, counted from 1, e.g. 10,15. Received: "
+                f"{to_text(self.profile_steps)}."
+            )
         if not self.learning_rate > 0:
             raise UserError(f"--learning_rate must be more than 0. Received: {self.learning_rate}.")
         if not 0 < self.validation_fraction < 1:
@@ -249,6 +276,10 @@ class JobConfig:
             "frozen_batchnorm": "frozen",
             "unfreeze_at_epoch": None,
             "mixing": "none",
+            "accumulate_steps": 1,
+            "ema_decay": 0.0,
+            "checkpoint_every_steps": None,
+            "profile_steps": (),
         }
         if self.head != "sgd":
             required["hidden_layers"] = 0

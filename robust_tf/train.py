@@ -31,10 +31,11 @@ from robust_tf.models import PUBLISHED, load_classifier, save_classifier  # noqa
 from robust_tf.serving.model_card import card_from_results  # noqa: E402
 from robust_tf.serving.publish import export_classifier  # noqa: E402
 from robust_tf.training.building import adapted, new_classifier, task_of  # noqa: E402
-from robust_tf.training.checkpoint import Checkpoints  # noqa: E402
+from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
 from robust_tf.training.evaluation import evaluate_classifier  # noqa: E402
 from robust_tf.training.fitting import fit_classifier  # noqa: E402
 from robust_tf.training.head_fitting import fit_head  # noqa: E402
+from robust_tf.training.interruption import Interrupted, signals_raise  # noqa: E402
 from robust_tf.training.plan import plan_table  # noqa: E402
 from robust_tf.training.progress import console  # noqa: E402
 from robust_tf.training.results import closing_table, job_results  # noqa: E402
@@ -50,7 +51,11 @@ def main(argv: Sequence[str]) -> None:
     config, rest = parse_flags(JobConfig, argv, __doc__ or "")
     if rest:
         raise UserError(f"Everything is a flag, --name=value. Received: {rest[0]!r}.")
-    run(dataclasses.replace(config, workdir=config.workdir or default_workdir(argv)))
+    try:
+        with signals_raise():
+            run(dataclasses.replace(config, workdir=config.workdir or default_workdir(argv)))
+    except Interrupted as interruption:
+        raise SystemExit(interruption.exit_code) from None
 
 
 def run(config: JobConfig) -> None:
@@ -82,7 +87,6 @@ def run_job(config: JobConfig) -> Results:
         console.print(f"{workdir} is finished already.")
         return json.loads((workdir / "results.json").read_text(encoding="utf-8"))
 
-    keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.precision)  # also tells Keras whether to scale the loss
     try:
         classifier, task = build_job(config)
@@ -116,25 +120,26 @@ def run_job(config: JobConfig) -> Results:
         )
         write_json(workdir / "results.json", results)  # last: its presence says that the job is finished
         return results
-    except KeyboardInterrupt:
-        checkpoints = Checkpoints(workdir / "checkpoints")
-        done = checkpoints.peek().epochs_done if checkpoints.exists else 0
+    except Interrupted as interruption:
+        state = Checkpoints(workdir / "checkpoints").latest()
+        progress = state.progress if state else Progress()
         console.print(
-            f"Interrupted. {done} of {config.epochs} epochs are saved in {workdir}; the same command goes on there."
+            f"Interrupted. {progress.epochs_done} of {config.epochs} epochs are saved in {workdir}, and "
+            f"{progress.steps_done} steps of the next one; the same command goes on there."
         )
-        raise SystemExit(130) from None
+        raise SystemExit(interruption.exit_code) from None
     finally:
         keras.config.set_dtype_policy("float32")
 
 
 def build_job(config: JobConfig) -> tuple[keras.Model, TaskData]:
     """The classifier, frozen as the flags say, and its data. Runs the source's job first if it has to."""
-    if config.task == "pretrain":
-        task = task_of(config)
-        return new_classifier(config, task), task
-    source = load_source_classifier(config)
-    task = task_of(config, image_size=source.input_shape[1])
-    return adapted(source, config, task), task
+    source = load_source_classifier(config) if config.task == "transfer" else None
+    task = task_of(config, image_size=source.input_shape[1] if source else None)
+    # Only now: preparing a data set and running the source's job, which a repetition does not, draw numbers as well.
+    keras.utils.set_random_seed(config.seed)
+    classifier = adapted(source, config, task) if source else new_classifier(config, task)
+    return classifier, task
 
 
 def load_source_classifier(config: JobConfig) -> keras.Model:

@@ -20,9 +20,12 @@ from robust_tf.config import JobConfig, read_flag_file
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.models import build_classifier, fetch_published, load_classifier, to_reference_state
-from robust_tf.training.callbacks import SaveEpochs
+from robust_tf.train import build_job
+from robust_tf.training.callbacks import SaveProgress
+from robust_tf.training.checkpoint import Checkpoints
 from robust_tf.transfer import sources
 from tests.data.images import write_folder
+from tests.training import kill
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
@@ -165,32 +168,102 @@ def test_tensorboard_holds_what_it_should(job):
     assert "_hparams_/session_start_info" in test.summary_metadata
 
 
+def interrupt(monkeypatch, *, where: str, epoch: int, after: int = 1) -> None:
+    """A signal comes in the given epoch, `after` steps of training or validation in, or when the epoch is saved."""
+    method = getattr(SaveProgress, where)
+
+    def and_a_signal(self, number, logs=None):
+        here = self._progress.epochs_done == epoch and (where == "on_epoch_end" or number + 1 >= after)
+        if here:
+            self._pending.receive(signal.SIGTERM, None)
+        method(self, number, logs)
+
+    monkeypatch.setattr(SaveProgress, where, and_a_signal)
+
+
+INTERRUPTIONS = [
+    ("on_train_batch_end", 0, 1),
+    ("on_train_batch_end", 2, 2),
+    ("on_train_batch_end", 1, 3),  # the last step of the epoch: only its validation is left
+    ("on_test_batch_end", 1, 1),
+    ("on_epoch_end", 1, 1),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("random_start", [False, True])
-def test_an_interrupted_run_ends_as_the_uninterrupted_one(job, monkeypatch, capsys, random_start):
-    settings = {"epochs": 4, "deterministic": True, "random_start": random_start}
+@pytest.mark.parametrize(
+    "changes", [{}, {"random_start": True, "ema_decay": 0.8}, {"accumulate_steps": 2, "optimizer": "adam"}]
+)
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(job, monkeypatch, capsys, changes):
+    settings = {"epochs": 4, "deterministic": True, **changes}
     train.run(job("whole", **settings))
-    save = SaveEpochs.on_epoch_end
+    for where, epoch, after in INTERRUPTIONS:
+        name = f"{where}_{epoch}_{after}"
+        interrupt(monkeypatch, where=where, epoch=epoch, after=after)
+        with pytest.raises(SystemExit) as stopped:
+            train.run(job(name, **settings))
+        assert stopped.value.code == 143
+        monkeypatch.undo()
+        out = capsys.readouterr().out
+        done = (epoch + 1, 0) if where == "on_epoch_end" else (epoch, 3 if where == "on_test_batch_end" else after)
+        assert f"{done[0]} of 4 epochs are saved" in out and f"and {done[1]} steps of the next one" in out
+        train.run(job(name, **settings))
+        assert "Going on after" in capsys.readouterr().out
+        whole, parts = classifier_of(job("whole")), classifier_of(job(name))
+        for ours, theirs in zip(parts.weights, whole.weights, strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=f"{name} {ours.path}")
+        ignored = ("seconds", "images_per_second", "flags")
+        ours, theirs = ({k: v for k, v in results_of(job(n)).items() if k not in ignored} for n in (name, "whole"))
+        assert ours == theirs
+        history = [
+            Checkpoints(pathlib.Path(job(n).workdir) / "checkpoints").latest().progress.history for n in (name, "whole")
+        ]
+        assert history[0] == history[1]
 
-    def save_and_interrupt(self, epoch, logs=None):
-        save(self, epoch, logs)
-        if epoch == 1:
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(SaveEpochs, "on_epoch_end", save_and_interrupt)
-    with pytest.raises(SystemExit) as stopped:
-        train.run(job("parts", **settings))
-    assert stopped.value.code == 130
-    assert "2 of 4 epochs are saved" in capsys.readouterr().out
-    monkeypatch.undo()
-    train.run(job("parts", **settings))
-    assert "Going on after epoch 2 of 4" in capsys.readouterr().out
-    whole, parts = classifier_of(job("whole")), classifier_of(job("parts"))
-    for ours, theirs in zip(parts.weights, whole.weights, strict=True):
-        np.testing.assert_array_equal(ours, theirs, err_msg=ours.path)
-    ignored = ("seconds", "images_per_second", "flags")
-    ours, theirs = ({k: v for k, v in results_of(job(name)).items() if k not in ignored} for name in ("parts", "whole"))
-    assert ours == theirs
+@pytest.mark.slow
+def test_a_killed_run_ends_as_the_uninterrupted_one():
+    figures = kill.run(kills=3, seed=0, epochs=12)
+    assert figures["different"] == []
+    assert figures["killed"] > 0
+
+
+def test_the_state_is_saved_within_an_epoch(job, monkeypatch):
+    saved = []
+    save = Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints,
+        "save",
+        lambda self, progress, variables: (
+            saved.append((progress.epochs_done, progress.steps_done)),
+            save(self, progress, variables),
+        ),
+    )
+    train.run(job("steps", epochs=1, checkpoint_every_steps=2))
+    assert saved == [(0, 2), (1, 0)]
+    saved.clear()
+    train.run(job("minutes", epochs=1, checkpoint_every_minutes=1e-9))
+    assert saved == [(0, 1), (0, 2), (0, 3), (1, 0)]
+    saved.clear()
+    train.run(job("never", epochs=1, checkpoint_every_minutes=0))
+    assert saved == [(1, 0)]
+
+
+def test_the_moving_average_is_what_is_measured_and_kept(job):
+    """With a decay so near to 1 that it stays at the first weights, nothing seems to be learnt."""
+    train.run(job("average", ema_decay=1 - 1e-9))
+    start = build_job(job("average"))[0]
+    after = weights_by_path(classifier_of(job("average")))
+    for weight in start.trainable_weights:
+        np.testing.assert_allclose(after[weight.path], weight, rtol=0, atol=1e-5)
+    state = Checkpoints(pathlib.Path(job("average").workdir) / "checkpoints").latest()
+    trained = next(array for name, array in state.arrays.items() if name.endswith("kernel"))
+    assert np.abs(trained - start.trainable_weights[0].numpy()).max() > 1e-3
+
+
+def test_profile_of_some_steps(job):
+    train.run(job(epochs=1, profile_steps=(2, 3)))
+    assert list((pathlib.Path(job().workdir) / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_workdir_of_another_job_is_refused_and_kept(job):
@@ -212,14 +285,14 @@ def test_a_finished_job_is_not_run_again(job, capsys):
 def test_best_epoch_is_chosen_on_the_validation_part(job, monkeypatch):
     """Whatever comes after the best epoch does not end up in the classifier."""
     values = iter([0.2, 0.9, 0.5])
-    save = SaveEpochs.on_epoch_end
+    save = SaveProgress.on_epoch_end
     weights = []
 
     def with_figures(self, epoch, logs=None):
         weights.append(self.model.classifier.get_weights())
         save(self, epoch, {**logs, "val_accuracy": next(values)})
 
-    monkeypatch.setattr(SaveEpochs, "on_epoch_end", with_figures)
+    monkeypatch.setattr(SaveProgress, "on_epoch_end", with_figures)
     config = job(epochs=3)
     train.run(config)
     assert results_of(config)["best_epoch"] == 2 and results_of(config)["validation_value"] == 0.9
@@ -290,15 +363,9 @@ def test_partial_transfer_with_moving_statistics(transfer):
 def test_unfreezing_at_an_epoch_survives_an_interruption(transfer, monkeypatch):
     settings = {"unfreeze_at_epoch": 1, "epochs": 3, "deterministic": True}
     train.run(transfer("whole", **settings))
-    save = SaveEpochs.on_epoch_end
-
-    def save_and_interrupt(self, epoch, logs=None):
-        save(self, epoch, logs)
-        if epoch == stop_after:
-            raise KeyboardInterrupt
-
-    for stop_after in (0, 1):
-        monkeypatch.setattr(SaveEpochs, "on_epoch_end", save_and_interrupt)
+    interruptions = [("on_epoch_end", 0, 1), ("on_train_batch_end", 1, 1), ("on_test_batch_end", 1, 1)]
+    for where, epoch, after in interruptions:
+        interrupt(monkeypatch, where=where, epoch=epoch, after=after)
         with pytest.raises(SystemExit):
             train.run(transfer("parts", **settings))
         monkeypatch.undo()
@@ -467,7 +534,8 @@ def test_the_program_says_what_is_wrong_without_a_traceback(tmp_path, arguments,
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_says_how_to_go_on(job, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(job, tmp_path, number, code):
     (tmp_path / "job.cfg").write_text(to_flag_file(job(epochs=10_000)))
     # A shell that starts the tests in the background lets its children ignore Ctrl-C.
     listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -475,11 +543,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(job, tmp_path):
     for line in process.stdout:
         if line.startswith("epoch     2/"):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out = process.stdout.read()
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=60) == code
     assert "epochs are saved" in out and "Traceback" not in out
-    assert (pathlib.Path(job().workdir) / "checkpoints" / "latest.npz").exists()
+    assert Checkpoints(pathlib.Path(job().workdir) / "checkpoints").latest().progress.epochs_done >= 2
 
 
 @pytest.mark.slow

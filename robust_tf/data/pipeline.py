@@ -135,8 +135,13 @@ class TaskData:
         full, rest = divmod(self.num_train, self.batch_size)
         return full if self.num_workers > 1 or not rest else full + 1
 
-    def train(self, *, first_epoch: int, epochs: int) -> tf.data.Dataset:
-        """The batches of the epochs first_epoch to epochs - 1, one after the other."""
+    def train(self, *, first_epoch: int, epochs: int, first_step: int = 0) -> tf.data.Dataset:
+        """The batches of the epochs first_epoch to epochs - 1, one after the other.
+
+        Args:
+            first_epoch, epochs: counted from 0; the last one is left out.
+            first_step: batch of the first epoch to begin with; those before it are not decoded.
+        """
         seed = self.seed
 
         def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
@@ -147,10 +152,14 @@ class TaskData:
             order_seed, augmentation_seed = tf.unstack(tf.random.split(epoch_seed, 2))
             records = self.train_examples.shuffled(tf.cast(order_seed[0], tf.int64))
             if self.num_workers > 1:
+                records = records.take(self.steps_per_epoch * self.batch_size)
+            skipped_steps = tf.where(tf.equal(epoch, first_epoch), tf.constant(first_step, tf.int64), 0)
+            records = records.skip(skipped_steps * self.batch_size)
+            if self.num_workers > 1:
                 # Before decoding: the k-th batches of all workers together are the k-th batch of a single one.
-                records = records.take(self.steps_per_epoch * self.batch_size).shard(self.num_workers, self.worker)
+                records = records.shard(self.num_workers, self.worker)
             batches = self._augmented(records, augmentation_seed).batch(self.batch_size // self.num_workers)
-            return batches if self.mixing == "none" else self._mixed(batches, augmentation_seed)
+            return batches if self.mixing == "none" else self._mixed(batches, augmentation_seed, skipped_steps)
 
         return _with_options(tf.data.Dataset.range(first_epoch, epochs).flat_map(one_epoch)).prefetch(2)
 
@@ -213,7 +222,7 @@ class TaskData:
 
         return records.map(transform, num_parallel_calls=tf.data.AUTOTUNE)
 
-    def _mixed(self, batches: tf.data.Dataset, seed: tf.Tensor) -> tf.data.Dataset:
+    def _mixed(self, batches: tf.data.Dataset, seed: tf.Tensor, first_number: tf.Tensor) -> tf.data.Dataset:
         num_examples, num_classes = len(self.train_examples.mask), len(self.class_names)
 
         def transform(number: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
@@ -223,7 +232,7 @@ class TaskData:
             )
             return mix(*batch, batch_seed, kind=self.mixing, num_classes=num_classes)
 
-        return batches.enumerate().map(transform, num_parallel_calls=tf.data.AUTOTUNE)
+        return batches.enumerate(first_number).map(transform, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def load_task(

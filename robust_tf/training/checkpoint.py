@@ -1,17 +1,31 @@
-"""What a training run needs to go on exactly where it stopped, in one file that is never half-written."""
+"""What a training run needs to go on exactly where it stopped, in files that are whole and checked.
+
+The folder `checkpoints/` of a workdir holds
+
+* `epoch0003_step0000120.npz`: the whole state after 3 epochs and 120 steps of the next one. The two newest are kept,
+  and the newest of the end of an epoch; a damaged one falls back to the one before it.
+* `best_epoch0002.npz`: the weights of the best epoch, for as long as a kept state names that epoch as its best.
+
+All are plain NumPy archives: every variable in order under its number and name, the progress as JSON, and a SHA-256 of
+all that.
+"""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
+import re
 import zipfile
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import numpy as np
 
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
+from robust_tf.training.progress import console
+
+_KEPT_STATES = 2
 
 
 @dataclasses.dataclass
@@ -20,6 +34,7 @@ class Progress:
 
     Attributes:
         epochs_done: finished epochs.
+        steps_done: finished steps of the epoch after them; all of its steps are done when only its validation is not.
         best_epoch: the epoch (from 0) whose weights are the best so far, or -1.
         best_value: its validation figure.
         best_loss: its validation loss, which decides between equal figures.
@@ -30,6 +45,7 @@ class Progress:
     """
 
     epochs_done: int = 0
+    steps_done: int = 0
     best_epoch: int = -1
     best_value: float = float("-inf")
     best_loss: float = float("inf")
@@ -39,45 +55,136 @@ class Progress:
     alarms: list[str] = dataclasses.field(default_factory=list)
 
 
-class Checkpoints:
-    """The folder `checkpoints/` of a workdir: `latest.npz` (everything) and `best.npz` (the weights to keep).
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A checkpoint that was read and found in order.
 
-    Both are plain NumPy archives: every variable in order, under its number and name, and the progress as JSON.
+    Attributes:
+        progress: of the run.
+        arrays: the variables by number and name.
+        path: where it came from.
     """
 
+    progress: Progress
+    arrays: dict[str, np.ndarray]
+    path: pathlib.Path
+
+    def assign_to(self, variables: Sequence[keras.Variable]) -> None:
+        """Puts the values into the variables; all of them or, if they are those of another model, none.
+
+        Raises:
+            UserError: a name or a shape is another one.
+        """
+        names = _names(variables)
+        if names != list(self.arrays):
+            other = next((there for here, there in zip(names, self.arrays, strict=False) if here != there), "nothing")
+            raise UserError(
+                f"The checkpoint {self.path} is of another model: it holds {len(self.arrays)} variables where there "
+                f"are {len(names)} here; the first that differs is {other!r}. Choose another --workdir."
+            )
+        for variable, value in zip(variables, self.arrays.values(), strict=True):
+            if tuple(variable.shape) != value.shape:
+                raise UserError(
+                    f"The checkpoint {self.path} is of another model: {variable.path} has shape {value.shape} there "
+                    f"and {tuple(variable.shape)} here. Choose another --workdir."
+                )
+        for variable, value in zip(variables, self.arrays.values(), strict=True):
+            variable.assign(value)
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a workdir."""
+
     def __init__(self, folder: pathlib.Path) -> None:
-        self._latest = folder / "latest.npz"
-        self._best = folder / "best.npz"
+        self._folder = folder
 
     @property
     def exists(self) -> bool:
-        return self._latest.exists()
+        return bool(self._states())
 
-    def save(
-        self, progress: Progress, classifier: keras.Model, optimizer: keras.optimizers.Optimizer, *, is_best: bool
-    ) -> None:
-        """Writes the state after an epoch; the best weights first, so that `latest` never names a missing file."""
-        if is_best:
-            _write(self._best, progress, classifier.variables)
-        _write(self._latest, progress, [*classifier.variables, *optimizer.variables])
+    def save(self, progress: Progress, variables: Sequence[keras.Variable]) -> None:
+        """Writes the whole state, reads it back, and only then lets go of older ones.
 
-    def restore(self, classifier: keras.Model, optimizer: keras.optimizers.Optimizer) -> Progress:
-        """Puts the latest state into the (built) classifier and optimizer."""
-        return _read(self._latest, [*classifier.variables, *optimizer.variables])
+        Raises:
+            UserError: it can't be written, or a value is not finite: such a state is not worth keeping. The states that
+                were there are kept.
+        """
+        self._save_state(progress, _arrays(variables))
+        self._prune()
 
-    def peek(self) -> Progress:
-        """The latest progress, without any variable."""
-        return _read(self._latest, None)
+    def save_best(self, epoch: int, variables: Sequence[keras.Variable]) -> None:
+        """Writes the weights of an epoch, to be called before the `save` whose progress names them the best."""
+        _write(self._best(epoch), Progress(best_epoch=epoch), _arrays(variables))
 
-    def replace_progress(self, progress: Progress) -> None:
-        """Changes what the latest state says of the run, and keeps its variables."""
-        with np.load(self._latest, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if name != "progress"}
-        _write_arrays(self._latest, progress, arrays)
+    def latest(self) -> State | None:
+        """The newest state that is in order, or None when there is no state. Damaged ones are deleted, and said so.
 
-    def restore_best(self, classifier: keras.Model) -> None:
-        """Puts the weights of the best epoch into the classifier."""
-        _read(self._best, classifier.variables)
+        Raises:
+            UserError: there are states, but none is in order.
+        """
+        states = self._states()
+        damage = []
+        for path in reversed(states):
+            try:
+                state = _read(path)
+            except UserError as error:
+                damage.append(str(error))
+                continue
+            if damage:
+                console.print(f"{' '.join(damage)} Falling back to the checkpoint before: {path.name}.")
+                for newer in states[states.index(path) + 1 :]:
+                    newer.unlink()
+            return state
+        if damage:
+            raise UserError(f"{' '.join(damage)} Delete the folder {self._folder} to train from the start.")
+        return None
+
+    def go_back_an_epoch(self, change: Progress) -> Progress:
+        """Makes the newest state of the end of an epoch the latest one, with the rollbacks and alarms of `change`."""
+        path = [path for path in self._states() if _position(path)[1] == 0][-1]
+        state = _read(path)
+        progress = dataclasses.replace(state.progress, rollbacks=change.rollbacks, alarms=change.alarms)
+        self._save_state(progress, state.arrays)
+        for newer in self._states():
+            if _position(newer) > _position(path):
+                newer.unlink()
+        return progress
+
+    def restore_best(self, progress: Progress, variables: Sequence[keras.Variable]) -> None:
+        """Puts the weights of the best epoch into the variables."""
+        _read(self._best(progress.best_epoch)).assign_to(variables)
+
+    def _save_state(self, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
+        path = self._folder / f"epoch{progress.epochs_done:04d}_step{progress.steps_done:07d}.npz"
+        _write(path, progress, arrays)
+
+    def _states(self) -> list[pathlib.Path]:
+        """From the oldest to the newest."""
+        return sorted(self._folder.glob("epoch*_step*.npz"), key=_position)
+
+    def _best(self, epoch: int) -> pathlib.Path:
+        return self._folder / f"best_epoch{epoch:04d}.npz"
+
+    def _prune(self) -> None:
+        states = self._states()
+        kept = {*states[-_KEPT_STATES:], *[path for path in states if _position(path)[1] == 0][-1:]}
+        for path in states:
+            if path not in kept:
+                path.unlink()
+        needed = set()
+        for path in kept:
+            try:
+                needed.add(self._best(_read_progress(path).best_epoch))
+            except UserError:
+                return  # which weights a damaged state needs can't be known: keep all
+        for path in self._folder.glob("best_epoch*.npz"):
+            if path not in needed:
+                path.unlink()
+
+
+def _position(path: pathlib.Path) -> tuple[int, int]:
+    epochs, steps = re.findall(r"\d+", path.stem)
+    return int(epochs), int(steps)
 
 
 def _names(variables: Sequence[keras.Variable]) -> list[str]:
@@ -85,32 +192,50 @@ def _names(variables: Sequence[keras.Variable]) -> list[str]:
     return [f"{index:04d} {variable.name}" for index, variable in enumerate(variables)]
 
 
-def _write(path: pathlib.Path, progress: Progress, variables: Sequence[keras.Variable]) -> None:
+def _arrays(variables: Sequence[keras.Variable]) -> dict[str, np.ndarray]:
     arrays = dict(zip(_names(variables), (keras.ops.convert_to_numpy(v) for v in variables), strict=True))
-    _write_arrays(path, progress, arrays)
+    for variable, array in zip(variables, arrays.values(), strict=True):
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise UserError(
+                f"Training has left the finite numbers. Received: NaN or infinity in {variable.path}. The checkpoint "
+                "before is kept. Try a lower --learning_rate, --warmup_epochs=1, or --precision=float32, in a new "
+                "--workdir."
+            )
+    return arrays
 
 
-def _write_arrays(path: pathlib.Path, progress: Progress, arrays: dict[str, Any]) -> None:
+def _digest(progress: str, arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(progress.encode())
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _write(path: pathlib.Path, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
+    text = json.dumps(dataclasses.asdict(progress))
     with replaced_atomically(path) as temporary:
-        np.savez(temporary, progress=np.array(json.dumps(dataclasses.asdict(progress))), **arrays)
+        np.savez(temporary, progress=np.array(text), sha256=np.array(_digest(text, arrays)), **arrays)  # type: ignore[arg-type]
+        _read(temporary)  # what can't be read back must not push an older state out
 
 
-def _read(path: pathlib.Path, variables: Sequence[keras.Variable] | None) -> Progress:
+def _read(path: pathlib.Path) -> State:
+    """Raises UserError for a file that is not whole."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            progress: dict[str, Any] = json.loads(str(archive["progress"]))
-            values = None if variables is None else [archive[name] for name in _names(variables)]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"Cannot read the checkpoint {path}: {error}. Delete the folder {path.parent} to train from the start."
-        ) from error
-    # Read completely before the first assignment: a broken file leaves the model as it was.
-    for variable, value in zip(variables or [], values or [], strict=True):
-        if tuple(variable.shape) != value.shape:
-            raise UserError(
-                f"The checkpoint {path} is of another model: {variable.path} has shape {value.shape} there and "
-                f"{tuple(variable.shape)} here. Choose another --workdir."
-            )
-    for variable, value in zip(variables or [], values or [], strict=True):
-        variable.assign(value)
-    return Progress(**progress)
+            arrays = {name: archive[name] for name in archive.files}
+        text, digest = str(arrays.pop("progress")), str(arrays.pop("sha256"))
+        if _digest(text, arrays) != digest:
+            raise ValueError("its content does not have its SHA-256")
+        return State(Progress(**json.loads(text)), arrays, path)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"Cannot read the checkpoint {path}: {error}.") from error
+
+
+def _read_progress(path: pathlib.Path) -> Progress:
+    """The progress alone, without its variables."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return Progress(**json.loads(str(archive["progress"])))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"Cannot read the checkpoint {path}: {error}.") from error

@@ -1,6 +1,7 @@
 """One training run, from a classifier to its best weights: compile, go on where it stopped, fit."""
 
 import pathlib
+from collections.abc import Callable
 
 import keras
 
@@ -9,13 +10,14 @@ from robust_tf.config import JobConfig
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm, epochs_between_looks
-from robust_tf.training.callbacks import SaveEpochs, StopOnNaN
+from robust_tf.training.callbacks import CallbacksFromStep, SaveProgress, StopOnNaN
 from robust_tf.training.checkpoint import Checkpoints, Progress
+from robust_tf.training.interruption import signals_held_back
 from robust_tf.training.metrics import Accuracy, CrossEntropy, MeanPerClassAccuracy
 from robust_tf.training.optimizers import build_optimizer
 from robust_tf.training.progress import ProgressBar, console
 from robust_tf.training.schedules import schedule_of
-from robust_tf.training.tensorboard import TensorBoardLogger, write_config
+from robust_tf.training.tensorboard import ProfileSteps, TensorBoardLogger, write_config
 from robust_tf.training.trainer import AdversarialTrainer
 from robust_tf.training.unfreezing import UnfreezeAtEpoch
 from robust_tf.transfer.stages import freeze
@@ -28,21 +30,21 @@ _ROLLBACK_FACTOR = 0.1  # of the learning rate, at each rollback
 def fit_classifier(config: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path) -> Progress:
     """Trains the classifier in place and leaves it with the weights of the best epoch.
 
-    The epochs that `workdir` already holds are not run again. An epoch that raised an alarm is never the best one,
+    What `workdir` already holds of the run is not run again. An epoch that raised an alarm is never the best one,
     unless `config.on_alarm` only warns.
 
     Raises:
         UserError: the first epoch raised an alarm after every rollback.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     checkpoints = Checkpoints(workdir / "checkpoints")
     progress, alarmed = _fit(config, classifier, task, workdir, checkpoints)
     while alarmed and config.on_alarm == "rollback" and progress.rollbacks < _MOST_ROLLBACKS:
-        before = checkpoints.peek()
-        before.rollbacks, before.alarms = progress.rollbacks + 1, progress.alarms
-        checkpoints.replace_progress(before)
+        progress.rollbacks += 1
+        progress = checkpoints.go_back_an_epoch(progress)
         console.print(
-            f"Rollback {before.rollbacks} of at most {_MOST_ROLLBACKS}: back to the end of epoch {before.epochs_done}, "
-            f"and the learning rate x {_ROLLBACK_FACTOR:g}."
+            f"Rollback {progress.rollbacks} of at most {_MOST_ROLLBACKS}: back to the end of epoch "
+            f"{progress.epochs_done}, and the learning rate x {_ROLLBACK_FACTOR:g}."
         )
         progress, alarmed = _fit(config, classifier, task, workdir, checkpoints)
     if progress.best_epoch < 0:
@@ -52,7 +54,7 @@ def fit_classifier(config: JobConfig, classifier: keras.Model, task: TaskData, w
         )
     if alarmed:
         console.print(f"Training ends here; epoch {progress.best_epoch + 1}, the best before the alarm, is kept.")
-    checkpoints.restore_best(classifier)
+    checkpoints.restore_best(progress, classifier.variables)
     return progress
 
 
@@ -60,22 +62,75 @@ def _fit(
     config: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path, checkpoints: Checkpoints
 ) -> tuple[Progress, bool]:
     """Trains from the latest checkpoint to the last epoch, or to the first that ends with an alarm (then True)."""
-    progress = checkpoints.peek() if checkpoints.exists else Progress()
+    state = checkpoints.latest()
+    progress = state.progress if state else Progress()
     unfreeze_at = config.unfreeze_at_epoch
-    if unfreeze_at is not None and progress.epochs_done > unfreeze_at:
+    # The epoch that goes on has begun with the unfreezing if any of its steps are done.
+    unfrozen = unfreeze_at is not None and (progress.epochs_done, progress.steps_done) > (unfreeze_at, 0)
+    if unfrozen:
         freeze(classifier, mode="full_network")  # the optimizer's saved state is that of the whole network
     elif unfreeze_at is not None and progress.rollbacks:
         # Back from after the unfreezing to before it.
         through = config.freeze_through or None
         freeze(classifier, mode=config.transfer_mode, through=through, batchnorm=config.frozen_batchnorm)
 
+    trainer, compile_with = _compiled_trainer(config, classifier, task, rollbacks=progress.rollbacks)
+    if state:
+        state.assign_to(trainer.state)
+        console.print(f"Going on after {_position(progress, task.steps_per_epoch, config.epochs)} in {workdir}.")
+    elif config.on_alarm == "rollback":  # the first epoch may have to be thrown away, too
+        checkpoints.save(progress, trainer.state)
+    if progress.epochs_done == config.epochs:
+        return progress, False
+
+    write_config(workdir / "tensorboard", to_flag_file(config))
+    bar = ProgressBar(
+        num_images=task.num_train,
+        batch_size=task.batch_size,
+        epochs=config.epochs,
+        adversarial=config.attack.active,
+    )
+    try:
+        with signals_held_back() as pending:
+            save = SaveProgress(
+                checkpoints,
+                progress,
+                select_by=_select_by(config, task.metric),
+                every_steps=config.checkpoint_every_steps,
+                every_minutes=config.checkpoint_every_minutes,
+                pending=pending,
+            )
+            callbacks = _callbacks(config, classifier, task, workdir, bar, save, progress)
+            if unfreeze_at is not None and not unfrozen:
+                callbacks.insert(0, UnfreezeAtEpoch(unfreeze_at, classifier, recompile=compile_with))
+            if progress.steps_done:
+                _run_epochs(trainer, task, callbacks, progress, until=progress.epochs_done + 1)
+            if not trainer.stop_training:  # an alarm in the epoch that has just been ended
+                _run_epochs(trainer, task, callbacks, progress, until=config.epochs)
+    except TrainingAlarm:
+        return progress, True
+    finally:
+        bar.close()
+    return progress, False
+
+
+def _compiled_trainer(
+    config: JobConfig, classifier: keras.Model, task: TaskData, *, rollbacks: int
+) -> tuple[AdversarialTrainer, Callable[[keras.optimizers.Optimizer], None]]:
+    """The trainer with all of its variables, and what compiles it with another optimizer."""
     trainer = AdversarialTrainer(classifier, config.attack, seed=config.seed)
     optimizer = build_optimizer(
         config.optimizer,
-        learning_rate=schedule_of(config, task.steps_per_epoch, factor=_ROLLBACK_FACTOR**progress.rollbacks),
+        # Counted in moves of the weights.
+        learning_rate=schedule_of(
+            config, task.steps_per_epoch / config.accumulate_steps, factor=_ROLLBACK_FACTOR**rollbacks
+        ),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         multipliers=config.multipliers,
+        global_clipnorm=config.clip_norm or None,
+        accumulate_steps=config.accumulate_steps,
+        average_decay=config.ema_decay,
     )
 
     def compile_with(optimizer: keras.optimizers.Optimizer) -> None:
@@ -85,24 +140,72 @@ def _fit(
             metrics=[Accuracy(), MeanPerClassAccuracy(len(task.class_names))],
             jit_compile={"auto": "auto", "true": True, "false": False}[config.jit_compile],
         )
+        trainer.build_metrics()
 
     # Compiled first: under mixed_float16 Keras wraps the optimizer, and the wrapped one has the state to restore.
     compile_with(optimizer)
     trainer.optimizer.build(classifier.trainable_variables)
-    if checkpoints.exists:
-        progress = checkpoints.restore(classifier, trainer.optimizer)
-        console.print(f"Going on after epoch {progress.epochs_done} of {config.epochs} in {workdir}.")
-    elif config.on_alarm == "rollback":  # the first epoch may have to be thrown away, too
-        checkpoints.save(progress, classifier, trainer.optimizer, is_best=False)
-    if progress.epochs_done == config.epochs:
-        return progress, False
+    return trainer, compile_with
 
-    bar = ProgressBar(
-        num_images=task.num_train,
-        batch_size=task.batch_size,
-        epochs=config.epochs,
-        adversarial=config.attack.active,
+
+def _run_epochs(
+    trainer: AdversarialTrainer,
+    task: TaskData,
+    callbacks: list[keras.callbacks.Callback],
+    progress: Progress,
+    *,
+    until: int,
+) -> None:
+    """Goes on from `progress`, which may be in the middle of an epoch (then `until` is the end of that), to `until`."""
+    epoch, first_step = progress.epochs_done, progress.steps_done
+    if epoch == until:
+        return
+    steps = task.steps_per_epoch - first_step
+    listed = CallbacksFromStep(callbacks, first_step=first_step, model=trainer, epochs=until, steps=steps)
+    if steps == 0:
+        _finish_epoch(trainer, task, listed, epoch)
+        return
+    trainer.fit(
+        task.train(first_epoch=epoch, epochs=until, first_step=first_step),
+        steps_per_epoch=steps,
+        initial_epoch=epoch,
+        epochs=until,
+        validation_data=task.validation,
+        callbacks=listed,
+        shuffle=False,  # the pipeline does it
+        verbose=0,
     )
+
+
+def _finish_epoch(
+    trainer: AdversarialTrainer, task: TaskData, callbacks: keras.callbacks.CallbackList, epoch: int
+) -> None:
+    """What `fit` does after the last step of an epoch: the run was interrupted in there."""
+    callbacks.on_train_begin()
+    callbacks.on_epoch_begin(epoch)
+    logs = trainer.get_metrics_result()
+    validation = trainer.evaluate(task.validation, callbacks=callbacks, return_dict=True, verbose=0)
+    logs = {name: float(value) for name, value in logs.items()}
+    callbacks.on_epoch_end(epoch, {**logs, **{f"val_{name}": value for name, value in validation.items()}})
+    callbacks.on_train_end()
+
+
+def _position(progress: Progress, steps_per_epoch: int, epochs: int) -> str:
+    if not progress.steps_done:
+        return f"epoch {progress.epochs_done} of {epochs}"
+    return f"step {progress.steps_done} of {steps_per_epoch} of epoch {progress.epochs_done + 1} of {epochs}"
+
+
+def _callbacks(
+    config: JobConfig,
+    classifier: keras.Model,
+    task: TaskData,
+    workdir: pathlib.Path,
+    bar: ProgressBar,
+    save: SaveProgress,
+    progress: Progress,
+) -> list[keras.callbacks.Callback]:
+    """In the order in which they have to see the end of an epoch."""
     tensorboard = TensorBoardLogger(
         workdir / "tensorboard",
         attack=config.attack,
@@ -111,33 +214,15 @@ def _fit(
         steps_per_epoch=task.steps_per_epoch,
         every_steps=config.log_every_steps,
     )
-    save = SaveEpochs(checkpoints, progress, select_by=_select_by(config, task.metric))
     callbacks: list[keras.callbacks.Callback] = [StopOnNaN(), bar, tensorboard, save]
     if config.attack.active:
         alarms = _alarms(config, classifier, task, progress)
         callbacks.insert(callbacks.index(tensorboard), alarms)
         if config.on_alarm != "warn":
             callbacks.insert(callbacks.index(save), EndOnAlarm(alarms, save_anyway=config.on_alarm == "stop"))
-    if unfreeze_at is not None and progress.epochs_done <= unfreeze_at:
-        callbacks.insert(0, UnfreezeAtEpoch(unfreeze_at, classifier, recompile=compile_with))
-
-    write_config(workdir / "tensorboard", to_flag_file(config))
-    try:
-        trainer.fit(
-            task.train(first_epoch=progress.epochs_done, epochs=config.epochs),
-            steps_per_epoch=task.steps_per_epoch,
-            initial_epoch=progress.epochs_done,
-            epochs=config.epochs,
-            validation_data=task.validation,
-            callbacks=callbacks,
-            shuffle=False,  # the pipeline does it
-            verbose=0,
-        )
-    except TrainingAlarm:
-        return progress, True
-    finally:
-        bar.close()
-    return progress, False
+    if config.profile_steps:
+        callbacks.insert(0, ProfileSteps(workdir / "tensorboard", *config.profile_steps))
+    return callbacks
 
 
 def _alarms(config: JobConfig, classifier: keras.Model, task: TaskData, progress: Progress) -> Alarms:

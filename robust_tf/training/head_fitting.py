@@ -96,6 +96,7 @@ def _train(config: JobConfig, classifier: keras.Model, features: Features, task:
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         multipliers=config.multipliers,
+        global_clipnorm=config.clip_norm or None,
     )
     optimizer.build(head.trainable_variables)
     train_rows, predict = _steps(head, optimizer, task.batch_size)

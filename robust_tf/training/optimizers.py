@@ -25,9 +25,12 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         weight_decay: float = 0.0,
         no_weight_decay: Sequence[str] = (),
         multipliers: Mapping[str, float] | None = None,
+        average_decay: float = 0.0,
         **kwargs: Any,
     ) -> None:
         """See `build_optimizer` for the arguments; `kwargs` are those of the Keras optimizer below."""
+        if not 0 <= average_decay < 1:
+            raise UserError(f"`average_decay` must lie in [0, 1). Received: average_decay={average_decay}.")
         if weight_decay < 0:
             raise UserError(f"`weight_decay` must be at least 0. Received: weight_decay={weight_decay}.")
         for stage, multiplier in (multipliers or {}).items():
@@ -39,11 +42,18 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         self.decay = weight_decay
         self.no_weight_decay = tuple(no_weight_decay)
         self.multipliers = dict(multipliers or {})
+        self.average_decay = average_decay
+        self._averages: list[keras.Variable] = []
 
     def build(self, variables: list[keras.Variable]) -> None:
         if self.built:
             return
         super().build(variables)
+        # Not Keras's own averages: `fit` puts those into the model when it ends, and a run may take several of them.
+        if self.average_decay:
+            self._averages = self.add_optimizer_variables(variables, "average")
+        for weight, average in self.averages:
+            average.assign(weight)
         self._decays = [0.0 if v.name in self.no_weight_decay else self.decay for v in variables]
         self._multipliers = [self._multiplier(v.path) for v in variables]
 
@@ -69,8 +79,21 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
             gradient = gradient + self._decays[index] * variable
         return gradient, learning_rate
 
+    def _follow(self, variable: Any) -> None:
+        """Moves the average of a weight towards the weight, which has just been updated."""
+        if self._averages:
+            average = self._averages[self._get_variable_index(variable)]
+            decay = self.average_decay
+            self.assign(average, decay * average + (1 - decay) * variable)
+
+    @property
+    def averages(self) -> list[tuple[keras.Variable, keras.Variable]]:
+        """Each trained weight with its moving average; empty without `average_decay`."""
+        return list(zip(self._trainable_variables, self._averages, strict=True)) if self._averages else []
+
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
+            "average_decay": self.average_decay,
             "weight_decay": self.decay,
             "no_weight_decay": list(self.no_weight_decay),
             "multipliers": dict(self.multipliers),
@@ -120,6 +143,7 @@ class PyTorchSGD(_StagewiseOptimizer):
             self.assign(buffer, moved)
             direction = direction + self.momentum * moved if self.nesterov else moved
         self.assign_sub(variable, learning_rate * direction)
+        self._follow(variable)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"momentum": self.momentum, "nesterov": self.nesterov}
@@ -147,6 +171,7 @@ class StagewiseAdam(_StagewiseOptimizer, keras.optimizers.Adam):
         self.assign_add(steps, 1.0)
         learning_rate = learning_rate * self._bias_correction(steps) / self._bias_correction(self.iterations + 1)
         super().update_step(gradient, variable, learning_rate)
+        self._follow(variable)
 
     def _bias_correction(self, steps: Any) -> Any:
         steps = keras.ops.cast(steps, "float32")
@@ -180,6 +205,8 @@ def build_optimizer(
     no_weight_decay: Sequence[str] = (),
     multipliers: Mapping[str, float] | None = None,
     global_clipnorm: float | None = None,
+    accumulate_steps: int = 1,
+    average_decay: float = 0.0,
 ) -> keras.optimizers.Optimizer:
     """Builds one of `OPTIMIZERS`.
 
@@ -194,6 +221,10 @@ def build_optimizer(
         no_weight_decay: names of weights without decay, such as ("gamma", "beta", "bias").
         multipliers: learning-rate multiplier by stage, e.g. {"stem": 0.1, "head": 10}; 1 where no other is given.
         global_clipnorm: the gradient of all weights together is scaled down to at most this L2 norm.
+        accumulate_steps: the weights move once in so many steps, by the mean of their gradients; the learning-rate
+            schedule counts the moves.
+        average_decay: in [0, 1); above 0 the optimizer keeps an exponential moving average of every weight it trains:
+            average = average_decay * average + (1 - average_decay) * weight after each move, from the first weight on.
 
     Raises:
         UserError: an unknown name, a number outside its range, or `nesterov` with another optimizer than "sgd".
@@ -206,6 +237,8 @@ def build_optimizer(
             raise UserError(f"`learning_rate` must be above 0. Received: learning_rate={learning_rate}.")
     if global_clipnorm is not None and not global_clipnorm > 0:
         raise UserError(f"`global_clipnorm` must be above 0. Received: global_clipnorm={global_clipnorm}.")
+    if accumulate_steps < 1:
+        raise UserError(f"`accumulate_steps` must be at least 1. Received: accumulate_steps={accumulate_steps}.")
     if not 0 <= momentum < 1:
         raise UserError(f"`momentum` must lie in [0, 1). Received: momentum={momentum}.")
     if nesterov and name != "sgd":
@@ -217,8 +250,16 @@ def build_optimizer(
         no_weight_decay=no_weight_decay,
         multipliers=multipliers,
         global_clipnorm=global_clipnorm,
+        gradient_accumulation_steps=accumulate_steps if accumulate_steps > 1 else None,
+        average_decay=average_decay,
         **own,
     )
+
+
+def averages_of(optimizer: keras.optimizers.Optimizer) -> list[tuple[keras.Variable, keras.Variable]]:
+    """Each trained weight with its moving average, also within a LossScaleOptimizer; empty where none are kept."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return optimizer.averages if isinstance(optimizer, _StagewiseOptimizer) else []
 
 
 def carry_over_optimizer_state(old: keras.optimizers.Optimizer, new: keras.optimizers.Optimizer) -> None:

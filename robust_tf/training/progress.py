@@ -105,10 +105,12 @@ class ProgressBar(keras.callbacks.Callback):
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._epoch = self._first_epoch = 0
+        self._traced = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._bar = _bar()
+        self._bar, self._task = _bar(), None
         self._bar.start()
+        self._traced = False
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._bar is not None and self._task is None:
@@ -121,11 +123,12 @@ class ProgressBar(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         now = time.perf_counter()
         images = min((batch + 1) * self._batch_size, self._num_images)
-        if batch == 0 and self._epoch == self._first_epoch and images < self._num_images:
+        if not self._traced and images < self._num_images:
             # The first step of a run traces the graph: its seconds say nothing about the rate.
             self._start, self._images_before_start = now, images
         else:
             self.images_per_second = (images - self._images_before_start) / (now - self._start)
+        self._traced = True
         name = f"epoch {self._epoch + 1}/{self._epochs}"
         done = (self._epoch - self._first_epoch) * self._num_images + images
         self._lines.update(name, done=done, total=self._total, rate=self.images_per_second)

@@ -21,7 +21,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             "cosine": half a cosine down to 0; "cyclic": linearly up to the peak at `peak` of all steps, and down to 0
             (Wong et al. 2020, arXiv 2001.03994).
         learning_rate: the highest value.
-        steps_per_epoch: optimizer steps in one epoch.
+        steps_per_epoch: moves of the weights in one epoch.
         epochs: length of the training.
         warmup_epochs: linear rise from 0 over so many epochs; the other shapes are multiplied by it.
     """
@@ -31,7 +31,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         kind: str,
         *,
         learning_rate: float,
-        steps_per_epoch: int,
+        steps_per_epoch: float,
         epochs: int,
         step_epochs: int = 50,
         milestones: tuple[int, ...] = (),
@@ -82,7 +82,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return dict(self._config)
 
 
-def schedule_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0) -> Schedule:
+def schedule_of(config: JobConfig, steps_per_epoch: float, *, factor: float = 1.0) -> Schedule:
     """The schedule that a job's flags describe, with `factor` on its learning rate."""
     return Schedule(
         config.lr_schedule,

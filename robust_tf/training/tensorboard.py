@@ -104,6 +104,39 @@ class TensorBoardLogger(keras.callbacks.Callback):
         return _tiled([images, images_adv, 0.5 + 0.5 * perturbation / largest])
 
 
+class ProfileSteps(keras.callbacks.Callback):
+    """Records what the machine does in some steps, for TensorBoard's Profile tab.
+
+    Args:
+        folder: gets the sub-folder plugins/profile/.
+        first, last: steps of this run, counted from 1; the first of a run traces and compiles.
+    """
+
+    def __init__(self, folder: pathlib.Path, first: int, last: int) -> None:
+        super().__init__()
+        self._folder, self._first, self._last = folder, first, last
+        self._step = 0
+        self._recording = False
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self._step += 1
+        if self._step == self._first:
+            tf.profiler.experimental.start(str(self._folder))
+            self._recording = True
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._recording and self._step == self._last:
+            self._stop()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if self._recording:
+            self._stop()
+
+    def _stop(self) -> None:
+        tf.profiler.experimental.stop()
+        self._recording = False
+
+
 def _tiled(rows: list[np.ndarray], *, smallest: int = 64) -> np.ndarray:
     """One picture (height, width, 3) of rows of images; small ones are enlarged by whole factors."""
     factor = max(1, smallest // rows[0].shape[1])

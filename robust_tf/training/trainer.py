@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.errors import UserError
+from robust_tf.training.optimizers import averages_of
 
 
 class AdversarialTrainer(keras.Model):
@@ -25,7 +26,7 @@ class AdversarialTrainer(keras.Model):
         classifier: any built Keras model from [0, 1] images (batch, height, width, channels) to logits
             (batch, num_classes). Normalisation belongs inside it.
         attack: of the batches in training and in `evaluate`. epsilon 0 is standard training.
-        seed: of the random start, together with the optimizer's step count.
+        seed: of the random start, together with the number of steps so far.
         unbiased_batchnorm: let BatchNorm's moving variance follow the unbiased batch variance, as PyTorch does, where
             Keras follows the biased one. Layers whose input size is not known when the model is built keep Keras's.
 
@@ -48,18 +49,44 @@ class AdversarialTrainer(keras.Model):
         self.attack = attack
         self._seed = seed
         self._unbiased_batchnorm = unbiased_batchnorm
+        self._steps = keras.Variable(0, dtype="int64", trainable=False, name="steps", aggregation="only_first_replica")
         # Only where they are updated: Keras logs a metric that never is as 0.0.
         if attack.active:
             self._clean_loss = keras.metrics.Mean(name="clean_loss")
             self._clean_accuracy = keras.metrics.Mean(name="clean_accuracy")
+
+    @property
+    def state(self) -> list[keras.Variable]:
+        """Everything that changes in training; a run that has it back goes on as if it had not stopped.
+
+        The weights of the classifier, the optimizer's state, the step count, and what the metrics have counted. It is
+        complete once the trainer is compiled, the optimizer built, and `build_metrics` called.
+        """
+        return [*self.classifier.variables, *self.optimizer.variables, self._steps, *self.metrics_variables]
+
+    def build_metrics(self) -> None:
+        """Makes the variables of the compiled metrics, which Keras makes in the first step otherwise."""
+        images = tf.zeros((1, *self.classifier.input_shape[1:]))
+        labels, logits = tf.zeros([1], tf.int32), tf.zeros((1, self.classifier.output_shape[-1]))
+        self.compute_metrics(images, labels, logits, None)
+        self.reset_metrics()
+
+    def swap_averages(self) -> None:
+        """Exchanges the trained weights and their moving averages, if the optimizer keeps any; twice is not at all."""
+        for weight, average in averages_of(self.optimizer):
+            value = weight.numpy()
+            weight.assign(average)
+            average.assign(value)
 
     def call(self, images: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         return self.classifier(images, training=training)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        # The step count as seed: a resumed run draws what the interrupted one would have drawn.
-        seed = tf.stack([tf.constant(self._seed, tf.int64), tf.cast(self.optimizer.iterations, tf.int64)])
+        # The step count as seed: a resumed run draws what the interrupted one would have drawn. Not the optimizer's
+        # count: that one stands still while gradients are accumulated, or when one overflows.
+        seed = tf.stack([tf.constant(self._seed, tf.int64), tf.convert_to_tensor(self._steps)])
+        self._steps.assign_add(1)
         images_adv = self._attacked(images, labels, sample_weight, seed)
         before = [(layer, tf.identity(layer.moving_variance)) for layer in self._updated_batchnorms()]
         # Loss scaling, weighting and metrics stay Keras's: a step written out here would have to repeat all of it.

@@ -1,8 +1,10 @@
 """The state of a run: restored exactly, never half-written, and clear about what is wrong with a file."""
 
 import contextlib
+import io
 import resource
 import signal
+import zipfile
 
 import keras
 import numpy as np
@@ -44,59 +46,141 @@ def full_disk():
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def variables_of(model: keras.Model) -> list[keras.Variable]:
+    return [*model.variables, *model.optimizer.variables]
+
+
+def names_in(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def test_everything_comes_back(tmp_path):
     model = trained_model()
     progress = Progress(epochs_done=2, best_epoch=1, best_value=0.5, best_loss=0.3, history=[{"loss": 1.0}] * 2)
-    Checkpoints(tmp_path).save(progress, model, model.optimizer, is_best=True)
+    Checkpoints(tmp_path).save(progress, variables_of(model))
     other = trained_model()
-    for variable in [*other.variables, *other.optimizer.variables]:
+    for variable in variables_of(other):
         variable.assign(np.zeros(variable.shape))
-    restored = Checkpoints(tmp_path).restore(other, other.optimizer)
-    assert restored == progress
+    state = Checkpoints(tmp_path).latest()
+    state.assign_to(variables_of(other))
+    assert state.progress == progress
     for ours, theirs in zip(state_of(other), state_of(model), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_best_is_kept_while_latest_moves_on(tmp_path):
+def test_best_is_kept_while_the_run_moves_on_and_for_as_long_as_a_state_names_it(tmp_path):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
-    checkpoints.save(Progress(epochs_done=1), model, model.optimizer, is_best=True)
-    best = model.get_weights()
-    model.set_weights([weight + 1 for weight in best])
-    checkpoints.save(Progress(epochs_done=2), model, model.optimizer, is_best=False)
-    assert checkpoints.peek().epochs_done == 2
-    checkpoints.restore_best(model)
-    for ours, theirs in zip(model.get_weights(), best, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    first = model.get_weights()
+    checkpoints.save_best(0, model.variables)
+    checkpoints.save(Progress(epochs_done=1, best_epoch=0), variables_of(model))
+    model.set_weights([weight + 1 for weight in first])
+    checkpoints.save_best(1, model.variables)
+    # As if killed here: the state that is there still names the first.
+    checkpoints.restore_best(checkpoints.latest().progress, model.variables)
+    for ours, best in zip(model.get_weights(), first, strict=True):
+        np.testing.assert_array_equal(ours, best)
+    for epochs_done in (2, 3, 4):
+        checkpoints.save(Progress(epochs_done=epochs_done, best_epoch=1), variables_of(model))
+    assert names_in(tmp_path) == {"best_epoch0001.npz", "epoch0003_step0000000.npz", "epoch0004_step0000000.npz"}
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+def test_the_two_newest_and_the_last_end_of_an_epoch_are_kept(tmp_path):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
-    checkpoints.save(Progress(epochs_done=1), model, model.optimizer, is_best=True)
+    for epochs_done, steps_done in [(1, 0), (2, 0), (2, 5), (2, 10), (2, 15)]:
+        checkpoints.save(Progress(epochs_done=epochs_done, steps_done=steps_done), variables_of(model))
+    assert names_in(tmp_path) == {f"epoch0002_step00000{step}.npz" for step in ("00", "10", "15")}
+    change = Progress(rollbacks=1, alarms=["masked"])
+    progress = checkpoints.go_back_an_epoch(change)
+    assert progress == Progress(epochs_done=2, rollbacks=1, alarms=["masked"]) == checkpoints.latest().progress
+    assert names_in(tmp_path) == {"epoch0002_step0000000.npz"}
+
+
+@pytest.mark.parametrize("content", ["best", "state"])
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, content):
+    model, checkpoints = trained_model(), Checkpoints(tmp_path)
+    checkpoints.save_best(0, model.variables)
+    checkpoints.save(Progress(epochs_done=1, best_epoch=0), variables_of(model))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with full_disk(), pytest.raises(UserError, match=r"best\.npz.*unchanged"):
-        checkpoints.save(Progress(epochs_done=2), model, model.optimizer, is_best=True)
+    with full_disk(), pytest.raises(UserError, match=r"Cannot write .*(best_epoch0001|epoch0002)"):
+        if content == "best":
+            checkpoints.save_best(1, model.variables)
+        else:
+            checkpoints.save(Progress(epochs_done=2, best_epoch=0), variables_of(model))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 999])
-def test_a_damaged_file_is_named_and_changes_nothing(tmp_path, damage):
+def flipped(data: bytes) -> bytes:
+    """One bit of a variable, with the checksum of the ZIP archive made to fit."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as changed:
+        for name in archive.namelist():
+            content = bytearray(archive.read(name))
+            if name.endswith("kernel.npy"):
+                content[-1] ^= 1
+            changed.writestr(name, bytes(content))
+    return out.getvalue()
+
+
+DAMAGES = [
+    lambda data: data[: len(data) // 2],
+    lambda data: data[:-1],
+    lambda data: b"",
+    lambda data: b"x" * 999,
+    flipped,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, capsys, damage):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
-    checkpoints.save(Progress(epochs_done=1), model, model.optimizer, is_best=True)
-    path = tmp_path / "latest.npz"
-    path.write_bytes(damage(path.read_bytes()))
+    checkpoints.save(Progress(epochs_done=1), variables_of(model))
     before = state_of(model)
-    with pytest.raises(UserError, match=r"latest\.npz"):
-        checkpoints.restore(model, model.optimizer)
+    model.set_weights([weight + 1 for weight in model.get_weights()])
+    checkpoints.save(Progress(epochs_done=1, steps_done=7), variables_of(model))
+    path = tmp_path / "epoch0001_step0000007.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    state = checkpoints.latest()
+    state.assign_to(variables_of(model))
+    assert state.progress == Progress(epochs_done=1)
     for ours, theirs in zip(state_of(model), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    out = capsys.readouterr().out
+    assert "Cannot read the checkpoint" in out and path.name in out and "back to" in out
+    assert not path.exists()
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+def test_when_no_state_is_in_order_that_is_said_and_nothing_deleted(tmp_path):
+    model, checkpoints = trained_model(), Checkpoints(tmp_path)
+    checkpoints.save(Progress(epochs_done=1), variables_of(model))
+    path = tmp_path / "epoch0001_step0000000.npz"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"epoch0001_step0000000\.npz.*Delete the folder"):
+        checkpoints.latest()
+    assert path.exists()
+    assert Checkpoints(tmp_path / "empty").latest() is None
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    model, checkpoints = trained_model(), Checkpoints(tmp_path)
+    checkpoints.save(Progress(epochs_done=1), variables_of(model))
+    model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
+    with pytest.raises(UserError, match="NaN or infinity in .*batch_normalization"):
+        checkpoints.save(Progress(epochs_done=2), variables_of(model))
+    assert checkpoints.latest().progress.epochs_done == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path):
     model = trained_model()
-    Checkpoints(tmp_path).save(Progress(), model, model.optimizer, is_best=True)
+    Checkpoints(tmp_path).save(Progress(), variables_of(model))
     other = trained_model(units=7)
-    with pytest.raises(UserError, match="another model|Cannot read"):
-        Checkpoints(tmp_path).restore(other, other.optimizer)
+    before = state_of(other)
+    with pytest.raises(UserError, match=r"another model: .*has shape \(4, 3\) there and \(4, 7\) here"):
+        Checkpoints(tmp_path).latest().assign_to(variables_of(other))
+    with pytest.raises(UserError, match="another model: it holds"):
+        Checkpoints(tmp_path).latest().assign_to(other.variables)
+    for ours, theirs in zip(state_of(other), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_failed_replacement_leaves_no_temporary_file(tmp_path):

@@ -1,0 +1,87 @@
+"""kill -9 on a training run at random moments: begun again each time, it ends bit-equal to one that ran through.
+
+python -m tests.training.kill --kills=30
+"""
+
+import argparse
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+_FLAGS = [
+    "--dataset=digits --classes=0,1,2 --architecture=resnet8 --image_size=8 --norm=l2 --epsilon=0.5 --attack_steps=2",
+    "--random_start --eval_steps=2 --batch_size=24 --learning_rate=0.05 --ema_decay=0.9 --deterministic",
+    "--checkpoint_every_steps=2",
+]
+
+
+def run(*, kills: int, seed: int, epochs: int) -> dict:
+    """Kills so many processes, each some seconds after it has begun to train, and lets the last one finish.
+
+    Returns:
+        How many were killed, at which positions, and the names of what differs from the run without a kill.
+    """
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, parts = pathlib.Path(folder) / "whole", pathlib.Path(folder) / "parts"
+        _start(whole, epochs).communicate()
+        killed, positions = 0, []
+        while killed < kills:
+            process = _start(parts, epochs)
+            line = next(line for line in process.stdout if line.startswith(("Training", "Going on")))
+            if (parts / "checkpoints").exists():
+                line = next((line for line in process.stdout if line.startswith("Going on")), line)
+            time.sleep(rng.uniform(0, 5))
+            process.kill()
+            process.communicate()
+            if (parts / "results.json").exists():
+                break
+            killed += 1
+            positions.append(line.strip().removeprefix("Going on after ").removesuffix(f" in {parts}."))
+        _start(parts, epochs).communicate()
+        return {"killed": killed, "positions": positions, "different": _differences(whole, parts)}
+
+
+def _start(workdir: pathlib.Path, epochs: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "robust_tf.train", *" ".join(_FLAGS).split()]
+    command += [f"--workdir={workdir}", f"--data_dir={workdir.parent}/tfds", f"--epochs={epochs}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def _differences(whole: pathlib.Path, parts: pathlib.Path) -> list[str]:
+    figures = [json.loads((workdir / "results.json").read_text()) for workdir in (whole, parts)]
+    different = [
+        f"results.json: {name}"
+        for name in figures[0]
+        if name not in ("seconds", "images_per_second", "flags") and figures[0][name] != figures[1][name]
+    ]
+    for path in sorted((whole / "checkpoints").glob("*.npz")):
+        if not (parts / "checkpoints" / path.name).exists():
+            if not path.stem.endswith("step0000000"):
+                continue  # which states within an epoch are there depends on where the run was killed
+            different.append(path.name)
+            continue
+        with np.load(path) as ours, np.load(parts / "checkpoints" / path.name) as theirs:
+            names = [name for name in ours.files if name not in ("progress", "sha256")]
+            different += [f"{path.name}: {name}" for name in names if not np.array_equal(ours[name], theirs[name])]
+    return different
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=40)
+    figures = run(**vars(parser.parse_args()))
+    print(json.dumps(figures, indent=2))
+    return int(bool(figures["different"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
