@@ -163,6 +163,11 @@ class JobConfig:
     batch_size: int = _flag(128, "Images a step.")
     optimizer: str = _flag("sgd", "sgd (PyTorch's, coupled weight decay), adam, adamw (decoupled).")
     learning_rate: float = _flag(0.1, "Peak learning rate.")
+    base_batch_size: int | None = _flag(
+        None,
+        "The batch that --learning_rate is meant for; it is scaled linearly to --batch_size x --accumulate_steps. "
+        "Default: nothing scales it, however many devices there are.",
+    )
     lr_schedule: Literal["constant", "step", "piecewise", "cosine", "cyclic"] = _flag("step", "How it changes.")
     lr_step_epochs: int = _flag(50, "step: epochs between the drops.")
     lr_milestones: tuple[int, ...] = _flag((), "piecewise: epochs at which it drops, e.g. 30,60.")
@@ -185,6 +190,19 @@ class JobConfig:
     select_by: Literal["auto", "accuracy", "robust_accuracy", "last"] = _flag(
         "auto", "Validation figure that chooses the epoch; auto: robust_accuracy if trained with an attack."
     )
+    # Distribution
+    distribution: Literal["none", "mirrored", "multi_worker", "tpu"] = _flag(
+        "none",
+        "none: one device; mirrored: all of this machine; multi_worker: those of all machines in TF_CONFIG; tpu. They "
+        "share a batch, so the other flags stay as they are; a smaller last batch is left out.",
+        identity=False,
+    )
+    sync_batchnorm: bool = _flag(
+        False, "BatchNorm takes the statistics of the whole batch, not of each device's share."
+    )
+    restarts: int = _flag(
+        3, "multi_worker: how often a process begins again by itself, after it has lost another one.", identity=False
+    )
     # Output
     checkpoint_every_minutes: float = _flag(
         10.0, "Save the state so often within an epoch, besides at its end; 0 never.", identity=False
@@ -202,12 +220,19 @@ class JobConfig:
         check_choices(self)
         for name in ("epochs", "batch_size", "lr_step_epochs", "log_every_steps", "views", "accumulate_steps"):
             _check_range(name, getattr(self, name), lowest=1)
-        for name in ("image_size", "examples_per_class", "alarm_every_epochs", "downscale", "checkpoint_every_steps"):
+        for name in (
+            "image_size",
+            "examples_per_class",
+            "alarm_every_epochs",
+            "downscale",
+            "checkpoint_every_steps",
+            "base_batch_size",
+        ):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), lowest=1)
         for name in ("seed", "split_seed", "hidden_layers", "momentum", "weight_decay", "warmup_epochs", "eval_steps"):
             _check_range(name, getattr(self, name), lowest=0)
-        for name in ("clip_norm", "checkpoint_every_minutes"):
+        for name in ("clip_norm", "checkpoint_every_minutes", "restarts"):
             _check_range(name, getattr(self, name), lowest=0)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"--ema_decay must lie in [0, 1). Received: {self.ema_decay}.")
@@ -224,6 +249,7 @@ class JobConfig:
             raise UserError(f"--validation_fraction must be between 0 and 1. Received: {self.validation_fraction}.")
         if not 0 < self.lr_peak < 1:
             raise UserError(f"--lr_peak must be between 0 and 1. Received: {self.lr_peak}.")
+        self._check_distribution()
         self._check_data()
         self._check_transfer()
         self._check_features()
@@ -241,6 +267,26 @@ class JobConfig:
             )
         if self.lr_schedule == "piecewise" and not self.lr_milestones:
             raise UserError("--lr_schedule=piecewise needs --lr_milestones, e.g. 30,60. Received: none.")
+
+    def _check_distribution(self) -> None:
+        if self.distribution == "none":
+            return
+        for name, value, instead in (("precision", "mixed_float16", "mixed_bfloat16"), ("jit_compile", "true", "auto")):
+            if getattr(self, name) == value:
+                raise UserError(
+                    f"--{name}={value} works on one device only, --{name}={instead} on several. Received: "
+                    f"--{name}={value} --distribution={self.distribution}."
+                )
+        if self.accumulate_steps > 1:
+            raise UserError(
+                "--accumulate_steps works on one device only: with several, each has a share of the batch anyway. "
+                f"Received: --accumulate_steps={self.accumulate_steps} --distribution={self.distribution}."
+            )
+        if self.features == "cached":
+            raise UserError(
+                "--features=cached trains a head on one device, which takes seconds. Received: --features=cached "
+                f"--distribution={self.distribution}."
+            )
 
     def _check_data(self) -> None:
         if not 0 <= self.rand_augment <= 1:

@@ -32,7 +32,8 @@ from robust_tf.serving.model_card import card_from_results  # noqa: E402
 from robust_tf.serving.publish import export_classifier  # noqa: E402
 from robust_tf.training.building import adapted, new_classifier, task_of  # noqa: E402
 from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
-from robust_tf.training.evaluation import evaluate_classifier  # noqa: E402
+from robust_tf.training.distribution import PEER_LOST, begin_again, start_distribution  # noqa: E402
+from robust_tf.training.evaluation import Evaluation, evaluate_classifier  # noqa: E402
 from robust_tf.training.fitting import fit_classifier  # noqa: E402
 from robust_tf.training.head_fitting import fit_head  # noqa: E402
 from robust_tf.training.interruption import Interrupted, signals_raise  # noqa: E402
@@ -65,9 +66,21 @@ def run(config: JobConfig) -> None:
     if config.dry_run:
         print_plan(config)
         return
-    results = run_job(config)
+    distribution = start_distribution(config.distribution)
+    try:
+        results = run_job(config)
+        if config.baseline:
+            results = {**results, "baseline": run_baseline(config)}
+        distribution.on_chief(lambda: finish(config, results))
+    except PEER_LOST as error:
+        if distribution.num_workers == 1:
+            raise
+        begin_again(error, most=config.restarts)
+
+
+def finish(config: JobConfig, results: Results) -> None:
+    """What comes after all figures are there: the table, the export, the commands that may come next."""
     if config.baseline:
-        results = {**results, "baseline": run_baseline(config)}
         write_json(pathlib.Path(config.workdir) / "results.json", results)
     console.print(closing_table(results))
     if config.export_dir:
@@ -82,14 +95,18 @@ def run_job(config: JobConfig) -> Results:
         UserError: something in the flags, the data or the files is at fault. What was written before is kept.
     """
     workdir = pathlib.Path(config.workdir)
-    claim_workdir(workdir, config)
-    if (workdir / "results.json").exists():
+    distribution = start_distribution(config.distribution)
+    distribution.check_batch_size(config.batch_size)
+    distribution.on_chief(lambda: claim_workdir(workdir, config))
+    results = distribution.on_chief(lambda: finished_results(workdir))
+    if distribution.any(results is not None):
         console.print(f"{workdir} is finished already.")
-        return json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+        return results or {}
 
     keras.config.set_dtype_policy(config.precision)  # also tells Keras whether to scale the loss
     try:
-        classifier, task = build_job(config)
+        with distribution.scope():
+            classifier, task = build_job(config)
         console.print(f"Training {classifier.name} on {config.dataset} ({task.num_train} images) in {workdir}.")
         if task.skipped:
             console.print(f"Left out {len(task.skipped)} images that cannot be decoded: {', '.join(task.skipped[:5])}")
@@ -99,26 +116,17 @@ def run_job(config: JobConfig) -> Results:
                 head_fit = fit_head(config, classifier, task, workdir)
                 progress = head_fit.progress
             else:
-                progress = fit_classifier(config, classifier, task, workdir)
+                progress = fit_classifier(config, classifier, task, workdir, distribution)
             # The one and only look at the test part.
             evaluation = evaluate_classifier(
                 classifier,
-                task.test,
+                distribution.test_data(task),
                 attack=config.evaluation_attack,
                 num_images=task.num_test,
+                strategy=distribution.strategy,
             )
         results = job_results(config, task, classifier, evaluation, progress, head_fit)
-        save_classifier(classifier, workdir / "classifier.keras")
-        write_result(
-            workdir / "tensorboard",
-            settings=_hparams(config),
-            figures={
-                name: results[name] for name in ("clean_accuracy", "robust_accuracy") if results[name] is not None
-            },
-            confusion=evaluation.confusion,
-            class_names=task.class_names,
-        )
-        write_json(workdir / "results.json", results)  # last: its presence says that the job is finished
+        distribution.on_chief(lambda: write_job(config, task, classifier, evaluation, results))
         return results
     except Interrupted as interruption:
         state = Checkpoints(workdir / "checkpoints").latest()
@@ -132,10 +140,40 @@ def run_job(config: JobConfig) -> Results:
         keras.config.set_dtype_policy("float32")
 
 
+def write_job(
+    config: JobConfig, task: TaskData, classifier: keras.Model, evaluation: Evaluation, results: Results
+) -> None:
+    """The files of a finished job."""
+    workdir = pathlib.Path(config.workdir)
+    save_classifier(classifier, workdir / "classifier.keras")
+    write_result(
+        workdir / "tensorboard",
+        settings=_hparams(config),
+        figures={name: results[name] for name in ("clean_accuracy", "robust_accuracy") if results[name] is not None},
+        confusion=evaluation.confusion,
+        class_names=task.class_names,
+    )
+    write_json(workdir / "results.json", results)  # last: its presence says that the job is finished
+
+
+def finished_results(workdir: pathlib.Path) -> Results | None:
+    """The results of a workdir whose job is finished, or None."""
+    path = workdir / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def build_job(config: JobConfig) -> tuple[keras.Model, TaskData]:
     """The classifier, frozen as the flags say, and its data. Runs the source's job first if it has to."""
     source = load_source_classifier(config) if config.task == "transfer" else None
-    task = task_of(config, image_size=source.input_shape[1] if source else None)
+    distribution = start_distribution(config.distribution)
+    with distribution.chief_first():  # which prepares the data set, where all see the same disk
+        task = task_of(
+            config,
+            image_size=source.input_shape[1] if source else None,
+            worker=distribution.worker,
+            num_workers=distribution.num_workers,
+            num_replicas=distribution.num_replicas,
+        )
     # Only now: preparing a data set and running the source's job, which a repetition does not, draw numbers as well.
     keras.utils.set_random_seed(config.seed)
     classifier = adapted(source, config, task) if source else new_classifier(config, task)
@@ -144,12 +182,13 @@ def build_job(config: JobConfig) -> tuple[keras.Model, TaskData]:
 
 def load_source_classifier(config: JobConfig) -> keras.Model:
     """The source; if it is a flag file whose classifier is missing, that job is run first."""
-    if not sources.is_flag_file(config.source):
-        return sources.load_source(config.source, architecture=config.architecture, image_size=config.image_size)
-    source_job = source_config(config)
-    run_job(source_job)
-    path = str(pathlib.Path(source_job.workdir) / "classifier.keras")
-    return sources.load_source(path, architecture=config.architecture, image_size=config.image_size)
+    path = config.source
+    if sources.is_flag_file(config.source):
+        source_job = source_config(config)
+        run_job(source_job)
+        path = str(pathlib.Path(source_job.workdir) / "classifier.keras")
+    with start_distribution(config.distribution).chief_first():  # which fetches a published one
+        return sources.load_source(path, architecture=config.architecture, image_size=config.image_size)
 
 
 def source_config(config: JobConfig, overrides: Sequence[str] = (), suffix: str = "") -> JobConfig:
@@ -161,6 +200,7 @@ def source_config(config: JobConfig, overrides: Sequence[str] = (), suffix: str 
         source_job,
         workdir=str(workdir.with_name(workdir.name + suffix)),
         data_dir=source_job.data_dir or config.data_dir,
+        distribution=config.distribution,
     )
 
 

@@ -234,9 +234,9 @@ def test_the_state_is_saved_within_an_epoch(job, monkeypatch):
     monkeypatch.setattr(
         Checkpoints,
         "save",
-        lambda self, progress, variables: (
+        lambda self, progress, arrays: (
             saved.append((progress.epochs_done, progress.steps_done)),
-            save(self, progress, variables),
+            save(self, progress, arrays),
         ),
     )
     train.run(job("steps", epochs=1, checkpoint_every_steps=2))

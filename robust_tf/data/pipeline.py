@@ -86,6 +86,7 @@ class TaskData:
         fingerprint: changes when other images or labels are in use.
         skipped: names of the broken images that were left out.
         worker, num_workers: which share of every training batch is made here.
+        drop_remainder: leave out the last batch of an epoch where it is smaller, as those must that share batches.
     """
 
     train_examples: Examples
@@ -101,6 +102,7 @@ class TaskData:
     skipped: tuple[str, ...] = ()
     worker: int = 0
     num_workers: int = 1
+    drop_remainder: bool = False
 
     @property
     def num_train(self) -> int:
@@ -128,12 +130,9 @@ class TaskData:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Training steps that see every example once; the last batch may be smaller.
-
-        Several workers leave the smaller one out: each of them needs the same number of steps.
-        """
+        """Training steps that see every example once; the last batch may be smaller, or is left out."""
         full, rest = divmod(self.num_train, self.batch_size)
-        return full if self.num_workers > 1 or not rest else full + 1
+        return full if self.drop_remainder or not rest else full + 1
 
     def train(self, *, first_epoch: int, epochs: int, first_step: int = 0) -> tf.data.Dataset:
         """The batches of the epochs first_epoch to epochs - 1, one after the other.
@@ -151,7 +150,7 @@ class TaskData:
             epoch_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 0], tf.int64), epoch)
             order_seed, augmentation_seed = tf.unstack(tf.random.split(epoch_seed, 2))
             records = self.train_examples.shuffled(tf.cast(order_seed[0], tf.int64))
-            if self.num_workers > 1:
+            if self.drop_remainder:
                 records = records.take(self.steps_per_epoch * self.batch_size)
             skipped_steps = tf.where(tf.equal(epoch, first_epoch), tf.constant(first_step, tf.int64), 0)
             records = records.skip(skipped_steps * self.batch_size)
@@ -188,6 +187,19 @@ class TaskData:
         """The validation part in order, from its `first` image on."""
         return self._evaluated(self.validation_examples, first)
 
+    def validation_share(self, *, replicas: int) -> tf.data.Dataset:
+        """This worker's share of the validation part, in batches of one replica, `replicas` of which it has.
+
+        All workers and replicas get equally many batches of equal size: images are repeated to fill the last ones.
+        The batches are (images, labels, weights), with weights (batch,) float32 that let each image count once in a
+        mean over all batches: 0 for repeated images, equal for the others.
+        """
+        return self._share(self.validation_examples, replicas)
+
+    def test_share(self, *, replicas: int) -> tf.data.Dataset:
+        """The same of the test part."""
+        return self._share(self.test_examples, replicas)
+
     def preview(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The first `count` validation images and labels, the same at every call."""
         images, labels = next(iter(self.validation.unbatch().batch(count)))
@@ -212,6 +224,24 @@ class TaskData:
 
         images = examples.in_order().skip(first).map(transform, num_parallel_calls=tf.data.AUTOTUNE)
         return _with_options(images.batch(self._evaluation_batch)).prefetch(2)
+
+    def _share(self, examples: Examples, replicas: int) -> tf.data.Dataset:
+        batch_of_replica = -(-self._evaluation_batch // (self.num_workers * replicas))
+        batch_of_all = batch_of_replica * self.num_workers * replicas
+        padded = -(-examples.count // batch_of_all) * batch_of_all
+        records = examples.in_order()
+        records = records.concatenate(records.repeat().take(padded - examples.count)).enumerate()
+
+        def transform(
+            number: tf.Tensor, record: tuple[tf.Tensor, tf.Tensor, tf.Tensor]
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            _, encoded, label = record
+            weight = tf.where(number < examples.count, padded / examples.count, 0.0)
+            return self.preprocessing.for_evaluation(encoded), label, tf.cast(weight, tf.float32)
+
+        records = records.shard(self.num_workers, self.worker)
+        images = records.map(transform, num_parallel_calls=tf.data.AUTOTUNE)
+        return _with_options(images.batch(batch_of_replica, drop_remainder=True)).prefetch(2)
 
     def _augmented(self, records: tf.data.Dataset, seed: tf.Tensor) -> tf.data.Dataset:
         def transform(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -256,6 +286,7 @@ def load_task(
     cache_dir: pathlib.Path | None = None,
     worker: int = 0,
     num_workers: int = 1,
+    drop_remainder: bool = False,
 ) -> TaskData:
     """Splits a data set into train, validation and test, and sets up their pipelines.
 
@@ -282,6 +313,7 @@ def load_task(
             "none", or "auto": in memory if they take at most a quarter of what is free.
         cache_dir: None takes the user's cache folder.
         worker, num_workers: this is worker 0, 1, ... of so many that train together, each on its share of a batch.
+        drop_remainder: leave out the last training batch of an epoch where it is smaller, as several workers do anyway.
 
     Raises:
         UserError: unknown name, class or augmentation; a part is empty; the data set can't be prepared.
@@ -357,6 +389,7 @@ def load_task(
         skipped=tuple(getattr(images, part).name(int(index)) for part in broken for index in broken[part]),
         worker=worker,
         num_workers=num_workers,
+        drop_remainder=drop_remainder or num_workers > 1,
     )
 
 

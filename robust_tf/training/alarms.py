@@ -7,6 +7,7 @@
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -91,6 +92,7 @@ class Alarms(keras.callbacks.Callback):
         attack: of training; its norm and epsilon are those of the attacks here.
         every_epochs: epochs between two looks.
         history: gets every warning.
+        agree: whether any process of the job has found an alarm, from whether this one has.
     """
 
     def __init__(
@@ -101,9 +103,11 @@ class Alarms(keras.callbacks.Callback):
         attack: AttackConfig,
         every_epochs: int,
         history: list[str],
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         super().__init__()
         self.raised = False  # in the last epoch
+        self._agree = agree
         self._held = (tf.constant(held[0], tf.float32), tf.constant(held[1], tf.int32))
         self._every_epochs, self._history = every_epochs, history
         self._read = tf.function(lambda images, labels: look(classifier, images, labels, attack))
@@ -119,7 +123,7 @@ class Alarms(keras.callbacks.Callback):
             message = f"WARNING after epoch {epoch + 1}: {alarm}. ({len(self._held[1])} held images)"
             self._history.append(message)
             console.print(message)
-        self.raised = bool(reading.alarms)
+        self.raised = self._agree(bool(reading.alarms))
 
     def reading(self) -> Reading:
         """Attacks the held images."""

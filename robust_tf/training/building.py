@@ -12,8 +12,17 @@ from robust_tf.transfer import freeze, replace_head, with_dtype_policy, with_ima
 DEFAULT_ARCHITECTURE = "resnet20"
 
 
-def task_of(config: JobConfig, *, image_size: int | None = None) -> TaskData:
-    """The data of a job; `image_size` is that of the source and counts when the flags name none."""
+def task_of(
+    config: JobConfig, *, image_size: int | None = None, worker: int = 0, num_workers: int = 1, num_replicas: int = 1
+) -> TaskData:
+    """The data of a job, or of one of its workers.
+
+    Args:
+        config: of the job.
+        image_size: that of the source; it counts when the flags name none.
+        worker, num_workers: this process, of so many.
+        num_replicas: that share a batch, in all processes.
+    """
     return load_task(
         config.dataset,
         classes=config.classes or None,
@@ -32,6 +41,9 @@ def task_of(config: JobConfig, *, image_size: int | None = None) -> TaskData:
         data_dir=pathlib.Path(config.data_dir) if config.data_dir else None,
         cache=config.cache,
         cache_dir=pathlib.Path(config.cache_dir) if config.cache_dir else None,
+        worker=worker,
+        num_workers=num_workers,
+        drop_remainder=num_replicas > 1,
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,9 @@ import keras
 import numpy as np
 
 from robust_tf.errors import UserError
-from robust_tf.training.checkpoint import Checkpoints, Progress
-from robust_tf.training.interruption import PendingSignal
+from robust_tf.training.checkpoint import Checkpoints, Progress, named_arrays
+from robust_tf.training.distribution import Distribution
+from robust_tf.training.interruption import Interrupted, PendingSignal
 
 
 class CallbacksFromStep(keras.callbacks.CallbackList):
@@ -46,6 +48,7 @@ class SaveProgress(keras.callbacks.Callback):
         every_steps: steps between two saves within an epoch; None saves after no step.
         every_minutes: time between two saves within an epoch; 0 saves at no time.
         pending: the signal that has come, if any. The state is saved and `Interrupted` raised after the step that runs.
+        distribution: the chief writes; all processes save and stop at the same step, whichever got the signal.
     """
 
     def __init__(
@@ -57,11 +60,12 @@ class SaveProgress(keras.callbacks.Callback):
         every_steps: int | None,
         every_minutes: float,
         pending: PendingSignal,
+        distribution: Distribution,
     ) -> None:
         super().__init__()
         self._checkpoints, self._progress, self._select_by = checkpoints, progress, select_by
         self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
-        self._pending = pending
+        self._pending, self._distribution = pending, distribution
         self._training_metrics: list[np.ndarray] = []
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -77,9 +81,11 @@ class SaveProgress(keras.callbacks.Callback):
         self._progress.steps_done = batch + 1
         by_steps = self._every_steps is not None and (batch + 1) % self._every_steps == 0
         by_time = self._every_seconds > 0 and time.perf_counter() - self._saved >= self._every_seconds
-        if by_steps or by_time or self._pending.received:
+        asked = self._distribution.any(by_time or self._pending.received)
+        if by_steps or asked:
             self._save()
-        self._pending.raise_if_received()
+        if asked:
+            self._stop_if_signalled()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         # Validation counts in the same metrics.
@@ -87,12 +93,12 @@ class SaveProgress(keras.callbacks.Callback):
         self.model.swap_averages()
 
     def on_test_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        if not self._pending.received:
+        if not self._distribution.any(self._pending.received):
             return
         self.model.swap_averages()
         self._restore_metrics()
         self._save()
-        self._pending.raise_if_received()
+        self._stop_if_signalled()
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         self.model.swap_averages()
@@ -106,11 +112,12 @@ class SaveProgress(keras.callbacks.Callback):
         if (value, -loss) > (progress.best_value, -progress.best_loss):
             progress.best_epoch, progress.best_value, progress.best_loss = epoch, value, loss
             with self._averages():
-                self._checkpoints.save_best(epoch, self.model.classifier.variables)
+                weights = named_arrays(self.model.classifier.variables)
+            self._distribution.on_chief(lambda: self._checkpoints.save_best(epoch, weights))
         progress.epochs_done, progress.steps_done = epoch + 1, 0
         progress.history.append(logs)
         self._save()
-        self._pending.raise_if_received()
+        self._stop_if_signalled()
 
     def _metrics(self) -> list[np.ndarray]:
         return [np.array(variable) for variable in self.model.metrics_variables]
@@ -122,8 +129,14 @@ class SaveProgress(keras.callbacks.Callback):
     def _save(self) -> None:
         now = time.perf_counter()
         self._progress.seconds += now - self._since
-        self._checkpoints.save(self._progress, self.model.state)
+        state = named_arrays(self.model.state)  # in every process: the metrics are counted in all of them
+        self._distribution.on_chief(lambda: self._checkpoints.save(self._progress, state))
         self._since, self._saved = now, time.perf_counter()
+
+    def _stop_if_signalled(self) -> None:
+        if self._distribution.any(self._pending.received):
+            self._pending.raise_if_received()
+            raise Interrupted(signal.SIGTERM)  # another process got it
 
     @contextlib.contextmanager
     def _averages(self) -> Iterator[None]:

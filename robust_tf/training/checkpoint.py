@@ -102,19 +102,22 @@ class Checkpoints:
     def exists(self) -> bool:
         return bool(self._states())
 
-    def save(self, progress: Progress, variables: Sequence[keras.Variable]) -> None:
-        """Writes the whole state, reads it back, and only then lets go of older ones.
+    def save(self, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
+        """Writes the whole state (`named_arrays`), reads it back, and only then lets go of older ones.
 
         Raises:
-            UserError: it can't be written, or a value is not finite: such a state is not worth keeping. The states that
-                were there are kept.
+            UserError: it can't be written. The states that were there are kept.
         """
-        self._save_state(progress, _arrays(variables))
+        self._save_state(progress, arrays)
         self._prune()
 
-    def save_best(self, epoch: int, variables: Sequence[keras.Variable]) -> None:
+    def save_best(self, epoch: int, arrays: dict[str, np.ndarray]) -> None:
         """Writes the weights of an epoch, to be called before the `save` whose progress names them the best."""
-        _write(self._best(epoch), Progress(best_epoch=epoch), _arrays(variables))
+        _write(self._best(epoch), Progress(best_epoch=epoch), arrays)
+
+    def best(self, progress: Progress) -> State:
+        """The weights of the best epoch."""
+        return _read(self._best(progress.best_epoch))
 
     def latest(self) -> State | None:
         """The newest state that is in order, or None when there is no state. Damaged ones are deleted, and said so.
@@ -149,10 +152,6 @@ class Checkpoints:
             if _position(newer) > _position(path):
                 newer.unlink()
         return progress
-
-    def restore_best(self, progress: Progress, variables: Sequence[keras.Variable]) -> None:
-        """Puts the weights of the best epoch into the variables."""
-        _read(self._best(progress.best_epoch)).assign_to(variables)
 
     def _save_state(self, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
         path = self._folder / f"epoch{progress.epochs_done:04d}_step{progress.steps_done:07d}.npz"
@@ -192,7 +191,12 @@ def _names(variables: Sequence[keras.Variable]) -> list[str]:
     return [f"{index:04d} {variable.name}" for index, variable in enumerate(variables)]
 
 
-def _arrays(variables: Sequence[keras.Variable]) -> dict[str, np.ndarray]:
+def named_arrays(variables: Sequence[keras.Variable]) -> dict[str, np.ndarray]:
+    """The values of variables under their numbers and names, as a `State` has them.
+
+    Raises:
+        UserError: a value is not finite: such a state is not worth keeping.
+    """
     arrays = dict(zip(_names(variables), (keras.ops.convert_to_numpy(v) for v in variables), strict=True))
     for variable, array in zip(variables, arrays.values(), strict=True):
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():

@@ -1,6 +1,8 @@
 """The final figures: clean and robust accuracy with their intervals, on a part that training never saw."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -51,7 +53,12 @@ class Evaluation:
 
 
 def evaluate_classifier(
-    classifier: keras.Model, dataset: tf.data.Dataset, *, attack: AttackConfig, num_images: int
+    classifier: keras.Model,
+    dataset: Any,
+    *,
+    attack: AttackConfig,
+    num_images: int,
+    strategy: tf.distribute.Strategy | None = None,
 ) -> Evaluation:
     """Clean accuracy, and accuracy under PGD, where an image counts that is right before and after the attack.
 
@@ -60,23 +67,39 @@ def evaluate_classifier(
         dataset: batches of images (batch, height, width, channels) float32 and labels (batch,) int.
         attack: epsilon 0 leaves the robust figures out.
         num_images: of the data set, for the progress bar.
+        strategy: with several replicas, `dataset` is a distributed one, whose batches also have weights (batch,); what
+            has weight 0 is there to fill a batch. Every process gets the whole result.
     """
     num_classes = classifier.output_shape[-1]
 
-    # The signature has a free batch size: the last, smaller batch is no reason to trace again.
-    @tf.function(input_signature=dataset.element_spec)
-    def predictions(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        clean = tf.argmax(classifier(images, training=False), axis=-1, output_type=tf.int32)
-        if not attack.active:
-            return clean, clean
-        images_adv = run_pgd(classifier, images, labels, attack=attack).images_adv
-        return clean, tf.argmax(classifier(images_adv, training=False), axis=-1, output_type=tf.int32)
+    def outcomes(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor | None = None) -> tf.Tensor:
+        """For each image the label, the prediction, that under attack, and whether it counts, (batch, 4) int32."""
+        attacked = clean = tf.argmax(classifier(images, training=False), axis=-1, output_type=tf.int32)
+        if attack.active:
+            images_adv = run_pgd(classifier, images, labels, attack=attack).images_adv
+            attacked = tf.argmax(classifier(images_adv, training=False), axis=-1, output_type=tf.int32)
+        counts = tf.ones_like(labels) if weights is None else tf.cast(weights > 0, labels.dtype)
+        return tf.cast(tf.stack([labels, tf.cast(clean, labels.dtype), attacked, counts], axis=1), tf.int32)
+
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        # The signature has a free batch size: the last, smaller batch is no reason to trace again.
+        outcomes_of = tf.function(outcomes, input_signature=dataset.element_spec)
+    else:
+
+        @tf.function(reduce_retracing=True, autograph=False)
+        def outcomes_of(*batch: Any) -> tf.Tensor:
+            return strategy.gather(strategy.run(outcomes, args=batch), axis=0)
+
+    def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for batch in dataset:
+            outcome = outcomes_of(*batch).numpy()
+            outcome = outcome[outcome[:, 3] > 0]
+            yield outcome[:, 1:3], outcome[:, 0]
 
     confusion = np.zeros((num_classes, num_classes), np.int64)
     robust_hits = 0
-    for images, labels in track(dataset, "test", num_images=num_images):
-        clean, attacked = (values.numpy() for values in predictions(images, labels))
-        labels = labels.numpy()
+    for predictions, labels in track(rows(), "test", num_images=num_images):
+        clean, attacked = predictions.T
         np.add.at(confusion, (labels, clean), 1)
         robust_hits += int(((clean == labels) & (attacked == labels)).sum())
     return Evaluation(confusion, robust_hits if attack.active else None)

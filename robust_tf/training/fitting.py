@@ -1,9 +1,13 @@
 """One training run, from a classifier to its best weights: compile, go on where it stopped, fit."""
 
+import dataclasses
+import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import keras
+import numpy as np
 
 from robust_tf.command_line import to_flag_file
 from robust_tf.config import JobConfig
@@ -11,7 +15,8 @@ from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm, epochs_between_looks
 from robust_tf.training.callbacks import CallbacksFromStep, SaveProgress, StopOnNaN
-from robust_tf.training.checkpoint import Checkpoints, Progress
+from robust_tf.training.checkpoint import Checkpoints, Progress, State, named_arrays
+from robust_tf.training.distribution import Distribution, prepare_batchnorm
 from robust_tf.training.interruption import signals_held_back
 from robust_tf.training.metrics import Accuracy, CrossEntropy, MeanPerClassAccuracy
 from robust_tf.training.optimizers import build_optimizer
@@ -27,7 +32,9 @@ _MOST_ROLLBACKS = 3
 _ROLLBACK_FACTOR = 0.1  # of the learning rate, at each rollback
 
 
-def fit_classifier(config: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path) -> Progress:
+def fit_classifier(
+    config: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path, distribution: Distribution
+) -> Progress:
     """Trains the classifier in place and leaves it with the weights of the best epoch.
 
     What `workdir` already holds of the run is not run again. An epoch that raised an alarm is never the best one,
@@ -38,15 +45,15 @@ def fit_classifier(config: JobConfig, classifier: keras.Model, task: TaskData, w
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     checkpoints = Checkpoints(workdir / "checkpoints")
-    progress, alarmed = _fit(config, classifier, task, workdir, checkpoints)
+    progress, alarmed = _fit(config, classifier, task, workdir, checkpoints, distribution)
     while alarmed and config.on_alarm == "rollback" and progress.rollbacks < _MOST_ROLLBACKS:
         progress.rollbacks += 1
-        progress = checkpoints.go_back_an_epoch(progress)
+        distribution.on_chief(lambda: checkpoints.go_back_an_epoch(progress))
         console.print(
             f"Rollback {progress.rollbacks} of at most {_MOST_ROLLBACKS}: back to the end of epoch "
             f"{progress.epochs_done}, and the learning rate x {_ROLLBACK_FACTOR:g}."
         )
-        progress, alarmed = _fit(config, classifier, task, workdir, checkpoints)
+        progress, alarmed = _fit(config, classifier, task, workdir, checkpoints, distribution)
     if progress.best_epoch < 0:
         raise UserError(
             f"The first epoch raised an alarm in {progress.rollbacks + 1} tries. Received: {progress.alarms[-1]} Use "
@@ -54,15 +61,23 @@ def fit_classifier(config: JobConfig, classifier: keras.Model, task: TaskData, w
         )
     if alarmed:
         console.print(f"Training ends here; epoch {progress.best_epoch + 1}, the best before the alarm, is kept.")
-    checkpoints.restore_best(progress, classifier.variables)
+    best = _state_of_chief(lambda: checkpoints.best(progress), distribution)
+    if best is not None:
+        best.assign_to(classifier.variables)
+    prepare_batchnorm(classifier, synchronized=False)  # a saved classifier is one of a single device
     return progress
 
 
 def _fit(
-    config: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path, checkpoints: Checkpoints
+    config: JobConfig,
+    classifier: keras.Model,
+    task: TaskData,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    distribution: Distribution,
 ) -> tuple[Progress, bool]:
     """Trains from the latest checkpoint to the last epoch, or to the first that ends with an alarm (then True)."""
-    state = checkpoints.latest()
+    state = _state_of_chief(checkpoints.latest, distribution)
     progress = state.progress if state else Progress()
     unfreeze_at = config.unfreeze_at_epoch
     # The epoch that goes on has begun with the unfreezing if any of its steps are done.
@@ -74,16 +89,20 @@ def _fit(
         through = config.freeze_through or None
         freeze(classifier, mode=config.transfer_mode, through=through, batchnorm=config.frozen_batchnorm)
 
-    trainer, compile_with = _compiled_trainer(config, classifier, task, rollbacks=progress.rollbacks)
+    prepare_batchnorm(classifier, synchronized=config.sync_batchnorm)
+    with distribution.scope():
+        trainer, compile_with = _compiled_trainer(config, classifier, task, rollbacks=progress.rollbacks)
     if state:
         state.assign_to(trainer.state)
         console.print(f"Going on after {_position(progress, task.steps_per_epoch, config.epochs)} in {workdir}.")
     elif config.on_alarm == "rollback":  # the first epoch may have to be thrown away, too
-        checkpoints.save(progress, trainer.state)
+        start = named_arrays(trainer.state)
+        distribution.on_chief(lambda: checkpoints.save(progress, start))
     if progress.epochs_done == config.epochs:
         return progress, False
 
-    write_config(workdir / "tensorboard", to_flag_file(config))
+    if distribution.is_chief:
+        write_config(workdir / "tensorboard", to_flag_file(config))
     bar = ProgressBar(
         num_images=task.num_train,
         batch_size=task.batch_size,
@@ -99,14 +118,15 @@ def _fit(
                 every_steps=config.checkpoint_every_steps,
                 every_minutes=config.checkpoint_every_minutes,
                 pending=pending,
+                distribution=distribution,
             )
-            callbacks = _callbacks(config, classifier, task, workdir, bar, save, progress)
+            callbacks = _callbacks(config, classifier, task, workdir, bar, save, progress, distribution)
             if unfreeze_at is not None and not unfrozen:
                 callbacks.insert(0, UnfreezeAtEpoch(unfreeze_at, classifier, recompile=compile_with))
             if progress.steps_done:
-                _run_epochs(trainer, task, callbacks, progress, until=progress.epochs_done + 1)
+                _run_epochs(trainer, task, callbacks, progress, distribution, until=progress.epochs_done + 1)
             if not trainer.stop_training:  # an alarm in the epoch that has just been ended
-                _run_epochs(trainer, task, callbacks, progress, until=config.epochs)
+                _run_epochs(trainer, task, callbacks, progress, distribution, until=config.epochs)
     except TrainingAlarm:
         return progress, True
     finally:
@@ -137,8 +157,12 @@ def _compiled_trainer(
         trainer.compile(
             optimizer=optimizer,
             loss=CrossEntropy(),
-            metrics=[Accuracy(), MeanPerClassAccuracy(len(task.class_names))],
-            jit_compile={"auto": "auto", "true": True, "false": False}[config.jit_compile],
+            # Weighted: with several replicas, what only fills a batch has weight 0.
+            weighted_metrics=[Accuracy(), MeanPerClassAccuracy(len(task.class_names))],
+            # The replicas' exchange of gradients can't be within what XLA compiles.
+            jit_compile={"auto": "auto", "true": True, "false": False}[config.jit_compile]
+            if trainer.distribute_strategy.num_replicas_in_sync == 1
+            else False,
         )
         trainer.build_metrics()
 
@@ -153,6 +177,7 @@ def _run_epochs(
     task: TaskData,
     callbacks: list[keras.callbacks.Callback],
     progress: Progress,
+    distribution: Distribution,
     *,
     until: int,
 ) -> None:
@@ -162,15 +187,16 @@ def _run_epochs(
         return
     steps = task.steps_per_epoch - first_step
     listed = CallbacksFromStep(callbacks, first_step=first_step, model=trainer, epochs=until, steps=steps)
+    validation = distribution.validation_data(task)
     if steps == 0:
-        _finish_epoch(trainer, task, listed, epoch)
+        _finish_epoch(trainer, validation, listed, epoch)
         return
     trainer.fit(
-        task.train(first_epoch=epoch, epochs=until, first_step=first_step),
+        distribution.train_data(task, first_epoch=epoch, epochs=until, first_step=first_step),
         steps_per_epoch=steps,
         initial_epoch=epoch,
         epochs=until,
-        validation_data=task.validation,
+        validation_data=validation,
         callbacks=listed,
         shuffle=False,  # the pipeline does it
         verbose=0,
@@ -178,15 +204,15 @@ def _run_epochs(
 
 
 def _finish_epoch(
-    trainer: AdversarialTrainer, task: TaskData, callbacks: keras.callbacks.CallbackList, epoch: int
+    trainer: AdversarialTrainer, validation: Any, callbacks: keras.callbacks.CallbackList, epoch: int
 ) -> None:
     """What `fit` does after the last step of an epoch: the run was interrupted in there."""
     callbacks.on_train_begin()
     callbacks.on_epoch_begin(epoch)
     logs = trainer.get_metrics_result()
-    validation = trainer.evaluate(task.validation, callbacks=callbacks, return_dict=True, verbose=0)
+    validation_logs = trainer.evaluate(validation, callbacks=callbacks, return_dict=True, verbose=0)
     logs = {name: float(value) for name, value in logs.items()}
-    callbacks.on_epoch_end(epoch, {**logs, **{f"val_{name}": value for name, value in validation.items()}})
+    callbacks.on_epoch_end(epoch, {**logs, **{f"val_{name}": value for name, value in validation_logs.items()}})
     callbacks.on_train_end()
 
 
@@ -204,31 +230,57 @@ def _callbacks(
     bar: ProgressBar,
     save: SaveProgress,
     progress: Progress,
+    distribution: Distribution,
 ) -> list[keras.callbacks.Callback]:
     """In the order in which they have to see the end of an epoch."""
-    tensorboard = TensorBoardLogger(
-        workdir / "tensorboard",
-        attack=config.attack,
-        preview=task.preview(_PREVIEW_IMAGES),
-        progress=bar,
-        steps_per_epoch=task.steps_per_epoch,
-        every_steps=config.log_every_steps,
-    )
-    callbacks: list[keras.callbacks.Callback] = [StopOnNaN(), bar, tensorboard, save]
-    if config.attack.active:
-        alarms = _alarms(config, classifier, task, progress)
-        callbacks.insert(callbacks.index(tensorboard), alarms)
-        if config.on_alarm != "warn":
-            callbacks.insert(callbacks.index(save), EndOnAlarm(alarms, save_anyway=config.on_alarm == "stop"))
-    if config.profile_steps:
-        callbacks.insert(0, ProfileSteps(workdir / "tensorboard", *config.profile_steps))
-    return callbacks
+    callbacks: list[keras.callbacks.Callback] = [StopOnNaN(), bar]
+    if config.profile_steps and distribution.is_chief:
+        callbacks.append(ProfileSteps(workdir / "tensorboard", *config.profile_steps))
+    alarms = _alarms(config, classifier, task, progress, distribution) if config.attack.active else None
+    if alarms:
+        callbacks.append(alarms)  # adds its figures to those that the next one charts
+    if distribution.is_chief:
+        tensorboard = TensorBoardLogger(
+            workdir / "tensorboard",
+            attack=config.attack,
+            preview=task.preview(_PREVIEW_IMAGES),
+            progress=bar,
+            steps_per_epoch=task.steps_per_epoch,
+            every_steps=config.log_every_steps,
+        )
+        callbacks.append(tensorboard)
+    if alarms and config.on_alarm != "warn":
+        callbacks.append(EndOnAlarm(alarms, save_anyway=config.on_alarm == "stop"))
+    return [*callbacks, save]
 
 
-def _alarms(config: JobConfig, classifier: keras.Model, task: TaskData, progress: Progress) -> Alarms:
+def _state_of_chief(read: Callable[[], State | None], distribution: Distribution) -> State | None:
+    """What the chief reads, in every process: they need not see the same disk, nor agree on which file is damaged."""
+    state = distribution.on_chief(read)
+    if distribution.num_workers == 1 or not distribution.any(state is not None):
+        return state
+    packed = None
+    if state is not None:
+        progress = np.array(json.dumps(dataclasses.asdict(state.progress)))
+        packed = [progress, np.array(str(state.path)), np.array(list(state.arrays)), *state.arrays.values()]
+    progress, path, names, *arrays = distribution.broadcast(packed)
+    fields = json.loads(str(progress))
+    return State(Progress(**fields), dict(zip(map(str, names), arrays, strict=True)), pathlib.Path(str(path)))
+
+
+def _alarms(
+    config: JobConfig, classifier: keras.Model, task: TaskData, progress: Progress, distribution: Distribution
+) -> Alarms:
     held = task.preview(NUM_IMAGES)
     every_epochs = epochs_between_looks(config, num_train=task.num_train, num_held=len(held[1]))
-    return Alarms(classifier, held=held, attack=config.attack, every_epochs=every_epochs, history=progress.alarms)
+    return Alarms(
+        classifier,
+        held=held,
+        attack=config.attack,
+        every_epochs=every_epochs,
+        history=progress.alarms,
+        agree=distribution.any,
+    )
 
 
 def _select_by(config: JobConfig, metric: str) -> str | None:

@@ -86,7 +86,7 @@ def schedule_of(config: JobConfig, steps_per_epoch: float, *, factor: float = 1.
     """The schedule that a job's flags describe, with `factor` on its learning rate."""
     return Schedule(
         config.lr_schedule,
-        learning_rate=config.learning_rate * factor,
+        learning_rate=config.learning_rate * _scale(config) * factor,
         steps_per_epoch=steps_per_epoch,
         epochs=config.epochs,
         step_epochs=config.lr_step_epochs,
@@ -95,3 +95,10 @@ def schedule_of(config: JobConfig, steps_per_epoch: float, *, factor: float = 1.
         peak=config.lr_peak,
         warmup_epochs=config.warmup_epochs,
     )
+
+
+def _scale(config: JobConfig) -> float:
+    """Source: Goyal et al. 2017, arXiv 1706.02677, the linear scaling rule."""
+    if config.base_batch_size is None:
+        return 1.0
+    return config.batch_size * config.accumulate_steps / config.base_batch_size

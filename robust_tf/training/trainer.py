@@ -1,6 +1,7 @@
 """Adversarial training: the batch is attacked, then Keras does its ordinary step on what came out."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -86,13 +87,17 @@ class AdversarialTrainer(keras.Model):
         # The step count as seed: a resumed run draws what the interrupted one would have drawn. Not the optimizer's
         # count: that one stands still while gradients are accumulated, or when one overflows.
         seed = tf.stack([tf.constant(self._seed, tf.int64), tf.convert_to_tensor(self._steps)])
+        if self._num_replicas > 1:  # each has other images, and draws other starts
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            seed = tf.random.experimental.stateless_fold_in(seed, replica)
         self._steps.assign_add(1)
         images_adv = self._attacked(images, labels, sample_weight, seed)
         before = [(layer, tf.identity(layer.moving_variance)) for layer in self._updated_batchnorms()]
         # Loss scaling, weighting and metrics stay Keras's: a step written out here would have to repeat all of it.
         logs = super().train_step((images_adv, labels, sample_weight))
         for layer, variance in before:
-            _make_unbiased(layer, variance, tf.shape(images)[0])
+            replicas = self._num_replicas if layer.synchronized else 1
+            _make_unbiased(layer, variance, tf.shape(images)[0] * replicas)
         return logs
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
@@ -100,6 +105,46 @@ class AdversarialTrainer(keras.Model):
         seed = tf.constant([self._seed, -1], tf.int64)
         images_adv = self._attacked(images, labels, sample_weight, seed)
         return super().test_step((images_adv, labels, sample_weight))
+
+    @property
+    def _num_replicas(self) -> int:
+        return self.distribute_strategy.num_replicas_in_sync
+
+    def make_train_function(self, force: bool = False) -> None:
+        if self._num_replicas == 1:
+            super().make_train_function(force)
+        elif getattr(self, "train_function", None) is None or force:
+            self.train_function = self._on_all_replicas(self.train_step)
+
+    def make_test_function(self, force: bool = False) -> None:
+        if self._num_replicas == 1:
+            super().make_test_function(force)
+        elif getattr(self, "test_function", None) is None or force:
+            self.test_function = self._on_all_replicas(self.test_step)
+
+    def _on_all_replicas(self, step: Callable[[Any], dict[str, tf.Tensor]]) -> Callable[[Any], dict[str, tf.Tensor]]:
+        """One step on a batch that is shared among the replicas; the figures are means over them.
+
+        Keras's own way takes the figures of one replica, and fails with several workers (keras-team/keras#20585).
+        """
+        strategy = self.distribute_strategy
+
+        @tf.function(reduce_retracing=True, autograph=False)
+        def on_next_batch(iterator: Any) -> dict[str, tf.Tensor]:
+            logs = strategy.run(step, args=(next(iterator),))
+            # In one piece: every reduction is a round over the network.
+            names = sorted(logs)
+            values = strategy.run(
+                lambda logs: tf.stack([tf.cast(logs[name], tf.float32) for name in names]), args=(logs,)
+            )
+            return dict(zip(names, tf.unstack(strategy.reduce("MEAN", values, axis=None)), strict=True))
+
+        return on_next_batch
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        # Keras averages a batch over the workers for this, and can't. `build_metrics` has made what is to be made.
+        if self._num_replicas == 1:
+            super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def _attacked(self, images: tf.Tensor, labels: tf.Tensor, sample_weight: Any, seed: tf.Tensor) -> tf.Tensor:
         """The adversarial images; the clean metrics are updated on the way."""

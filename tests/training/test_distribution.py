@@ -1,0 +1,163 @@
+"""Several devices and processes give what one device gives, also when a process is lost on the way."""
+
+import json
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+from robust_tf import train
+from robust_tf.config import JobConfig
+from robust_tf.data import load_task
+from robust_tf.errors import UserError
+from robust_tf.models import load_classifier
+from robust_tf.training.distribution import start_distribution
+from tests.training.workers import free_ports, job, job_on_two_cpus, start_worker, wait_until
+
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> pathlib.Path:
+    """The job on one device."""
+    workdir = tmp_path_factory.mktemp("distribution") / "single"
+    finish(job(workdir, f"--epochs={EPOCHS}"))
+    return workdir
+
+
+def finish(process) -> str:
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, out
+    return out
+
+
+def assert_equal_jobs(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Weights within 1e-5, and all figures that are counted."""
+    ours, theirs = (load_classifier(workdir / "classifier.keras") for workdir in (one, other))
+    for weight, expected in zip(ours.weights, theirs.weights, strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=0, atol=1e-5, err_msg=weight.path)
+    ours, theirs = (json.loads((workdir / "results.json").read_text()) for workdir in (one, other))
+    for name in ("clean_accuracy", "robust_accuracy", "best_epoch", "num_test_images", "total_parameters"):
+        assert ours[name] == theirs[name], name
+    assert ours["validation_value"] == pytest.approx(theirs["validation_value"], abs=1e-6)
+    ours, theirs = (history_of(workdir) for workdir in (one, other))
+    for epoch, expected in zip(ours, theirs, strict=True):
+        for name, value in expected.items():
+            assert epoch[name] == pytest.approx(value, abs=1e-4), name
+
+
+def history_of(workdir: pathlib.Path) -> list[dict[str, float]]:
+    path = workdir / "checkpoints" / f"epoch{EPOCHS:04d}_step0000000.npz"
+    with np.load(path) as archive:
+        return json.loads(str(archive["progress"]))["history"]
+
+
+@pytest.mark.slow
+def test_two_devices_of_one_process_give_the_weights_of_one(single):
+    workdir = single.with_name("mirrored")
+    finish(job_on_two_cpus(workdir, f"--epochs={EPOCHS}"))
+    assert_equal_jobs(single, workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1], ids=["chief", "worker"])
+def test_two_workers_one_of_which_is_killed_give_the_weights_of_one(single, victim):
+    """The other one notices, begins again by itself, and waits for the one that is started anew."""
+    workdir, ports = single.with_name(f"workers{victim}"), free_ports(2)
+    workers = [start_worker(index, ports, workdir, f"--epochs={EPOCHS}") for index in (0, 1)]
+    try:
+        wait_until(lambda: any((workdir / "checkpoints").glob("epoch0001*")))
+        workers[victim].kill()
+        workers[victim].communicate()
+        workers[victim] = start_worker(victim, ports, workdir, f"--epochs={EPOCHS}")
+        out = [finish(worker) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert "Beginning again (1 of at most 3 times)" in out[1 - victim]
+    assert "Going on after" in out[0]
+    assert_equal_jobs(single, workdir)
+    assert "clean accuracy" in out[0] and "clean accuracy" not in out[1]  # one table, that of the chief
+
+
+@pytest.mark.parametrize("kind", ["validation", "test"])
+def test_shares_count_every_image_once(data_dir, kind):
+    """Two workers of two replicas each: equally many batches, and weights under which means are those of the whole."""
+    options = {"batch_size": 8, "image_size": 8, "data_dir": data_dir}
+    whole = load_task("digits", **options)
+    images, labels = (np.concatenate(part) for part in zip(*getattr(whole, kind).as_numpy_iterator(), strict=True))
+    shares = []
+    for worker in (0, 1):
+        task = load_task("digits", worker=worker, num_workers=2, **options)
+        shares.append(list(getattr(task, f"{kind}_share")(replicas=2).as_numpy_iterator()))
+    assert len(shares[0]) == len(shares[1]) and len(shares[0]) % 2 == 0
+    batches = [batch for share in shares for batch in share]
+    assert len({batch[0].shape for batch in batches}) == 1
+    seen_images, seen_labels, weights = (np.concatenate(part) for part in zip(*batches, strict=True))
+    real = weights > 0
+    assert real.sum() == len(labels)
+    np.testing.assert_allclose(weights[real], len(weights) / len(labels), rtol=1e-6)
+    order, expected = (np.lexsort(part.reshape(len(part), -1).T) for part in (seen_images[real], images))
+    np.testing.assert_array_equal(seen_images[real][order], images[expected])
+    assert np.mean(weights * seen_labels) == pytest.approx(labels.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distribution": "mirored"}, "Did you mean 'mirrored'"),
+        ({"distribution": "mirrored", "precision": "mixed_float16"}, "--precision=mixed_bfloat16 on several"),
+        ({"distribution": "mirrored", "jit_compile": "true"}, "--jit_compile=auto on several"),
+        ({"distribution": "tpu", "accumulate_steps": 2}, "--accumulate_steps works on one device only"),
+    ],
+)
+def test_what_several_devices_cannot_do_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        JobConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "not json",
+        '{"cluster": {"worker": ["localhost:1"]}, "task": {"type": "worker", "index": 3}}',
+        '{"cluster": {"chief": ["localhost:1"], "worker": ["localhost:2"]}, "task": {"type": "worker", "index": 0}}',
+    ],
+)
+def test_a_wrong_tf_config_is_named_with_a_right_one(monkeypatch, text):
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(UserError, match=r"needs TF_CONFIG .*\"index\": 0.*Received: TF_CONFIG="):
+        start_distribution("multi_worker")
+
+
+def test_the_batch_must_be_shared_equally(monkeypatch):
+    distribution = start_distribution("none")
+    distribution.check_batch_size(7)
+    monkeypatch.setattr(type(distribution), "num_replicas", 4)
+    with pytest.raises(UserError, match="--batch_size=6. Take a multiple of 4"):
+        distribution.check_batch_size(6)
+
+
+def test_a_process_that_has_begun_again_often_enough_stops(monkeypatch):
+    monkeypatch.setenv("ROBUST_TF_RESTARTS", "2")
+    with pytest.raises(UserError, match=r"begun again 2 times already \(--restarts=2\). Received: peer lost"):
+        train.begin_again(RuntimeError("peer lost"), most=2)
+
+
+def test_the_learning_rate_is_scaled_only_if_asked_for():
+    from robust_tf.training.schedules import schedule_of
+
+    settings = {"batch_size": 512, "learning_rate": 0.1, "lr_schedule": "constant"}
+    assert float(schedule_of(JobConfig(**settings, distribution="mirrored"), 10)(0)) == pytest.approx(0.1)
+    assert float(schedule_of(JobConfig(**settings, base_batch_size=256), 10)(0)) == pytest.approx(0.2)
+
+
+def test_synchronized_batchnorm_is_undone_in_what_is_saved(tmp_path, data_dir):
+    flags = {"architecture": "resnet8", "image_size": 8, "classes": (0, 1), "examples_per_class": 8, "epochs": 1}
+    config = JobConfig(workdir=str(tmp_path / "w"), data_dir=str(data_dir), sync_batchnorm=True, **flags)
+    train.run(config)
+    classifier = load_classifier(tmp_path / "w" / "classifier.keras")
+    norms = [layer for layer in classifier.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert norms and not any(layer.synchronized for layer in norms)
