@@ -12,6 +12,7 @@ from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAl
 from robust_tf.training.callbacks import SaveEpochs, StopOnNaN
 from robust_tf.training.checkpoint import Checkpoints, Progress
 from robust_tf.training.metrics import Accuracy, CrossEntropy, MeanPerClassAccuracy
+from robust_tf.training.objectives import recipe_of
 from robust_tf.training.optimizers import build_optimizer
 from robust_tf.training.progress import ProgressBar, console
 from robust_tf.training.schedules import schedule_of
@@ -69,7 +70,15 @@ def _fit(
         through = config.freeze_through or None
         freeze(classifier, mode=config.transfer_mode, through=through, batchnorm=config.frozen_batchnorm)
 
-    trainer = AdversarialTrainer(classifier, config.attack, seed=config.seed)
+    trainer = AdversarialTrainer(
+        classifier,
+        config.attack,
+        recipe=recipe_of(config, task.steps_per_epoch),
+        validation_attack=config.validation_attack,
+        seed=config.seed,
+        # The cheap recipes have one gradient step: a forward pass for these figures alone would be a sixth of it.
+        clean_figures=config.fast not in ("fgsm", "free"),
+    )
     optimizer = build_optimizer(
         config.optimizer,
         learning_rate=schedule_of(config, task.steps_per_epoch, factor=_ROLLBACK_FACTOR**progress.rollbacks),
@@ -91,21 +100,22 @@ def _fit(
     trainer.optimizer.build(classifier.trainable_variables)
     if checkpoints.exists:
         progress = checkpoints.restore(classifier, trainer.optimizer)
-        console.print(f"Going on after epoch {progress.epochs_done} of {config.epochs} in {workdir}.")
+        console.print(f"Going on after epoch {progress.epochs_done} of {config.passes} in {workdir}.")
     elif config.on_alarm == "rollback":  # the first epoch may have to be thrown away, too
         checkpoints.save(progress, classifier, trainer.optimizer, is_best=False)
-    if progress.epochs_done == config.epochs:
+    if progress.epochs_done == config.passes:
         return progress, False
 
     bar = ProgressBar(
         num_images=task.num_train,
         batch_size=task.batch_size,
-        epochs=config.epochs,
+        epochs=config.passes,
         adversarial=config.attack.active,
+        epsilon=(lambda: trainer.epsilon) if config.fast == "epsilon_warmup" else None,
     )
     tensorboard = TensorBoardLogger(
         workdir / "tensorboard",
-        attack=config.attack,
+        attack=config.validation_attack,
         preview=task.preview(_PREVIEW_IMAGES),
         progress=bar,
         steps_per_epoch=task.steps_per_epoch,
@@ -124,10 +134,10 @@ def _fit(
     write_config(workdir / "tensorboard", to_flag_file(config))
     try:
         trainer.fit(
-            task.train(first_epoch=progress.epochs_done, epochs=config.epochs),
+            task.train(first_epoch=progress.epochs_done, epochs=config.passes),
             steps_per_epoch=task.steps_per_epoch,
             initial_epoch=progress.epochs_done,
-            epochs=config.epochs,
+            epochs=config.passes,
             validation_data=task.validation,
             callbacks=callbacks,
             shuffle=False,  # the pipeline does it

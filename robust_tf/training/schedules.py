@@ -21,7 +21,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             "cosine": half a cosine down to 0; "cyclic": linearly up to the peak at `peak` of all steps, and down to 0
             (Wong et al. 2020, arXiv 2001.03994).
         learning_rate: the highest value.
-        steps_per_epoch: optimizer steps in one epoch.
+        steps_per_epoch: optimizer steps in one epoch; a fraction where the epochs are those of free training.
         epochs: length of the training.
         warmup_epochs: linear rise from 0 over so many epochs; the other shapes are multiplied by it.
     """
@@ -31,7 +31,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         kind: str,
         *,
         learning_rate: float,
-        steps_per_epoch: int,
+        steps_per_epoch: float,
         epochs: int,
         step_epochs: int = 50,
         milestones: tuple[int, ...] = (),
@@ -83,11 +83,15 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def schedule_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0) -> Schedule:
-    """The schedule that a job's flags describe, with `factor` on its learning rate."""
+    """The schedule that a job's flags describe, with `factor` on its learning rate.
+
+    Args:
+        steps_per_epoch: batches in one pass over the training part.
+    """
     return Schedule(
         config.lr_schedule,
         learning_rate=config.learning_rate * factor,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=optimizer_steps_per_epoch(config, steps_per_epoch),
         epochs=config.epochs,
         step_epochs=config.lr_step_epochs,
         milestones=config.lr_milestones,
@@ -95,3 +99,8 @@ def schedule_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0)
         peak=config.lr_peak,
         warmup_epochs=config.warmup_epochs,
     )
+
+
+def optimizer_steps_per_epoch(config: JobConfig, steps_per_epoch: int) -> float:
+    """Optimizer steps in one of `config.epochs`, of which free adversarial training packs several into a pass."""
+    return steps_per_epoch * config.replays * config.passes / config.epochs
