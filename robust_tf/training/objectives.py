@@ -78,16 +78,16 @@ class CleanAndAdversarial(NamedTuple):
     adversarial: Any
 
 
-class AtWeights(NamedTuple):
-    """Images (or `CleanAndAdversarial` ones), and the values of the perturbed weights that they are to be put through.
+class AtPerturbedWeights(NamedTuple):
+    """Images (or `CleanAndAdversarial` ones), and what is added to the weights that they are to be put through.
 
     Attributes:
         images: what the classifier takes.
-        weights: a value for each of `perturbed_weights`, in its order.
+        perturbations: one for each of `perturbed_weights`, in its order.
     """
 
     images: Any
-    weights: list[tf.Tensor]
+    perturbations: list[tf.Tensor]
 
 
 def divergence(clean_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:

@@ -12,7 +12,7 @@ from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.attacks.losses import LOSSES, is_correct
 from robust_tf.errors import UserError
 from robust_tf.training.objectives import (
-    AtWeights,
+    AtPerturbedWeights,
     CleanAndAdversarial,
     Divergence,
     Recipe,
@@ -98,6 +98,7 @@ class AdversarialTrainer(keras.Model):
         self._unbiased_batchnorm = unbiased_batchnorm
         self._clean_figures = clean_figures
         self._divergence = Divergence()
+        self._full_weights: list[Any] = []  # the TensorFlow variables of `perturbed_weights`, in a step with AWP
         self._perturbation = self._new_perturbation(recipe.free_batch_size) if recipe.free_replays else None
         # Only where they are updated: Keras logs a metric that never is as 0.0.
         if attack.active:
@@ -115,12 +116,14 @@ class AdversarialTrainer(keras.Model):
         return self.attack.epsilon * float(self._strength())
 
     def call(self, images: Any, training: bool | None = None) -> Any:
-        """Logits of images, of `CleanAndAdversarial` images, or of either `AtWeights`."""
+        """Logits of images, of `CleanAndAdversarial` images, or of either `AtPerturbedWeights`."""
         if isinstance(images, CleanAndAdversarial):
             return CleanAndAdversarial(*(self.classifier(part, training=training) for part in images))
-        if isinstance(images, AtWeights):
-            variables = perturbed_weights(self.classifier)
-            with keras.StatelessScope(list(zip(variables, images.weights, strict=True))) as scope:
+        if isinstance(images, AtPerturbedWeights):
+            weights = perturbed_weights(self.classifier)
+            values = [full + added for full, added in zip(self._full_weights, images.perturbations, strict=True)]
+            # The variables stay as they are, and the gradient with respect to them is that at the perturbed values.
+            with keras.StatelessScope(list(zip(weights, values, strict=True))) as scope:
                 logits = self.call(images.images, training=training)
             for variable in self.classifier.non_trainable_variables:
                 value = scope.get_current_value(variable)
@@ -155,7 +158,7 @@ class AdversarialTrainer(keras.Model):
         else:
             inputs = self._diverted(images, labels, sample_weight, seed)
         if self.recipe.awp_gamma is not None:
-            inputs = AtWeights(inputs, self._worst_weights(inputs, labels, sample_weight))
+            inputs = AtPerturbedWeights(inputs, self._weight_perturbations(inputs, labels, sample_weight))
         with self._unbiased_statistics(images, passes=1 if self.recipe.trades_beta is None else 2):
             # Loss scaling, weighting and metrics stay Keras's: a step written out here would have to repeat all of it.
             logs = super().train_step((inputs, labels, sample_weight))
@@ -197,28 +200,31 @@ class AdversarialTrainer(keras.Model):
         self._update_clean(LOSSES["ce"](logits, labels, labels), is_correct(logits, labels), sample_weight)
         return CleanAndAdversarial(images, images_adv)
 
-    def _worst_weights(self, inputs: Any, labels: tf.Tensor, sample_weight: Any) -> list[tf.Tensor]:
-        """The kernels with the perturbation of AWP: one step up the loss of this batch."""
-        values = [tf.convert_to_tensor(variable.value) for variable in perturbed_weights(self.classifier)]
+    def _weight_perturbations(self, inputs: Any, labels: tf.Tensor, sample_weight: Any) -> list[tf.Tensor]:
+        """The perturbations of AWP: one step up the loss of this batch."""
+        # Inside `call` mixed precision would give them out rounded.
+        self._full_weights = [weight.value for weight in perturbed_weights(self.classifier)]
+        none = [tf.zeros_like(weight) for weight in self._full_weights]
 
         def gradients() -> list[tf.Tensor]:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(values)
+                tape.watch(none)
                 with keras.StatelessScope():  # neither statistics nor metrics know of this pass
-                    logits = self.call(AtWeights(inputs, values), training=True)
+                    logits = self.call(AtPerturbedWeights(inputs, none), training=True)
                     loss = self.compute_loss(None, labels, logits, sample_weight)
                 scaled_loss = self.optimizer.scale_loss(loss)
-            return tape.gradient(scaled_loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            return tape.gradient(scaled_loss, none, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
         if self.recipe.awp_warmup_steps:
             started = tf.cast(self.optimizer.iterations, tf.float32) >= self.recipe.awp_warmup_steps
-            found = tf.cond(started, gradients, lambda: [tf.zeros_like(value) for value in values])
+            found = tf.cond(started, gradients, lambda: none)
         else:
             found = gradients()
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:  # the loss is that of the whole batch
             found = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, found)
         gamma = self.recipe.awp_gamma
-        return [value + weight_perturbation(value, slope, gamma) for value, slope in zip(values, found, strict=True)]
+        pairs = zip(self._full_weights, found, strict=True)
+        return [weight_perturbation(tf.convert_to_tensor(weight), slope, gamma) for weight, slope in pairs]
 
     def _free_steps(
         self, kept: keras.Variable, images: tf.Tensor, labels: tf.Tensor, sample_weight: Any
