@@ -15,6 +15,8 @@ from robust_tf.command_line import flag, parse_amount, parse_flags, parse_number
 from robust_tf.errors import UserError, unknown_name
 
 Norm = Literal["l2", "linf"]
+# PGD steps of the validation attack where training's own attack has one gradient step only.
+_VALIDATION_STEPS = 3
 TransferMode = Literal["fixed_feature", "full_network", "partial"]
 
 
@@ -141,10 +143,36 @@ class JobConfig:
     # Attack
     norm: Norm = _flag("l2", "Norm of the attack.")
     epsilon: float = _flag(0.0, "Radius in [0, 1] pixel units; 8/255 works. 0 is standard training.")
-    attack_step_size: float | None = _flag(None, "Default: 2.5 * epsilon / steps.")
-    attack_steps: int = _flag(7, "PGD steps in training.")
-    random_start: bool = _flag(False, "Start the attack at a random point (the paper does not).")
-    use_best: bool = _flag(True, "Train on each image's worst iterate instead of the last.")
+    attack_step_size: float | None = _flag(None, "Default: 2.5 * epsilon / steps; that of --fast.")
+    # Three flags without a value until `_fill` gives them one.
+    attack_steps: int = _flag(None, "PGD steps in training. Default: 7; that of --fast.")
+    random_start: bool = _flag(
+        None, "Start the attack at a random point (the paper does not). Default: false; that of --fast."
+    )
+    use_best: bool = _flag(
+        None,
+        "Train on each image's worst iterate instead of the last. Default: true; false with TRADES; that of --fast.",
+    )
+    objective: Literal["adversarial", "trades", "awp", "trades_awp"] = _flag(
+        "adversarial",
+        "What training minimises. adversarial: the loss of adversarial images (Madry et al. 2018). trades: that of "
+        "clean images + beta * KL(clean || adversarial) (Zhang et al. 2019). awp, trades_awp: the same at the worst "
+        "weights nearby (adversarial weight perturbation, Wu et al. 2020).",
+    )
+    trades_beta: float = _flag(6.0, "trades: weight of the divergence.")
+    awp_gamma: float = _flag(5e-3, "awp: size of the weight perturbation, relative to the weights of each layer.")
+    awp_warmup_epochs: float = _flag(0.0, "awp: epochs before the first weight perturbation.")
+    fast: Literal["none", "fgsm", "free", "epsilon_warmup"] = _flag(
+        "none",
+        "A cheap recipe, which fills the flags that are not given. fgsm: one step of 1.25 * epsilon from a random "
+        "start, and a look for alarms after each epoch (Wong et al. 2020). free: --free_replays steps on each batch "
+        "with a perturbation that is kept, and as many times fewer passes over the data than --epochs (Shafahi et al. "
+        "2019). epsilon_warmup: PGD with an epsilon that rises from 0.",
+    )
+    free_replays: int = _flag(4, "free: optimizer steps on each batch.")
+    epsilon_warmup_epochs: float | None = _flag(
+        None, "epsilon_warmup: epochs over which epsilon and the step size rise. Default: half of --epochs."
+    )
     eval_epsilon: float | None = _flag(None, "Radius of the evaluation attack. Default: --epsilon.")
     eval_steps: int = _flag(20, "PGD steps of the evaluation attack; its step size is 2.5 * epsilon / steps.")
     on_alarm: Literal["warn", "stop", "rollback"] = _flag(
@@ -159,7 +187,7 @@ class JobConfig:
         "images). Default: 1 with stop and rollback; with warn as often as adds 5 % of work.",
     )
     # Optimisation
-    epochs: int = _flag(10, "Passes over the training part.")
+    epochs: int = _flag(10, "Passes over the training part; with --fast=free the replays count.")
     batch_size: int = _flag(128, "Images a step.")
     optimizer: str = _flag("sgd", "sgd (PyTorch's, coupled weight decay), adam, adamw (decoupled).")
     learning_rate: float = _flag(0.1, "Peak learning rate.")
@@ -218,7 +246,16 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("epochs", "batch_size", "lr_step_epochs", "log_every_steps", "views", "accumulate_steps"):
+        self._fill()
+        for name in (
+            "epochs",
+            "batch_size",
+            "lr_step_epochs",
+            "log_every_steps",
+            "views",
+            "accumulate_steps",
+            "free_replays",
+        ):
             _check_range(name, getattr(self, name), lowest=1)
         for name in (
             "image_size",
@@ -254,6 +291,7 @@ class JobConfig:
         self._check_transfer()
         self._check_features()
         _ = self.attack, self.evaluation_attack, self.multipliers  # checks their values
+        self._check_recipe()
         if self.select_by == "robust_accuracy" and not self.attack.active:
             raise UserError("--select_by=robust_accuracy needs an attack in training. Received: --epsilon=0.")
         if self.on_alarm != "warn" and not self.attack.active:
@@ -282,11 +320,85 @@ class JobConfig:
                 "--accumulate_steps works on one device only: with several, each has a share of the batch anyway. "
                 f"Received: --accumulate_steps={self.accumulate_steps} --distribution={self.distribution}."
             )
+        if self.fast == "free":
+            raise UserError(
+                "Free adversarial training keeps one perturbation for the batch, on one device. Received: --fast=free "
+                f"--distribution={self.distribution}."
+            )
         if self.features == "cached":
             raise UserError(
                 "--features=cached trains a head on one device, which takes seconds. Received: --features=cached "
                 f"--distribution={self.distribution}."
             )
+
+    def _fill(self) -> None:
+        """Gives the flags that `fast` and `objective` decide their values, unless they have one."""
+        usual = {"attack_steps": 7, "random_start": False, "use_best": not self.uses_trades}
+        one_step = {"attack_steps": 1, "use_best": False}
+        presets: dict[str, dict[str, Any]] = {
+            "none": {},
+            "fgsm": {
+                **one_step,
+                "attack_step_size": 1.25 * self.epsilon,
+                "random_start": True,
+                "alarm_every_epochs": 1,
+            },
+            "free": {**one_step, "attack_step_size": self.epsilon},
+            "epsilon_warmup": {"epsilon_warmup_epochs": self.epochs / 2},
+        }
+        for name, value in {**usual, **presets[self.fast]}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # a frozen dataclass, but not before it is made
+
+    def _check_recipe(self) -> None:
+        recipe = f"--objective={self.objective} --fast={self.fast}"
+        if (self.objective != "adversarial" or self.fast != "none") and not self.attack.active:
+            raise UserError(
+                f"{recipe} needs an attack in training. Received: --epsilon={self.epsilon:g} "
+                f"--attack_steps={self.attack_steps}."
+            )
+        for name in ("trades_beta", "awp_gamma", "awp_warmup_epochs"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"--{name} must be a number of 0 or more. Received: {value}.")
+        used = {
+            "trades_beta": (self.uses_trades, "--objective=trades and trades_awp"),
+            "awp_gamma": (self.uses_awp, "--objective=awp and trades_awp"),
+            "awp_warmup_epochs": (self.uses_awp, "--objective=awp and trades_awp"),
+            "free_replays": (self.fast == "free", "--fast=free"),
+            "epsilon_warmup_epochs": (self.fast == "epsilon_warmup", "--fast=epsilon_warmup"),
+        }
+        for name, (is_used, where) in used.items():
+            if not is_used and getattr(self, name) != getattr(JobConfig, name):
+                raise UserError(f"--{name} is for {where}. Received: --{name}={getattr(self, name)} with {recipe}.")
+        if self.uses_awp and not self.awp_warmup_epochs < self.epochs:
+            raise UserError(
+                f"--awp_warmup_epochs must be less than the {self.epochs} epochs, or no weight is ever perturbed. "
+                f"Received: {self.awp_warmup_epochs:g}."
+            )
+        rise = self.epsilon_warmup_epochs
+        if rise is not None and not 0 < rise <= self.epochs:
+            raise UserError(
+                f"--epsilon_warmup_epochs must be above 0 and at most the {self.epochs} epochs. Received: {rise:g}."
+            )
+        if self.uses_trades and self.random_start:
+            raise UserError("TRADES has a start of its own. Received: --random_start with " + recipe + ".")
+        if self.fast in ("fgsm", "free") and self.attack_steps != 1:
+            raise UserError(
+                f"--fast={self.fast} has one attack step. Received: --attack_steps={self.attack_steps}. Leave it out, "
+                "or use --fast=none."
+            )
+        if self.fast in ("fgsm", "free") and self.uses_trades or self.fast == "free" and self.uses_awp:
+            raise UserError(
+                f"--fast={self.fast} is a recipe for the loss of adversarial images. Received: {recipe}. Use "
+                "--objective=adversarial, or --fast=none."
+            )
+        for name in ("random_start", "use_best"):
+            if self.fast == "free" and getattr(self, name):
+                raise UserError(
+                    "Free adversarial training goes on from the perturbation of the step before, and uses every one. "
+                    f"Received: --{name} with --fast=free."
+                )
 
     def _check_data(self) -> None:
         if not 0 <= self.rand_augment <= 1:
@@ -355,9 +467,9 @@ class JobConfig:
                 "--freeze_through and --transfer_mode=partial go together. Received: "
                 f"--transfer_mode={self.transfer_mode} --freeze_through={self.freeze_through!r}."
             )
-        if self.unfreeze_at_epoch is not None and not 0 < self.unfreeze_at_epoch < self.epochs:
+        if self.unfreeze_at_epoch is not None and not 0 < self.unfreeze_at_epoch < self.passes:
             raise UserError(
-                f"--unfreeze_at_epoch must lie within the {self.epochs} epochs. Received: {self.unfreeze_at_epoch}."
+                f"--unfreeze_at_epoch must lie within the {self.passes} epochs. Received: {self.unfreeze_at_epoch}."
             )
 
     @property
@@ -371,6 +483,60 @@ class JobConfig:
             steps=self.attack_steps,
             random_start=self.random_start,
             use_best=self.use_best,
+        )
+
+    @property
+    def validation_attack(self) -> AttackConfig:
+        """The attack after each epoch: training's own with the whole epsilon, or PGD where that has one gradient step.
+
+        Under the one step that it was trained with, a network that has overfitted to it looks best.
+        """
+        if self.fast not in ("fgsm", "free"):
+            return self.attack
+        step_size = 2.5 * self.epsilon / _VALIDATION_STEPS
+        return AttackConfig(norm=self.norm, epsilon=self.epsilon, step_size=step_size, steps=_VALIDATION_STEPS)
+
+    @property
+    def uses_trades(self) -> bool:
+        return self.objective in ("trades", "trades_awp")
+
+    @property
+    def uses_awp(self) -> bool:
+        return self.objective in ("awp", "trades_awp")
+
+    @property
+    def replays(self) -> int:
+        """Optimizer steps on each batch."""
+        return self.free_replays if self.fast == "free" else 1
+
+    @property
+    def passes(self) -> int:
+        """Passes over the training part: what the program counts as epochs."""
+        return math.ceil(self.epochs / self.replays)
+
+    @property
+    def gradients_per_image(self) -> float:
+        """Forward and backward passes for each image in one pass over the training part, on average."""
+        if self.fast == "free":
+            return self.free_replays
+        of_loss = 2.0 if self.uses_trades else 1.0
+        if self.uses_awp:  # once more, for the weight perturbation
+            of_loss *= 2 - self.awp_warmup_epochs / self.epochs
+        return of_loss + (self.attack.steps if self.attack.active else 0)
+
+    def standard_twin(self) -> "JobConfig":
+        """The same job without an attack in training, measured under the same one."""
+        recipe = [
+            *("objective", "trades_beta", "awp_gamma", "awp_warmup_epochs"),
+            *("fast", "free_replays", "epsilon_warmup_epochs"),
+        ]
+        return dataclasses.replace(
+            self,
+            epsilon=0.0,
+            eval_epsilon=self.evaluation_attack.epsilon,
+            on_alarm="warn",
+            select_by="accuracy" if self.select_by == "robust_accuracy" else self.select_by,
+            **{name: getattr(JobConfig, name) for name in recipe},
         )
 
     @property

@@ -132,7 +132,7 @@ def run_job(config: JobConfig) -> Results:
         state = Checkpoints(workdir / "checkpoints").latest()
         progress = state.progress if state else Progress()
         console.print(
-            f"Interrupted. {progress.epochs_done} of {config.epochs} epochs are saved in {workdir}, and "
+            f"Interrupted. {progress.epochs_done} of {config.passes} epochs are saved in {workdir}, and "
             f"{progress.steps_done} steps of the next one; the same command goes on there."
         )
         raise SystemExit(interruption.exit_code) from None
@@ -191,14 +191,14 @@ def load_source_classifier(config: JobConfig) -> keras.Model:
         return sources.load_source(path, architecture=config.architecture, image_size=config.image_size)
 
 
-def source_config(config: JobConfig, overrides: Sequence[str] = (), suffix: str = "") -> JobConfig:
+def source_config(config: JobConfig) -> JobConfig:
     """The job of a source that is a flag file; its workdir lies beside this job's unless the file names one."""
     path = pathlib.Path(config.source)
-    source_job = read_flag_file(path, overrides)
-    workdir = pathlib.Path(source_job.workdir or pathlib.Path(config.workdir).with_name(path.stem))
+    source_job = read_flag_file(path)
+    workdir = source_job.workdir or str(pathlib.Path(config.workdir).with_name(path.stem))
     return dataclasses.replace(
         source_job,
-        workdir=str(workdir.with_name(workdir.name + suffix)),
+        workdir=workdir,
         data_dir=source_job.data_dir or config.data_dir,
         distribution=config.distribution,
     )
@@ -208,9 +208,7 @@ def run_baseline(config: JobConfig) -> Results:
     """The same job from the standard twin of its source, in the sub-folder baseline/ of its workdir."""
     if sources.is_flag_file(config.source):
         robust = source_config(config)
-        # Trained without an attack, but measured under the same one.
-        overrides = ["--epsilon=0", f"--eval_epsilon={robust.evaluation_attack.epsilon}", "--on_alarm=warn"]
-        twin_job = source_config(config, overrides, suffix="_eps0")
+        twin_job = dataclasses.replace(robust.standard_twin(), workdir=f"{robust.workdir}_eps0")
         run_job(twin_job)
         twin = str(pathlib.Path(twin_job.workdir) / "classifier.keras")
     else:

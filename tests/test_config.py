@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from robust_tf.command_line import parse_number, to_flag_file
-from robust_tf.config import JobConfig, read_flag_file
+from robust_tf.command_line import parse_number, to_flag_file, to_text
+from robust_tf.config import AttackConfig, JobConfig, read_flag_file
 from robust_tf.errors import UserError
 
 CACHED = ["--task=transfer", "--source=x.keras", "--features=cached"]
@@ -51,6 +51,96 @@ def test_all_kinds_of_values_survive_a_flag_file(tmp_path):
     (tmp_path / "flags.cfg").write_text(to_flag_file(config))
     assert read_flag_file(tmp_path / "flags.cfg") == config
     assert config.multipliers == {"stem": 0.1, "head": 10.0}
+
+
+PRESETS = {
+    "fgsm": {
+        "attack_steps": 1,
+        "attack_step_size": 1.25 * 0.5,
+        "random_start": True,
+        "use_best": False,
+        "alarm_every_epochs": 1,
+    },
+    "free": {"attack_steps": 1, "attack_step_size": 0.5, "random_start": False, "use_best": False, "free_replays": 4},
+    "epsilon_warmup": {"attack_steps": 7, "use_best": True, "epsilon_warmup_epochs": 6.0},
+    "none": {"attack_steps": 7, "attack_step_size": None, "random_start": False, "use_best": True},
+}
+GIVEN = {
+    "fgsm": {"attack_step_size": 0.25, "random_start": False, "use_best": True, "alarm_every_epochs": 3},
+    "free": {"attack_step_size": 0.25, "free_replays": 2},
+    "epsilon_warmup": {"attack_steps": 2, "epsilon_warmup_epochs": 0.5},
+    "none": {"attack_steps": 2, "random_start": True, "use_best": False},
+}
+
+
+@pytest.mark.parametrize("fast", PRESETS)
+def test_presets_fill_what_is_not_given_and_survive_a_flag_file(tmp_path, fast):
+    common = {"epsilon": 0.5, "epochs": 12, "fast": fast}
+    for given in ({}, GIVEN[fast]):
+        config = JobConfig(**common, **given)
+        expected = {**PRESETS[fast], **given}
+        assert {name: getattr(config, name) for name in expected} == expected
+        path = tmp_path / "flags.cfg"
+        path.write_text(to_flag_file(config))
+        assert read_flag_file(path) == config
+        lines = path.read_text().splitlines()
+        assert all(f"--{name}={to_text(value)}" in lines for name, value in expected.items() if value is not None)
+    typed = config_of(tmp_path, "--epsilon=0.5", "--epochs=12", f"--fast={fast}")
+    assert typed == JobConfig(**common)
+
+
+def test_trades_takes_the_last_iterate_unless_told_otherwise():
+    assert not JobConfig(epsilon=1.0, objective="trades").attack.use_best
+    assert JobConfig(epsilon=1.0, objective="trades_awp", use_best=True).attack.use_best
+    assert JobConfig(epsilon=1.0, objective="awp").attack.use_best
+
+
+@pytest.mark.parametrize(
+    ("settings", "gradients"),
+    [
+        ({"epsilon": 0.0}, 1),
+        ({}, 8),
+        ({"fast": "fgsm"}, 2),
+        ({"fast": "fgsm", "objective": "awp"}, 3),
+        ({"fast": "free"}, 4),
+        ({"fast": "free", "free_replays": 8}, 8),
+        ({"fast": "epsilon_warmup"}, 8),
+        ({"objective": "trades"}, 9),
+        ({"objective": "awp"}, 9),
+        ({"objective": "trades_awp"}, 11),
+        ({"objective": "awp", "awp_warmup_epochs": 5.0}, 8.5),  # half of the epochs
+    ],
+)
+def test_gradients_of_each_recipe(settings, gradients):
+    assert JobConfig(**{"epsilon": 1.0, "epochs": 10, **settings}).gradients_per_image == gradients
+
+
+def test_validation_is_under_several_steps_and_the_whole_epsilon():
+    """Under the one step of training, what has overfitted to it looks best."""
+    for fast in ("fgsm", "free"):
+        attack = JobConfig(epsilon=0.3, fast=fast).validation_attack
+        assert attack == AttackConfig(norm="l2", epsilon=0.3, step_size=2.5 * 0.3 / 3, steps=3)
+    for settings in ({"fast": "epsilon_warmup"}, {"objective": "trades"}, {"random_start": True}):
+        config = JobConfig(epsilon=0.3, **settings)
+        assert config.validation_attack == config.attack and config.attack.epsilon == 0.3
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"objective": "trades_awp", "trades_beta": 2.0, "awp_gamma": 0.1, "awp_warmup_epochs": 2.0},
+        {"fast": "free", "free_replays": 5},
+        {"fast": "epsilon_warmup", "on_alarm": "stop", "select_by": "robust_accuracy"},
+        {"fast": "fgsm"},
+    ],
+)
+def test_the_standard_twin_of_any_recipe_is_a_job(tmp_path, recipe):
+    config = JobConfig(epsilon=0.5, eval_epsilon=0.25, epochs=10, **recipe)
+    twin = config.standard_twin()
+    assert not twin.attack.active and twin.evaluation_attack == config.evaluation_attack
+    assert (twin.objective, twin.fast, twin.passes) == ("adversarial", "none", 10)
+    (tmp_path / "flags.cfg").write_text(to_flag_file(twin))
+    assert read_flag_file(tmp_path / "flags.cfg") == twin
 
 
 def test_overrides_win(tmp_path):
@@ -110,6 +200,30 @@ def test_differences_name_both_values_and_leave_out_what_is_no_part_of_the_job()
         (["--lr_schedule=piecewise"], "--lr_milestones"),
         (["--lr_peak=1"], "Received: 1.0"),
         (["--select_by=robust_accuracy"], "--epsilon=0"),
+        (["--objective=trade"], "Did you mean 'trades'"),
+        (["--fast=fgsn"], "Did you mean 'fgsm'"),
+        (["--objective=trades"], "--objective=trades --fast=none needs an attack in training. Received: --epsilon=0"),
+        (["--fast=free"], "Received: --epsilon=0"),
+        (["--fast=epsilon_warmup", "--epsilon=1", "--attack_steps=0"], "--attack_steps=0"),
+        (["--epsilon=1", "--trades_beta=3"], "--trades_beta is for --objective=trades and trades_awp. Received: --tra"),
+        (["--epsilon=1", "--objective=trades", "--awp_gamma=0.1"], "--awp_gamma is for --objective=awp"),
+        (["--epsilon=1", "--objective=trades", "--trades_beta=-1"], "Received: -1.0"),
+        (["--epsilon=1", "--objective=trades", "--trades_beta=nan"], "Received: nan"),
+        (["--epsilon=1", "--objective=awp", "--awp_gamma=inf"], "Received: inf"),
+        (["--epsilon=1", "--objective=awp", "--awp_warmup_epochs=10"], "less than the 10 epochs"),
+        (["--epsilon=1", "--objective=trades", "--random_start"], "--random_start with --objective=trades"),
+        (["--epsilon=1", "--free_replays=8"], "--free_replays is for --fast=free. Received: --free_replays=8"),
+        (["--epsilon=1", "--fast=free", "--free_replays=0"], "--free_replays must be 1 or more. Received: 0"),
+        (["--epsilon=1", "--fast=free", "--attack_steps=3"], "--attack_steps=3"),
+        (["--epsilon=1", "--fast=free", "--random_start"], "--random_start with --fast=free"),
+        (["--epsilon=1", "--fast=free", "--use_best"], "--use_best with --fast=free"),
+        (["--epsilon=1", "--fast=free", "--objective=awp"], "--objective=awp --fast=free"),
+        (["--epsilon=1", "--fast=fgsm", "--objective=trades"], "--objective=trades --fast=fgsm"),
+        (["--epsilon=1", "--fast=fgsm", "--attack_steps=7"], "--attack_steps=7"),
+        (["--epsilon=1", "--epsilon_warmup_epochs=3"], "--epsilon_warmup_epochs is for --fast=epsilon_warmup"),
+        (["--epsilon=1", "--fast=epsilon_warmup", "--epsilon_warmup_epochs=11"], "at most the 10 epochs. Received: 11"),
+        (["--epsilon=1", "--fast=epsilon_warmup", "--epsilon_warmup_epochs=0"], "Received: 0"),
+        ([*CACHED, "--objective=awp"], "--epsilon=0"),
         (["--learning_rate_multipliers=stem"], "Received: 'stem'"),
         (["--precision=mixed_fp16"], "Did you mean 'mixed_float16'"),
         (["--rand_augment=1.5"], "Received: 1.5"),

@@ -168,6 +168,60 @@ def test_tensorboard_holds_what_it_should(job):
     assert "_hparams_/session_start_info" in test.summary_metadata
 
 
+RECIPES = {
+    "fgsm": {"fast": "fgsm"},
+    "free": {"fast": "free", "free_replays": 2, "epochs": 4},
+    "epsilon_warmup": {"fast": "epsilon_warmup", "epsilon_warmup_epochs": 1.0},
+    "trades": {"objective": "trades"},
+    "trades_awp": {"objective": "trades_awp", "awp_warmup_epochs": 1.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_trains_and_says_what_it_did(job, capsys, name):
+    settings = {"attack_steps": None} if name in ("fgsm", "free") else {}
+    config = job(**{**settings, **RECIPES[name]})
+    train.run(config)
+    out = capsys.readouterr().out
+    assert read_flag_file(pathlib.Path(config.workdir) / "flags.cfg") == config
+    results = results_of(config)
+    gradients = {"fgsm": 2, "free": 2, "epsilon_warmup": 3, "trades": 4, "trades_awp": 5}[name]
+    assert (results["objective"], results["fast"]) == (config.objective, config.fast)
+    assert (results["epochs"], results["gradients_per_image"]) == (2, gradients)
+    assert results["images_per_second"] == pytest.approx(72 * 2 / results["seconds"], rel=0.1)
+    assert "epoch 2/2" in out
+    charts = events(config, "train")
+    radii = [float(tf.make_ndarray(event.tensor_proto)) for event in charts.Tensors("step/epsilon")]
+    # After each of the three steps of two epochs: the radius of the next.
+    rising = [0.5 / 3, 1 / 3, 0.5, 0.5, 0.5, 0.5]
+    assert radii == pytest.approx(rising if name == "epsilon_warmup" else [0.5] * 6)
+    assert ("epsilon 0.5" in out) == (name == "epsilon_warmup")
+    # Clean figures of training where they cost nothing, of validation always.
+    measured = name not in ("fgsm", "free")
+    assert ("epoch/clean_accuracy" in charts.Tags()["tensors"]) == measured
+    assert ("train clean" in out) == measured and "validation clean" in out
+    assert "epoch/clean_accuracy" in events(config, "validation").Tags()["tensors"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({"fast": "fgsm", "attack_steps": None}, ["FGSM, l2 epsilon 0.5, step 0.625, random start", "2 forward"]),
+        (
+            {"fast": "free", "attack_steps": None, "epochs": 6},
+            ["free, l2 epsilon 0.5, step 0.5", "2 epochs x 3 batches x 4 replays = 24 steps", "4 forward"],
+        ),
+        ({"fast": "epsilon_warmup"}, ["PGD-2, l2 epsilon 0.5, step 0.625, epsilon rises for 1 epochs", "3 forward"]),
+        ({"objective": "trades_awp"}, ["TRADES with beta 6, AWP with gamma 0.005", "6 forward", "= 6 steps"]),
+    ],
+)
+def test_the_plan_counts_what_a_recipe_does(job, capsys, settings, lines):
+    train.run(job(dry_run=True, **settings))
+    out = capsys.readouterr().out
+    assert all(line in out for line in lines), out
+
+
 def interrupt(monkeypatch, *, where: str, epoch: int, after: int = 1) -> None:
     """A signal comes in the given epoch, `after` steps of training or validation in, or when the epoch is saved."""
     method = getattr(SaveProgress, where)

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch
 from robust_tf.attacks.loops import State, repeat, repeat_while_resisting
-from robust_tf.attacks.losses import LOSSES, Model, find_loss, is_correct, logits_of, slope_of
+from robust_tf.attacks.losses import LOSSES, Loss, Model, find_loss, is_correct, logits_of, slope_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
 from robust_tf.attacks.threat_models import NORMS, Norm, Scale
 from robust_tf.config import AttackConfig
@@ -34,11 +34,13 @@ def run_pgd(
     *,
     attack: AttackConfig,
     targeted: bool = False,
+    strength: Scale = 1.0,
     seed: tf.Tensor | None = None,
 ) -> AttackResult:
     """`pgd` for a checked `AttackConfig`, with the loss and the hits at the start, which cost nothing extra.
 
     Args:
+        strength: factor on epsilon and on the step size; a scalar tensor may change from call to call.
         seed: (2,) int32 or int64, for the random start; None draws one from TensorFlow's global generator.
     """
     images = tf.cast(images, tf.float32)
@@ -46,19 +48,19 @@ def run_pgd(
     if not attack.active:
         logits = logits_of(model, images)
         return AttackResult(images, LOSSES["ce"](logits, labels, labels), is_correct(logits, labels))
-    start = images
+    start, epsilon = images, attack.epsilon * strength
     if attack.random_start:
         if seed is None:
             seed = tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32)
-        start = NORMS[attack.norm].random_start(images, attack.epsilon, seed)
+        start = NORMS[attack.norm].random_start(images, epsilon, seed)
     state = ascend(
         model,
         images,
         labels,
         start,
         norm=NORMS[attack.norm],
-        epsilon=attack.epsilon,
-        step_size=attack.step_size,
+        epsilon=epsilon,
+        step_size=attack.step_size * strength,
         steps=attack.steps,
         use_best=attack.use_best,
         targeted=targeted,
@@ -76,7 +78,7 @@ def ascend(
     epsilon: Scale,
     step_size: Scale,
     steps: int,
-    loss: str = "ce",
+    loss: str | Loss = "ce",
     use_best: bool = True,
     targeted: bool = False,
     early_stop: bool = False,
@@ -86,13 +88,14 @@ def ascend(
     Args:
         images, start: (batch, height, width, channels) float32.
         labels: (batch,) int32.
+        loss: a name of LOSSES, or a function like those there, of the whole batch (so not with `early_stop`).
         early_stop: an image stops at the first point where the prediction is wrong (targeted: is the target).
 
     Returns:
         images_adv, (batch,) start_loss and start_correct, and (batch,) fallen: whether an iterate reached the aim.
     """
     ascent = -1.0 if targeted else 1.0  # a targeted attack goes down the loss of the target
-    loss_of = find_loss(loss)
+    loss_of = find_loss(loss) if isinstance(loss, str) else loss
 
     def step(i: tf.Tensor, state: State) -> State:
         points, labels = state["points"], state["labels"]

@@ -160,7 +160,7 @@ def epochs_between_looks(config: JobConfig, *, num_train: int, num_held: int) ->
     if config.on_alarm != "warn":
         return 1
     work_of_look = num_held * (3 * (1 + PGD_STEPS) + SQUARE_QUERIES)
-    work_of_epoch = num_train * 3 * (1 + config.attack.steps)
+    work_of_epoch = num_train * 3 * config.gradients_per_image
     return math.ceil(work_of_look / (WORK_SHARE * work_of_epoch))
 
 

@@ -19,6 +19,7 @@ from robust_tf.training.checkpoint import Checkpoints, Progress, State, named_ar
 from robust_tf.training.distribution import Distribution, prepare_batchnorm
 from robust_tf.training.interruption import signals_held_back
 from robust_tf.training.metrics import Accuracy, CrossEntropy, MeanPerClassAccuracy
+from robust_tf.training.objectives import recipe_of
 from robust_tf.training.optimizers import build_optimizer
 from robust_tf.training.progress import ProgressBar, console
 from robust_tf.training.schedules import schedule_of
@@ -94,11 +95,11 @@ def _fit(
         trainer, compile_with = _compiled_trainer(config, classifier, task, rollbacks=progress.rollbacks)
     if state:
         state.assign_to(trainer.state)
-        console.print(f"Going on after {_position(progress, task.steps_per_epoch, config.epochs)} in {workdir}.")
+        console.print(f"Going on after {_position(progress, task.steps_per_epoch, config.passes)} in {workdir}.")
     elif config.on_alarm == "rollback":  # the first epoch may have to be thrown away, too
         start = named_arrays(trainer.state)
         distribution.on_chief(lambda: checkpoints.save(progress, start))
-    if progress.epochs_done == config.epochs:
+    if progress.epochs_done == config.passes:
         return progress, False
 
     if distribution.is_chief:
@@ -106,8 +107,9 @@ def _fit(
     bar = ProgressBar(
         num_images=task.num_train,
         batch_size=task.batch_size,
-        epochs=config.epochs,
+        epochs=config.passes,
         adversarial=config.attack.active,
+        epsilon=(lambda: trainer.epsilon) if config.fast == "epsilon_warmup" else None,
     )
     try:
         with signals_held_back() as pending:
@@ -126,7 +128,7 @@ def _fit(
             if progress.steps_done:
                 _run_epochs(trainer, task, callbacks, progress, distribution, until=progress.epochs_done + 1)
             if not trainer.stop_training:  # an alarm in the epoch that has just been ended
-                _run_epochs(trainer, task, callbacks, progress, distribution, until=config.epochs)
+                _run_epochs(trainer, task, callbacks, progress, distribution, until=config.passes)
     except TrainingAlarm:
         return progress, True
     finally:
@@ -138,13 +140,18 @@ def _compiled_trainer(
     config: JobConfig, classifier: keras.Model, task: TaskData, *, rollbacks: int
 ) -> tuple[AdversarialTrainer, Callable[[keras.optimizers.Optimizer], None]]:
     """The trainer with all of its variables, and what compiles it with another optimizer."""
-    trainer = AdversarialTrainer(classifier, config.attack, seed=config.seed)
+    trainer = AdversarialTrainer(
+        classifier,
+        config.attack,
+        recipe=recipe_of(config, task.steps_per_epoch),
+        validation_attack=config.validation_attack,
+        seed=config.seed,
+        # The cheap recipes have one gradient step: a forward pass for these figures alone would be a sixth of it.
+        clean_figures=config.fast not in ("fgsm", "free"),
+    )
     optimizer = build_optimizer(
         config.optimizer,
-        # Counted in moves of the weights.
-        learning_rate=schedule_of(
-            config, task.steps_per_epoch / config.accumulate_steps, factor=_ROLLBACK_FACTOR**rollbacks
-        ),
+        learning_rate=schedule_of(config, task.steps_per_epoch, factor=_ROLLBACK_FACTOR**rollbacks),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         multipliers=config.multipliers,
@@ -242,7 +249,7 @@ def _callbacks(
     if distribution.is_chief:
         tensorboard = TensorBoardLogger(
             workdir / "tensorboard",
-            attack=config.attack,
+            attack=config.validation_attack,
             preview=task.preview(_PREVIEW_IMAGES),
             progress=bar,
             steps_per_epoch=task.steps_per_epoch,

@@ -17,8 +17,6 @@ _PROCESS_BYTES = 700 * 1024**2
 def plan_table(config: JobConfig, task: TaskData, classifier: keras.Model, workdir: pathlib.Path) -> Table:
     """The plan of one job; the classifier only has to have the right layers frozen."""
     trainable, total = parameter_counts(classifier)
-    steps = task.steps_per_epoch
-    attack = config.attack
     table = Table(title=f"Plan of {workdir} (dry run: nothing is trained)", title_justify="left", show_header=False)
     rows = {
         "task": config.task,
@@ -27,13 +25,11 @@ def plan_table(config: JobConfig, task: TaskData, classifier: keras.Model, workd
         "images": f"{task.image_size}x{task.image_size}, augmentation {task.augmentation}",
         "source": config.source,
         "model": f"{classifier.name}: {total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen",
-        "attack": f"PGD-{attack.steps}, {attack.norm} epsilon {attack.epsilon:.4g}, step {attack.step_size:.4g}"
-        if attack.active
-        else "none: standard training",
-        "steps": f"{config.epochs} epochs x {steps} = {config.epochs * steps:,} steps of {config.batch_size} images",
+        "attack": _attack(config),
+        "steps": _steps(config, task.steps_per_epoch),
         "passes": f"1 forward pass per image and view ({config.views}), whose features are stored"
         if config.features == "cached"
-        else f"{_passes(config):g} forward and backward passes per image and epoch",
+        else f"{config.gradients_per_image:g} forward and backward passes per image and epoch",
         "memory": f"about {estimated_bytes(config, classifier, trainable, total) / 1024**3:.1f} GB (estimate)",
     }
     for name, value in rows.items():
@@ -45,7 +41,7 @@ def estimated_bytes(config: JobConfig, classifier: keras.Model, trainable: int, 
     """Estimated peak memory of training: process, weights, gradients, momentum, and the outputs of all layers.
 
     Every layer's output is kept for the backward pass, and about as much again is alive in gradients and in the
-    operations inside the layers.
+    operations inside the layers. TRADES has two batches in its backward pass, and AWP a second set of weights.
     """
     bytes_per_value = 4 if config.precision == "float32" else 2
     outputs = sum(
@@ -54,8 +50,29 @@ def estimated_bytes(config: JobConfig, classifier: keras.Model, trainable: int, 
         for tensor in keras.tree.flatten(layer.output)
         if None not in tensor.shape[1:]
     )
-    return _PROCESS_BYTES + 4 * (total + 2 * trainable) + 2 * outputs * config.batch_size * bytes_per_value
+    weights = total + (3 if config.uses_awp else 2) * trainable
+    images = config.batch_size * (2 if config.uses_trades else 1)
+    return _PROCESS_BYTES + 4 * weights + 2 * outputs * images * bytes_per_value
 
 
-def _passes(config: JobConfig) -> float:
-    return 1 + (config.attack.steps if config.attack.active else 0)
+def _attack(config: JobConfig) -> str:
+    attack = config.attack
+    if not attack.active:
+        return "none: standard training"
+    name = {"fgsm": "FGSM", "free": "free"}.get(config.fast, f"PGD-{attack.steps}")
+    parts = [f"{name}, {attack.norm} epsilon {attack.epsilon:.4g}, step {attack.step_size:.4g}"]
+    if attack.random_start:
+        parts.append("random start")
+    if config.epsilon_warmup_epochs is not None:
+        parts.append(f"epsilon rises for {config.epsilon_warmup_epochs:g} epochs")
+    if config.uses_trades:
+        parts.append(f"TRADES with beta {config.trades_beta:g}")
+    if config.uses_awp:
+        parts.append(f"AWP with gamma {config.awp_gamma:g} after {config.awp_warmup_epochs:g} epochs")
+    return ", ".join(parts)
+
+
+def _steps(config: JobConfig, batches: int) -> str:
+    total = config.passes * batches * config.replays
+    replays = f" batches x {config.replays} replays" if config.fast == "free" else ""
+    return f"{config.passes} epochs x {batches}{replays} = {total:,} steps of {config.batch_size} images"

@@ -94,13 +94,22 @@ class ProgressBar(keras.callbacks.Callback):
         batch_size: images a step.
         epochs: of the whole training.
         adversarial: whether the compiled figures are those on adversarial images.
+        epsilon: gives the radius of training, if it changes and is to be shown.
     """
 
-    def __init__(self, *, num_images: int, batch_size: int, epochs: int, adversarial: bool) -> None:
+    def __init__(
+        self,
+        *,
+        num_images: int,
+        batch_size: int,
+        epochs: int,
+        adversarial: bool,
+        epsilon: Callable[[], float] | None = None,
+    ) -> None:
         super().__init__()
         self.images_per_second = 0.0  # of the last epoch; other callbacks log it
         self._num_images, self._batch_size, self._epochs = num_images, batch_size, epochs
-        self._adversarial = adversarial
+        self._adversarial, self._epsilon = adversarial, epsilon
         self._lines = _LogLines()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -150,6 +159,8 @@ class ProgressBar(keras.callbacks.Callback):
         parts = [f"epoch {epoch + 1:>{len(str(self._epochs))}}/{self._epochs}", f"loss {logs['loss']:.3f}"]
         parts.append(_accuracies("train", logs, "", self._adversarial))
         parts.append(_accuracies("validation", logs, "val_", self._adversarial))
+        if self._epsilon is not None:
+            parts.append(f"epsilon {self._epsilon():.4g}")
         parts.append(_speed(self.images_per_second))
         console.print("  ".join(parts))
 
@@ -165,4 +176,6 @@ class ProgressBar(keras.callbacks.Callback):
 def _accuracies(part: str, logs: dict[str, Any], prefix: str, adversarial: bool) -> str:
     if not adversarial:
         return f"{part} {logs[prefix + 'accuracy']:.1%}"
-    return f"{part} clean {logs[prefix + 'clean_accuracy']:.1%} robust {logs[prefix + 'accuracy']:.1%}"
+    clean = prefix + "clean_accuracy"  # not measured in training where it would cost too much
+    shown = f"clean {logs[clean]:.1%} " if clean in logs else ""
+    return f"{part} {shown}robust {logs[prefix + 'accuracy']:.1%}"

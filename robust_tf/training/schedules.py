@@ -21,7 +21,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             "cosine": half a cosine down to 0; "cyclic": linearly up to the peak at `peak` of all steps, and down to 0
             (Wong et al. 2020, arXiv 2001.03994).
         learning_rate: the highest value.
-        steps_per_epoch: moves of the weights in one epoch.
+        steps_per_epoch: moves of the weights in one epoch; a fraction with accumulated gradients and in free training.
         epochs: length of the training.
         warmup_epochs: linear rise from 0 over so many epochs; the other shapes are multiplied by it.
     """
@@ -82,12 +82,16 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return dict(self._config)
 
 
-def schedule_of(config: JobConfig, steps_per_epoch: float, *, factor: float = 1.0) -> Schedule:
-    """The schedule that a job's flags describe, with `factor` on its learning rate."""
+def schedule_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0) -> Schedule:
+    """The schedule that a job's flags describe, with `factor` on its learning rate.
+
+    Args:
+        steps_per_epoch: batches in one pass over the training part.
+    """
     return Schedule(
         config.lr_schedule,
         learning_rate=config.learning_rate * _scale(config) * factor,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=optimizer_steps_per_epoch(config, steps_per_epoch),
         epochs=config.epochs,
         step_epochs=config.lr_step_epochs,
         milestones=config.lr_milestones,
@@ -95,6 +99,11 @@ def schedule_of(config: JobConfig, steps_per_epoch: float, *, factor: float = 1.
         peak=config.lr_peak,
         warmup_epochs=config.warmup_epochs,
     )
+
+
+def optimizer_steps_per_epoch(config: JobConfig, steps_per_epoch: int) -> float:
+    """Moves of the weights in one of `config.epochs`: free adversarial training packs several into each step."""
+    return steps_per_epoch * config.replays * config.passes / (config.epochs * config.accumulate_steps)
 
 
 def _scale(config: JobConfig) -> float:

@@ -29,7 +29,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
 
     Args:
         folder: gets the sub-folders train/ and validation/.
-        attack: of training; its epsilon is charted, and its examples are shown.
+        attack: of the validation; its examples are shown.
         preview: images (count, height, width, 3) in [0, 1] and labels (count,), shown after each epoch.
         progress: has `images_per_second`.
         steps_per_epoch: to count the steps of a run that is resumed.
@@ -81,7 +81,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
         return {
             **logs,
             "learning_rate": float(self.model.optimizer.learning_rate),
-            "epsilon": self._attack.epsilon,
+            "epsilon": self.model.epsilon,
             "images_per_second": self._progress.images_per_second,
         }
 

@@ -18,7 +18,8 @@ from robust_tf.errors import UserError
 from robust_tf.models import build_classifier, load_classifier
 from robust_tf.training import fitting
 from robust_tf.training.alarms import Alarms, EndOnAlarm, Reading, TrainingAlarm, epochs_between_looks, look
-from robust_tf.training.checkpoint import Checkpoints, Progress
+from robust_tf.training.checkpoint import Checkpoints, Progress, named_arrays
+from robust_tf.training.distribution import start_distribution
 
 FINE = Reading(fgsm_accuracy=0.6, pgd_accuracy=0.5, square_accuracy=0.7, zero_gradients=0.0)
 OVERFITTED = FINE._replace(fgsm_accuracy=0.9, pgd_accuracy=0.1)
@@ -128,7 +129,7 @@ def job(tmp_path, data_dir, monkeypatch):
 def finished(config: JobConfig) -> tuple[dict, list[dict[str, float]]]:
     """results.json and the history of the epochs."""
     workdir = pathlib.Path(config.workdir)
-    progress = Checkpoints(workdir / "checkpoints").peek()
+    progress = Checkpoints(workdir / "checkpoints").latest().progress
     return json.loads((workdir / "results.json").read_text()), progress.history
 
 
@@ -181,21 +182,24 @@ def test_rollback_repeats_the_epoch_with_a_lower_learning_rate(job, tmp_path, ca
     assert [step for step, _ in rates] == [0, 1, 1]
     np.testing.assert_allclose([rate for _, rate in rates], [0.05, 0.05, 0.005], rtol=1e-5)
     # A run that is killed now goes on with the lower rate.
-    assert Checkpoints(pathlib.Path(config.workdir) / "checkpoints").peek().rollbacks == 1
+    assert Checkpoints(pathlib.Path(config.workdir) / "checkpoints").latest().progress.rollbacks == 1
 
 
 def fake_fit(monkeypatch, *, alarm_from_epoch: int) -> list[int]:
     """Replaces training: each try ends with an alarm in this epoch (from 1). Gives the rollbacks at each try."""
     tries: list[int] = []
 
-    def fit(config, classifier, task, workdir, checkpoints):
-        progress = checkpoints.peek() if checkpoints.exists else Progress()
+    def fit(config, classifier, task, workdir, checkpoints, distribution):
+        state = checkpoints.latest()
+        progress = state.progress if state else Progress()
         tries.append(progress.rollbacks)
+        weights = named_arrays(classifier.variables)
         if not progress.epochs_done:
-            checkpoints.save(progress, classifier, keras.optimizers.SGD(), is_best=False)
+            checkpoints.save(progress, weights)
         if not progress.epochs_done and alarm_from_epoch > 1:
             progress.epochs_done, progress.best_epoch = 1, 0
-            checkpoints.save(progress, classifier, keras.optimizers.SGD(), is_best=True)
+            checkpoints.save_best(0, weights)
+            checkpoints.save(progress, weights)
         progress.alarms.append(f"WARNING after epoch {alarm_from_epoch}")
         return progress, True
 
@@ -207,7 +211,7 @@ def test_rollback_gives_up_after_three(monkeypatch, tmp_path, capsys):
     classifier = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     tries = fake_fit(monkeypatch, alarm_from_epoch=2)
     config = JobConfig(epsilon=1.0, on_alarm="rollback")
-    progress = fitting.fit_classifier(config, classifier, None, tmp_path)
+    progress = fitting.fit_classifier(config, classifier, None, tmp_path, start_distribution("none"))
     assert tries == [0, 1, 2, 3] and len(progress.alarms) == 4 and progress.best_epoch == 0
     assert "epoch 1, the best before the alarm, is kept" in capsys.readouterr().out
 
@@ -216,7 +220,8 @@ def test_without_an_epoch_to_keep_the_job_fails(monkeypatch, tmp_path):
     classifier = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     fake_fit(monkeypatch, alarm_from_epoch=1)
     with pytest.raises(UserError, match=r"alarm in 4 tries. Received: WARNING after epoch 1"):
-        fitting.fit_classifier(JobConfig(epsilon=1.0, on_alarm="rollback"), classifier, None, tmp_path)
+        config = JobConfig(epsilon=1.0, on_alarm="rollback")
+        fitting.fit_classifier(config, classifier, None, tmp_path, start_distribution("none"))
 
 
 def test_the_first_epoch_is_kept_when_there_is_no_other():

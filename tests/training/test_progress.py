@@ -54,3 +54,16 @@ def test_adversarial_figures_are_told_apart(capsys):
 def test_track_passes_everything_on():
     batches = [("images", [0, 1]), ("more images", [2])]
     assert list(track(batches, "test", num_images=3)) == batches
+
+
+def test_a_radius_that_changes_is_shown(capsys):
+    radii = iter([0.25, 0.5])
+    bar = ProgressBar(num_images=10, batch_size=10, epochs=2, adversarial=True, epsilon=lambda: next(radii))
+    logs = {"loss": 1.0, "accuracy": 0.1, "val_accuracy": 0.3, "val_clean_accuracy": 0.4}
+    for epoch in range(2):
+        bar.on_epoch_end(epoch, logs)
+    lines = capsys.readouterr().out.splitlines()
+    shared = "train robust 10.0%  validation clean 40.0% robust 30.0%"
+    assert [f"{shared}  epsilon {radius}" in line for radius, line in zip((0.25, 0.5), lines, strict=True)] == [
+        True
+    ] * 2

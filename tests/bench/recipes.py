@@ -1,0 +1,128 @@
+"""The recipes of adversarial training side by side: time, clean accuracy and AutoAttack accuracy, as a Markdown table.
+
+    python -m tests.bench.recipes [--data_dir=TFDS] [--epochs=12] [--folder=runs/recipes] [--quick]
+
+Each recipe is a job of `robust_tf.train` in a process of its own, one after the other, and then one of
+`robust_tf.evaluate`. Stopped, the same command goes on where it was; the seconds of a job are those of all its parts.
+Recipes that are finished are read again.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+# The flags of each recipe; what all of them share is in `_train`.
+RECIPES: dict[str, list[str]] = {
+    "PGD-7": [],
+    "FGSM": ["--fast=fgsm"],
+    "free": ["--fast=free"],
+    "epsilon_warmup": ["--fast=epsilon_warmup"],
+    "TRADES": ["--objective=trades"],
+    "AWP": ["--objective=awp"],
+}
+QUICK = ["--epochs=2", "--subset=256", "--eval_steps=2", "--attack_steps=2"]
+QUICK_IMAGES = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="fashion_mnist")
+    parser.add_argument("--data_dir", default="", help="TFDS folder; default: TFDS's own")
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/recipes"), help="gets all files")
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="names, with commas")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--norm", default="l2")
+    parser.add_argument("--epsilon", default="1")
+    parser.add_argument("--num_images", type=int, default=1000, help="test images under AutoAttack")
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--quick", action="store_true", help="a few images: only to see that it runs")
+    arguments = parser.parse_args()
+    rows = {}
+    for name in arguments.recipes.split(","):
+        if name not in RECIPES:
+            parser.error(f"--recipes: one of {', '.join(RECIPES)}. Received: {name!r}.")
+        workdir = arguments.folder / name
+        _train(name, workdir, arguments)
+        rows[name] = _row(workdir, arguments)
+    print("\n" + _table(rows))
+
+
+def _train(name: str, workdir: pathlib.Path, arguments: argparse.Namespace) -> None:
+    one_step = name in ("FGSM", "free")
+    common = [
+        f"--workdir={workdir}",
+        f"--dataset={arguments.dataset}",
+        f"--data_dir={arguments.data_dir}",
+        "--architecture=resnet20",
+        f"--norm={arguments.norm}",
+        f"--epsilon={arguments.epsilon}",
+        "--batch_size=128",
+        "--learning_rate=0.2",
+        "--lr_schedule=cyclic",
+        "--weight_decay=5e-4",
+        f"--precision={arguments.precision}",
+        f"--epochs={arguments.epochs}",
+        *([] if one_step else ["--attack_steps=7"]),
+    ]
+    quick = [flag for flag in QUICK if not (one_step and flag.startswith("--attack_steps"))]
+    _run("train", [*common, *RECIPES[name], *(quick if arguments.quick else [])])
+
+
+def _row(workdir: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    num_images = QUICK_IMAGES if arguments.quick else arguments.num_images
+    output = workdir / f"autoattack_{num_images}"
+    flags = [f"--classifier={workdir / 'classifier.keras'}", f"--data_dir={arguments.data_dir}"]
+    flags += ["--attack=autoattack", f"--norm={arguments.norm}", f"--epsilon={arguments.epsilon}"]
+    flags += [f"--num_images={num_images}", f"--output_dir={output}"]
+    if not (output / "evaluation.json").exists():
+        _run("evaluate", flags)
+    evaluation = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))["classifiers"][0]
+    return {
+        "results": json.loads((workdir / "results.json").read_text(encoding="utf-8")),
+        "autoattack": evaluation["attacks"][0],
+    }
+
+
+def _run(program: str, flags: list[str]) -> None:
+    print(f"\n$ python -m robust_tf.{program} {' '.join(flags)}", flush=True)
+    subprocess.run([sys.executable, "-m", f"robust_tf.{program}", *flags], check=True)
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> str:
+    first = next(iter(rows.values()))
+    results, autoattack = first["results"], first["autoattack"]
+    lines = [
+        f"{results['architecture']} on {results['dataset']}, {results['num_train_images']} training images, "
+        f"{autoattack['norm']} {autoattack['epsilon']:.4g}. Gradients: forward and backward passes for each training "
+        "image in the whole training. Intervals: 95 % (Wilson).",
+        "",
+        f"| recipe | training, s | of {next(iter(rows))} | gradients | best epoch "
+        f"| clean accuracy ({results['num_test_images']} images) "
+        f"| AutoAttack accuracy ({autoattack['num_images']} images) | alarms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        job, attack = row["results"], row["autoattack"]
+        cells = [
+            name,
+            f"{job['seconds']:.0f}",
+            f"{job['seconds'] / max(results['seconds'], 1e-9):.2f}",
+            f"{job['epochs'] * job['gradients_per_image']:g}",
+            f"{job['best_epoch']} of {job['epochs']}",
+            _share(job["clean_accuracy"], job["clean_accuracy_interval"]),
+            _share(attack["accuracy"], attack["interval"]),
+            str(len(job["alarms"])),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _share(value: float, interval: list[float]) -> str:
+    return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
+
+
+if __name__ == "__main__":
+    main()
