@@ -6,6 +6,7 @@ import keras
 
 from robust_tf.config import JobConfig
 from robust_tf.data import TaskData, dataset_info, load_task
+from robust_tf.data.opening import data_folder
 from robust_tf.models import build_classifier
 from robust_tf.transfer import freeze, replace_head, with_dtype_policy, with_image_size, with_normalization
 
@@ -29,7 +30,7 @@ def task_of(config: JobConfig, *, image_size: int | None = None) -> TaskData:
         skip_bad_images=config.skip_bad_images,
         seed=config.seed,
         split_seed=config.split_seed,
-        data_dir=pathlib.Path(config.data_dir) if config.data_dir else None,
+        data_dir=data_folder(config.data_dir),
         cache=config.cache,
         cache_dir=pathlib.Path(config.cache_dir) if config.cache_dir else None,
     )
