@@ -13,6 +13,7 @@ from robust_tf.training.callbacks import SaveEpochs, StopOnNaN
 from robust_tf.training.checkpoint import Checkpoints, Progress
 from robust_tf.training.metrics import Accuracy, CrossEntropy, MeanPerClassAccuracy
 from robust_tf.training.optimizers import build_optimizer
+from robust_tf.training.out_of_memory import out_of_memory_explained
 from robust_tf.training.progress import ProgressBar, console
 from robust_tf.training.schedules import schedule_of
 from robust_tf.training.tensorboard import TensorBoardLogger, write_config
@@ -123,16 +124,17 @@ def _fit(
 
     write_config(workdir / "tensorboard", to_flag_file(config))
     try:
-        trainer.fit(
-            task.train(first_epoch=progress.epochs_done, epochs=config.epochs),
-            steps_per_epoch=task.steps_per_epoch,
-            initial_epoch=progress.epochs_done,
-            epochs=config.epochs,
-            validation_data=task.validation,
-            callbacks=callbacks,
-            shuffle=False,  # the pipeline does it
-            verbose=0,
-        )
+        with out_of_memory_explained(config, classifier):
+            trainer.fit(
+                task.train(first_epoch=progress.epochs_done, epochs=config.epochs),
+                steps_per_epoch=task.steps_per_epoch,
+                initial_epoch=progress.epochs_done,
+                epochs=config.epochs,
+                validation_data=task.validation,
+                callbacks=callbacks,
+                shuffle=False,  # the pipeline does it
+                verbose=0,
+            )
     except TrainingAlarm:
         return progress, True
     finally:
