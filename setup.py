@@ -27,6 +27,7 @@ setup(
         "tensorflow>=2.21",
         "keras>=3.15",
         "tensorflow-datasets>=4.9.10",
+        "etils[epath]>=1.9",  # as tensorflow-datasets: paths that may be gs://
         "importlib_resources>=6.0",  # tensorflow-datasets 4.9.10 imports it without declaring it
         "keras-cv>=0.9.0",
         "absl-py>=2.1",

@@ -83,11 +83,21 @@ class JobConfig:
     seed: int = _flag(0, "Of initial weights, order, augmentation, few-shot choice and random start.")
     deterministic: bool = _flag(False, "Use deterministic kernels only: bit-equal repeats, slower on a GPU.")
     dry_run: bool = _flag(False, "Print the plan and stop; train nothing.", identity=False)
+    plan_devices: tuple[str, ...] = _flag(
+        (),
+        "With --dry_run: also print time, memory and cost on accelerators that need not be here, e.g. "
+        "8xA100,4x8xH100,v4-128: N devices, HOSTS x N, or a TPU slice.",
+        identity=False,
+    )
+    plan_utilisation: float = _flag(
+        0.35, "With --plan_devices: the share of peak speed or memory bandwidth that is reached.", identity=False
+    )
+    plan_price: float | None = _flag(None, "With --plan_devices: price of a device for an hour.", identity=False)
     # Data
     dataset: str = _flag(
         "digits", "Name (an unknown one lists the valid ones), tfds:NAME[/config][:version], or folder:/path of images."
     )
-    data_dir: str = _flag("", "TFDS folder. Default: TFDS's own.", identity=False)
+    data_dir: str = _flag("", "TFDS folder, also gs://bucket/folder. Default: TFDS's own.", identity=False)
     classes: tuple[int, ...] = _flag((), "Labels to keep, e.g. 5,6,7; re-numbered in this order. Default: all.")
     image_size: int | None = _flag(None, "Side in pixels. Default: the source's in transfer, else the data set's.")
     augmentation: str = _flag("", "none, shift, shift_flip, random_resized_crop, imagenet. Default: the data set's.")
@@ -287,6 +297,13 @@ class JobConfig:
         if not 0 < self.lr_peak < 1:
             raise UserError(f"--lr_peak must be between 0 and 1. Received: {self.lr_peak}.")
         self._check_distribution()
+        for name in ("workdir", "cache_dir", "export_dir"):
+            if "://" in getattr(self, name):
+                raise UserError(
+                    f"--{name} is a folder of this machine, or one that is mounted here; only --data_dir may be in a "
+                    f"store. Received: --{name}={getattr(self, name)}."
+                )
+        self._check_plan()
         self._check_data()
         self._check_transfer()
         self._check_features()
@@ -399,6 +416,25 @@ class JobConfig:
                     "Free adversarial training goes on from the perturbation of the step before, and uses every one. "
                     f"Received: --{name} with --fast=free."
                 )
+
+    def _check_plan(self) -> None:
+        for name in ("plan_utilisation", "plan_price"):
+            if getattr(self, name) != getattr(JobConfig, name) and not self.plan_devices:
+                raise UserError(f"--{name} is for --plan_devices. Received: --{name}={getattr(self, name)}.")
+        if self.plan_devices and not self.dry_run:
+            raise UserError(
+                f"--plan_devices is for --dry_run. Received: --plan_devices={to_text(self.plan_devices)} "
+                "without --dry_run."
+            )
+        if self.plan_devices and self.features == "cached":
+            raise UserError(
+                "--plan_devices plans steps through the whole network, which stored features don't need: one device "
+                "is enough. Received: --features=cached."
+            )
+        if not 0 < self.plan_utilisation <= 1:
+            raise UserError(f"--plan_utilisation must be above 0 and at most 1. Received: {self.plan_utilisation}.")
+        if self.plan_price is not None and not 0 < self.plan_price < math.inf:
+            raise UserError(f"--plan_price must be a number above 0. Received: {self.plan_price}.")
 
     def _check_data(self) -> None:
         if not 0 <= self.rand_augment <= 1:

@@ -30,8 +30,10 @@ from robust_tf.data import TaskData, dataset_info  # noqa: E402
 from robust_tf.models import PUBLISHED, load_classifier, save_classifier  # noqa: E402
 from robust_tf.serving.model_card import card_from_results  # noqa: E402
 from robust_tf.serving.publish import export_classifier  # noqa: E402
-from robust_tf.training.building import adapted, new_classifier, task_of  # noqa: E402
+from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
 from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
+from robust_tf.training.device_plan import device_plan, job_work  # noqa: E402
+from robust_tf.training.devices import parse_clusters  # noqa: E402
 from robust_tf.training.distribution import PEER_LOST, begin_again, start_distribution  # noqa: E402
 from robust_tf.training.evaluation import Evaluation, evaluate_classifier  # noqa: E402
 from robust_tf.training.fitting import fit_classifier  # noqa: E402
@@ -252,6 +254,22 @@ def export(config: JobConfig, results: Results) -> None:
 
 def print_plan(config: JobConfig) -> None:
     """`--dry_run`: the figures of the job. Sources that are jobs or downloads of their own are not run or fetched."""
+    clusters = parse_clusters(config.plan_devices)
+    keras.config.set_dtype_policy(config.precision)
+    try:
+        classifier, task = planned_job(config)
+        console.print(plan_table(config, task, classifier, pathlib.Path(config.workdir)))
+        if clusters:
+            work = job_work(config, classifier, task)
+            for cluster in clusters:
+                console.print(device_plan(config, task, work, cluster))
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def planned_job(config: JobConfig) -> tuple[keras.Model, TaskFigures]:
+    """A classifier with the layers and the frozen ones of the job, and its data (with --plan_devices its figures)."""
+    figures_of = planned_task if config.plan_devices else task_of
     planned = config
     if sources.is_flag_file(config.source):
         source_job = source_config(config)
@@ -263,14 +281,12 @@ def print_plan(config: JobConfig) -> None:
     elif config.source in PUBLISHED:
         planned = dataclasses.replace(config, architecture=PUBLISHED[config.source].architecture)
     elif config.task == "transfer":
-        classifier, task = build_job(config)
-        console.print(plan_table(config, task, classifier, pathlib.Path(config.workdir)))
-        return
-    task = task_of(planned)
+        source = load_source_classifier(config)
+        task = figures_of(config, image_size=source.input_shape[1])
+        return adapted(source, config, task), task
+    task = figures_of(planned)
     classifier = new_classifier(planned, task)
-    if config.task == "transfer":
-        classifier = adapted(classifier, config, task)
-    console.print(plan_table(config, task, classifier, pathlib.Path(config.workdir)))
+    return (adapted(classifier, config, task) if config.task == "transfer" else classifier), task
 
 
 def default_workdir(argv: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ python -m robust_tf.data --prepare=pets               # download and prepare
 """
 
 import dataclasses
-import pathlib
 import sys
 
 from absl import logging
@@ -14,7 +13,7 @@ from absl import logging
 from robust_tf.command_line import flag, parse_flags
 from robust_tf.data.datasets import DATASETS
 from robust_tf.data.doctor import Diagnosis, diagnose
-from robust_tf.data.opening import open_dataset
+from robust_tf.data.opening import data_folder, open_dataset
 from robust_tf.errors import UserError, exit_on_user_error
 
 
@@ -34,7 +33,7 @@ class DataFlags:
 def main(argv: list[str]) -> int:
     """Runs the command line; the exit code is 1 if a data set that was named is not ready."""
     flags, names = parse_flags(DataFlags, argv, usage=__doc__ or "")
-    data_dir = pathlib.Path(flags.data_dir).expanduser() if flags.data_dir else None
+    data_dir = data_folder(flags.data_dir)
     if flags.prepare:
         if names:
             raise UserError(f"--prepare takes one data set. Received: {' '.join([flags.prepare, *names])}.")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils import epath
 
 from robust_tf.data.datasets import FOLDER_PREFIX, DatasetInfo, dataset_info
 from robust_tf.data.opening import open_dataset
@@ -37,7 +38,7 @@ class Diagnosis:
     advice: tuple[str, ...] = ()
 
 
-def diagnose(name: str, data_dir: pathlib.Path | None = None, *, thorough: bool = True) -> Diagnosis:
+def diagnose(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, thorough: bool = True) -> Diagnosis:
     """Examines a row of DATASETS, `tfds:NAME` or `folder:/path`; downloads and changes nothing.
 
     Of a prepared TFDS data set the files and counts are checked; `thorough` also reads all of it: whether every class
@@ -105,7 +106,7 @@ def _differences(images: LabelledImages, info: DatasetInfo) -> Iterator[str]:
 
 
 def _missing_files(builder: tfds.core.DatasetBuilder) -> list[str]:
-    paths = [pathlib.Path(path) for split in builder.info.splits.values() for path in split.filepaths]
+    paths = [epath.Path(path) for split in builder.info.splits.values() for path in split.filepaths]
     missing = [path for path in paths if not path.is_file()]
     return [f"{len(missing)} of its {len(paths)} files are missing, e.g. {missing[0]}."] if missing else []
 

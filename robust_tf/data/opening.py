@@ -2,6 +2,9 @@
 
 import pathlib
 
+import tensorflow as tf
+from etils import epath
+
 from robust_tf.data.datasets import FOLDER_PREFIX
 from robust_tf.data.folder_records import open_folder
 from robust_tf.data.records import LabelledImages
@@ -9,7 +12,29 @@ from robust_tf.data.tfds_records import open_tfds
 from robust_tf.errors import UserError
 
 
-def open_dataset(name: str, data_dir: pathlib.Path | None = None, *, split_seed: int = 0) -> LabelledImages:
+def data_folder(name: str) -> epath.Path | None:
+    """The TFDS folder that --data_dir names, of this machine or of a store that TensorFlow reads; None for "".
+
+    Args:
+        name: a path such as ~/tensorflow_datasets, or gs://bucket/folder.
+
+    Raises:
+        UserError: it is in a store that the installed TensorFlow cannot read, such as s3://.
+    """
+    scheme, separator, _ = name.partition("://")
+    schemes = sorted(filter(None, tf.io.gfile.get_registered_schemes()))
+    if separator and scheme not in schemes:
+        raise UserError(
+            f"TensorFlow {tf.__version__} reads no {scheme}:// here, only {', '.join(schemes)}. Received: "
+            f"--data_dir={name}. Mount the bucket as a folder, or copy the prepared data set to a disk."
+        )
+    # pathlib would make gs:/bucket of gs://bucket.
+    return epath.Path(name).expanduser() if name else None
+
+
+def open_dataset(
+    name: str, data_dir: epath.Path | pathlib.Path | None = None, *, split_seed: int = 0
+) -> LabelledImages:
     """Opens a row of DATASETS, `tfds:NAME[/config][:version]` or `folder:/path`.
 
     Args:

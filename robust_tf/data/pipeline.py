@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
+from etils import epath
 
 from robust_tf.command_line import parse_amount
 from robust_tf.data.augmentations import AUGMENTATIONS
@@ -281,7 +282,7 @@ def load_task(
     skip_bad_images: bool = False,
     seed: int = 0,
     split_seed: int = 0,
-    data_dir: pathlib.Path | None = None,
+    data_dir: epath.Path | pathlib.Path | None = None,
     cache: CacheMode = "auto",
     cache_dir: pathlib.Path | None = None,
     worker: int = 0,

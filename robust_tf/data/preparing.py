@@ -13,6 +13,7 @@ import urllib.parse
 import zipfile
 
 import tensorflow_datasets as tfds
+from etils import epath
 
 from robust_tf.data.builders import OWN_BUILDERS
 from robust_tf.data.datasets import TFDS_PREFIX, dataset_info, is_row
@@ -31,7 +32,7 @@ _FAILURES = (
 )
 
 
-def builder_of(name: str, data_dir: pathlib.Path | None = None) -> tfds.core.DatasetBuilder:
+def builder_of(name: str, data_dir: epath.Path | pathlib.Path | None = None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of a row or of `tfds:NAME[/config][:version]`, prepared or not.
 
     Raises:
@@ -57,7 +58,7 @@ def builder_of(name: str, data_dir: pathlib.Path | None = None) -> tfds.core.Dat
         raise UserError(f"TFDS has no such data set. Received: {name!r}: {error}") from None
 
 
-def prepared_builder(name: str, data_dir: pathlib.Path | None = None) -> tfds.core.DatasetBuilder:
+def prepared_builder(name: str, data_dir: epath.Path | pathlib.Path | None = None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of `name`, downloaded and prepared first if it was not; TFDS shows bars while it works.
 
     Raises:
@@ -81,9 +82,9 @@ def prepared_builder(name: str, data_dir: pathlib.Path | None = None) -> tfds.co
     return builder
 
 
-def root_of(builder: tfds.core.DatasetBuilder) -> pathlib.Path:
+def root_of(builder: tfds.core.DatasetBuilder) -> epath.Path:
     """The TFDS folder that a builder reads and writes, below which <name>/[<config>/]<version> lies."""
-    return pathlib.Path(builder.data_path).parents[builder.info.full_name.count("/")]
+    return epath.Path(builder.data_path).parents[builder.info.full_name.count("/")]
 
 
 def ways_to_prepare(name: str, builder: tfds.core.DatasetBuilder) -> tuple[str, ...]:
@@ -104,7 +105,7 @@ def _failure(name: str, builder: tfds.core.DatasetBuilder, reason: str) -> str:
     )
 
 
-def _manual_folder(builder: tfds.core.DatasetBuilder) -> pathlib.Path:
+def _manual_folder(builder: tfds.core.DatasetBuilder) -> epath.Path:
     return root_of(builder) / "downloads" / "manual"
 
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils import epath
 
 from robust_tf.data.datasets import dataset_info, is_row
 from robust_tf.data.preparing import prepared_builder
@@ -53,7 +54,7 @@ class TfdsPart:
         return self.builder.as_dataset(split=self.split, decoders=partial, shuffle_files=False, **options)
 
 
-def open_tfds(name: str, data_dir: pathlib.Path | None) -> LabelledImages:
+def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabelledImages:
     """A row of DATASETS or `tfds:NAME`, prepared first if it was not.
 
     Raises:

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.data import TaskData, load_task
+from robust_tf.data.opening import data_folder
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
 
@@ -98,7 +99,7 @@ def load_subject(
         image_size=classifier.input_shape[1],
         downscale=None if dataset_given else job.get("downscale"),
         batch_size=batch_size,
-        data_dir=pathlib.Path(data_dir) if data_dir else None,
+        data_dir=data_folder(data_dir),
     )
     logits = classifier.output_shape[-1]
     if logits != len(task.class_names):

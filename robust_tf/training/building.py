@@ -1,15 +1,70 @@
 """What a job trains, from its flags: the data of its task, and a new or an adapted classifier."""
 
+import dataclasses
 import pathlib
+from typing import Protocol
 
 import keras
 
 from robust_tf.config import JobConfig
 from robust_tf.data import TaskData, dataset_info, load_task
+from robust_tf.data.opening import data_folder
+from robust_tf.data.selection import held_out
 from robust_tf.models import build_classifier
 from robust_tf.transfer import freeze, replace_head, with_dtype_policy, with_image_size, with_normalization
 
 DEFAULT_ARCHITECTURE = "resnet20"
+
+
+class TaskFigures(Protocol):
+    """What a plan has to know of a task; see `TaskData`."""
+
+    @property
+    def num_train(self) -> int: ...
+    @property
+    def num_validation(self) -> int: ...
+    @property
+    def num_test(self) -> int: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def augmentation(self) -> str: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedTask:
+    """The figures of a task whose data need not be there."""
+
+    num_train: int
+    num_validation: int
+    num_test: int
+    class_names: tuple[str, ...]
+    image_size: int
+    augmentation: str
+    steps_per_epoch: int
+
+
+def planned_task(config: JobConfig, *, image_size: int | None = None) -> TaskFigures:
+    """What the DATASETS table says of a job's data; where that is not enough, the data themselves."""
+    info = dataset_info(config.dataset)
+    chosen_by_content = config.classes or config.examples_per_class or config.subset or config.skip_bad_images
+    if info.num_classes is None or info.num_train is None or info.num_test is None or chosen_by_content:
+        return task_of(config, image_size=image_size)
+    num_validation = int(held_out(info.num_train, config.validation_fraction).sum())
+    num_train = info.num_train - num_validation
+    return PlannedTask(
+        num_train=num_train,
+        num_validation=num_validation,
+        num_test=info.num_test,
+        class_names=tuple(map(str, range(info.num_classes))),
+        image_size=config.image_size or image_size or info.image_size,
+        augmentation=config.augmentation or info.augmentation,
+        steps_per_epoch=-(-num_train // config.batch_size),
+    )
 
 
 def task_of(
@@ -38,7 +93,7 @@ def task_of(
         skip_bad_images=config.skip_bad_images,
         seed=config.seed,
         split_seed=config.split_seed,
-        data_dir=pathlib.Path(config.data_dir) if config.data_dir else None,
+        data_dir=data_folder(config.data_dir),
         cache=config.cache,
         cache_dir=pathlib.Path(config.cache_dir) if config.cache_dir else None,
         worker=worker,
@@ -47,7 +102,7 @@ def task_of(
     )
 
 
-def new_classifier(config: JobConfig, task: TaskData) -> keras.Model:
+def new_classifier(config: JobConfig, task: TaskFigures) -> keras.Model:
     """An untrained classifier for pretraining, normalised as the data set's row says."""
     info = dataset_info(config.dataset)
     return build_classifier(
@@ -59,7 +114,7 @@ def new_classifier(config: JobConfig, task: TaskData) -> keras.Model:
     )
 
 
-def adapted(classifier: keras.Model, config: JobConfig, task: TaskData) -> keras.Model:
+def adapted(classifier: keras.Model, config: JobConfig, task: TaskFigures) -> keras.Model:
     """Makes the source a classifier of the task: size, normalisation, precision, a fresh head, frozen layers."""
     if classifier.input_shape[1] != task.image_size:
         classifier = with_image_size(classifier, task.image_size)

@@ -21,6 +21,7 @@ from robust_tf.training.interruption import signals_held_back
 from robust_tf.training.metrics import Accuracy, CrossEntropy, MeanPerClassAccuracy
 from robust_tf.training.objectives import recipe_of
 from robust_tf.training.optimizers import build_optimizer
+from robust_tf.training.out_of_memory import out_of_memory_explained
 from robust_tf.training.progress import ProgressBar, console
 from robust_tf.training.schedules import schedule_of
 from robust_tf.training.tensorboard import ProfileSteps, TensorBoardLogger, write_config
@@ -112,7 +113,7 @@ def _fit(
         epsilon=(lambda: trainer.epsilon) if config.fast == "epsilon_warmup" else None,
     )
     try:
-        with signals_held_back() as pending:
+        with out_of_memory_explained(config, classifier), signals_held_back() as pending:
             save = SaveProgress(
                 checkpoints,
                 progress,

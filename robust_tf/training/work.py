@@ -1,0 +1,186 @@
+"""How much a function computes, counted on its traced graph: multiply-adds of convolutions and matrix products.
+
+Everything else (BatchNorm, activations, the attack's own arithmetic) is below a hundredth of that in the networks of
+this package, and is not counted. A loop counts as often as it turns.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+Shape = Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """Floating-point operations (an addition and a multiplication are two), by what they are for.
+
+    Attributes:
+        forward: of the network's outputs.
+        input_gradient: of the gradient of each layer's inputs.
+        weight_gradient: of the gradient of each layer's weights.
+        bytes_moved: what these operations read and write.
+    """
+
+    forward: float = 0.0
+    input_gradient: float = 0.0
+    weight_gradient: float = 0.0
+    bytes_moved: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return self.forward + self.input_gradient + self.weight_gradient
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def __mul__(self, factor: float) -> "Work":
+        return Work(**{name: value * factor for name, value in vars(self).items()})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """A loop of a graph: how often it turns, and what one turn computes."""
+
+    turns: int
+    turn: Work
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphWork:
+    """What a traced function computes: in its loops, and outside of them."""
+
+    loops: tuple[Loop, ...]
+    outside: Work
+
+    @property
+    def total(self) -> Work:
+        return sum((loop.turn * loop.turns for loop in self.loops), self.outside)
+
+    def __mul__(self, factor: float) -> "GraphWork":
+        loops = tuple(Loop(turns=loop.turns, turn=loop.turn * factor) for loop in self.loops)
+        return GraphWork(loops=loops, outside=self.outside * factor)
+
+
+def count_work(function: Callable[..., Any], *arguments: tf.TensorSpec) -> GraphWork:
+    """Traces a function, without running it, and counts.
+
+    Args:
+        function: of tensors; what it calls may hold variables.
+        arguments: shape and dtype of its arguments, no dimension left open.
+
+    Raises:
+        ValueError: a loop in it does not say how often it turns, or a shape is not known.
+    """
+    graph = tf.function(function, autograph=False).get_concrete_function(*arguments).graph
+    graph_def = graph.as_graph_def(add_shapes=True)
+    library = {function.signature.name: function for function in graph_def.library.function}
+    needed = [*(tensor.op.name for tensor in graph.outputs), *(operation.name for operation in graph.control_outputs)]
+    return _count(graph_def.node, needed, {}, library)
+
+
+# Multiply-adds of an operation from the shapes of its inputs and of its output. Kernels are (height, width, input
+# channels of a group, output channels), those of depthwise convolutions (height, width, channels, multiplier).
+_Rule = Callable[[Any, list[Shape], Shape], float]
+_RULES: dict[str, _Rule] = {
+    "Conv2D": lambda node, inputs, output: math.prod(output) * math.prod(inputs[1][:3]),
+    "Conv2DBackpropInput": lambda node, inputs, output: math.prod(inputs[2]) * math.prod(inputs[1][:3]),
+    "Conv2DBackpropFilter": lambda node, inputs, output: math.prod(inputs[2]) * math.prod(output[:3]),
+    "DepthwiseConv2dNative": lambda node, inputs, output: math.prod(output) * math.prod(inputs[1][:2]),
+    "DepthwiseConv2dNativeBackpropInput": lambda node, inputs, output: math.prod(inputs[2]) * math.prod(inputs[1][:2]),
+    "DepthwiseConv2dNativeBackpropFilter": lambda node, inputs, output: math.prod(inputs[2]) * math.prod(output[:2]),
+    "MatMul": lambda node, inputs, output: math.prod(output) * inputs[0][0 if node.attr["transpose_a"].b else 1],
+    "BatchMatMulV2": lambda node, inputs, output: math.prod(output) * inputs[0][-2 if node.attr["adj_x"].b else -1],
+}
+
+
+def _kind(node: Any) -> str:
+    """Which field of `Work` an operation counts for.
+
+    Of images @ weights, the gradient of the images is gradient @ weights^T, and that of the weights
+    images^T @ gradient.
+    """
+    if node.op.endswith("BackpropInput") or node.attr["transpose_b"].b or node.attr["adj_y"].b:
+        return "input_gradient"
+    if node.op.endswith("BackpropFilter") or node.attr["transpose_a"].b or node.attr["adj_x"].b:
+        return "weight_gradient"
+    return "forward"
+
+
+def _count(
+    nodes: Iterable[Any], needed: Iterable[str], argument_shapes: dict[str, list[Shape]], library: dict[str, Any]
+) -> GraphWork:
+    by_name = {node.name: node for node in nodes}
+    shapes = argument_shapes | {name: _shapes(node.attr["_output_shapes"]) for name, node in by_name.items()}
+    outside, loops = Work(), []
+    for node in _run(by_name, needed):
+        if node.op in _RULES:
+            outside += _operation(node, [_of_input(name, shapes) for name in node.input if name[0] != "^"], shapes)
+        called = [attribute.func.name for attribute in node.attr.values() if attribute.func.name]
+        for name in called:  # of a branch, all that might be taken
+            function = library[name]
+            names = [argument.name for argument in function.signature.input_arg]
+            arguments = {
+                name: [shape]
+                for name, shape in zip(names, _shapes(function.attr["_input_shapes"]) or [()] * len(names), strict=True)
+            }
+            inside = _count(
+                function.node_def, [*function.ret.values(), *function.control_ret.values()], arguments, library
+            )
+            if node.op in ("While", "StatelessWhile"):
+                if inside.total.flops:
+                    loops.append(Loop(turns=_turns(node, by_name), turn=inside.total))
+            else:
+                loops += inside.loops
+                outside += inside.outside
+    return GraphWork(loops=tuple(loops), outside=outside)
+
+
+def _run(by_name: dict[str, Any], needed: Iterable[str]) -> list[Any]:
+    """The operations that are run for the sake of `needed`.
+
+    A gradient is traced for the weights as well where only that of the images is used, as in an attack.
+    """
+    waiting, found = list(needed), {}
+    while waiting:
+        name = waiting.pop().removeprefix("^").split(":")[0]
+        if name in by_name and name not in found:
+            found[name] = by_name[name]
+            waiting += by_name[name].input
+    return list(found.values())
+
+
+def _operation(node: Any, inputs: list[Shape], shapes: dict[str, list[Shape]]) -> Work:
+    output = shapes[node.name][0]
+    used = inputs
+    if node.op.endswith("BackpropInput"):
+        used = inputs[1:]  # the first input is only a shape
+    elif node.op.endswith("BackpropFilter"):
+        used = [inputs[0], inputs[2]]
+    if any(size < 0 for shape in (*used, output) for size in shape):
+        raise ValueError(f"{node.op} {node.name} has an open shape: {used} -> {output}.")
+    values = sum(math.prod(shape) for shape in (*used, output))
+    flops = 2.0 * _RULES[node.op](node, inputs, output)
+    return Work(**{_kind(node): flops}, bytes_moved=values * float(tf.as_dtype(node.attr["T"].type).size))
+
+
+def _turns(node: Any, by_name: dict[str, Any]) -> int:
+    # tf.while_loop's second input is its maximum_iterations, -1 for none.
+    source = by_name.get(node.input[1].split(":")[0])
+    turns = int(tf.make_ndarray(source.attr["value"].tensor)) if source is not None and source.op == "Const" else -1
+    if turns < 0:
+        raise ValueError(f"The loop {node.name} does not say how often it turns.")
+    return turns
+
+
+def _shapes(attribute: Any) -> list[Shape]:
+    return [tuple(dim.size for dim in shape.dim) for shape in attribute.list.shape]
+
+
+def _of_input(name: str, shapes: dict[str, list[Shape]]) -> Shape:
+    """The shape of an input named "node", "node:2" or, within a function, "node:output:0"."""
+    source, *output = name.split(":")
+    return shapes[source][int(output[-1]) if output else 0]

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Two minutes on a machine with one GPU: the flag files run there as they are, and PGD gives what it gives on a CPU.
+#   python -m pip install '.[and-cuda,test]' && tests/gpu_smoke.sh
+# Exits with 0 if all is well, 1 if something is wrong, 3 if there is no GPU.
+# SMOKE_DEVICE=CPU tries the script itself where there is no GPU: the same checks, without XLA, which is slow there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
+device=${SMOKE_DEVICE:-GPU}
+python=${PYTHON:-python}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+case $device in
+  GPU)
+    "$python" - <<'PY' || exit 3
+import sys
+import tensorflow as tf
+
+gpus = tf.config.list_physical_devices("GPU")
+if not gpus:
+    sys.exit(
+        f"TensorFlow {tf.__version__} sees no GPU. Is the driver there (nvidia-smi), and was the package installed as "
+        "'.[and-cuda]'? SMOKE_DEVICE=CPU tries this script without one."
+    )
+details = tf.config.experimental.get_device_details(gpus[0])
+print(f"{details.get('device_name', gpus[0].name)}, compute capability {details.get('compute_capability')}")
+PY
+    ;;
+  CPU) export CUDA_VISIBLE_DEVICES=-1 ;;
+  *)
+    echo "SMOKE_DEVICE is GPU or CPU. Received: $device." >&2
+    exit 1
+    ;;
+esac
+
+# Every flag file is one that this version reads.
+"$python" - <<'PY'
+import pathlib
+from robust_tf.config import read_flag_file
+
+for path in sorted(pathlib.Path("configs").glob("*.cfg")):
+    read_flag_file(path)
+PY
+
+# The quickstart's source, unchanged but for its length; then what accelerators are for.
+train() {
+  local name=$1
+  shift
+  "$python" -m robust_tf.train --flagfile=configs/quickstart_source.cfg --epochs=3 --workdir="$work/$name" "$@" \
+    >"$work/$name.log" 2>&1 || {
+    cat "$work/$name.log" >&2
+    echo "FAILED: $name" >&2
+    exit 1
+  }
+  "$python" - "$work/$name" <<'PY'
+import pathlib
+import sys
+from robust_tf.training.checkpoint import Checkpoints
+import json
+
+workdir = pathlib.Path(sys.argv[1])
+results = json.loads((workdir / "results.json").read_text())
+losses = [epoch["loss"] for epoch in Checkpoints(workdir / "checkpoints").peek().history]
+print(
+    f"{workdir.name}: {results['images_per_second']:,.0f} images/s with compiling, loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
+    f"robust {results['robust_accuracy']:.1%}"
+)
+if not losses[-1] < losses[0]:
+    sys.exit(f"FAILED: {workdir.name}: the loss does not fall. Received: {losses}.")
+PY
+}
+
+xla=(--jit_compile=true)
+[[ $device == CPU ]] && xla=(--jit_compile=false)
+train float32
+for precision in float32 mixed_bfloat16 mixed_float16; do
+  train "${precision}${xla[0]#--jit_compile}" --nodeterministic --precision="$precision" "${xla[@]}"
+done
+
+# PGD equals the reference within its tolerance. In true float32: TF32 rounds to 10 bits of mantissa.
+NVIDIA_TF32_OVERRIDE=0 "$python" -m pytest -q -p no:cacheprovider --basetemp="$work/pytest" \
+  tests/attacks/test_pgd.py -k "equals_the_reference or losses_of_the_reference or graph_equals_eager" || {
+  echo "FAILED: PGD is not that of the reference here" >&2
+  exit 1
+}
+echo "All is well on this $device."
