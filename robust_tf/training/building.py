@@ -11,6 +11,8 @@ from robust_tf.data import TaskData, dataset_info, load_task
 from robust_tf.data.opening import data_folder
 from robust_tf.data.selection import held_out
 from robust_tf.models import build_classifier
+from robust_tf.training.optimizers import build_optimizer
+from robust_tf.training.schedules import schedule_of
 from robust_tf.transfer import freeze, replace_head, with_dtype_policy, with_image_size, with_normalization
 
 DEFAULT_ARCHITECTURE = "resnet20"
@@ -131,3 +133,17 @@ def adapted(classifier: keras.Model, config: JobConfig, task: TaskFigures) -> ke
         batchnorm=config.frozen_batchnorm,
     )
     return classifier
+
+
+def optimizer_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0) -> keras.optimizers.Optimizer:
+    """The optimizer of a job, with its schedule; `factor` is on the learning rate."""
+    return build_optimizer(
+        config.optimizer,
+        learning_rate=schedule_of(config, steps_per_epoch, factor=factor),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        multipliers=config.multipliers,
+        global_clipnorm=config.clip_norm or None,
+        accumulate_steps=config.accumulate_steps,
+        average_decay=config.ema_decay,
+    )

@@ -16,12 +16,11 @@ from rich.table import Table
 from robust_tf.attacks import run_pgd
 from robust_tf.config import JobConfig
 from robust_tf.errors import UserError
-from robust_tf.training.building import TaskFigures
+from robust_tf.training.building import TaskFigures, optimizer_of
 from robust_tf.training.devices import Cluster
 from robust_tf.training.metrics import CrossEntropy
-from robust_tf.training.optimizers import build_optimizer
+from robust_tf.training.objectives import recipe_of
 from robust_tf.training.plan import fused_activation_bytes
-from robust_tf.training.schedules import schedule_of
 from robust_tf.training.trainer import AdversarialTrainer
 from robust_tf.training.work import GraphWork, Work, count_work
 
@@ -71,15 +70,9 @@ def job_work(config: JobConfig, classifier: keras.Model, task: TaskFigures) -> J
     Args:
         classifier: built under the precision of the flags, the right layers frozen.
     """
-    trainer = AdversarialTrainer(classifier, config.attack, seed=config.seed)
-    optimizer = build_optimizer(
-        config.optimizer,
-        learning_rate=schedule_of(config, task.steps_per_epoch),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        multipliers=config.multipliers,
-    )
-    trainer.compile(optimizer=optimizer, loss=CrossEntropy(), jit_compile=False)
+    recipe = recipe_of(config, task.steps_per_epoch)
+    trainer = AdversarialTrainer(classifier, config.attack, recipe=recipe, seed=config.seed)
+    trainer.compile(optimizer=optimizer_of(config, task.steps_per_epoch), loss=CrossEntropy(), jit_compile=False)
     trainer.optimizer.build(classifier.trainable_variables)
 
     shape = (config.batch_size, task.image_size, task.image_size, 3)
@@ -139,9 +132,9 @@ def device_plan(config: JobConfig, task: TaskFigures, work: JobWork, cluster: Cl
     validation = evaluation_seconds(task.num_validation, attack_steps, count)
     evaluation_attack = config.evaluation_attack
     final_steps = evaluation_attack.steps if evaluation_attack.active else 0
-    test = evaluation_seconds(task.num_test, final_steps, 1)
+    test = evaluation_seconds(task.num_test, final_steps, count)
     epoch = task.steps_per_epoch * step_seconds + validation
-    run = config.epochs * epoch + test
+    run = config.passes * epoch + test
     hours = run * count / 3600
 
     title = f"Plan on {cluster.name}: {cluster.hosts} x {cluster.per_host} {cluster.device_name}, {config.precision}"
@@ -163,14 +156,14 @@ def device_plan(config: JobConfig, task: TaskFigures, work: JobWork, cluster: Cl
         f"+ {_time(reduce_seconds)} = {_time(step_seconds)}, {config.batch_size / step_seconds:,.0f} images/s",
         "time of an epoch": f"{task.steps_per_epoch:,} steps x {_time(step_seconds)} + validation "
         f"({task.num_validation:,} images, PGD-{attack_steps}) {_time(validation)} = {_time(epoch)}",
-        "time of the run": f"{config.epochs} epochs x {_time(epoch)} + test on one device ({task.num_test:,} images, "
+        "time of the run": f"{config.passes} epochs x {_time(epoch)} + test ({task.num_test:,} images, "
         f"PGD-{final_steps}) {_time(test)} = {_time(run)}",
         "device-hours": f"{count} x {_time(run)} = {hours:,.2f} h",
         "input": f"{config.batch_size / step_seconds:,.0f} images/s / {cluster.hosts} (hosts) = "
         f"{config.batch_size / step_seconds / cluster.hosts:,.0f} images/s to decode and augment on each host",
         **_memory_rows(config, work, cluster, per_device),
         "checkpoint": f"{_si(work.weight_bytes, 'B')} weights + {_si(work.optimizer_bytes, 'B')} optimizer = "
-        f"{_si(work.weight_bytes + work.optimizer_bytes, 'B')}; the best weights besides, "
+        f"{_si(work.weight_bytes + work.optimizer_bytes, 'B')}; two are kept, and the best weights, "
         f"{_si(work.weight_bytes, 'B')}",
         "not counted": "launching kernels (microseconds each, which decide where images are small and few), compiling, "
         "waiting for input, writing checkpoints, alarms",

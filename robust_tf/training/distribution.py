@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -175,15 +174,6 @@ def start_distribution(kind: Kind) -> Distribution:
             raise UserError(f"--distribution=tpu finds no TPU: {error} Set TPU_NAME, or run on a TPU VM.") from error
         return Distribution(tf.distribute.TPUStrategy(resolver))
     return Distribution(tf.distribute.get_strategy())
-
-
-def prepare_batchnorm(classifier: keras.Model, *, synchronized: bool) -> None:
-    """Whether BatchNorm layers in training take the statistics of the whole batch or of the replica's share."""
-    for layer in classifier.layers:
-        if isinstance(layer, keras.Model):
-            prepare_batchnorm(layer, synchronized=synchronized)
-        elif isinstance(layer, keras.layers.BatchNormalization):
-            layer.synchronized = synchronized
 
 
 def begin_again(error: Exception, *, most: int) -> None:

@@ -14,16 +14,16 @@ from robust_tf.config import JobConfig
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm, epochs_between_looks
+from robust_tf.training.batchnorm import prepare_batchnorm
+from robust_tf.training.building import optimizer_of
 from robust_tf.training.callbacks import CallbacksFromStep, SaveProgress, StopOnNaN
 from robust_tf.training.checkpoint import Checkpoints, Progress, State, named_arrays
-from robust_tf.training.distribution import Distribution, prepare_batchnorm
+from robust_tf.training.distribution import Distribution
 from robust_tf.training.interruption import signals_held_back
 from robust_tf.training.metrics import Accuracy, CrossEntropy, MeanPerClassAccuracy
 from robust_tf.training.objectives import recipe_of
-from robust_tf.training.optimizers import build_optimizer
 from robust_tf.training.out_of_memory import out_of_memory_explained
 from robust_tf.training.progress import ProgressBar, console
-from robust_tf.training.schedules import schedule_of
 from robust_tf.training.tensorboard import ProfileSteps, TensorBoardLogger, write_config
 from robust_tf.training.trainer import AdversarialTrainer
 from robust_tf.training.unfreezing import UnfreezeAtEpoch
@@ -150,16 +150,6 @@ def _compiled_trainer(
         # The cheap recipes have one gradient step: a forward pass for these figures alone would be a sixth of it.
         clean_figures=config.fast not in ("fgsm", "free"),
     )
-    optimizer = build_optimizer(
-        config.optimizer,
-        learning_rate=schedule_of(config, task.steps_per_epoch, factor=_ROLLBACK_FACTOR**rollbacks),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        multipliers=config.multipliers,
-        global_clipnorm=config.clip_norm or None,
-        accumulate_steps=config.accumulate_steps,
-        average_decay=config.ema_decay,
-    )
 
     def compile_with(optimizer: keras.optimizers.Optimizer) -> None:
         trainer.compile(
@@ -175,7 +165,7 @@ def _compiled_trainer(
         trainer.build_metrics()
 
     # Compiled first: under mixed_float16 Keras wraps the optimizer, and the wrapped one has the state to restore.
-    compile_with(optimizer)
+    compile_with(optimizer_of(config, task.steps_per_epoch, factor=_ROLLBACK_FACTOR**rollbacks))
     trainer.optimizer.build(classifier.trainable_variables)
     return trainer, compile_with
 

@@ -15,10 +15,9 @@ from robust_tf.config import JobConfig
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.files import cache_folder
+from robust_tf.training.building import optimizer_of
 from robust_tf.training.checkpoint import Progress
-from robust_tf.training.optimizers import build_optimizer
 from robust_tf.training.progress import console, track
-from robust_tf.training.schedules import schedule_of
 from robust_tf.training.tensorboard import write_config, write_history
 from robust_tf.transfer.features import Features, stored_features
 from robust_tf.transfer.probes import PROBES, cross_entropy, metric_of
@@ -90,14 +89,7 @@ def fit_head(config: JobConfig, classifier: keras.Model, task: TaskData, workdir
 def _train(config: JobConfig, classifier: keras.Model, features: Features, task: TaskData) -> Progress:
     """The recipe of the flags; each epoch sees every image once, in a view that is drawn for it."""
     head = _copy_of_head(classifier)
-    optimizer = build_optimizer(
-        config.optimizer,
-        learning_rate=schedule_of(config, task.steps_per_epoch),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        multipliers=config.multipliers,
-        global_clipnorm=config.clip_norm or None,
-    )
+    optimizer = optimizer_of(config, task.steps_per_epoch)
     optimizer.build(head.trainable_variables)
     train_rows, predict = _steps(head, optimizer, task.batch_size)
     progress = Progress()

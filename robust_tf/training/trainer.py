@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -11,6 +10,7 @@ import tensorflow as tf
 from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.attacks.losses import LOSSES, is_correct
 from robust_tf.errors import UserError
+from robust_tf.training.batchnorm import unbiased_statistics
 from robust_tf.training.objectives import (
     AtPerturbedWeights,
     CleanAndAdversarial,
@@ -22,9 +22,10 @@ from robust_tf.training.objectives import (
     weight_perturbation,
 )
 from robust_tf.training.optimizers import averages_of
+from robust_tf.training.replicas import ReplicatedModel
 
 
-class AdversarialTrainer(keras.Model):
+class AdversarialTrainer(ReplicatedModel):
     """Trains a classifier on adversarial examples of its own, made anew for each batch.
 
     Solves min over the weights of the mean over (images, labels) of max over the ball of the loss. Use it like any
@@ -178,7 +179,7 @@ class AdversarialTrainer(keras.Model):
         # The step count as seed: a resumed run draws what the interrupted one would have drawn. Not the optimizer's
         # count: that one stands still while gradients are accumulated, or when one overflows.
         seed = tf.stack([tf.constant(self._seed, tf.int64), tf.convert_to_tensor(self._steps)])
-        if self._num_replicas > 1:  # each has other images, and draws other starts
+        if self.num_replicas > 1:  # each has other images, and draws other starts
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             seed = tf.random.experimental.stateless_fold_in(seed, replica)
         self._steps.assign_add(1)
@@ -208,46 +209,6 @@ class AdversarialTrainer(keras.Model):
             else:
                 self._update_clean(result.start_loss, result.start_correct, sample_weight)
         return super().test_step((images_adv, labels, sample_weight))
-
-    @property
-    def _num_replicas(self) -> int:
-        return self.distribute_strategy.num_replicas_in_sync
-
-    def make_train_function(self, force: bool = False) -> None:
-        if self._num_replicas == 1:
-            super().make_train_function(force)
-        elif getattr(self, "train_function", None) is None or force:
-            self.train_function = self._on_all_replicas(self.train_step)
-
-    def make_test_function(self, force: bool = False) -> None:
-        if self._num_replicas == 1:
-            super().make_test_function(force)
-        elif getattr(self, "test_function", None) is None or force:
-            self.test_function = self._on_all_replicas(self.test_step)
-
-    def _on_all_replicas(self, step: Callable[[Any], dict[str, tf.Tensor]]) -> Callable[[Any], dict[str, tf.Tensor]]:
-        """One step on a batch that is shared among the replicas; the figures are means over them.
-
-        Keras's own way takes the figures of one replica, and fails with several workers (keras-team/keras#20585).
-        """
-        strategy = self.distribute_strategy
-
-        @tf.function(reduce_retracing=True, autograph=False)
-        def on_next_batch(iterator: Any) -> dict[str, tf.Tensor]:
-            logs = strategy.run(step, args=(next(iterator),))
-            # In one piece: every reduction is a round over the network.
-            names = sorted(logs)
-            values = strategy.run(
-                lambda logs: tf.stack([tf.cast(logs[name], tf.float32) for name in names]), args=(logs,)
-            )
-            return dict(zip(names, tf.unstack(strategy.reduce("MEAN", values, axis=None)), strict=True))
-
-        return on_next_batch
-
-    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        # Keras averages a batch over the workers for this, and can't. `build_metrics` has made what is to be made.
-        if self._num_replicas == 1:
-            super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def _attacked(self, images: tf.Tensor, labels: tf.Tensor, sample_weight: Any, seed: tf.Tensor) -> tf.Tensor:
         """The adversarial images of Madry's training; the clean metrics are updated on the way."""
@@ -291,7 +252,7 @@ class AdversarialTrainer(keras.Model):
             found = tf.cond(started, gradients, lambda: none)
         else:
             found = gradients()
-        if self._num_replicas > 1:  # the loss is that of the whole batch
+        if self.num_replicas > 1:  # the loss is that of the whole batch
             found = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, found)
         gamma = self.recipe.awp_gamma
         pairs = zip(self._full_weights, found, strict=True)
@@ -371,53 +332,7 @@ class AdversarialTrainer(keras.Model):
             return logs
         return {name: value for name, value in logs.items() if name not in ("clean_loss", "clean_accuracy")}
 
-    @contextlib.contextmanager
-    def _unbiased_statistics(self, images: tf.Tensor, *, passes: int = 1) -> Iterator[None]:
-        """Corrects what `passes` passes in training mode, one after the other, add to the moving variances."""
-        before = [(layer, tf.identity(layer.moving_variance)) for layer in self._updated_batchnorms()]
-        yield
-        for layer, variance in before:
-            replicas = self._num_replicas if layer.synchronized else 1
-            _make_unbiased(layer, variance, tf.shape(images)[0] * replicas, passes)
-
-    def _updated_batchnorms(self) -> list[keras.layers.BatchNormalization]:
+    def _unbiased_statistics(self, images: tf.Tensor, *, passes: int = 1) -> contextlib.AbstractContextManager[None]:
         if not self._unbiased_batchnorm:
-            return []
-        return [
-            layer
-            for layer in _flat_layers(self.classifier)
-            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable and _positions(layer) is not None
-        ]
-
-
-def _flat_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    layers: list[keras.layers.Layer] = []
-    for layer in model.layers:
-        layers += _flat_layers(layer) if isinstance(layer, keras.Model) else [layer]
-    return layers
-
-
-def _positions(layer: keras.layers.Layer) -> int | None:
-    """How many values each image adds to a channel's statistics, or None where that isn't known beforehand."""
-    try:
-        shape = layer.input.shape
-    except (AttributeError, ValueError):  # not in a functional graph, or used more than once
-        return None
-    channel_axis = layer.axis % len(shape)
-    count = 1
-    for axis, size in enumerate(shape):
-        if axis not in (0, channel_axis):
-            if size is None:
-                return None
-            count *= size
-    return count
-
-
-def _make_unbiased(
-    layer: keras.layers.BatchNormalization, variance_before: tf.Tensor, batch_size: tf.Tensor, passes: int
-) -> None:
-    """Replaces the biased batch variances in the moving variance by the unbiased ones, n / (n - 1) times as large."""
-    count = tf.cast(batch_size * _positions(layer), tf.float32)
-    kept = layer.momentum**passes * variance_before
-    followed = layer.moving_variance - kept
-    layer.moving_variance.assign(kept + followed * count / tf.maximum(count - 1.0, 1.0))
+            return contextlib.nullcontext()
+        return unbiased_statistics(self.classifier, tf.shape(images)[0], passes=passes, replicas=self.num_replicas)
