@@ -180,6 +180,14 @@ def test_birdsnap(birdsnap, tmp_path):
     assert official.train.num_examples == 16
 
 
+def test_two_collections_of_birdsnap_are_told_apart(birdsnap, tmp_path):
+    """By one photograph, which changes neither the name nor the version of the data set."""
+    shutil.copytree(tmp_path / "downloads", tmp_path / "other" / "downloads")
+    (tmp_path / "other/downloads/manual/birdsnap/download/images/Acadian_Flycatcher/9.jpg").unlink()
+    here = open_dataset("birdsnap", tmp_path).fingerprint
+    assert open_dataset("birdsnap", tmp_path / "other").fingerprint != here
+
+
 def test_a_missing_list_is_named(birdsnap, tmp_path):
     (birdsnap / "test_images.txt").unlink()
     with pytest.raises(UserError, match=r"Received: no test_images.txt"):
