@@ -488,6 +488,11 @@ class JobConfig:
                 "--features=cached trains on stored features, which no attack can reach: it needs --epsilon=0 (and "
                 f"--eval_epsilon for the robust accuracy). Received: --epsilon={self.epsilon:g}."
             )
+        if self.views > 1 and self.augmentation == "none" and not self.rand_augment:
+            raise UserError(
+                "All views but the first are augmented, and would here be equal to it. Received: "
+                f"--views={self.views} --augmentation=none."
+            )
         if not self.features_cache_size_gb > 0:
             raise UserError(f"--features_cache_size_gb must be more than 0. Received: {self.features_cache_size_gb}.")
 

@@ -59,9 +59,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture
-def mocked_tfds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[None]]:
+def mocked_tfds() -> Callable[..., AbstractContextManager[None]]:
     """`tfds.testing.mock_data`: random images of the right kind, as if they had been downloaded."""
     import tensorflow_datasets as tfds
 
-    monkeypatch.setattr("robust_tf.data.preparing._offline", lambda hosts: False)
     return tfds.testing.mock_data

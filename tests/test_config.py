@@ -238,6 +238,7 @@ def test_differences_name_both_values_and_leave_out_what_is_no_part_of_the_job()
         (["--head=ridge"], "--head is for --features=cached. Received: --head=ridge"),
         (["--features=cached"], "needs --task=transfer. Received: pretrain"),
         ([*CACHED, "--views=0"], "--views must be 1 or more. Received: 0"),
+        ([*CACHED, "--views=3", "--augmentation=none"], "--views=3 --augmentation=none"),
         ([*CACHED, "--transfer_mode=full_network"], "needs --transfer_mode=fixed_feature. Received: full_network"),
         ([*CACHED, "--frozen_batchnorm=update"], "needs --frozen_batchnorm=frozen. Received: update"),
         ([*CACHED, "--head=lbfgs", "--hidden_layers=1"], "--head=lbfgs needs --hidden_layers=0. Received: 1"),

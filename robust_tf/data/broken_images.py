@@ -72,5 +72,6 @@ def reason_of(part: Part, index: int) -> str:
         for _, encoded, _ in part.records().skip(index).take(1):
             decode(encoded)
     except tf.errors.OpError as error:
-        return error.message.splitlines()[0].partition(" [Op:")[0].strip(" .")
+        # Without the names of the operations that TensorFlow puts around it.
+        return error.message.splitlines()[0].partition(" [Op:")[0].rpartition("}} ")[2].strip(" .")
     return "unknown reason"

@@ -11,6 +11,7 @@ import socket
 import tarfile
 import urllib.parse
 import zipfile
+from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -20,10 +21,12 @@ from robust_tf.data.datasets import TFDS_PREFIX, dataset_info, is_row
 from robust_tf.errors import UserError
 
 _CATALOG = "https://www.tensorflow.org/datasets/catalog/overview"
-# What TFDS raises when files can't be had.
+# What TFDS raises when files can't be had or are not what they should be.
 _FAILURES = (
     OSError,  # network, disk or permission
     AssertionError,  # files are missing that must be brought by hand
+    ValueError,  # a version that this TFDS can't make
+    RuntimeError,  # files that contradict each other, such as a list that names an unknown class
     tfds.download.DownloadError,
     tfds.download.download_manager.NonMatchingChecksumError,
     tfds.download.extractor.ExtractError,
@@ -67,19 +70,34 @@ def prepared_builder(name: str, data_dir: epath.Path | pathlib.Path | None = Non
     builder = builder_of(name, data_dir)
     if builder.is_prepared():
         return builder
-    # TFDS would try for minutes.
-    hosts = {urllib.parse.urlparse(url).hostname or "" for url in _missing_downloads(builder)}
-    if hosts and _offline(hosts):
-        raise UserError(_failure(name, builder, f"no internet: cannot find {', '.join(sorted(hosts))}"))
+    _ask_for_internet_first(builder)
     try:
         if name == "digits":  # a second, and no download: TFDS's announcements would only alarm
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 builder.download_and_prepare()
         else:
             builder.download_and_prepare()
+    except UserError:
+        raise
     except _FAILURES as error:
         raise UserError(_failure(name, builder, f"{type(error).__name__}: {error}")) from error
     return builder
+
+
+def _ask_for_internet_first(builder: tfds.core.DatasetBuilder) -> None:
+    """Without internet `download_and_prepare` then fails at once, where TFDS alone would try for minutes.
+
+    It asks when TFDS gets ready to download, so that a builder of `tfds.testing.mock_data` needs no internet.
+    """
+    make_download_manager = builder._make_download_manager
+
+    def make_if_online(**options: Any) -> tfds.download.DownloadManager:
+        hosts = {urllib.parse.urlparse(url).hostname or "" for url in _missing_downloads(builder)}
+        if hosts and _offline(hosts):
+            raise ConnectionError(f"no internet: cannot find {', '.join(sorted(hosts))}")
+        return make_download_manager(**options)
+
+    builder._make_download_manager = make_if_online
 
 
 def root_of(builder: tfds.core.DatasetBuilder) -> epath.Path:

@@ -79,9 +79,14 @@ def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> Labelled
         test=part(test),
         validation=own_validation,
         num_bytes=int(builder.info.dataset_size or 0),
-        fingerprint=f"{builder.info.full_name} {train} {test}",
+        fingerprint=f"{builder.info.full_name} {train} {test} {_sizes(builder)}",
         trusted=is_row(name),
     )
+
+
+def _sizes(builder: tfds.core.DatasetBuilder) -> list[tuple[str, int, int]]:
+    """Of each split. One version may hold other images where each user collects them, as those of Birdsnap."""
+    return [(name, info.num_examples, info.num_bytes) for name, info in sorted(builder.info.splits.items())]
 
 
 def _keys(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:

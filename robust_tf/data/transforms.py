@@ -10,16 +10,55 @@ _DCT = "INTEGER_ACCURATE"
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """JPEG, PNG, GIF (first frame), BMP or WebP bytes, a scalar string -> (height, width, 3) uint8.
+    """JPEG, PNG, GIF (first frame), BMP or WebP (not animated) bytes, a scalar string -> (height, width, 3) uint8.
 
     Grey is repeated to RGB, alpha dropped, CMYK converted, 16 bits reduced to 8; EXIF rotation is left alone.
     """
     image = tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT),
-        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+        lambda: _decode_other(encoded),
     )
     return tf.ensure_shape(image, (None, None, 3))
+
+
+def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
+    """The formats besides JPEG. Two of them need more than TensorFlow's decoder."""
+    signature = tf.strings.substr(encoded, 0, 2)
+    return tf.case(
+        [(signature == b"RI", lambda: _decode_webp(encoded)), (signature == b"BM", lambda: _decode_bmp(encoded))],
+        default=lambda: _decode_to_rgb(encoded),
+    )
+
+
+def _decode_to_rgb(encoded: tf.Tensor) -> tf.Tensor:
+    return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+
+
+def _decode_webp(encoded: tf.Tensor) -> tf.Tensor:
+    # Asked for 3 channels, the decoder refuses an image with alpha. Asked for all, it writes beyond its buffer for an
+    # animated one (TensorFlow 2.21), so that must stay refused: bit 1 of the extended header's flags.
+    header = tf.io.decode_raw(tf.strings.substr(encoded, 12, 9), tf.uint8)
+    extended = tf.reduce_all(header[:4] == tf.constant(list(b"VP8X"), tf.uint8))
+    return tf.cond(
+        extended & (tf.bitwise.bitwise_and(header[8], 2) != 0),
+        lambda: _decode_to_rgb(encoded),
+        lambda: tf.io.decode_image(encoded, channels=0, expand_animations=False)[..., :3],
+    )
+
+
+def _decode_bmp(encoded: tf.Tensor) -> tf.Tensor:
+    header = tf.cast(tf.io.decode_raw(tf.strings.substr(encoded, 0, 54), tf.uint8, fixed_length=56), tf.int32)
+
+    def with_palette() -> tf.Tensor:
+        # TensorFlow takes the numbers of the colours for shades of grey, without a word.
+        start = 14 + header[14] + 256 * header[15]  # behind both headers; the second one says how long it is
+        palette = tf.reshape(tf.io.decode_raw(tf.strings.substr(encoded, start, 4 * 256), tf.uint8), (-1, 4))
+        numbers = tf.io.decode_bmp(encoded)[..., 0]
+        return tf.gather(palette, tf.cast(numbers, tf.int32))[..., 2::-1]  # blue, green, red, unused
+
+    bits_per_pixel = header[28] + 256 * header[29]
+    return tf.cond(bits_per_pixel == 8, with_palette, lambda: _decode_to_rgb(encoded))
 
 
 def _with_shape(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -42,7 +81,7 @@ class Picture:
         self._pixels, shape = tf.cond(
             self._is_jpeg,
             lambda: (tf.zeros([0, 0, 3], tf.uint8), tf.image.extract_jpeg_shape(encoded)),
-            lambda: _with_shape(tf.io.decode_image(encoded, channels=3, expand_animations=False)),
+            lambda: _with_shape(_decode_other(encoded)),
         )
         self.height, self.width = shape[0], shape[1]
 
@@ -92,28 +131,45 @@ def resize(image: tf.Tensor, height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
     Returns:
         (height, width, 3) float32 in [0, 1].
     """
+    return _resized_window(image, (height, width), (0, 0), (height, width))
+
+
+def _resized_window(
+    image: tf.Tensor,
+    size: tuple[tf.Tensor, tf.Tensor],
+    offset: tuple[tf.Tensor | int, tf.Tensor | int],
+    window: tuple[tf.Tensor | int, tf.Tensor | int],
+) -> tf.Tensor:
+    """The part of `image` resized to `size` that lies at `offset` and is as large as `window`: (height, width) each."""
     shape = tf.shape(image)
     # One axis after the other, each as the first one of an image of width 1. TensorFlow's kernel goes through the
     # second axis pixel by pixel; this way, with the same result bit by bit, it takes a quarter of the time.
-    rows = _resize_first_axis(image, shape[0], shape[1], height)
-    columns = _resize_first_axis(tf.transpose(rows, (1, 0, 2)), shape[1], height, width)
+    rows = _resize_first_axis(image, shape[0], shape[1], size[0], offset[0], window[0])
+    columns = _resize_first_axis(tf.transpose(rows, (1, 0, 2)), shape[1], window[0], size[1], offset[1], window[1])
     # Rounding may leave 255 by a hair.
     return tf.transpose(tf.minimum(columns * (1.0 / 255.0), 1.0), (1, 0, 2))
 
 
-def _resize_first_axis(image: tf.Tensor, length: tf.Tensor, other: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-    """(length, other, 3) -> (size, other, 3) float32, in the units of `image`."""
+def _resize_first_axis(
+    image: tf.Tensor,
+    length: tf.Tensor,
+    other: tf.Tensor | int,
+    size: tf.Tensor,
+    first: tf.Tensor | int,
+    count: tf.Tensor | int,
+) -> tf.Tensor:
+    """(length, other, 3) -> rows `first` to `first + count` of (size, other, 3) float32, in the units of `image`."""
     strip = tf.reshape(image, (1, length, 1, other * 3))
     scale = tf.stack([tf.cast(size, tf.float32) / tf.cast(length, tf.float32), 1.0])
     resized = tf.raw_ops.ScaleAndTranslate(
         images=strip,
-        size=tf.stack([size, 1]),
+        size=tf.stack([count, 1]),
         scale=scale,
-        translation=tf.zeros([2]),
+        translation=tf.stack([-tf.cast(first, tf.float32), 0.0]),
         kernel_type="triangle",
         antialias=True,
     )
-    return tf.reshape(resized, (size, other, 3))
+    return tf.reshape(resized, (count, other, 3))
 
 
 def evaluation_transform(image: tf.Tensor, *, image_size: int, resize_size: int) -> tf.Tensor:
@@ -127,10 +183,11 @@ def evaluation_transform(image: tf.Tensor, *, image_size: int, resize_size: int)
     Returns:
         (image_size, image_size, 3) float32 in [0, 1].
     """
-    height, width = shorter_side_to(tf.shape(image)[0], tf.shape(image)[1], resize_size)
-    resized = resize(image, height, width)
-    top, left = (tf.cast(tf.round(tf.cast(side - image_size, tf.float32) / 2.0), tf.int32) for side in (height, width))
-    return tf.ensure_shape(resized[top : top + image_size, left : left + image_size], (image_size, image_size, 3))
+    size = shorter_side_to(tf.shape(image)[0], tf.shape(image)[1], resize_size)
+    top, left = (tf.cast(tf.round(tf.cast(side - image_size, tf.float32) / 2.0), tf.int32) for side in size)
+    # Only the square is made: the whole of an image of 1x30,000 pixels would take 24 GB.
+    square = _resized_window(image, size, (top, left), (image_size, image_size))
+    return tf.ensure_shape(square, (image_size, image_size, 3))
 
 
 def downscale(image: tf.Tensor, size: int) -> tf.Tensor:

@@ -101,10 +101,12 @@ def stored_features(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(_lock_of(store)):
+            if (store / _KEY).exists():
+                _check_key(store, key)
+            # For an interrupted store too: others may have taken the room that it still needs.
+            _make_room(folder, store, row_bytes * sum(file.rows for file in files), max_bytes)
             if not (store / _KEY).exists():
-                _make_room(folder, store, row_bytes * sum(file.rows for file in files), max_bytes)
                 write_json(store / _KEY, key)
-            _check_key(store, key)
             os.utime(store / _KEY)  # of the last use: the oldest go first
             computed = sum(_complete_file(store, file, row_bytes, backbone, track) for file in files)
             _check_or_seal(store, files, row_bytes)
@@ -216,7 +218,7 @@ def _check_or_seal(store: pathlib.Path, files: list[_File], row_bytes: int) -> N
 
 
 def _make_room(folder: pathlib.Path, store: pathlib.Path, needed: int, max_bytes: float) -> None:
-    """Deletes the stores that were not used for longest until `needed` more bytes are allowed."""
+    """Deletes the other stores that were not used for longest until `store` may grow to `needed` bytes."""
     if needed > max_bytes:
         raise UserError(
             f"These features take {needed / 1e9:.3g} GB, and --features_cache_size_gb allows {max_bytes / 1e9:.3g}. "
@@ -225,15 +227,23 @@ def _make_room(folder: pathlib.Path, store: pathlib.Path, needed: int, max_bytes
     others = [path.parent for path in folder.glob(f"*/{_KEY}") if path.parent != store]
     others.sort(key=lambda other: (other / _KEY).stat().st_mtime)
     total = sum(_num_bytes(other) for other in others)
-    while others and total + needed > max_bytes:
-        oldest = others.pop(0)
-        with contextlib.suppress(TimeoutError), WeakFileLock(_lock_of(oldest), timeout=0.1):  # none that is in use
+    for oldest in others:
+        if total + needed <= max_bytes:
+            break
+        with contextlib.suppress(TimeoutError), WeakFileLock(_lock_of(oldest), timeout=0.1):  # none that is written to
             total -= _num_bytes(oldest)
             shutil.rmtree(oldest)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    if total + needed > max_bytes:
         raise UserError(
-            f"These features take {needed / 1e9:.3g} GB, and {folder} has {free / 1e9:.3g} GB left. Nothing was "
+            f"These features take {needed / 1e9:.3g} GB, other jobs are writing {total / 1e9:.3g} GB just now, and "
+            f"--features_cache_size_gb allows {max_bytes / 1e9:.3g} in all. Wait for them, or allow more. "
+            f"Received: --features_cache_size_gb={max_bytes / 1e9:g}."
+        )
+    missing = needed - (_num_bytes(store) if store.exists() else 0)
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise UserError(
+            f"These features take {missing / 1e9:.3g} GB more, and {folder} has {free / 1e9:.3g} GB left. Nothing was "
             "written. Free some space, or name another folder by --cache_dir."
         )
 

@@ -45,17 +45,33 @@ def contents(part) -> dict[str, tuple[bytes, int]]:
     return {example["file_name"].decode(): (example["image"], int(example["label"])) for example in examples}
 
 
-def test_aircraft(manual, tmp_path, monkeypatch):
-    data = tmp_path / "made" / "fgvc-aircraft-2013b" / "data"
-    write(data / "variants.txt", "DC-3\nA340-200\n707-320\n")  # not sorted, as a future list might be
-    lists = {"train": ["0000001 DC-3", "0000002 707-320"], "val": ["0000003 A340-200"], "test": ["0000004 707-320"]}
-    for part, lines in lists.items():
-        write(data / f"images_variant_{part}.txt", "".join(line + "\n" for line in lines))
-    for number in range(1, 5):
-        write(data / "images" / f"{number:07d}.jpg", jpeg(number))
-    archive = packed(data.parent, manual / "fgvc-aircraft-2013b", "gztar")
-    monkeypatch.setattr(OWN_BUILDERS["fgvc_aircraft"], "MD5", md5(archive))
+AIRCRAFT = {
+    "train": ["0000001 DC-3", "0000002 707-320"],
+    "val": ["0000003 A340-200"],
+    "test": ["0000004 707-320"],
+}
 
+
+@pytest.fixture
+def aircraft(manual, tmp_path, monkeypatch):
+    """Makes the archive from the lines of its lists, with the images of some numbers."""
+
+    def make(lists=AIRCRAFT, numbers=range(1, 5), end="\n"):
+        data = tmp_path / "made" / "fgvc-aircraft-2013b" / "data"
+        write(data / "variants.txt", "DC-3\nA340-200\n707-320" + end)  # not sorted, as a future list might be
+        for part, lines in lists.items():
+            write(data / f"images_variant_{part}.txt", "\n".join(lines) + end)
+        for number in numbers:
+            write(data / "images" / f"{number:07d}.jpg", jpeg(number))
+        archive = packed(data.parent, manual / "fgvc-aircraft-2013b", "gztar")
+        monkeypatch.setattr(OWN_BUILDERS["fgvc_aircraft"], "MD5", md5(archive))
+
+    return make
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_aircraft(aircraft, tmp_path, end):
+    aircraft(end=end)
     images = open_dataset("aircraft", tmp_path)
     assert images.class_names == ("707-320", "A340-200", "DC-3")
     assert contents(images.train) == {
@@ -64,6 +80,21 @@ def test_aircraft(manual, tmp_path, monkeypatch):
         "0000003.jpg": (jpeg(3), 1),
     }
     assert contents(images.test) == {"0000004.jpg": (jpeg(4), 0)}
+
+
+@pytest.mark.parametrize(
+    ("lists", "numbers", "message"),
+    [
+        ({"train": ["0000001 DC-9"]}, range(1, 5), "0000001.jpg.*DC-9"),
+        ({"train": ["0000001 DC-3"] * 2}, range(1, 5), "share the same hashed key"),
+        ({}, (1, 3, 4), "No such file.*0000002.jpg"),
+    ],
+)
+def test_lists_and_images_that_contradict_each_other_are_refused(aircraft, tmp_path, lists, numbers, message):
+    aircraft({**AIRCRAFT, **lists}, numbers)
+    with pytest.raises(UserError, match=f"(?s)Received: .*{message}.*--prepare=aircraft"):
+        open_dataset("aircraft", tmp_path)
+    assert not (tmp_path / "fgvc_aircraft" / "1.0.0").exists()
 
 
 def test_an_archive_that_was_cut_off_is_refused(manual, tmp_path):
@@ -147,6 +178,14 @@ def test_birdsnap(birdsnap, tmp_path):
     official = open_dataset("tfds:birdsnap/official", tmp_path)
     assert set(contents(official.test)) == {"Acadian_Flycatcher/0.jpg", "Zone-tailed_Hawk/0.jpg"}
     assert official.train.num_examples == 16
+
+
+def test_two_collections_of_birdsnap_are_told_apart(birdsnap, tmp_path):
+    """By one photograph, which changes neither the name nor the version of the data set."""
+    shutil.copytree(tmp_path / "downloads", tmp_path / "other" / "downloads")
+    (tmp_path / "other/downloads/manual/birdsnap/download/images/Acadian_Flycatcher/9.jpg").unlink()
+    here = open_dataset("birdsnap", tmp_path).fingerprint
+    assert open_dataset("birdsnap", tmp_path / "other").fingerprint != here
 
 
 def test_a_missing_list_is_named(birdsnap, tmp_path):

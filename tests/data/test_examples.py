@@ -117,6 +117,11 @@ def test_workers_share_the_batches_of_one(load, cache):
     for (images, labels), first, second in zip(whole, *shares, strict=False):
         assert rows(np.concatenate([first[0], second[0]])) == rows(images)
         assert sorted(np.concatenate([first[1], second[1]])) == sorted(labels)
+    for part in parts:  # evaluation is whole at each of them
+        for ours, theirs in ((part.validation, single.validation), (part.test, single.test)):
+            for (images, labels), expected in zip(ours.as_numpy_iterator(), theirs.as_numpy_iterator(), strict=True):
+                np.testing.assert_array_equal(images, expected[0])
+                np.testing.assert_array_equal(labels, expected[1])
 
 
 @pytest.mark.parametrize("options", [{"worker": 2, "num_workers": 2}, {"num_workers": 3}])
@@ -179,7 +184,7 @@ def test_a_broken_image_is_named(load, broken, part):
     task = load()
     path, other = broken if part == "train" else broken[::-1]
     other.write_bytes((path.parent / "00.jpg").read_bytes())
-    with pytest.raises(UserError, match=rf"Cannot decode the image {path}.*--skip_bad_images"):
+    with pytest.raises(UserError, match=rf"Cannot decode the image {path}: \w.*--skip_bad_images"):
         with task.broken_images_named():
             for dataset in (task.train(first_epoch=0, epochs=1), task.validation, task.test):
                 for _ in dataset:

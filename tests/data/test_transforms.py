@@ -79,6 +79,74 @@ def test_grey_is_repeated_and_alpha_dropped():
     assert (alpha == (10, 20, 30)).all()
 
 
+TRANSLUCENT = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 4)).astype(np.uint8))
+SECOND_FRAME = {"save_all": True, "append_images": [Image.new("RGB", (40, 30), (9, 9, 9))]}
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "options"),
+    [
+        (TRANSLUCENT, "PNG", {}),
+        (TRANSLUCENT.convert("LA"), "PNG", {}),
+        (TRANSLUCENT.convert("RGB").quantize(16), "PNG", {"transparency": 3}),
+        (TRANSLUCENT, "WEBP", {"lossless": True}),
+        (TRANSLUCENT.convert("RGB"), "WEBP", {}),
+        (TRANSLUCENT, "WEBP", {}),
+        (TRANSLUCENT.convert("RGB").quantize(16), "GIF", SECOND_FRAME),
+        (TRANSLUCENT, "BMP", {}),
+        (TRANSLUCENT.convert("L"), "BMP", {}),
+        (TRANSLUCENT.convert("RGB").quantize(16), "BMP", {}),
+    ],
+    ids=[
+        "RGBA PNG",
+        "LA PNG",
+        "palette PNG",
+        "RGBA WebP",
+        "lossy WebP",
+        "lossy RGBA WebP",
+        "animated GIF",
+        "RGBA BMP",
+        "grey BMP",
+        "palette BMP",
+    ],
+)
+def test_other_formats_are_decoded_as_pillow_does(image, kind, options):
+    data = encoded(image, kind, **options)
+    theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert len(np.unique(theirs)) > 10
+    np.testing.assert_array_equal(decode(tf.constant(data)), theirs)
+    np.testing.assert_array_equal(Picture(tf.constant(data)).whole(), theirs)
+
+
+ANIMATED_WEBP = encoded(TRANSLUCENT.convert("RGB"), "WEBP", **SECOND_FRAME)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"B", b"BM", b"BM" + bytes(100), b"RIFF", b"no image", ANIMATED_WEBP],
+    ids=["empty", "B", "BM", "BMP", "RIFF", "text", "animated WebP"],
+)
+def test_what_cannot_be_decoded_is_an_error_of_the_decoder(data):
+    """An animated WebP among it: TensorFlow would write beyond its buffer."""
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        decode(tf.constant(data))
+
+
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (2, 5_000)], ids=str)
+def test_of_a_thin_image_only_the_square_in_the_centre_is_made(size):
+    """The whole of it, 256 pixels high, would take up to 24 GB."""
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+    ours = evaluation_transform(tf.constant(image), image_size=224, resize_size=256).numpy() * 255
+    # The few pixels that the square comes from, enlarged on their own; so many that their edge is outside of it.
+    height, width = (slice(max(0, n // 2 - 10), n // 2 + 10) if n > 2 else slice(None) for n in size)
+    short = min(size)
+    part = Image.fromarray(image[height, width])
+    whole = part.resize((part.width * 256 // short, part.height * 256 // short), Image.Resampling.BILINEAR)
+    left, top = ((side - 224) // 2 for side in whole.size)
+    theirs = np.asarray(whole.crop((left, top, left + 224, top + 224)), float)
+    assert np.abs(ours - theirs).max() <= 2 and np.abs(ours - theirs).mean() < 0.5
+
+
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_augmentation_is_in_range_and_decided_by_the_seed(name):
     picture = DecodedPicture(tf.constant(PHOTOGRAPHS[0]))

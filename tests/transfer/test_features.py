@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import WeakFileLock
 
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
@@ -134,6 +135,27 @@ def test_the_folder_is_bounded_and_the_oldest_goes(stored, task, tmp_path):
     stored(dataclasses.replace(task, fingerprint="third"), max_bytes=2 * one + 8000)
     left = {path.name for path in (tmp_path / "features").iterdir() if path.is_dir()}
     assert newer not in left and names < left and len(left) == 2
+
+
+def test_an_interrupted_store_that_goes_on_stays_within_the_bound(stored, task, tmp_path):
+    """While it was small, another one took the room."""
+    one = stored().computed * 4 * 64
+    store = the_store(tmp_path)
+    (store / "complete.json").unlink()
+    os.truncate(store / "train_view0.f32", 0)
+    stored(dataclasses.replace(task, fingerprint="second"), max_bytes=1.5 * one)
+    assert len([path for path in (tmp_path / "features").iterdir() if path.is_dir()]) == 2
+    assert stored(max_bytes=1.5 * one).computed == task.num_train
+    assert the_store(tmp_path) == store
+
+
+def test_a_store_that_is_written_to_is_not_deleted_but_refused_room(stored, task, tmp_path):
+    one = stored().computed * 4 * 64
+    store = the_store(tmp_path)
+    with WeakFileLock(features_module._lock_of(store)), pytest.raises(UserError, match="other jobs are writing"):
+        stored(dataclasses.replace(task, fingerprint="second"), max_bytes=1.5 * one)
+    assert the_store(tmp_path) == store
+    assert stored().computed == 0
 
 
 def test_features_larger_than_the_bound_are_refused_before_any_work(stored, tmp_path):

@@ -28,7 +28,7 @@ class FgvcAircraft(ImageBuilder):
         root = dl_manager.extract(archive(dl_manager, _URL, md5=self.MD5))
         data = pathlib.Path(root) / "fgvc-aircraft-2013b" / "data"
         # Sorted, as the reference numbers them.
-        self.set_class_names(sorted((data / "variants.txt").read_text(encoding="utf-8").split("\n")[:-1]))
+        self.set_class_names(sorted(filter(None, (data / "variants.txt").read_text(encoding="utf-8").splitlines())))
         parts = {"train": "train", "validation": "val", "test": "test"}
         return {
             split: self._generate_examples(_examples(data, f"images_variant_{part}.txt"))
