@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_images, check_labels, check_logits, check_threat_model
-from robust_tf.attacks.losses import Model, logits_of
+from robust_tf.attacks.losses import Model, logits_of, with_classes
 from robust_tf.attacks.seeds import image_seeds
 from robust_tf.attacks.table import ATTACKS, check_attacks
 from robust_tf.attacks.threat_models import NORMS
@@ -130,6 +130,8 @@ class CompiledAttacks:
     def logits(self, images: np.ndarray) -> np.ndarray:
         """(batch, classes) float32 of (batch, height, width, channels) float32."""
         if CLEAN not in self._functions:
+            # In a graph a tf.numpy_function or the like would not say how many classes there are.
+            self.model = with_classes(self.model, logits_of(self.model, tf.constant(images[:1])).shape[-1])
             signature = [tf.TensorSpec([None, *images.shape[1:]], tf.float32)]
             function = tf.function(lambda x: logits_of(self.model, x), input_signature=signature, autograph=False)
             self._functions[CLEAN] = function.get_concrete_function()
