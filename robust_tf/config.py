@@ -153,10 +153,10 @@ class JobConfig:
         "the best epoch before; or rollback: go on from the epoch before with a tenth of the learning rate, at most 3 "
         "times, then stop.",
     )
-    alarm_every_epochs: int | None = _flag(
-        None,
+    alarm_every_epochs: int = _flag(
+        1,
         "Epochs between two looks for alarms (FGSM against PGD, PGD against Square, zero gradients, on 64 validation "
-        "images). Default: 1 with stop and rollback; with warn as often as adds 5 % of work.",
+        "images).",
     )
     # Optimisation
     epochs: int = _flag(10, "Passes over the training part.")
@@ -184,9 +184,9 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("epochs", "batch_size", "lr_step_epochs", "log_every_steps", "views"):
+        for name in ("epochs", "batch_size", "lr_step_epochs", "log_every_steps", "views", "alarm_every_epochs"):
             _check_range(name, getattr(self, name), lowest=1)
-        for name in ("image_size", "examples_per_class", "alarm_every_epochs", "downscale"):
+        for name in ("image_size", "examples_per_class", "downscale"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), lowest=1)
         for name in ("seed", "split_seed", "hidden_layers", "momentum", "weight_decay", "warmup_epochs", "eval_steps"):
