@@ -103,7 +103,11 @@ class CascadeState:
                     "predictions": tuple(content["predictions"]),
                 }
             )
-            complete = len(state.felled_by) == state.run["num_images"] and isinstance(state.run["attacks"], list)
+            complete = (
+                len(state.felled_by) == len(state.predictions) == state.run["num_images"]
+                and isinstance(state.run["attacks"], list)
+                and all(isinstance(n, int) and n >= 0 for n in (state.attack, state.images_done, state.images_to_do))
+            )
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(
                 f"This is not the state of a cascade of attacks: {type(error).__name__}: {error}."
@@ -298,7 +302,9 @@ def _after_batch(state: CascadeState, compiled: CompiledAttacks, data: _Data, ba
 
 def _after_attack(state: CascadeState) -> CascadeState:
     """The state at the start of the next attack."""
-    warnings = {**state.warnings, **(square_beats_the_others(state.felled_by) if state.running == "square" else {})}
+    warnings = state.warnings
+    if state.running == "square" and state.attack > 1:  # behind attacks with gradients, which it may show up
+        warnings = {**warnings, **square_beats_the_others(state.felled_by)}
     resisting = state.felled_by.count("")
     return dataclasses.replace(state, attack=state.attack + 1, images_done=0, images_to_do=resisting, warnings=warnings)
 
