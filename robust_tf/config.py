@@ -191,10 +191,10 @@ class JobConfig:
         "the best epoch before; or rollback: go on from the epoch before with a tenth of the learning rate, at most 3 "
         "times, then stop.",
     )
-    alarm_every_epochs: int | None = _flag(
-        None,
+    alarm_every_epochs: int = _flag(
+        1,
         "Epochs between two looks for alarms (FGSM against PGD, PGD against Square, zero gradients, on 64 validation "
-        "images). Default: 1 with stop and rollback; with warn as often as adds 5 % of work.",
+        "images).",
     )
     # Optimisation
     epochs: int = _flag(10, "Passes over the training part; with --fast=free the replays count.")
@@ -265,16 +265,10 @@ class JobConfig:
             "views",
             "accumulate_steps",
             "free_replays",
+            "alarm_every_epochs",
         ):
             _check_range(name, getattr(self, name), lowest=1)
-        for name in (
-            "image_size",
-            "examples_per_class",
-            "alarm_every_epochs",
-            "downscale",
-            "checkpoint_every_steps",
-            "base_batch_size",
-        ):
+        for name in ("image_size", "examples_per_class", "downscale", "checkpoint_every_steps", "base_batch_size"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), lowest=1)
         for name in ("seed", "split_seed", "hidden_layers", "momentum", "weight_decay", "warmup_epochs", "eval_steps"):
@@ -358,7 +352,6 @@ class JobConfig:
                 **one_step,
                 "attack_step_size": 1.25 * self.epsilon,
                 "random_start": True,
-                "alarm_every_epochs": 1,
             },
             "free": {**one_step, "attack_step_size": self.epsilon},
             "epsilon_warmup": {"epsilon_warmup_epochs": self.epochs / 2},

@@ -113,8 +113,9 @@ def identity(config: EvaluateConfig, subjects: Sequence[Subject], images: Sequen
         "--corruption_source": config.corruption_source,
         "versions": report.versions(),
     }
-    for flag_name, subject in zip(("--classifier", "--compare"), subjects, strict=False):
+    for flag_name, subject, drawn in zip(("--classifier", "--compare"), subjects, images, strict=False):
         parts[f"weights of {flag_name}"] = subject.weights_sha256
+        parts[f"images of {flag_name}"] = drawn.sha256  # a folder's may have changed in the meantime
         parts[f"data of {flag_name}"] = [subject.dataset, list(subject.classes), subject.task.image_size]
     return parts
 

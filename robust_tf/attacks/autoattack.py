@@ -1,5 +1,6 @@
 """AutoAttack, the cascade that robust accuracies are compared by (Croce and Hein 2020, arXiv 2003.01690)."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -74,7 +75,8 @@ def autoattack(
         seed: of all random numbers; the result doesn't depend on the batch size.
 
     Returns:
-        The adversarial images, what resists, what felled the rest, and warnings.
+        The adversarial images, what resists, what felled the rest, and warnings. The latter are also issued as Python
+        warnings.
 
     Raises:
         UserError: an argument is out of its range, or the model gives NaN.
@@ -97,5 +99,7 @@ def autoattack(
     )
     for state in states:  # noqa: B007  # the last one is what counts
         pass
+    for sentence in state.warnings.values():
+        warnings.warn(sentence, stacklevel=2)
     images_adv = np.stack([state.kept[number] for number in range(len(images))])
     return AutoAttackResult(images_adv, state.robust, state.felled_by, state.warnings)

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_images, check_labels, check_logits, check_threat_model
-from robust_tf.attacks.losses import Model, logits_of
+from robust_tf.attacks.losses import Model, logits_of, with_classes
 from robust_tf.attacks.seeds import image_seeds
 from robust_tf.attacks.table import ATTACKS, check_attacks
 from robust_tf.attacks.threat_models import NORMS
@@ -103,7 +103,11 @@ class CascadeState:
                     "predictions": tuple(content["predictions"]),
                 }
             )
-            complete = len(state.felled_by) == state.run["num_images"] and isinstance(state.run["attacks"], list)
+            complete = (
+                len(state.felled_by) == len(state.predictions) == state.run["num_images"]
+                and isinstance(state.run["attacks"], list)
+                and all(isinstance(n, int) and n >= 0 for n in (state.attack, state.images_done, state.images_to_do))
+            )
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(
                 f"This is not the state of a cascade of attacks: {type(error).__name__}: {error}."
@@ -130,6 +134,8 @@ class CompiledAttacks:
     def logits(self, images: np.ndarray) -> np.ndarray:
         """(batch, classes) float32 of (batch, height, width, channels) float32."""
         if CLEAN not in self._functions:
+            # In a graph a tf.numpy_function or the like would not say how many classes there are.
+            self.model = with_classes(self.model, logits_of(self.model, tf.constant(images[:1])).shape[-1])
             signature = [tf.TensorSpec([None, *images.shape[1:]], tf.float32)]
             function = tf.function(lambda x: logits_of(self.model, x), input_signature=signature, autograph=False)
             self._functions[CLEAN] = function.get_concrete_function()
@@ -296,7 +302,9 @@ def _after_batch(state: CascadeState, compiled: CompiledAttacks, data: _Data, ba
 
 def _after_attack(state: CascadeState) -> CascadeState:
     """The state at the start of the next attack."""
-    warnings = {**state.warnings, **(square_beats_the_others(state.felled_by) if state.running == "square" else {})}
+    warnings = state.warnings
+    if state.running == "square" and state.attack > 1:  # behind attacks with gradients, which it may show up
+        warnings = {**warnings, **square_beats_the_others(state.felled_by)}
     resisting = state.felled_by.count("")
     return dataclasses.replace(state, attack=state.attack + 1, images_done=0, images_to_do=resisting, warnings=warnings)
 

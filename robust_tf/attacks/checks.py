@@ -3,12 +3,12 @@
 import numpy as np
 import tensorflow as tf
 
-from robust_tf.attacks.losses import Model, logits_of
+from robust_tf.attacks.losses import Model, logits_of, with_classes
 from robust_tf.config import check_epsilon
 from robust_tf.errors import UserError, unknown_name
 
 # Rounding of a resize or of a float16 file, not another unit.
-_PIXEL_TOLERANCE = 1e-3
+PIXEL_TOLERANCE = 1e-3
 
 
 def check_threat_model(norm: str, epsilon: float | tf.Tensor, norms: tuple[str, ...] = ("linf", "l2", "l1")) -> None:
@@ -26,14 +26,20 @@ def check_at_least(lowest: int, **values: int) -> None:
             raise UserError(f"{name} must be {lowest} or more. Received: {name}={value}.")
 
 
-def checked_batch(model: Model, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The batch of an attack as float32 and int32.
+def checked_batch(
+    model: Model, images: tf.Tensor, labels: tf.Tensor, *, pixel_tolerance: float = PIXEL_TOLERANCE
+) -> tuple[Model, tf.Tensor, tf.Tensor]:
+    """The model of an attack, and its batch as float32 and int32.
 
-    In a graph there are no values to look at, only shapes.
+    In a graph there are no values to look at, only shapes. Eagerly the model learns how many classes it has, so that
+    the attack's own graph knows: some callables, such as a tf.numpy_function, don't say it there.
+
+    Args:
+        pixel_tolerance: how far from [0, 1] an image may be.
 
     Raises:
-        UserError: the shapes don't fit; or, eagerly, images are clearly not in [0, 1], a label is no class of the
-            model, or the model gives NaN for the first image.
+        UserError: the shapes don't fit; or, eagerly, images are not in [0, 1], a label is no class of the model, or
+            the model gives NaN for one of the images.
     """
     images = tf.cast(tf.convert_to_tensor(images), tf.float32)
     labels = tf.convert_to_tensor(labels)
@@ -44,13 +50,13 @@ def checked_batch(model: Model, images: tf.Tensor, labels: tf.Tensor) -> tuple[t
         )
     if tf.executing_eagerly() and images.shape[0]:
         low, high = float(tf.reduce_min(images)), float(tf.reduce_max(images))
-        # The reference clamps inside the model, so images that are slightly outside [0, 1] are let through.
-        if not (low >= -1.0 and high <= 2.0):
+        if not (low >= -pixel_tolerance and high <= 1.0 + pixel_tolerance):
             raise _not_pixels(low, high)
-        logits = logits_of(model, images[:1])
-        check_labels(labels.numpy(), num_images=images.shape[0], num_classes=logits.shape[-1])
+        logits = logits_of(model, images)
         check_logits(logits.numpy())
-    return images, tf.cast(labels, tf.int32)
+        check_labels(labels.numpy(), num_images=images.shape[0], num_classes=logits.shape[-1])
+        model = with_classes(model, logits.shape[-1])
+    return model, images, tf.cast(labels, tf.int32)
 
 
 def check_images(images: np.ndarray) -> None:
@@ -62,7 +68,7 @@ def check_images(images: np.ndarray) -> None:
     if not images.size:
         raise UserError(f"There is nothing to attack. Received: images of shape {images.shape}.")
     low, high = float(images.min()), float(images.max())
-    if not (low >= -_PIXEL_TOLERANCE and high <= 1 + _PIXEL_TOLERANCE):
+    if not (low >= -PIXEL_TOLERANCE and high <= 1 + PIXEL_TOLERANCE):
         raise _not_pixels(low, high)
 
 

@@ -77,7 +77,7 @@ def fab(
 
     Source: Croce and Hein 2020, arXiv 1907.02044, algorithm 1; targeted: arXiv 2003.01690, section 5.
     """
-    images, labels = checked_batch(model, images, labels)
+    model, images, labels = checked_batch(model, images, labels)
     check_at_least(1, steps=steps, restarts=restarts)
     check_at_least(0, targets=targets)
     anywhere = not isinstance(epsilon, tf.Tensor) and epsilon == math.inf

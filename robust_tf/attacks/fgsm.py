@@ -40,7 +40,7 @@ def fgsm(
     Source: Goodfellow et al. 2015, arXiv 1412.6572, section 4.
     """
     del seed
-    images, labels = checked_batch(model, images, labels)
+    model, images, labels = checked_batch(model, images, labels)
     check_threat_model(norm, epsilon, ("linf", "l2"))
     slope = slope_of(model, images, lambda logits: LOSSES["ce"](logits, labels, labels), labels)
     geometry = NORMS[norm]

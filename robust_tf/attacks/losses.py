@@ -22,9 +22,17 @@ def logits_of(model: Model, images: tf.Tensor) -> tf.Tensor:
     return tf.cast(logits, tf.float32)
 
 
+def with_classes(model: Model, count: int) -> Model:
+    """The same model with logits of a known shape (batch, count), also in graphs."""
+    if isinstance(model, keras.Layer):  # Keras knows it
+        return model
+    return lambda images: tf.ensure_shape(model(images), [None, count])
+
+
 def is_correct(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     """Whether the prediction is the label, (batch,) bool."""
-    return tf.argmax(logits, axis=-1, output_type=tf.int32) == labels
+    # Not `==`, of which TensorFlow knows no shape where the batch size of one side is unknown.
+    return tf.equal(tf.argmax(logits, axis=-1, output_type=tf.int32), labels)
 
 
 def margin_of(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:

@@ -11,6 +11,10 @@ from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
 from robust_tf.attacks.threat_models import NORMS, Norm, Scale
 from robust_tf.config import AttackConfig
 
+# The reference clamps inside the model, so it attacks images that are slightly outside of [0, 1] as well. Another unit
+# (0 to 255, -1 to 1, normalised by mean and deviation) goes beyond this.
+_PIXEL_TOLERANCE = 0.5
+
 
 class AttackResult(NamedTuple):
     """What one run of PGD gives.
@@ -202,7 +206,7 @@ def pgd(
 
     Source: Madry et al. 2018, arXiv 1706.06083, section 2.1; details as in MadryLab/robustness (attacker.py).
     """
-    images, labels = checked_batch(model, images, labels)
+    model, images, labels = checked_batch(model, images, labels, pixel_tolerance=_PIXEL_TOLERANCE)
     check_at_least(1, restarts=restarts)
     find_loss(loss)
     if isinstance(epsilon, tf.Tensor):

@@ -4,11 +4,13 @@ A seed is (batch, 2) int32: one pair for each image. The same seed gives the sam
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
+
+from robust_tf.errors import UserError
 
 Seed: TypeAlias = int | tf.Tensor
 
@@ -31,10 +33,16 @@ def image_seeds(seed: int, stream: str, image_ids: Sequence[int] | np.ndarray) -
 
 def as_seeds(seed: Seed, batch: tf.Tensor) -> tf.Tensor:
     """(batch, 2) int32; of an integer, the image at position i gets the pair (seed, i)."""
-    if isinstance(seed, int):
-        seed = seed % 2**31  # any Python integer is a seed
+    if isinstance(seed, int | np.integer):
+        seed = int(seed) % 2**31  # any integer is a seed
         return tf.stack([tf.fill([batch], seed), tf.range(batch)], axis=1)
-    return tf.cast(seed, tf.int32)
+    seeds = tf.cast(seed, tf.int32)
+    if seeds.shape.rank != 2 or seeds.shape[1] != 2:
+        raise UserError(
+            "A seed is an integer, or (batch, 2) integers with a pair for each image. "
+            f"Received: an array of shape {seeds.shape}."
+        )
+    return seeds
 
 
 def fold_in(seeds: tf.Tensor, number: tf.Tensor | int) -> tf.Tensor:
@@ -44,9 +52,14 @@ def fold_in(seeds: tf.Tensor, number: tf.Tensor | int) -> tf.Tensor:
 
 def uniform(seeds: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
     """Numbers in [0, 1) of this shape for each image, (batch, *shape) float32."""
-    return tf.map_fn(lambda seed: tf.random.stateless_uniform(shape, seed), seeds, fn_output_signature=tf.float32)
+    return _each(seeds, shape, tf.random.stateless_uniform)
 
 
 def normal(seeds: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
     """Standard normal numbers of this shape for each image, (batch, *shape) float32."""
-    return tf.map_fn(lambda seed: tf.random.stateless_normal(shape, seed), seeds, fn_output_signature=tf.float32)
+    return _each(seeds, shape, tf.random.stateless_normal)
+
+
+def _each(seeds: tf.Tensor, shape: tf.Tensor, draw: Callable[..., tf.Tensor]) -> tf.Tensor:
+    drawn = tf.map_fn(lambda seed: draw(shape, seed), seeds, fn_output_signature=tf.float32)
+    return tf.reshape(drawn, tf.concat([tf.shape(seeds)[:1], shape], axis=0))  # of no images at all it has no shape

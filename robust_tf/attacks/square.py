@@ -56,7 +56,7 @@ def square(
 
     Source: Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3.
     """
-    images, labels = checked_batch(model, images, labels)
+    model, images, labels = checked_batch(model, images, labels)
     check_threat_model(norm, epsilon)
     check_at_least(1, queries=queries, restarts=restarts)
     clean = logits_of(model, images)
@@ -196,9 +196,8 @@ def _lengths(norm: str, values: tf.Tensor) -> tf.Tensor:
 def _into_ball(norm: str, images: tf.Tensor, perturbation: tf.Tensor, epsilon: Scale) -> tf.Tensor:
     """To the sphere, then to [0, 1] (l2); to the nearest point of both (l1)."""
     if norm == "l2":
-        length = NORMS["l2"].length(perturbation)
-        return tf.clip_by_value(images + epsilon * perturbation / (length + 1e-12), 0.0, 1.0)
-    return NORMS["l1"].project(images + perturbation, images, epsilon)
+        perturbation = epsilon * perturbation / (NORMS["l2"].length(perturbation) + 1e-12)
+    return NORMS[norm].project(images + perturbation, images, epsilon)
 
 
 def _patch_start(norm: str):  # type: ignore[no-untyped-def]

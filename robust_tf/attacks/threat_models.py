@@ -14,6 +14,10 @@ from robust_tf.attacks import seeds as random
 
 _PER_IMAGE = (1, 2, 3)  # all axes but the batch
 
+# The float32 sum of an image and a perturbation is rounded, in each pixel by up to this: half a unit in the last place
+# of numbers below 1. Where all pixels are alike they are all rounded the same way, which adds up.
+_ROUNDING = 2.0**-25
+
 Scale: TypeAlias = float | tf.Tensor
 
 
@@ -70,8 +74,11 @@ def _l2_step(gradient: tf.Tensor, step_size: Scale) -> tf.Tensor:
 def _l2_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> tf.Tensor:
     perturbation = images_adv - images
     norm = l2_norm(perturbation)
-    # 1e-7 keeps the rounding of the division from ending outside the ball; inside the ball nothing is scaled.
-    scale = tf.where(norm > epsilon, epsilon / (norm + 1e-7), 1.0)
+    # Inside the ball nothing is scaled. From outside it goes to where no rounding, of the sum below (first term) or of
+    # the norm and the division (the others), can end outside again.
+    pixels = tf.cast(tf.reduce_prod(tf.shape(images)[1:]), tf.float32)
+    radius = tf.maximum(epsilon - _ROUNDING * tf.sqrt(pixels) - 4e-7 * epsilon, 0.0)
+    scale = tf.where(norm > epsilon, radius / (norm + 1e-7), 1.0)
     # The clip comes after the scaling: it moves every pixel towards the clean image, so it can't leave the ball.
     return tf.clip_by_value(images + scale * perturbation, 0.0, 1.0)
 
@@ -100,16 +107,22 @@ def _l1_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> tf.
     def shrunk(threshold: tf.Tensor) -> tf.Tensor:
         return tf.clip_by_value(size - threshold, 0.0, room)
 
+    def is_inside(threshold: tf.Tensor) -> tf.Tensor:
+        # In float64: a float32 sum over an image is off by more than the ball may be missed by.
+        return l1_norm(tf.cast(shrunk(threshold), tf.float64)) <= tf.cast(epsilon, tf.float64)
+
     def halve(i: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         middle = (low + high) / 2
-        inside = l1_norm(shrunk(middle)) <= epsilon
+        inside = is_inside(middle)
         return i + 1, tf.where(inside, low, middle), tf.where(inside, middle, high)
 
     # float32 has 24 bits; the upper end always lies inside the ball.
     high = linf_norm(perturbation)
     _, _, high = tf.while_loop(lambda i, *_: i < 26, halve, (0, tf.zeros_like(high), high), maximum_iterations=26)
-    threshold = tf.where(l1_norm(shrunk(tf.zeros_like(high))) <= epsilon, 0.0, high)
-    return tf.clip_by_value(images + tf.sign(perturbation) * shrunk(threshold), 0.0, 1.0)
+    moved = shrunk(tf.where(is_inside(tf.zeros_like(high)), 0.0, high))
+    points = tf.clip_by_value(images + tf.sign(perturbation) * moved, 0.0, 1.0)
+    # Rounding errors add up over all pixels in this norm: a pixel that was rounded outwards goes one number back.
+    return tf.where(tf.abs(points - images) > moved, tf.math.nextafter(points, images), points)
 
 
 class Norm(NamedTuple):

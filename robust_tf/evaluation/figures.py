@@ -1,6 +1,8 @@
 """The pictures of an evaluation, drawn without a display."""
 
+import itertools
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +16,8 @@ from robust_tf.training.metrics import wilson_interval
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+
+_ROW_NAME_LENGTH = 22  # letters that fit along the side of a picture of a sheet
 
 
 class Curve(NamedTuple):
@@ -35,8 +39,11 @@ class Curve(NamedTuple):
 def save_curve(path: pathlib.Path, curves: Sequence[Curve], *, norm: str, title: str) -> None:
     """Robust accuracy over epsilon, with the 95 % intervals as bands."""
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for curve in curves:
-        (line,) = axes.plot(curve.epsilons, 100 * np.array(curve.accuracy), marker="o", label=curve.name)
+    # Curves that coincide stay visible through each other's gaps.
+    for curve, dashes in zip(curves, itertools.cycle(("-", "--", "-.", ":"))):
+        (line,) = axes.plot(
+            curve.epsilons, 100 * np.array(curve.accuracy), marker="o", linestyle=dashes, label=curve.name
+        )
         low, high = 100 * np.array(curve.intervals).T
         axes.fill_between(curve.epsilons, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel(f"epsilon ({norm}, pixels in [0, 1])")
@@ -44,7 +51,7 @@ def save_curve(path: pathlib.Path, curves: Sequence[Curve], *, norm: str, title:
     axes.set_ylim(-2, 102)
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", fontsize="small")
     save(path, figure)
 
 
@@ -66,7 +73,7 @@ def save_reliability(path: pathlib.Path, calibrations: dict[str, Calibration]) -
         bin_width = np.diff(bins.edges) * width
         counts.bar(bins.edges[:-1] + position * bin_width, bins.counts, bin_width, align="edge")
     axes.set_ylabel("accuracy")
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper left", fontsize="small")  # few are right more often than they say
     counts.set_ylabel("images")
     counts.set_xlabel("confidence")
     axes.set_xlim(0, 1)
@@ -104,9 +111,15 @@ def save_sheet(
             axis.set_xticks([])
             axis.set_yticks([])
     for axis, name in zip(axes[:, 0], row_names, strict=False):
-        axis.set_ylabel(name, fontsize=8)
+        axis.set_ylabel(_wrapped(name, _ROW_NAME_LENGTH), fontsize=7)
     figure.suptitle(title, fontsize="medium")
     save(path, figure)
+
+
+def _wrapped(name: str, length: int) -> str:
+    """A name in lines of at most so many letters; it may break after an underscore."""
+    lines = (textwrap.fill(line.replace("_", "_ "), length) for line in name.splitlines())
+    return "\n".join(lines).replace("_ ", "_")
 
 
 def magnified(perturbation: np.ndarray) -> np.ndarray:

@@ -33,6 +33,8 @@ class StateFile:
             content = json.loads(self._path.read_text(encoding="utf-8"))
             identity, self._finished = content["identity"], content["finished"]
             self._unfinished = content["unfinished"]
+            if not isinstance(self._finished, dict) or not isinstance(self._unfinished, dict):
+                raise ValueError("finished and unfinished are no objects")
             differences = [
                 f"{name}: {_short(identity.get(name))} -> {_short(self._identity.get(name))}"
                 for name in {**identity, **self._identity}

@@ -63,6 +63,15 @@ class Images:
     pixels: np.ndarray
     labels: np.ndarray
 
+    @property
+    def sha256(self) -> str:
+        """Of ids, pixels and labels: whether two evaluations look at the same."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.pixels, self.labels):
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
 
 def load_subject(
     name: str, *, dataset: str = "", classes: Sequence[int] = (), data_dir: str = "", batch_size: int = 128

@@ -6,7 +6,6 @@
   Source: Athalye et al. 2018, arXiv 1802.00420, section 3.1.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,17 +13,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from robust_tf.attacks import AttackConfig, run_pgd
+from robust_tf.attacks import NORMS, AttackConfig, run_pgd
 from robust_tf.attacks.losses import Model, find_loss, is_correct, logits_of, slope_of
 from robust_tf.attacks.square import square
-from robust_tf.config import JobConfig
 from robust_tf.training.progress import console
 
 NUM_IMAGES = 64
 PGD_STEPS = 10
 SQUARE_QUERIES = 50
-# Share of the work of training that looking for alarms may add when it only warns.
-WORK_SHARE = 0.05
 
 # PGD leaves less than half of what FGSM leaves, and the gap is more than what 64 images show by chance.
 _OVERFITTING_GAP = 0.2
@@ -149,21 +145,6 @@ class EndOnAlarm(keras.callbacks.Callback):
             raise TrainingAlarm
 
 
-def epochs_between_looks(config: JobConfig, *, num_train: int, num_held: int) -> int:
-    """How often to look: as the flags say; else always if an alarm ends or rolls back, else for WORK_SHARE of the work.
-
-    Counted in forward passes of one image (a gradient is about three) and not in seconds, so that a run and its repeat
-    look at the same epochs.
-    """
-    if config.alarm_every_epochs is not None:
-        return config.alarm_every_epochs
-    if config.on_alarm != "warn":
-        return 1
-    work_of_look = num_held * (3 * (1 + PGD_STEPS) + SQUARE_QUERIES)
-    work_of_epoch = num_train * 3 * config.gradients_per_image
-    return math.ceil(work_of_look / (WORK_SHARE * work_of_epoch))
-
-
 def look(model: Model, images: tf.Tensor, labels: tf.Tensor, attack: AttackConfig) -> tuple[tf.Tensor, ...]:
     """The fields of a `Reading`, as float32 scalars; inside tf.function or not.
 
@@ -174,7 +155,6 @@ def look(model: Model, images: tf.Tensor, labels: tf.Tensor, attack: AttackConfi
         attack: its norm and epsilon count.
     """
     epsilon = attack.epsilon
-    fgsm = AttackConfig(norm=attack.norm, epsilon=epsilon, step_size=epsilon, steps=1, use_best=False)
     pgd = AttackConfig(norm=attack.norm, epsilon=epsilon, step_size=2.5 * epsilon / PGD_STEPS, steps=PGD_STEPS)
     correct = is_correct(logits_of(model, images), labels)
 
@@ -185,9 +165,11 @@ def look(model: Model, images: tf.Tensor, labels: tf.Tensor, attack: AttackConfi
     loss = find_loss("ce")
     gradient = slope_of(model, images, lambda logits: loss(logits, labels, labels), labels).gradient
     zero = tf.reduce_all(gradient == 0, axis=(1, 2, 3))
+    geometry = NORMS[attack.norm]
+    by_fgsm = geometry.project(images + geometry.step(gradient, epsilon), images, epsilon)
     by_square = square(model, images, labels, norm=attack.norm, epsilon=epsilon, queries=SQUARE_QUERIES, seed=0)
     return (
-        accuracy(run_pgd(model, images, labels, attack=fgsm).images_adv),
+        accuracy(by_fgsm),
         accuracy(run_pgd(model, images, labels, attack=pgd).images_adv),
         accuracy(by_square),
         tf.reduce_mean(tf.cast(zero, tf.float32)),

@@ -13,7 +13,7 @@ from robust_tf.command_line import to_flag_file
 from robust_tf.config import JobConfig
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
-from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm, epochs_between_looks
+from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm
 from robust_tf.training.batchnorm import prepare_batchnorm
 from robust_tf.training.building import optimizer_of
 from robust_tf.training.callbacks import CallbacksFromStep, SaveProgress, StopOnNaN
@@ -270,12 +270,11 @@ def _alarms(
     config: JobConfig, classifier: keras.Model, task: TaskData, progress: Progress, distribution: Distribution
 ) -> Alarms:
     held = task.preview(NUM_IMAGES)
-    every_epochs = epochs_between_looks(config, num_train=task.num_train, num_held=len(held[1]))
     return Alarms(
         classifier,
         held=held,
         attack=config.attack,
-        every_epochs=every_epochs,
+        every_epochs=config.alarm_every_epochs,
         history=progress.alarms,
         agree=distribution.any,
     )

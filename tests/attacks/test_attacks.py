@@ -214,6 +214,32 @@ def test_square_works_on_a_model_without_gradients():
     assert robust(square(model, images, labels, queries=300, **threat_model)) < 0.2
 
 
+@pytest.mark.parametrize("attack", [apgd, fab, square, fgsm, functools.partial(pgd, steps=2)])
+def test_a_callable_of_which_a_graph_knows_nothing_is_attacked(attack):
+    """Black-box code, called from the graph: it has no gradient, and no shape until it has run."""
+    network = small_network()
+    images, labels = small_batch(network)
+
+    def black_box(x: tf.Tensor) -> tf.Tensor:
+        return tf.numpy_function(lambda values: network(tf.constant(values)).numpy(), [x], tf.float32)
+
+    work = {"queries": 20} if attack is square else {"steps": 2} if attack in (apgd, fab) else {}
+    images_adv = attack(black_box, images, labels, norm="linf", epsilon=0.1, **work).numpy()
+    assert_in_ball(images_adv, images, "linf", 0.1)
+    if attack is square:
+        assert np.mean(network(images_adv).numpy().argmax(axis=1) == labels) < 0.9
+
+
+@pytest.mark.parametrize("seed", [7, np.int64(7), [[7, number] for number in range(4)]])
+def test_a_seed_is_any_integer_or_a_pair_for_each_image(seed):
+    model = small_network()
+    images, labels = small_batch(model, 4)
+    attack = {"norm": "l2", "epsilon": 0.3, "steps": 1, "random_start": True}
+    expected = pgd(model, images, labels, seed=7, **attack)
+    np.testing.assert_array_equal(pgd(model, images, labels, seed=seed, **attack), expected)
+    assert np.any(pgd(model, images, labels, seed=8, **attack) != expected)
+
+
 def test_random_models_get_averaged_gradients():
     smooth = small_network()
     images, labels = small_batch(smooth)
@@ -272,12 +298,17 @@ def test_statistics_of_batchnorm_are_untouched():
         ({"labels": np.array([0.0, 1.0])}, "float64"),
         ({"labels": np.array([0])}, r"labels of shape \(1,\)"),
         ({"images": np.full((2, 8, 8, 1), 255.0)}, "values from 255 to 255. Divide 0-255"),
+        ({"images": np.linspace(-1, 1, 128).reshape(2, 8, 8, 1)}, "values from -1 to 1"),
         ({"images": np.zeros((8, 8, 1))}, r"shape \(8, 8, 1\)"),
         ({"norm": "l3"}, "'l3'"),
         ({"epsilon": -1.0}, "epsilon=-1"),
         ({"epsilon": math.nan}, "epsilon=nan"),
         ({"norm": "linf", "epsilon": 8.0}, "epsilon=8. Did you mean 8/255"),
-        ({"model": lambda x: tf.fill([tf.shape(x)[0], 3], math.nan)}, "NaN for 1 of 1 images"),
+        ({"model": lambda x: tf.fill([tf.shape(x)[0], 3], math.nan)}, "NaN for 2 of 2 images"),
+        (
+            {"model": lambda x: tf.where(tf.range(tf.shape(x)[0])[:, None] == 1, math.nan, tf.ones([1, 3]))},
+            "NaN for 1 of 2 images, the first is image 1",
+        ),
         ({"model": lambda x: tf.reshape(x, (-1, 64))[:, :1], "labels": np.zeros(2, int)}, "2 classes or more"),
     ],
 )
@@ -302,6 +333,7 @@ def test_bad_input_is_named(attack, change, message):
         (apgd, {"loss": "hinge"}, "'hinge'"),
         (square, {"queries": 0}, "queries=0"),
         (fab, {"restarts": 2, "epsilon": math.inf}, "epsilon=inf"),
+        (square, {"seed": [1, 2]}, r"pair for each image. Received: an array of shape \(2,\)"),
         (pgd, {"steps": 3, "norm": "l1"}, "'l1'"),
         (pgd, {"steps": 3, "restarts": 0}, "restarts=0"),
         (pgd, {"steps": 3, "epsilon": math.inf}, "epsilon=inf"),

@@ -162,6 +162,14 @@ def test_the_state_of_another_run_is_refused(case):
         list(cascade(compiled, images[::-1], labels, state=state, **ARGUMENTS))
 
 
+@pytest.mark.parametrize("part", [{"predictions": [0]}, {"felled_by": ["pgd"]}, {"attack": -1}, {"images_done": "3"}])
+def test_a_state_whose_parts_do_not_fit_is_refused(case, part):
+    compiled, images, labels = case
+    content = next(iter(cascade(compiled, images, labels, **ARGUMENTS))).to_json()
+    with pytest.raises(UserError, match="its parts don't fit together"):
+        CascadeState.from_json({**content, **part})
+
+
 @pytest.mark.parametrize("content", [None, [], {}, {"run": {}}, {"felled_by": 3, "kept": {}}, "clean"])
 def test_what_is_no_state_is_refused(content):
     with pytest.raises(UserError, match="not the state of a cascade"):
@@ -252,3 +260,19 @@ def test_square_beating_the_others_is_flagged_and_stored():
     assert {"zero_gradients", "square_beats_gradients"} == set(state.warnings)
     assert CascadeState.from_json(state.to_json()).warnings == state.warnings
     assert flags.square_beats_the_others(["clean", "pgd", "", ""] * 200 + ["square"]) == {}
+
+
+def test_square_alone_beats_nobody():
+    model = small_network()
+    images, labels = small_batch(model)
+    state = last(cascade(model, images, labels, attacks=["square"], norm="linf", epsilon=0.1))
+    assert "square" in state.felled_by and state.warnings == {}
+
+
+def test_autoattack_issues_its_flags_as_warnings():
+    network = small_network()
+    images, labels = small_batch(network)
+    attack = {"norm": "linf", "epsilon": 0.05, "version": "custom", "attacks": ["fgsm"]}
+    with pytest.warns(UserWarning, match="look like probabilities") as issued:
+        result = autoattack(lambda x: tf.nn.softmax(network(x)), images, labels, **attack)
+    assert [str(warning.message) for warning in issued] == list(result.warnings.values())

@@ -33,6 +33,21 @@ def test_what_is_outside_comes_into_the_ball(norm, spread):
     assert projected.min() >= 0 and projected.max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("norm", "epsilon"), [("linf", 8 / 255), ("l2", 1.0), ("l2", 3.0), ("l1", 12.0), ("l1", 100.0)]
+)
+@pytest.mark.parametrize("value", [0.5, 0.9])
+def test_rounding_does_not_add_up_over_a_large_image(norm, epsilon, value):
+    """Where all pixels are alike they are rounded alike."""
+    images = np.full((2, 224, 224, 3), value, np.float32)
+    rng = np.random.default_rng(0)
+    for move in (0.02 * rng.standard_normal(images.shape), np.sign(rng.standard_normal(images.shape)) * 0.1):
+        projected = NORMS[norm].project(images + move.astype(np.float32), images, epsilon).numpy()
+        lengths = NORMS[norm].length(tf.constant(projected.astype(np.float64) - images)).numpy()
+        assert np.max(lengths) <= epsilon + 1e-6
+        assert np.min(lengths) >= 0.99 * epsilon
+
+
 def test_l1_projection_is_the_nearest_point():
     """Optimality of a convex problem: no point of the set lies on the other side of the projection."""
     images, points = images_and_points()

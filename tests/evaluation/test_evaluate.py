@@ -272,6 +272,20 @@ def test_the_state_of_another_run_is_refused(flags, jobs, tmp_path):
     assert (tmp_path / "evaluation" / "evaluation.json").read_text() == before
 
 
+def test_images_that_have_changed_are_refused(flags, monkeypatch):
+    evaluate.main(flags())
+    draw_images = evaluate.draw_images
+
+    def changed(*args, **kwargs):
+        drawn = draw_images(*args, **kwargs)
+        drawn.pixels[0, 0, 0] = 0.5
+        return drawn
+
+    monkeypatch.setattr(evaluate, "draw_images", changed)
+    with pytest.raises(UserError, match="images of --classifier: "):
+        evaluate.main(flags())
+
+
 def test_results_json_that_is_none_is_named(flags, tmp_path):
     job = write_job(tmp_path / "broken", small_classifier(seed=0))
     (job.folder / "results.json").write_text("[]")

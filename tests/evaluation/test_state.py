@@ -1,5 +1,7 @@
 """The state file: what was done is there again, and nothing else is taken for it."""
 
+import json
+
 import pytest
 
 from robust_tf.errors import UserError
@@ -27,6 +29,15 @@ def test_the_state_of_another_evaluation_is_refused(tmp_path):
         StateFile(path, {**IDENTITY, "--seed": 7})
     with pytest.raises(UserError, match="weights of --classifier: .*1f1f.* -> null"):
         StateFile(path, {name: value for name, value in IDENTITY.items() if "weights" not in name})
+
+
+@pytest.mark.parametrize("part", ["finished", "unfinished"])
+def test_a_damaged_part_is_named(tmp_path, part):
+    path = tmp_path / "state.json"
+    StateFile(path, IDENTITY).finish("a", 1)
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: [1]}))
+    with pytest.raises(UserError, match=r"state\.json is not the state of an evaluation.*delete"):
+        StateFile(path, IDENTITY)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def main() -> None:
 
 def _images(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     classes = tuple(int(label) for label in arguments.classes.split(",") if label)
-    task = load_task(arguments.dataset, batch_size=100, data_dir=arguments.data_dir, classes=classes)
+    task = load_task(arguments.dataset, batch_size=100, data_dir=arguments.data_dir, classes=classes or None)
     images, labels = zip(*task.test.as_numpy_iterator(), strict=True)
     chosen = np.random.default_rng(0).permutation(len(np.concatenate(labels)))[: arguments.num_images]
     return np.concatenate(images)[chosen], np.concatenate(labels)[chosen].astype(np.int32)

@@ -17,7 +17,7 @@ from robust_tf.config import JobConfig
 from robust_tf.errors import UserError
 from robust_tf.models import build_classifier, load_classifier
 from robust_tf.training import fitting
-from robust_tf.training.alarms import Alarms, EndOnAlarm, Reading, TrainingAlarm, epochs_between_looks, look
+from robust_tf.training.alarms import Alarms, EndOnAlarm, Reading, TrainingAlarm, look
 from robust_tf.training.checkpoint import Checkpoints, Progress, named_arrays
 from robust_tf.training.distribution import start_distribution
 
@@ -85,16 +85,6 @@ def test_thresholds(changes, count):
     assert len(FINE._replace(**changes).alarms) == count
 
 
-def test_looking_costs_a_twentieth_when_it_only_warns():
-    config = JobConfig(norm="l2", epsilon=1.0, attack_steps=3)
-    assert epochs_between_looks(config, num_train=54_000, num_held=64) == 1
-    # 40 * (3 * 11 + 50) passes for a look, 360 * 12 for an epoch
-    assert epochs_between_looks(config, num_train=360, num_held=40) == 16
-    stop = dataclasses.replace(config, on_alarm="stop")
-    assert epochs_between_looks(stop, num_train=360, num_held=40) == 1
-    assert epochs_between_looks(dataclasses.replace(config, alarm_every_epochs=7), num_train=1, num_held=40) == 7
-
-
 # In a job ---------------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +109,6 @@ def job(tmp_path, data_dir, monkeypatch):
             batch_size=24,
             lr_schedule="constant",
             learning_rate=0.05,
-            alarm_every_epochs=1,
             **{"epochs": 3, **changes},
         )
 
@@ -149,6 +138,14 @@ def test_a_warning_changes_nothing(job, capsys):
     assert gaps == [(0, pytest.approx(0.1)), (1, pytest.approx(0.8))]
     assert chart(config, "validation", "epoch/zero_gradients")[0] == (0, 0.0)
     assert chart(config, "validation", "epoch/pgd_square_gap")[0] == (0, pytest.approx(-0.2))
+
+
+def test_it_can_look_more_seldom(job):
+    config = job(OVERFITTED, epochs=3, alarm_every_epochs=2)
+    train.run(config)
+    results, _ = finished(config)
+    assert [alarm[:21] for alarm in results["alarms"]] == ["WARNING after epoch 2"]
+    assert [epoch for epoch, _ in chart(config, "validation", "epoch/fgsm_pgd_gap")] == [1]
 
 
 def test_stop_ends_the_training_and_keeps_an_epoch_before(job, capsys):
