@@ -343,7 +343,10 @@ class JobConfig:
             )
 
     def _fill(self) -> None:
-        """Gives the flags that `fast` and `objective` decide their values, unless they have one."""
+        """Gives the flags that `fast` and `objective` decide their values, unless they have one.
+
+        The random start of l2 stays on the sphere: nearly all of a ball of so many dimensions lies there.
+        """
         usual = {"attack_steps": 7, "random_start": False, "use_best": not self.uses_trades}
         one_step = {"attack_steps": 1, "use_best": False}
         presets: dict[str, dict[str, Any]] = {

@@ -103,7 +103,8 @@ def _attack(config: JobConfig) -> str:
     if config.uses_trades:
         parts.append(f"TRADES with beta {config.trades_beta:g}")
     if config.uses_awp:
-        parts.append(f"AWP with gamma {config.awp_gamma:g} after {config.awp_warmup_epochs:g} epochs")
+        after = f" after {config.awp_warmup_epochs:g} epochs" if config.awp_warmup_epochs else ""
+        parts.append(f"AWP with gamma {config.awp_gamma:g}{after}")
     return ", ".join(parts)
 
 

@@ -4,7 +4,7 @@
 
 Each recipe is a job of `robust_tf.train` in a process of its own, one after the other, and then one of
 `robust_tf.evaluate`. Stopped, the same command goes on where it was; the seconds of a job are those of all its parts.
-Recipes that are finished are read again.
+Recipes that are finished are read again. `--quick --dataset=digits` takes minutes.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--epsilon", default="1")
     parser.add_argument("--num_images", type=int, default=1000, help="test images under AutoAttack")
     parser.add_argument("--precision", default="float32")
-    parser.add_argument("--quick", action="store_true", help="a few images: only to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="little training, few images: only to see that it runs")
     arguments = parser.parse_args()
     rows = {}
     for name in arguments.recipes.split(","):
