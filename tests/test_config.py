@@ -59,7 +59,6 @@ PRESETS = {
         "attack_step_size": 1.25 * 0.5,
         "random_start": True,
         "use_best": False,
-        "alarm_every_epochs": 1,
     },
     "free": {"attack_steps": 1, "attack_step_size": 0.5, "random_start": False, "use_best": False, "free_replays": 4},
     "epsilon_warmup": {"attack_steps": 7, "use_best": True, "epsilon_warmup_epochs": 6.0},

@@ -154,7 +154,7 @@ def test_stop_ends_the_training_and_keeps_an_epoch_before(job, capsys):
     results, history = finished(config)
     assert results["best_epoch"] == 1 and len(history) == 1
     assert "epoch 1, the best before the alarm, is kept" in capsys.readouterr().out
-    best = np.load(pathlib.Path(config.workdir) / "checkpoints" / "best.npz")
+    best = np.load(pathlib.Path(config.workdir) / "checkpoints" / "best_epoch0000.npz")
     classifier = load_classifier(pathlib.Path(config.workdir) / "classifier.keras")
     np.testing.assert_array_equal(best["0000 " + classifier.variables[0].name], classifier.variables[0].numpy())
 
