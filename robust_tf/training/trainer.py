@@ -41,9 +41,13 @@ class AdversarialTrainer(keras.Model):
         seed: int = 0,
         unbiased_batchnorm: bool = True,
     ) -> None:
-        super().__init__(name="adversarial_trainer")
         if not isinstance(classifier, keras.Model):
             raise UserError(f"classifier must be a keras.Model. Received: {type(classifier).__name__}.")
+        # The policy decides whether `compile` scales the loss. The global one may be another by now than that of the
+        # classifier, above all of one that was loaded. Without `autocast` the images stay float32 in any case: bfloat16
+        # would round the perturbations away.
+        in_float16 = any(layer.compute_dtype == "float16" for layer in _flat_layers(classifier))
+        super().__init__(name="adversarial_trainer", dtype="mixed_float16" if in_float16 else None, autocast=False)
         self.classifier = classifier
         self.attack = attack
         self._seed = seed
