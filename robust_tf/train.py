@@ -29,7 +29,7 @@ import tensorflow as tf  # noqa: E402
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
 from robust_tf.models import PUBLISHED, load_classifier, save_classifier  # noqa: E402
 from robust_tf.serving.model_card import card_from_results  # noqa: E402
-from robust_tf.serving.publish import export_classifier  # noqa: E402
+from robust_tf.serving.publish import export_classifier, model_folder  # noqa: E402
 from robust_tf.training.building import adapted, new_classifier, task_of  # noqa: E402
 from robust_tf.training.checkpoint import Checkpoints  # noqa: E402
 from robust_tf.training.evaluation import evaluate_classifier  # noqa: E402
@@ -57,6 +57,8 @@ def run(config: JobConfig) -> None:
     """Runs a job, its baseline and its export, and prints what came out."""
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
+    if config.export_dir:
+        model_folder(pathlib.Path(config.export_dir), served_name(config))  # a wrong name should not wait for the end
     if config.dry_run:
         print_plan(config)
         return
@@ -116,6 +118,9 @@ def run_job(config: JobConfig) -> Results:
         )
         write_json(workdir / "results.json", results)  # last: its presence says that the job is finished
         return results
+    except UserError:
+        release_workdir(workdir)
+        raise
     except KeyboardInterrupt:
         checkpoints = Checkpoints(workdir / "checkpoints")
         done = checkpoints.peek().epochs_done if checkpoints.exists else 0
@@ -142,6 +147,11 @@ def load_source_classifier(config: JobConfig) -> keras.Model:
     if not sources.is_flag_file(config.source):
         return sources.load_source(config.source, architecture=config.architecture, image_size=config.image_size)
     source_job = source_config(config)
+    if pathlib.Path(source_job.workdir).resolve() == pathlib.Path(config.workdir).resolve():
+        raise UserError(
+            f"The source's job needs a workdir of its own. Received: --source={config.source}, whose workdir is that "
+            f"of this job, {config.workdir}. Choose another --workdir."
+        )
     run_job(source_job)
     path = str(pathlib.Path(source_job.workdir) / "classifier.keras")
     return sources.load_source(path, architecture=config.architecture, image_size=config.image_size)
@@ -193,6 +203,12 @@ def claim_workdir(workdir: pathlib.Path, config: JobConfig) -> None:
         temporary.write_text(to_flag_file(config), encoding="utf-8")
 
 
+def release_workdir(workdir: pathlib.Path) -> None:
+    """Gives up a workdir in which nothing was begun: the command with its mistake corrected may have it."""
+    if [path.name for path in workdir.iterdir()] == ["flags.cfg"]:
+        (workdir / "flags.cfg").unlink()
+
+
 def export(config: JobConfig, results: Results) -> None:
     """Publishes the finished classifier as the next SavedModel version below `--export_dir`."""
     classifier = load_classifier(pathlib.Path(config.workdir) / "classifier.keras")
@@ -232,7 +248,13 @@ def print_plan(config: JobConfig) -> None:
 
 def default_workdir(argv: Sequence[str]) -> str:
     """runs/<name of the flag file>."""
-    flag_files = [arg.partition("=")[2] for arg in argv if arg.lstrip("-").startswith("flagfile=")]
+    arguments = [arg.lstrip("-").partition("=") for arg in argv]
+    following = [*argv[1:], ""]  # absl takes "--flagfile F", too
+    flag_files = [
+        value if separator else after
+        for (name, separator, value), after in zip(arguments, following, strict=True)
+        if name == "flagfile"
+    ]
     return str(pathlib.Path("runs") / (pathlib.Path(flag_files[-1]).stem if flag_files else "train"))
 
 
