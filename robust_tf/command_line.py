@@ -45,7 +45,8 @@ def parse_flags(config_class: type[Config], argv: Sequence[str], usage: str = ""
     try:
         positional = values(list(argv))[1:]
     except flags.Error as error:
-        raise UserError(f"{error}. Use --help for the list of flags.") from error
+        reason = str(error).removeprefix("ERROR:: ").rstrip(".")
+        raise UserError(f"{reason}. Use --help for the list of flags.") from error
     if values["help"].value:
         print(usage.strip() + "\n\nFlags:")
         for field in fields:

@@ -199,7 +199,9 @@ class JobConfig:
     # Optimisation
     epochs: int = _flag(10, "Passes over the training part; with --fast=free the replays count.")
     batch_size: int = _flag(128, "Images a step.")
-    optimizer: str = _flag("sgd", "sgd (PyTorch's, coupled weight decay), adam, adamw (decoupled).")
+    optimizer: Literal["sgd", "adam", "adamw"] = _flag(
+        "sgd", "sgd: PyTorch's, coupled weight decay; adamw: decoupled weight decay."
+    )
     learning_rate: float = _flag(0.1, "Peak learning rate.")
     base_batch_size: int | None = _flag(
         None,
@@ -284,12 +286,9 @@ class JobConfig:
                 "--profile_steps takes the first and the last step, counted from 1, e.g. 10,15. Received: "
                 f"{to_text(self.profile_steps)}."
             )
-        if not self.learning_rate > 0:
-            raise UserError(f"--learning_rate must be more than 0. Received: {self.learning_rate}.")
+        self._check_optimisation()
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"--validation_fraction must be between 0 and 1. Received: {self.validation_fraction}.")
-        if not 0 < self.lr_peak < 1:
-            raise UserError(f"--lr_peak must be between 0 and 1. Received: {self.lr_peak}.")
         self._check_distribution()
         for name in ("workdir", "cache_dir", "export_dir"):
             if "://" in getattr(self, name):
@@ -302,6 +301,11 @@ class JobConfig:
         self._check_transfer()
         self._check_features()
         _ = self.attack, self.evaluation_attack, self.multipliers  # checks their values
+        if self.epsilon > 0 and self.attack_steps < 1:
+            raise UserError(
+                f"An attack of --epsilon={self.epsilon:g} needs 1 step or more. Received: "
+                f"--attack_steps={self.attack_steps}. Standard training is --epsilon=0."
+            )
         self._check_recipe()
         if self.select_by == "robust_accuracy" and not self.attack.active:
             raise UserError("--select_by=robust_accuracy needs an attack in training. Received: --epsilon=0.")
@@ -314,8 +318,22 @@ class JobConfig:
             raise UserError(
                 "Keras compiles nothing by XLA under determinism. Received: --deterministic --jit_compile=true."
             )
+
+    def _check_optimisation(self) -> None:
+        if self.seed >= 2**32:  # what NumPy's global generator takes
+            raise UserError(f"--seed must be below 2**32. Received: {self.seed}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"--learning_rate must be more than 0. Received: {self.learning_rate}.")
+        if not self.momentum < 1:
+            raise UserError(f"--momentum must be below 1. Received: {self.momentum}.")
+        if not 0 < self.lr_decay <= 1:
+            raise UserError(f"--lr_decay must be more than 0 and at most 1. Received: {self.lr_decay}.")
+        if not 0 < self.lr_peak < 1:
+            raise UserError(f"--lr_peak must be between 0 and 1. Received: {self.lr_peak}.")
         if self.lr_schedule == "piecewise" and not self.lr_milestones:
             raise UserError("--lr_schedule=piecewise needs --lr_milestones, e.g. 30,60. Received: none.")
+        if any(milestone < 1 for milestone in self.lr_milestones):
+            raise UserError(f"--lr_milestones are epochs from 1 on. Received: {to_text(self.lr_milestones)}.")
 
     def _check_distribution(self) -> None:
         if self.distribution == "none":
@@ -642,5 +660,5 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
 
 
 def _check_range(name: str, value: float, *, lowest: float) -> None:
-    if value < lowest:
+    if not lowest <= value < math.inf:  # nor is NaN
         raise UserError(f"--{name} must be {lowest} or more. Received: {value}.")

@@ -29,7 +29,7 @@ import tensorflow as tf  # noqa: E402
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
 from robust_tf.models import PUBLISHED, load_classifier, save_classifier  # noqa: E402
 from robust_tf.serving.model_card import card_from_results  # noqa: E402
-from robust_tf.serving.publish import export_classifier  # noqa: E402
+from robust_tf.serving.publish import export_classifier, model_folder  # noqa: E402
 from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
 from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
 from robust_tf.training.device_plan import device_plan, job_work  # noqa: E402
@@ -65,6 +65,8 @@ def run(config: JobConfig) -> None:
     """Runs a job, its baseline and its export, and prints what came out."""
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
+    if config.export_dir:
+        model_folder(pathlib.Path(config.export_dir), served_name(config))  # a wrong name should not wait for the end
     if config.dry_run:
         print_plan(config)
         return
@@ -130,6 +132,10 @@ def run_job(config: JobConfig) -> Results:
         results = job_results(config, task, classifier, evaluation, progress, head_fit)
         distribution.on_chief(lambda: write_job(config, task, classifier, evaluation, results))
         return results
+    except UserError:
+        if distribution.is_chief:
+            release_workdir(workdir)
+        raise
     except Interrupted as interruption:
         state = Checkpoints(workdir / "checkpoints").latest()
         progress = state.progress if state else Progress()
@@ -187,6 +193,11 @@ def load_source_classifier(config: JobConfig) -> keras.Model:
     path = config.source
     if sources.is_flag_file(config.source):
         source_job = source_config(config)
+        if pathlib.Path(source_job.workdir).resolve() == pathlib.Path(config.workdir).resolve():
+            raise UserError(
+                f"The source's job needs a workdir of its own. Received: --source={config.source}, whose workdir is "
+                f"that of this job, {config.workdir}. Choose another --workdir."
+            )
         run_job(source_job)
         path = str(pathlib.Path(source_job.workdir) / "classifier.keras")
     with start_distribution(config.distribution).chief_first():  # which fetches a published one
@@ -236,6 +247,12 @@ def claim_workdir(workdir: pathlib.Path, config: JobConfig) -> None:
         return
     with replaced_atomically(path) as temporary:
         temporary.write_text(to_flag_file(config), encoding="utf-8")
+
+
+def release_workdir(workdir: pathlib.Path) -> None:
+    """Gives up a workdir in which nothing was begun: the command with its mistake corrected may have it."""
+    if [path.name for path in workdir.iterdir()] == ["flags.cfg"]:
+        (workdir / "flags.cfg").unlink()
 
 
 def export(config: JobConfig, results: Results) -> None:
@@ -291,7 +308,13 @@ def planned_job(config: JobConfig) -> tuple[keras.Model, TaskFigures]:
 
 def default_workdir(argv: Sequence[str]) -> str:
     """runs/<name of the flag file>."""
-    flag_files = [arg.partition("=")[2] for arg in argv if arg.lstrip("-").startswith("flagfile=")]
+    arguments = [arg.lstrip("-").partition("=") for arg in argv]
+    following = [*argv[1:], ""]  # absl takes "--flagfile F", too
+    flag_files = [
+        value if separator else after
+        for (name, separator, value), after in zip(arguments, following, strict=True)
+        if name == "flagfile"
+    ]
     return str(pathlib.Path("runs") / (pathlib.Path(flag_files[-1]).stem if flag_files else "train"))
 
 

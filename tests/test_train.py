@@ -514,6 +514,48 @@ def test_a_loss_that_is_no_number_stops_the_run(job):
     assert not (pathlib.Path(config.workdir) / "results.json").exists()
 
 
+def test_weights_that_break_in_the_last_step_of_an_epoch_are_not_saved(job, monkeypatch):
+    """The loss of a step is that before its update, so only the validation shows it."""
+    save = SaveProgress.on_epoch_end
+
+    def save_and_watch_out(self, epoch, logs=None):
+        save(self, epoch, logs)
+        for weight in self.model.classifier.weights:
+            assert np.isfinite(weight.numpy()).all(), weight.path
+
+    monkeypatch.setattr(SaveProgress, "on_epoch_end", save_and_watch_out)
+    config = job(examples_per_class=8, epsilon=0.0, learning_rate=1e38, epochs=2)  # one step an epoch
+    with pytest.raises(UserError, match="Received: val_loss=(nan|inf) in the validation of epoch 1"):
+        train.run(config)
+    assert not list((pathlib.Path(config.workdir)).rglob("*.npz"))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ({"dataset": "digit"}, "Did you mean 'digits'"),
+        ({"epsilon": 128.0}, "Did you mean 128/255"),
+        ({"learning_rate_multipliers": ("stage9=0.1",)}, "'stage9'.*Valid: head, stage1"),
+        ({"export_dir": "exports", "model_name": "a/b"}, "Received: 'a/b'"),
+    ],
+)
+def test_a_mistake_found_before_training_leaves_the_workdir_to_the_corrected_command(job, mistake, message):
+    with pytest.raises(UserError, match=message):
+        train.run(job(**mistake))
+    train.claim_workdir(pathlib.Path(job().workdir), job())
+    assert read_flag_file(pathlib.Path(job().workdir) / "flags.cfg") == job()
+
+
+def test_a_source_with_the_workdir_of_its_transfer_is_refused(transfer, tmp_path):
+    with pytest.raises(UserError, match=f"--source={tmp_path / 'source.cfg'}, whose workdir is that of this job"):
+        train.run(transfer("source"))
+
+
+@pytest.mark.parametrize("flags", [["--flagfile=configs/pets.cfg"], ["--flagfile", "configs/pets.cfg", "--seed=1"]])
+def test_the_workdir_is_named_after_the_flag_file(flags):
+    assert train.default_workdir(["train", *flags]) == "runs/pets"
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(transfer, capsys):
     train.run(transfer(dry_run=True))
     out = capsys.readouterr().out

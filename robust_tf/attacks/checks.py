@@ -59,6 +59,28 @@ def checked_batch(
     return model, images, tf.cast(labels, tf.int32)
 
 
+def training_batch(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """A batch that comes from `fit` as float32 images and (batch,) int32 labels; looks at types and shapes only.
+
+    Raises:
+        UserError: integer images, or labels that are not (batch,) or (batch, 1).
+    """
+    images, labels = tf.convert_to_tensor(images), tf.convert_to_tensor(labels)
+    if not images.dtype.is_floating:
+        raise UserError(
+            f"Images must be numbers in [0, 1]. Received: images of type {images.dtype.name}. Divide 0-255 images by "
+            "255, and put the normalisation inside the model."
+        )
+    if labels.shape.rank == 2 and labels.shape[1] == 1:  # as the data sets of Keras have them
+        labels = labels[:, 0]
+    if labels.shape.rank not in (None, 1):
+        raise UserError(
+            f"The attack needs one label for each image, (batch,). Received: labels of shape {labels.shape}. Make "
+            "one-hot labels integers, and use SparseCategoricalCrossentropy."
+        )
+    return tf.cast(images, tf.float32), tf.cast(labels, tf.int32)
+
+
 def check_images(images: np.ndarray) -> None:
     """Refuses images of an evaluation that are not (batch, height, width, channels) numbers in [0, 1]."""
     if images.ndim != 4:

@@ -10,9 +10,9 @@ from robust_tf.errors import UserError, unknown_name
 
 Model = Callable[[tf.Tensor], tf.Tensor]
 
-# The loss is scaled before the gradient and the gradient back after it: in float16 most input gradients would be
-# below the smallest number otherwise. A power of two changes no bit in float32 and bfloat16.
-_GRADIENT_SCALE = 256.0
+# What the largest slope of the loss at an image's logits is scaled to before it goes back through the network, and back
+# from after it: in float16 most input gradients would be below the smallest number otherwise.
+_LARGEST_SLOPE = 256.0
 
 
 def logits_of(model: Model, images: tf.Tensor) -> tf.Tensor:
@@ -146,12 +146,29 @@ def slope_of(model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(points)
         logits = logits_of(model, points)
+    with tf.GradientTape(watch_accessed_variables=False) as loss_tape:
+        loss_tape.watch(logits)
         loss = loss_of(logits)
-        # The sum, not the mean: an image's gradient doesn't depend on the batch it came in.
-        scaled_loss = _GRADIENT_SCALE * tf.reduce_sum(loss)
+    # Of the sum, not of the mean: an image's gradient doesn't depend on the batch it came in.
+    slope = loss_tape.gradient(loss, logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    scale = _scale_of(slope)
     # A model without gradients has zero gradients: the attacks that need them stay where they are.
-    gradient = tape.gradient(scaled_loss, points, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    return Slope(loss, gradient / _GRADIENT_SCALE, is_correct(logits, labels))
+    gradient = tape.gradient(
+        logits, points, output_gradients=scale * slope, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+    return Slope(loss, gradient / scale[:, :, None, None], is_correct(logits, labels))
+
+
+def _scale_of(slope: tf.Tensor) -> tf.Tensor:
+    """The power of two that brings each image's largest value into [128, 256], (batch, 1) float32.
+
+    Each image has its own: where the network is sure, the loss has a slope of 1e-7 and less, which float16 would lose
+    with any scale that suits the other images. A power of two changes no bit in float32 and bfloat16.
+    """
+    largest = tf.reduce_max(tf.abs(slope), axis=-1, keepdims=True)
+    # The exponent's bits alone are the power of two below; one that is tiny or 0 would make the scale infinite.
+    power = tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(largest, tf.int32), 0x7F800000), tf.float32)
+    return 0.5 * _LARGEST_SLOPE / tf.maximum(power, 2.0**-100)
 
 
 def mean_slope(

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import tensorflow as tf
 
-from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch
+from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch, training_batch
 from robust_tf.attacks.loops import State, repeat, repeat_while_resisting
 from robust_tf.attacks.losses import LOSSES, Loss, Model, find_loss, is_correct, logits_of, slope_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
@@ -44,11 +44,14 @@ def run_pgd(
     """`pgd` for a checked `AttackConfig`, with the loss and the hits at the start, which cost nothing extra.
 
     Args:
+        labels: (batch,) or (batch, 1).
         strength: factor on epsilon and on the step size; a scalar tensor may change from call to call.
         seed: (2,) int32 or int64, for the random start; None draws one from TensorFlow's global generator.
+
+    Raises:
+        UserError: labels are not one number for each image, or images are integers.
     """
-    images = tf.cast(images, tf.float32)
-    labels = tf.cast(labels, tf.int32)
+    images, labels = training_batch(images, labels)
     if not attack.active:
         logits = logits_of(model, images)
         return AttackResult(images, LOSSES["ce"](logits, labels, labels), is_correct(logits, labels))

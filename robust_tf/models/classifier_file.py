@@ -38,7 +38,7 @@ def load_classifier(path: pathlib.Path) -> keras.Model:
     try:
         classifier = keras.saving.load_model(path, compile=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UserError(
             f"Cannot read the classifier {path} ({path.stat().st_size} bytes): {reason}. It is damaged, not a "
             ".keras file, or needs custom code. Train or export it again."

@@ -71,7 +71,7 @@ def export_classifier(
         raise UserError(
             f"resize_size is at least the classifier's image size, {image_size}. Received: resize_size={resize_size}."
         )
-    base = _model_folder(pathlib.Path(export_dir), model_name)
+    base = model_folder(pathlib.Path(export_dir), model_name)
     if version is not None:
         _check_version(base, version)
 
@@ -139,7 +139,8 @@ def _checked_labels(labels: Sequence[str] | None, num_classes: int) -> list[str]
     return list(labels)
 
 
-def _model_folder(export_dir: pathlib.Path, model_name: str) -> pathlib.Path:
+def model_folder(export_dir: pathlib.Path, model_name: str) -> pathlib.Path:
+    """Where the versions of a model lie. Raises UserError for a name that is none of a folder."""
     if not model_name or set(model_name) & set("/:\\\0") or model_name.startswith("."):
         raise UserError(
             "A model name is a folder's name without '/', '\\' and ':' that doesn't start with a dot. Received: "

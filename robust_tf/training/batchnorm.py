@@ -21,7 +21,7 @@ def unbiased_statistics(
         passes: so many, one after the other.
         replicas: whose statistics are one where the layer is synchronized.
     """
-    layers = [layer for layer in _flat_layers(model) if _is_updated(layer)]
+    layers = [layer for layer in flat_layers(model) if _is_updated(layer)]
     before = [tf.identity(layer.moving_variance) for layer in layers]
     yield
     for layer, variance in zip(layers, before, strict=True):
@@ -30,7 +30,7 @@ def unbiased_statistics(
 
 def prepare_batchnorm(model: keras.Model, *, synchronized: bool) -> None:
     """Whether BatchNorm layers in training take the statistics of the whole batch or of the replica's share."""
-    for layer in _flat_layers(model):
+    for layer in flat_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = synchronized
 
@@ -40,10 +40,11 @@ def _is_updated(layer: keras.layers.Layer) -> bool:
     return is_batchnorm and layer.trainable and _positions(layer) is not None
 
 
-def _flat_layers(model: keras.Model) -> list[keras.layers.Layer]:
+def flat_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers of a model, those of models inside it included."""
     layers: list[keras.layers.Layer] = []
     for layer in model.layers:
-        layers += _flat_layers(layer) if isinstance(layer, keras.Model) else [layer]
+        layers += flat_layers(layer) if isinstance(layer, keras.Model) else [layer]
     return layers
 
 

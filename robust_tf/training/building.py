@@ -1,6 +1,7 @@
 """What a job trains, from its flags: the data of its task, and a new or an adapted classifier."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Protocol
 
@@ -10,10 +11,12 @@ from robust_tf.config import JobConfig
 from robust_tf.data import TaskData, dataset_info, load_task
 from robust_tf.data.opening import data_folder
 from robust_tf.data.selection import held_out
+from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import build_classifier
 from robust_tf.training.optimizers import build_optimizer
 from robust_tf.training.schedules import schedule_of
 from robust_tf.transfer import freeze, replace_head, with_dtype_policy, with_image_size, with_normalization
+from robust_tf.transfer.stages import stages
 
 DEFAULT_ARCHITECTURE = "resnet20"
 
@@ -79,8 +82,11 @@ def task_of(
         image_size: that of the source; it counts when the flags name none.
         worker, num_workers: this process, of so many.
         num_replicas: that share a batch, in all processes.
+
+    Raises:
+        UserError: something about the data is at fault, or an L2 radius is larger than any distance between images.
     """
-    return load_task(
+    task = load_task(
         config.dataset,
         classes=config.classes or None,
         image_size=config.image_size or image_size,
@@ -102,18 +108,29 @@ def task_of(
         num_workers=num_workers,
         drop_remainder=num_replicas > 1,
     )
+    epsilon = max(config.epsilon, config.evaluation_attack.epsilon)
+    diagonal = math.sqrt(3) * task.image_size
+    if config.norm == "l2" and epsilon > diagonal:
+        raise UserError(
+            f"No two images of {task.image_size}x{task.image_size} are further apart than {diagonal:.1f} in [0, 1] "
+            f"pixel units, so that is the largest epsilon of the l2 norm. Received: epsilon={epsilon:g}. Did you mean "
+            f"{epsilon:g}/255?"
+        )
+    return task
 
 
 def new_classifier(config: JobConfig, task: TaskFigures) -> keras.Model:
     """An untrained classifier for pretraining, normalised as the data set's row says."""
     info = dataset_info(config.dataset)
-    return build_classifier(
+    classifier = build_classifier(
         config.architecture or DEFAULT_ARCHITECTURE,
         len(task.class_names),
         image_size=task.image_size,
         mean=info.mean,
         std=info.std,
     )
+    _check_multipliers(config, classifier)
+    return classifier
 
 
 def adapted(classifier: keras.Model, config: JobConfig, task: TaskFigures) -> keras.Model:
@@ -132,6 +149,7 @@ def adapted(classifier: keras.Model, config: JobConfig, task: TaskFigures) -> ke
         through=config.freeze_through or None,
         batchnorm=config.frozen_batchnorm,
     )
+    _check_multipliers(config, classifier)
     return classifier
 
 
@@ -147,3 +165,10 @@ def optimizer_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0
         accumulate_steps=config.accumulate_steps,
         average_decay=config.ema_decay,
     )
+
+
+def _check_multipliers(config: JobConfig, classifier: keras.Model) -> None:
+    """A stage that the classifier doesn't have would be ignored silently."""
+    for stage in config.multipliers:
+        if stage not in (known := stages(classifier)):
+            raise unknown_name("stage in --learning_rate_multipliers", stage, known)

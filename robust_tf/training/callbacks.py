@@ -148,16 +148,25 @@ class SaveProgress(keras.callbacks.Callback):
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Ends the run at the first loss that is no finite number."""
+    """Ends the run at the first loss that is no finite number, before anything is saved.
+
+    The loss of an epoch's last step is that before its update: what the update broke shows in the validation.
+    """
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        loss = float((logs or {}).get("loss", 0.0))
+        self._check(logs, "loss", f"step {batch + 1}")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._check(logs, "val_loss", "the validation")
+
+    def _check(self, logs: dict[str, Any] | None, name: str, where: str) -> None:
+        loss = float((logs or {}).get(name, 0.0))
         if not math.isfinite(loss):
             raise UserError(
-                f"The loss is no longer a finite number. Received: loss={loss} in step {batch + 1} of epoch "
-                f"{self._epoch + 1}. The last checkpoint is kept. Try a lower --learning_rate, --warmup_epochs=1, or "
-                "--precision=float32, in a new --workdir."
+                f"The loss is no longer a finite number. Received: {name}={loss} in {where} of epoch "
+                f"{self._epoch + 1}. The last checkpoint is kept. Try a lower --learning_rate, "
+                "--warmup_epochs=1, or --precision=float32, in a new --workdir."
             )

@@ -10,7 +10,7 @@ import tensorflow as tf
 from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.attacks.losses import LOSSES, is_correct
 from robust_tf.errors import UserError
-from robust_tf.training.batchnorm import unbiased_statistics
+from robust_tf.training.batchnorm import flat_layers, unbiased_statistics
 from robust_tf.training.objectives import (
     AtPerturbedWeights,
     CleanAndAdversarial,
@@ -81,10 +81,13 @@ class AdversarialTrainer(ReplicatedModel):
         unbiased_batchnorm: bool = True,
         clean_figures: bool = True,
     ) -> None:
-        # Without `autocast` the images, and what else goes through `call`, stay float32 under mixed precision.
-        super().__init__(name="adversarial_trainer", autocast=False)
         if not isinstance(classifier, keras.Model):
             raise UserError(f"classifier must be a keras.Model. Received: {type(classifier).__name__}.")
+        # The policy decides whether `compile` scales the loss. The global one may be another by now than that of the
+        # classifier, above all of one that was loaded. Without `autocast` the images stay float32 in any case: bfloat16
+        # would round the perturbations away.
+        in_float16 = any(layer.compute_dtype == "float16" for layer in flat_layers(classifier))
+        super().__init__(name="adversarial_trainer", dtype="mixed_float16" if in_float16 else None, autocast=False)
         if recipe != Recipe() and not attack.active:
             raise UserError(f"A recipe of adversarial training needs an attack. Received: {attack}, {recipe}.")
         if validation_attack is not None and validation_attack.active != attack.active:

@@ -128,6 +128,11 @@ def with_dtype_policy(classifier: keras.Model, policy: str) -> keras.Model:
 
 def _copy(classifier: keras.Model, changes: Callable[[str], dict[str, Any]]) -> keras.Model:
     """A copy with the same weights and the same ones frozen; `changes` gives the changed options of a named layer."""
+    if isinstance(classifier, keras.Sequential):  # its layers have no connections to keep
+        raise UserError(
+            f"The classifier must be a functional model with a layer called 'features'. Received: {classifier.name!r}, "
+            "a Sequential one. Build it with robust_tf.models.build_classifier, or with keras.Model(inputs, outputs)."
+        )
     config = classifier.get_config()
     for layer in config["layers"]:
         layer["config"] |= {key: value for key, value in changes(layer["name"]).items() if key in layer["config"]}

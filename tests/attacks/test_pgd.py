@@ -7,6 +7,7 @@ import tensorflow as tf
 from smallcnn import STORED_IMAGES, build_smallcnn, golden, inputs
 
 from robust_tf.attacks import AttackConfig, pgd, run_pgd
+from robust_tf.attacks.losses import find_loss, slope_of
 from robust_tf.errors import UserError
 
 # case -> (norm, epsilon, step_size, steps); the reference's settings
@@ -247,6 +248,25 @@ def test_attack_under_mixed_precision_is_as_strong_as_in_float32(policy):
         return np.mean(loss[0] - loss[1])
 
     assert gain(low) > 0.97 * gain(full)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_images_that_the_network_is_sure_of_keep_their_gradient_in_mixed_precision(policy):
+    """Such a small slope is lost in float16 under any scale that suits the other images."""
+    directions = {}
+    for name in ("float32", policy):
+        keras.config.set_dtype_policy(name)
+        model = build_smallcnn()
+        kernel, bias = model.get_layer("fc").get_weights()
+        model.get_layer("fc").set_weights([15 * kernel, 15 * bias])
+        images = tf.constant(inputs()["images"])
+        labels = tf.argmax(model(images), axis=-1, output_type=tf.int32)
+        slope = slope_of(model, images, lambda logits, labels=labels: find_loss("ce")(logits, labels, labels), labels)
+        gradients = slope.gradient.numpy().reshape(8, -1)
+        lengths = np.linalg.norm(gradients, axis=1, keepdims=True)
+        assert 0 < lengths.min() < 1e-12
+        directions[name] = gradients / lengths
+    assert np.all(np.sum(directions["float32"] * directions[policy], axis=1) > 0.95)
 
 
 @pytest.mark.parametrize(

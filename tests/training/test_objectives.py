@@ -248,7 +248,7 @@ def test_figures_of_trades_are_clean_and_adversarial():
 
 
 def test_unbiased_variances_of_two_passes():
-    """What both passes add to the moving variance is n / (n - 1) times as large; what was there before stays as it is."""
+    """What both passes add to the moving variance is n / (n - 1) times as large; what was there before stays."""
     before, variances = 3.0, []
     for unbiased in (False, True):
         classifier = new_classifier()

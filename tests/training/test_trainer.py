@@ -172,6 +172,52 @@ def test_mixed_precision_moves_the_weights_as_float32_does(policy):
     assert difference < 0.25
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_images_stay_float32_in_mixed_precision(policy):
+    """Rounded to bfloat16 a pixel would be up to 0.002 off, as much as many a perturbation."""
+    keras.config.set_dtype_policy(policy)
+    classifier = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(dtype="float32")])
+    images, _ = small_data(4)
+    trainer = AdversarialTrainer(classifier, ATTACKS["standard"])
+    np.testing.assert_array_equal(trainer(images), images.reshape(4, -1))
+
+
+@pytest.mark.parametrize(("policy", "scaled"), [("mixed_float16", True), ("mixed_bfloat16", False)])
+def test_loss_scaling_follows_the_classifier_not_the_global_policy(tmp_path, policy, scaled):
+    keras.config.set_dtype_policy(policy)
+    small_classifier().save(tmp_path / "low.keras")
+    keras.config.set_dtype_policy("float32")
+    trainer = AdversarialTrainer(keras.saving.load_model(tmp_path / "low.keras"), ATTACKS["adversarial"])
+    trainer.compile("sgd", CROSSENTROPY)
+    assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == scaled
+
+
+def test_labels_may_be_a_column():
+    """As in keras.datasets.cifar10."""
+    images, labels = small_data(8)
+    figures = []
+    for shape in ((8,), (8, 1)):
+        keras.utils.set_random_seed(0)
+        trainer = AdversarialTrainer(small_classifier(), ATTACKS["adversarial"])
+        trainer.compile("sgd", CROSSENTROPY, metrics=["accuracy"])
+        figures.append(trainer.train_on_batch(images, labels.reshape(shape), return_dict=True))
+    assert figures[0] == pytest.approx(figures[1])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((8, 8, 8, 3), np.float32), np.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]], r"labels of shape \(8, 3\)"),
+        (np.full((8, 8, 8, 3), 200, np.uint8), np.zeros(8, int), "images of type uint8"),
+    ],
+)
+def test_a_batch_that_cannot_be_attacked_is_refused(images, labels, message):
+    trainer = AdversarialTrainer(small_classifier(), ATTACKS["adversarial"])
+    trainer.compile("sgd", CROSSENTROPY)
+    with pytest.raises(UserError, match=message):
+        trainer.train_on_batch(images, labels)
+
+
 def test_unbiased_variance_needs_known_sizes_only_where_it_applies():
     """A model of any image size keeps Keras's own statistics, and trains."""
     classifier = keras.Sequential(

@@ -176,3 +176,9 @@ def test_copies_keep_weights_and_frozen_ones_and_share_nothing(copy):
         ours.assign_add(np.ones_like(ours))
     for weight, theirs in zip(classifier.weights, before, strict=True):
         np.testing.assert_array_equal(weight, theirs)
+
+
+def test_a_sequential_classifier_is_refused():
+    classifier = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(3)], name="flat")
+    with pytest.raises(UserError, match="Received: 'flat', a Sequential one"):
+        with_dtype_policy(classifier, "float32")
