@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import random
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 import httpx
@@ -25,10 +27,49 @@ from tests.serving.models import (
     write_config,
 )
 
+LIMIT = 120  # seconds: for what happens at once, even on a machine with ten times the work it can do
+
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    # Below the range that outgoing connections take theirs from: one of these could take the port in between.
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randint(10_000, 30_000))) as found:
+            return found.getsockname()[1]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Returns as soon as the condition holds."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+class Gate:
+    """Holds one request to the model of `save_gate` inside its run until it is opened.
+
+    Attributes:
+        inputs: what the request sends, beside `x`.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._pipes = {name: pathlib.Path(tempfile.mkdtemp(dir=folder)) / name for name in ("entrance", "exit")}
+        for pipe in self._pipes.values():
+            os.mkfifo(pipe)
+        self.inputs = {name: [str(pipe)] for name, pipe in self._pipes.items()}
+
+    def wait_until_entered(self) -> None:
+        """Returns when the request is in the middle of its run."""
+        self._read("entrance")
+
+    def open(self) -> None:
+        """Lets the request end."""
+        self._read("exit")
+
+    def _read(self, name: str) -> None:
+        """Opening a pipe to write into it waits until it is opened for reading too."""
+        with open(os.open(self._pipes[name], os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+            until(lambda: pipe.read(1) == b"!")
 
 
 @dataclasses.dataclass
@@ -50,7 +91,7 @@ class Running:
 @contextlib.contextmanager
 def clients_of(url: str, target: str, server: Server | None = None) -> Iterator[Running]:
     channel = grpc.insecure_channel(target, [("grpc.max_receive_message_length", -1)])
-    with httpx.Client(base_url=url, timeout=60) as client, channel:
+    with httpx.Client(base_url=url, timeout=LIMIT) as client, channel:
         yield Running(
             url,
             target,
@@ -59,6 +100,15 @@ def clients_of(url: str, target: str, server: Server | None = None) -> Iterator[
             model_service_pb2_grpc.ModelServiceStub(channel),
             server,
         )
+
+
+def accepts_connections(port: int) -> bool:
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -91,15 +141,11 @@ def tensorflow_serving(flags: dict[str, str]) -> Iterator[Running]:
     process = subprocess.Popen([*command, *(f"--{name}={value}" for name, value in flags.items())])
     try:
         with clients_of(f"http://127.0.0.1:{rest_port}", f"127.0.0.1:{port}") as running:
-            for _ in range(600):
-                with contextlib.suppress(httpx.ConnectError):
-                    running.rest.get("/v1/models/digits")
-                    break
-                time.sleep(0.1)
+            until(lambda: accepts_connections(running.rest_port))
             yield running
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(LIMIT)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ _JSON = st.recursive(
 )
 _SIGNATURES = ["", "predict_pixels", "predict_uint8", "features", "classify", "attack_probe", "pair", "echo_string"]
 _SIGNATURES += ["echo_float32", "echo_int64", "echo_bool", "echo_half", "serving_default", "?", "__saved_model_init_op"]
-_SECONDS = 20  # an answer that takes longer counts as a hang
+_SECONDS = 120  # an answer that takes longer counts as a hang, on a machine with other work too
 
 
 def _rest_seeds() -> list[tuple[str, dict]]:

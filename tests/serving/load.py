@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
-from tests.serving.conftest import free_port
+from tests.serving.conftest import LIMIT, free_port, until
 
 
 def save_version(base: pathlib.Path, number: int) -> None:
@@ -72,7 +72,7 @@ class Load:
                     self.seen[int(version[0])] += 1
 
     def _ask_rest(self):
-        client = httpx.Client(timeout=60)
+        client = httpx.Client(timeout=LIMIT)
 
         def ask(sent):
             reply = client.post(self.url, json={"inputs": sent.tolist()}).json()["outputs"]
@@ -87,7 +87,7 @@ class Load:
             request = predict_pb2.PredictRequest()
             request.model_spec.name = "m"
             request.inputs["x"].CopyFrom(tf.make_tensor_proto(sent))
-            reply = stub.Predict(request, timeout=60)
+            reply = stub.Predict(request, timeout=LIMIT)
             return tf.make_ndarray(reply.outputs["y"]), tf.make_ndarray(reply.outputs["version"])
 
         return ask
@@ -101,8 +101,8 @@ def resident_megabytes(pid: int) -> float:
     raise ValueError(f"no VmRSS for {pid}")
 
 
-def run(*, seconds: float, clients: int, swap_every: float, batching: bool) -> dict:
-    """Runs the load and gives the figures."""
+def run(*, swaps: int, clients: int, swap_every: float, batching: bool) -> dict:
+    """Runs the load over so many changes of version, each `swap_every` seconds after an answer of the last version."""
     with tempfile.TemporaryDirectory() as folder:
         base = pathlib.Path(folder) / "m"
         base.mkdir()
@@ -120,18 +120,21 @@ def run(*, seconds: float, clients: int, swap_every: float, batching: bool) -> d
             for thread in threads:
                 thread.start()
             memory, newest, start = [], 1, time.monotonic()
-            while time.monotonic() - start < seconds:
-                time.sleep(swap_every)
-                memory.append(round(resident_megabytes(server.pid), 1))
-                newest += 1
-                save_version(base, newest)
-                (base / str(newest - 1)).rename(base / f"{newest - 1}.withdrawn")
-            load.stopping.set()
-            for thread in threads:
-                thread.join()
+            try:
+                until(lambda: load.seen[newest] > 0)
+                for newest in range(2, swaps + 2):
+                    time.sleep(swap_every)
+                    memory.append(round(resident_megabytes(server.pid), 1))
+                    save_version(base, newest)
+                    (base / str(newest - 1)).rename(base / f"{newest - 1}.withdrawn")
+                    until(lambda: load.seen[newest] > 0)  # noqa: B023  # called at once
+            finally:
+                load.stopping.set()
+                for thread in threads:
+                    thread.join()
             elapsed = time.monotonic() - start
             server.terminate()
-            code = server.wait(60)
+            code = server.wait(LIMIT)
         finally:
             server.kill()
     return {
@@ -156,7 +159,12 @@ def main() -> int:
     parser.add_argument("--swap_every", type=float, default=20)
     parser.add_argument("--batching", action="store_true")
     arguments = parser.parse_args()
-    figures = run(**vars(arguments))
+    figures = run(
+        swaps=max(1, int(arguments.seconds / arguments.swap_every)),
+        clients=arguments.clients,
+        swap_every=arguments.swap_every,
+        batching=arguments.batching,
+    )
     print(json.dumps(figures, indent=2))
     return int(figures["failures"] > 0 or figures["exit_code"] != 0)
 

@@ -71,7 +71,10 @@ _ECHO_TYPES = {
 
 
 def save_echo(path: pathlib.Path) -> None:
-    """Signatures that give back what they get: `echo_<type>` (x -> y), `echo_bytes` (x -> y_bytes), `pair` (a, b)."""
+    """Signatures that give back what they get: `echo_<type>` (x -> y), `echo_bytes` (x -> y_bytes), `pair` (a, b).
+
+    `endless` (x -> y) runs until it is cancelled.
+    """
 
     def echo(dtype: tf.DType, output: str) -> tf.types.experimental.PolymorphicFunction:
         @tf.function(input_signature=[tf.TensorSpec(None, dtype, name="x")])
@@ -85,15 +88,31 @@ def save_echo(path: pathlib.Path) -> None:
         return {"a": tf.identity(a), "b": tf.identity(b)}
 
     @tf.function(input_signature=[tf.TensorSpec(None, tf.float32, name="x")])
-    def slow(x: tf.Tensor) -> dict[str, tf.Tensor]:
-        total = tf.while_loop(
-            lambda i, _: i < 10_000, lambda i, y: (i + 1, tf.sin(y)), (0, tf.random.uniform([200, 200]))
-        )[1]
-        return {"y": x + 0.0 * tf.reduce_sum(total)}
+    def endless(x: tf.Tensor) -> dict[str, tf.Tensor]:
+        number = tf.while_loop(lambda i: i >= 0, lambda i: [(i + 1) % 7], [tf.constant(0)])[0]
+        return {"y": x + tf.cast(number, tf.float32)}
 
     signatures = {f"echo_{name}": echo(dtype, "y") for name, dtype in _ECHO_TYPES.items()}
-    signatures |= {"echo_bytes": echo(tf.string, "y_bytes"), "pair": pair, "slow": slow}
+    signatures |= {"echo_bytes": echo(tf.string, "y_bytes"), "pair": pair, "endless": endless}
     tf.saved_model.save(tf.Module(), str(path), signatures=signatures)
+
+
+def save_gate(path: pathlib.Path) -> None:
+    """y = x, when somebody reads what it writes into the named pipes `entrance` and then `exit`."""
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None], tf.float32, name="x"),
+            tf.TensorSpec([None], tf.string, name="entrance"),
+            tf.TensorSpec([None], tf.string, name="exit"),
+        ]
+    )
+    def serving_default(x: tf.Tensor, entrance: tf.Tensor, exit: tf.Tensor) -> dict[str, tf.Tensor]:
+        tf.io.write_file(entrance[0], "!")
+        tf.io.write_file(exit[0], "!")
+        return {"y": tf.identity(x)}
+
+    tf.saved_model.save(tf.Module(), str(path), signatures={"serving_default": serving_default})
 
 
 def small_classifier() -> keras.Model:

@@ -14,7 +14,7 @@ import pytest
 from robust_tf import predict
 from robust_tf.errors import UserError
 from robust_tf.serving.client import ServerError, connect
-from tests.serving.conftest import free_port
+from tests.serving.conftest import LIMIT, free_port
 from tests.serving.models import LABELS
 
 IMAGES = pathlib.Path(__file__).parent / "images"
@@ -55,7 +55,7 @@ def test_every_number_arrives_as_it_is(address, as_list):
 def test_images_are_classified(address):
     images = [path.read_bytes() for path in sorted(IMAGES.iterdir())]
     with connect(address, model_name="digits") as client:
-        client.wait_until_available(5)
+        client.wait_until_available(LIMIT)
         results = client.classify(images)
         assert len(results) == 5
         for guesses in results:

@@ -14,6 +14,8 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
+from tests.serving.conftest import LIMIT, until
+
 Code = grpc.StatusCode
 
 
@@ -44,7 +46,7 @@ def with_examples(request, name, signature, *features, **choice):
 
 def refused(call, request, code, message):
     with pytest.raises(grpc.RpcError) as raised:
-        call(request, timeout=30)
+        call(request, timeout=LIMIT)
     assert raised.value.code() == code
     assert message in raised.value.details()
 
@@ -242,7 +244,10 @@ def test_bad_reload_is_in_the_reply(server):
 
 
 def test_the_callers_deadline_ends_the_run(server):
-    request = predict_request("echo", "slow")
+    request = predict_request("echo", "endless")
     with pytest.raises(grpc.RpcError) as raised:
-        server.predict.Predict(request, timeout=0.05)
+        server.predict.Predict(request, timeout=2)
     assert raised.value.code() == Code.DEADLINE_EXCEEDED
+    # The client said that by itself; the server counts the run when it has ended.
+    ended = ':tensorflow:serving:request_count{model_name="echo",status="DEADLINE_EXCEEDED"}'
+    until(lambda: ended in server.rest.get("/monitoring/prometheus/metrics").text)

@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import httpx
 import numpy as np
 import pytest
+import tensorflow as tf
 from tensorflow_serving.apis import model_management_pb2, predict_pb2, prediction_service_pb2_grpc
 
 from robust_tf.errors import UserError
@@ -21,17 +21,10 @@ from robust_tf.serving.config_files import Batching, read_batching, read_tls
 from robust_tf.serving.server import ServeConfig, Server
 from robust_tf.serving.session import LoadedModel
 from robust_tf.serving.versions import ModelManager, ModelSettings
-from tests.serving.conftest import free_port, running_server
-from tests.serving.models import model_entry, save_half_plus_two
+from tests.serving.conftest import LIMIT, Gate, accepts_connections, free_port, running_server, until
+from tests.serving.models import model_entry, save_gate, save_half_plus_two
 
 FAST = {"file_system_poll_wait_seconds": 0.1}
-
-
-def until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def answer(running, name="m", path=""):
@@ -45,12 +38,12 @@ def states(running, name="m"):
     return {int(entry["version"]): entry["state"] for entry in entries}
 
 
-def ask_grpc(channel, signature_name=""):
+def ask_grpc(channel, strings=()):
     request = predict_pb2.PredictRequest()
-    request.model_spec.name, request.model_spec.signature_name = "m", signature_name
-    request.inputs["x"].dtype = 1
-    request.inputs["x"].float_val.append(2.0)
-    reply = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=60)
+    request.model_spec.name = "m"
+    for name, value in {"x": np.float32([2.0]), **dict(strings)}.items():
+        request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
+    reply = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=LIMIT)
     return list(reply.outputs["y"].float_val)
 
 
@@ -79,18 +72,22 @@ def test_versions_come_and_go(base):
         assert running.rest.get("/healthz").status_code == 503
 
 
-def test_a_request_keeps_its_version_loaded(echo, tmp_path):
-    shutil.copytree(echo / "1", tmp_path / "m" / "1")
+def test_a_request_keeps_its_version_loaded(tmp_path):
+    save_gate(tmp_path / "m" / "1")
+    gate = Gate(tmp_path)
     with running_server(model_name="m", model_base_path=str(tmp_path / "m"), **FAST) as running:
-        body = {"signature_name": "slow", "instances": [1.0]}
         with ThreadPoolExecutor(1) as threads:
-            slow = threads.submit(running.rest.post, "/v1/models/m:predict", json=body)
-            time.sleep(0.3)
-            (tmp_path / "m" / "1").rename(tmp_path / "m" / "1.withdrawn")
-            until(lambda: states(running) == {1: "UNLOADING"})
-            assert not slow.done()
-            assert answer(running) == 404
-            assert slow.result().json() == {"predictions": [1.0]}
+            body = {"inputs": {"x": [1.0], **gate.inputs}}
+            held = threads.submit(running.rest.post, "/v1/models/m:predict", json=body)
+            gate.wait_until_entered()
+            try:
+                (tmp_path / "m" / "1").rename(tmp_path / "m" / "1.withdrawn")
+                until(lambda: states(running) == {1: "UNLOADING"})
+                assert answer(running) == 404
+                assert not held.done()
+            finally:
+                gate.open()
+            assert held.result().json() == {"outputs": [1.0]}
         until(lambda: states(running) == {1: "END"})
 
 
@@ -135,8 +132,9 @@ def test_configured_models_policies_and_labels(base, tmp_path):
         add_version(base, number, addend)
     path = tmp_path / "models.config"
 
-    def configure(more):
-        path.write_text("model_config_list {" + model_entry("m", base, more) + "}")
+    def configure(more, name="m"):
+        (tmp_path / "new.config").write_text("model_config_list {" + model_entry(name, base, more) + "}")
+        (tmp_path / "new.config").rename(path)  # the server never reads half a file
 
     configure('model_version_policy { specific { versions: 1 versions: 2 } } version_labels { key: "a" value: 1 }')
     flags = {"model_config_file": str(path), "model_config_file_poll_wait_seconds": 0.1, **FAST}
@@ -149,7 +147,7 @@ def test_configured_models_policies_and_labels(base, tmp_path):
         configure('model_version_policy { latest { num_versions: 2 } } version_labels { key: "a" value: 7 }')
         until(lambda: states(running)[1] == "END")
         assert answer(running, path="/labels/a") == [21.0]  # a label never moves to a version that isn't there
-        path.write_text("model_config_list {" + model_entry("other", base) + "}")
+        configure("", name="other")
         until(lambda: answer(running, "other") == [21.0])
         assert answer(running, "m") == 404
 
@@ -291,10 +289,12 @@ def test_requests_share_batches_and_keep_their_own_answers(exported, monkeypatch
 
     path = tmp_path / "batching.config"
     path.write_text(
-        "max_batch_size { value: 4 } batch_timeout_micros { value: 100000 } max_enqueued_batches { value: 100 }"
+        f"max_batch_size {{ value: 4 }} batch_timeout_micros {{ value: {LIMIT * 1_000_000} }} "
+        "max_enqueued_batches { value: 100 }"
     )
     images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
-    flags = {"enable_batching": True, "batching_parameters_file": str(path)}
+    # Only full batches run, whoever is how late; a warm-up request alone would wait for company.
+    flags = {"enable_batching": True, "batching_parameters_file": str(path), "enable_model_warmup": False}
     with running_server(model_name="digits", model_base_path=str(exported.parent), **flags) as running:
         monkeypatch.setattr(LoadedModel, "run", counting)
 
@@ -304,8 +304,7 @@ def test_requests_share_batches_and_keep_their_own_answers(exported, monkeypatch
 
         with ThreadPoolExecutor(16) as threads:
             together = np.array(list(threads.map(ask, range(16))))
-        assert max(sizes) == 4
-        assert sum(sizes) == 16
+        assert sizes == [4, 4, 4, 4]
         expected = run(LoadedModel(exported), "predict_uint8", {"images": images})["logits"]
         np.testing.assert_allclose(together, expected, atol=1e-4)
 
@@ -384,30 +383,44 @@ def test_other_origins_are_let_in_on_demand(base):
 # -- the program
 
 
-def test_sigterm_finishes_what_was_accepted(echo, tmp_path):
+def test_sigterm_finishes_what_was_accepted(tmp_path):
+    save_gate(tmp_path / "m" / "1")
     rest_port, port = free_port(), free_port()
     command = [sys.executable, "-m", "robust_tf.serve", f"--port={port}", f"--rest_api_port={rest_port}"]
-    command += ["--model_name=m", f"--model_base_path={echo}"]
+    command += ["--model_name=m", f"--model_base_path={tmp_path / 'm'}"]
+    # A held request keeps one of TensorFlow's threads, and by default there are as many as cores.
+    command += ["--tensorflow_inter_op_parallelism=8"]
+    command += [f"--rest_api_timeout_in_ms={LIMIT * 1000}", f"--shutdown_grace_seconds={LIMIT}"]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(command, stderr=log, stdout=subprocess.PIPE, text=True)
     channel = grpc.insecure_channel(f"127.0.0.1:{port}")
-    client = httpx.Client(base_url=f"http://127.0.0.1:{rest_port}", timeout=60)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{rest_port}", timeout=LIMIT)
+    gates = [Gate(tmp_path) for _ in range(4)]
     try:
         assert process.stdout.readline() == f"Ready: http://127.0.0.1:{rest_port}/ grpc://127.0.0.1:{port}\n"
         assert client.get("/healthz").status_code == 200
-        grpc.channel_ready_future(channel).result(20)
         with ThreadPoolExecutor(4) as threads:
-            body = {"signature_name": "slow", "instances": [2.0]}
-            rest = [threads.submit(client.post, "/v1/models/m:predict", json=body) for _ in range(2)]
-            over_grpc = [threads.submit(ask_grpc, channel, "slow") for _ in range(2)]
-            time.sleep(0.5)
-            assert not any(reply.done() for reply in rest + over_grpc)
-            process.send_signal(signal.SIGTERM)
-            assert [reply.result().json() for reply in rest] == [{"predictions": [2.0]}] * 2
-            assert [reply.result() for reply in over_grpc] == [[2.0]] * 2
-        assert process.wait(60) == 0
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"http://127.0.0.1:{rest_port}/healthz")
+            held = [
+                *(
+                    threads.submit(client.post, "/v1/models/m:predict", json={"inputs": {"x": [2.0], **gate.inputs}})
+                    for gate in gates[:2]
+                ),
+                *(threads.submit(ask_grpc, channel, gate.inputs) for gate in gates[2:]),
+            ]
+            try:
+                for gate in gates:
+                    gate.wait_until_entered()
+                process.send_signal(signal.SIGTERM)
+                until(lambda: not accepts_connections(rest_port) and not accepts_connections(port))
+                assert not any(reply.done() for reply in held)
+                for gate in gates:
+                    gate.open()
+            except BaseException:
+                process.kill()  # else the threads would wait for their answers
+                raise
+            assert [reply.result().json() for reply in held[:2]] == [{"outputs": [2.0]}] * 2
+            assert [reply.result() for reply in held[2:]] == [[2.0]] * 2
+        assert process.wait(LIMIT) == 0
     finally:
         process.kill()
         client.close()

@@ -8,18 +8,17 @@ from tests.serving import fuzz, kill, load
 @pytest.mark.slow
 @pytest.mark.parametrize("batching", [False, True])
 def test_no_request_fails_and_no_answer_is_wrong_while_versions_change(batching):
-    figures = load.run(seconds=6, clients=8, swap_every=1.5, batching=batching)
+    figures = load.run(swaps=4, clients=8, swap_every=1, batching=batching)
     assert figures["failures"] == 0, figures["first_failures"]
     assert figures["exit_code"] == 0
-    assert figures["requests"] > 100
-    assert figures["versions_seen"] >= 3
+    assert figures["versions_seen"] == figures["versions_published"] == 5
 
 
 @pytest.mark.slow
 def test_a_killed_exporter_leaves_no_broken_version():
     figures = kill.run(kills=2, seed=0)
     assert figures["broken"] == []
-    assert figures["published"] + figures["unfinished"] > 0
+    assert figures["published"] > 0
 
 
 @pytest.mark.slow

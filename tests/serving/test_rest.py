@@ -320,5 +320,5 @@ def test_metrics(embedded):
 def test_a_long_run_times_out(echo):
     flags = {"model_name": "echo", "model_base_path": str(echo), "rest_api_timeout_in_ms": 1}
     with running_server(**flags) as running:
-        reply = running.rest.post("/v1/models/echo:predict", json={"signature_name": "slow", "inputs": [1.0]})
+        reply = running.rest.post("/v1/models/echo:predict", json={"signature_name": "endless", "inputs": [1.0]})
     assert reply.status_code == 504
