@@ -77,11 +77,16 @@ class Distribution:
             return dataset
         return self._shared(dataset.rebatch(task.batch_size // self.num_replicas))
 
-    def validation_data(self, task: TaskData) -> Any:
-        """The validation part: every image counts once, whatever the number of replicas."""
+    def validation_data(self, task: TaskData) -> tuple[Any, int | None]:
+        """The validation part, where every image counts once, and in how many steps to read it; None is to its end.
+
+        With several replicas, TensorFlow finds the end by one more step on empty batches, which Keras would count.
+        """
         if self.num_replicas == 1:
-            return task.validation
-        return self._shared(task.validation_share(replicas=self.num_replicas // self.num_workers))
+            return task.validation, None
+        local = self.num_replicas // self.num_workers
+        share = task.validation_share(replicas=local)
+        return self._shared(share), int(share.cardinality()) // local
 
     def test_data(self, task: TaskData) -> Any:
         """The test part, likewise."""

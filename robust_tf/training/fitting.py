@@ -185,9 +185,9 @@ def _run_epochs(
         return
     steps = task.steps_per_epoch - first_step
     listed = CallbacksFromStep(callbacks, first_step=first_step, model=trainer, epochs=until, steps=steps)
-    validation = distribution.validation_data(task)
+    validation, validation_steps = distribution.validation_data(task)
     if steps == 0:
-        _finish_epoch(trainer, validation, listed, epoch)
+        _finish_epoch(trainer, validation, validation_steps, listed, epoch)
         return
     trainer.fit(
         distribution.train_data(task, first_epoch=epoch, epochs=until, first_step=first_step),
@@ -195,6 +195,7 @@ def _run_epochs(
         initial_epoch=epoch,
         epochs=until,
         validation_data=validation,
+        validation_steps=validation_steps,
         callbacks=listed,
         shuffle=False,  # the pipeline does it
         verbose=0,
@@ -202,13 +203,19 @@ def _run_epochs(
 
 
 def _finish_epoch(
-    trainer: AdversarialTrainer, validation: Any, callbacks: keras.callbacks.CallbackList, epoch: int
+    trainer: AdversarialTrainer,
+    validation: Any,
+    validation_steps: int | None,
+    callbacks: keras.callbacks.CallbackList,
+    epoch: int,
 ) -> None:
     """What `fit` does after the last step of an epoch: the run was interrupted in there."""
     callbacks.on_train_begin()
     callbacks.on_epoch_begin(epoch)
     logs = trainer.get_metrics_result()
-    validation_logs = trainer.evaluate(validation, callbacks=callbacks, return_dict=True, verbose=0)
+    validation_logs = trainer.evaluate(
+        validation, steps=validation_steps, callbacks=callbacks, return_dict=True, verbose=0
+    )
     logs = {name: float(value) for name, value in logs.items()}
     callbacks.on_epoch_end(epoch, {**logs, **{f"val_{name}": value for name, value in validation_logs.items()}})
     callbacks.on_train_end()
