@@ -84,13 +84,13 @@ def read_reference_checkpoint(path: str | pathlib.Path) -> ReferenceCheckpoint:
 def _tensors(content: Any) -> dict[str, Tensor]:
     """The model's state. The attacker holds the same model once more; that copy is left out."""
     if isinstance(content, dict):
-        state = content.get("model", content.get("state_dict", content))
-        if isinstance(state, dict) and all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-        ):
-            tensors = {key: value for key, value in state.items() if not re.match(r"(module\.)?attacker\.", key)}
-            if tensors:
-                return tensors
+        for state in (content.get("model"), content.get("state_dict"), content):  # "model" may be a mere name
+            if isinstance(state, dict) and all(
+                isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+            ):
+                tensors = {key: value for key, value in state.items() if not re.match(r"(module\.)?attacker\.", key)}
+                if tensors:
+                    return tensors
     received = ", ".join(sorted(map(str, content))) if isinstance(content, dict) else type(content).__name__
     raise UserError(
         "A checkpoint must hold tensors by name, under `model`, under `state_dict` or at its top level. "

@@ -7,7 +7,6 @@ the system could not take back.
 """
 
 import dataclasses
-import functools
 import io
 import math
 import mmap
@@ -15,6 +14,7 @@ import os
 import pickle
 import pickletools
 import re
+import reprlib
 import struct
 import zipfile
 from collections.abc import Callable
@@ -37,7 +37,15 @@ _STORAGE_TYPES = {
     "ByteStorage": "u1",
     "BoolStorage": "?",
 }
-_NUMPY_SCALARS = ("f8", "f4", "f2", "i8", "i4", "b1")
+_NUMPY_SCALARS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
+# Of all that lies in a tuple, tuples in it unfolded. A tensor has about 30, the state of Python's random generator 630.
+_LARGEST_TUPLE = 2000
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxtuple = 8
+# Opcodes that put any number of things into a list, a dictionary or a set.
+_FILLS = {"LIST", "APPEND", "APPENDS", "DICT", "SETITEM", "SETITEMS", "ADDITEMS", "POP_MARK", "STOP"}
 
 
 # What a pickle is rebuilt from -----------------------------------------------------------------------------------
@@ -54,7 +62,18 @@ class _Mapping(dict, _Inert):
     """Stands for `collections.OrderedDict`; PyTorch hangs a `_metadata` attribute on it, which nothing here needs."""
 
 
-@dataclasses.dataclass(frozen=True)
+class _Function(_Inert):
+    """A name of `_ALLOWED` that can be called; an object of its own for every mention, so that nothing is shared."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+# Compared by identity: a hash of their fields would be as costly as what a hostile file puts into these.
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Storage(_Inert):
     """A run of `count` numbers somewhere in the file."""
 
@@ -68,7 +87,7 @@ class _Storage(_Inert):
         return np.dtype("u2" if self.type == _BFLOAT16 else self.type)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tensor(_Inert):
     """A view into a storage; offset and strides count elements. Nothing is checked before it becomes an array."""
 
@@ -77,8 +96,13 @@ class Tensor(_Inert):
     shape: Any
     strides: Any
 
+    def __repr__(self) -> str:
+        """Shortened, since a few bytes of a pickle can stand for an endless text."""
+        parts = (f"{name}={reprlib.repr(getattr(self, name))}" for name in ("offset", "shape", "strides"))
+        return f"Tensor({', '.join(parts)})"
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _NumpyType(_Inert):
     name: Any
 
@@ -89,7 +113,8 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
 
 def _numpy_scalar(numpy_type: Any, data: Any) -> float:
     if not isinstance(numpy_type, _NumpyType) or numpy_type.name not in _NUMPY_SCALARS:
-        raise UserError(f"A stored NumPy number must be one of {', '.join(_NUMPY_SCALARS)}. Received: {numpy_type}.")
+        received = reprlib.repr(getattr(numpy_type, "name", numpy_type))
+        raise UserError(f"A stored NumPy number must be one of {', '.join(_NUMPY_SCALARS)}. Received: {received}.")
     return np.frombuffer(data, f"<{numpy_type.name}")[0].item()
 
 
@@ -99,8 +124,8 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any] | str] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch", "Size"): tuple,
-    ("torch", "device"): lambda *names: names,
+    ("torch", "Size"): list,
+    ("torch", "device"): lambda *_: None,
     # Numbers that NumPy made, such as a learning rate that was interpolated.
     ("numpy", "dtype"): lambda name, *_: _NumpyType(name),
     ("numpy.core.multiarray", "scalar"): _numpy_scalar,
@@ -125,28 +150,62 @@ class _Unpickler(pickle.Unpickler):
                 "in PyTorch, torch.save(checkpoint['model'], path), and convert that."
             )
         allowed = _ALLOWED[module, name]
-        # A partial of its own for every mention: a BUILD opcode that sets attributes on it changes nothing that
-        # outlives this pickle.
-        return allowed if isinstance(allowed, str) else functools.partial(allowed)
+        return allowed if isinstance(allowed, str) else _Function(allowed)
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, code, key, _, count, *view = pid
         known = kind == "storage" and code in _STORAGE_TYPES.values()
         if not known or not isinstance(count, int) or count < 0 or any(part is not None for part in view):
-            raise UserError(f"The checkpoint must refer to whole storages of numbers. Received: {str(pid)[:200]}.")
+            raise UserError(f"The checkpoint must refer to whole storages of numbers. Received: {_SHORT.repr(pid)}.")
         return self.storages.setdefault(key, _Storage(key, code, count))
 
 
 def _unpickler(file: BinaryIO) -> _Unpickler:
     """For the pickle at the file's position, once all its opcodes have been looked through."""
     start = file.tell()
-    for position, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        # Two things that `find_class` never sees: the extension registry has a cache of its own, and the memo grows
-        # to whatever index a PUT names (a pickler counts its objects, so it never gets ahead of the opcodes).
-        if opcode.name.startswith("EXT") or (opcode.name.endswith("PUT") and (argument or 0) > position):
-            raise UserError(f"The checkpoint's pickle was not made by a pickler. Received: {opcode.name} {argument}.")
+    _check_opcodes(file)
     file.seek(start)
     return _Unpickler(file)
+
+
+def _check_opcodes(file: BinaryIO) -> None:
+    """Refuses what `find_class` never sees: the extension registry, which has a cache of its own, and three bombs.
+
+    The memo grows to whatever index a PUT names (a pickler counts its objects, so it never gets ahead of the opcodes).
+    The hash of a dictionary's key goes through all tuples in it: with sharing, 100 bytes make it endless, and without,
+    it descends until the stack of the process overflows. Hence the sizes of tuples are added up here.
+    """
+    stack: list[int | None] = []  # the size of each object; None is a mark
+    memo: dict[Any, int | None] = {}
+    for position, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        name = opcode.name
+        if name.startswith("EXT") or (name.endswith("PUT") and (argument or 0) > position):
+            raise UserError(f"The checkpoint's pickle was not made by a pickler. Received: {name} {argument}.")
+        if name.endswith("PUT") or name == "MEMOIZE":
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo[argument])
+        elif name in {"POP", "DUP"}:
+            top = stack.pop()
+            stack += [top, top] if name == "DUP" else []
+        elif name == "MARK":
+            stack.append(None)
+        else:
+            taken: list[int] = []
+            before = opcode.stack_before
+            if pickletools.markobject in before:
+                while (size := stack.pop()) is not None:
+                    taken.append(size)
+                before = before[: before.index(pickletools.markobject)]
+            taken += [stack.pop() or 0 for _ in before]
+            for after in opcode.stack_after:
+                # What can change has no hash, and stands for one thing wherever it is put.
+                stack.append(1 if after.name in {"list", "dict", "set"} else 1 + sum(taken))
+            if sum(taken) > _LARGEST_TUPLE and name not in _FILLS:
+                raise UserError(
+                    f"The checkpoint's pickle was not made for weights: no tuple has more than {_LARGEST_TUPLE} "
+                    f"items in all, nested ones included. Received: {name} of {sum(taken)}."
+                )
 
 
 # The files -------------------------------------------------------------------------------------------------------
@@ -196,7 +255,7 @@ class TorchFile:
 
     def _storage(self, storage: Any) -> np.ndarray:
         if not isinstance(storage, _Storage):
-            raise UserError(f"A tensor must lie in a storage of numbers. Received: {str(storage)[:200]}.")
+            raise UserError(f"A tensor must lie in a storage of numbers. Received: {reprlib.repr(storage)}.")
         if storage.key not in self._arrays:
             values = np.frombuffer(self._bytes, storage.dtype, storage.count, self._offset(storage))
             if self._big_endian:
@@ -254,7 +313,8 @@ class _LegacyFile(TorchFile):
         super().__init__(file)
         magic, version, machine = (_unpickler(file).load() for _ in range(3))
         if (magic, version) != (self.MAGIC, 1001):
-            raise UserError(f"The file was not written by torch.save. It starts with {magic!r}, {version!r}.")
+            received = f"{reprlib.repr(magic)}, {reprlib.repr(version)}"
+            raise UserError(f"The file was not written by torch.save. It starts with {received}.")
         self._big_endian = not machine["little_endian"]
         unpickler = _unpickler(file)
         self.content = unpickler.load()

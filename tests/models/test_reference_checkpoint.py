@@ -62,6 +62,13 @@ def test_weights_may_stand_in_three_places(tmp_path, write, wrap) -> None:
     assert (checkpoint.epoch, checkpoint.accuracies) == (None, {})
 
 
+def test_the_name_of_a_model_is_no_state(tmp_path) -> None:
+    content = {"model": "resnet18", "state_dict": tensors(weights()), "epoch": 3}
+    checkpoint = read_reference_checkpoint(write_zip(tmp_path / "x.pt", content))
+    assert_same(checkpoint.state, weights())
+    assert checkpoint.epoch == 3
+
+
 @WRITERS
 def test_number_types_and_byte_orders(tmp_path, write) -> None:
     bits = np.array([0x3FC0, 0xC020, 0x7F80], np.uint16)  # 1.5, -2.5 and infinity in bfloat16
@@ -197,6 +204,43 @@ def test_state_set_on_an_allowed_name_reaches_nothing(tmp_path) -> None:
 def test_opcodes_that_avoid_the_table_or_fill_the_memory(tmp_path, opcodes: bytes) -> None:
     message = refusal(write_zip_members(tmp_path / "x.pt", {"data.pkl": b"\x80\x02" + opcodes}))
     assert "was not made by a pickler" in message
+
+
+# For keys: each a few bytes that stand for a tuple whose hash would take years, or overflow the stack of the process.
+ENDLESS = {
+    "twice itself": b"N" + b"2\x86" * 22,  # DUP, TUPLE2
+    "deep": b"N" + b"\x85" * 3000,  # TUPLE1
+    "from the memo": b"N\x94"
+    + b"".join(b"h%ch%c\x86\x94" % (n, n) for n in range(22)),  # BINGET twice, TUPLE2, MEMOIZE
+    "from a call": b"N" + b"".join(b"2\x86q%cctorch._utils\n_rebuild_parameter\nh%c\x85R" % (n, n) for n in range(22)),
+}
+
+
+@pytest.mark.parametrize("key", ENDLESS.values(), ids=ENDLESS)
+def test_endless_keys_are_not_even_built(tmp_path, key: bytes) -> None:
+    message = refusal(write_zip_members(tmp_path / "x.pt", {"data.pkl": b"\x80\x04}" + key + b"Ns."}))
+    assert "no tuple has more than 2000 items in all" in message
+
+
+def test_no_call_makes_a_tuple_of_a_list(tmp_path) -> None:
+    """Such a tuple could be a key, and a list counts as one item whatever it holds, because it has no hash."""
+    data = b"\x80\x02}ctorch\nSize\n(Nl\x85RNs."  # {Size([None]): None}
+    assert "unhashable" in refusal(write_zip_members(tmp_path / "x.pt", {"data.pkl": data}))
+
+
+@WRITERS
+def test_messages_are_short_whatever_was_received(tmp_path, write) -> None:
+    endless: list = []
+    for _ in range(16):
+        endless = [endless] * 2
+    numbers = np.ones(4, np.float32)
+    for wrong in (
+        tensor(numbers, shape=(endless,), strides=(1,)),
+        tensor(numbers, storage=Storage(numbers, view=(endless,))),
+        Call(Global("torch._utils", "_rebuild_tensor_v2"), (endless, 0, (), ())),
+        {"x": Call(Global("numpy._core.multiarray", "scalar"), (endless, b""))},
+    ):
+        assert len(refusal(write(tmp_path / "x.pt", {"a": wrong}))) < 1000
 
 
 @WRITERS
