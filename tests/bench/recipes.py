@@ -24,7 +24,7 @@ RECIPES: dict[str, list[str]] = {
     "AWP": ["--objective=awp"],
 }
 QUICK = ["--epochs=2", "--subset=256", "--eval_steps=2", "--attack_steps=2"]
-QUICK_IMAGES = 16
+QUICK_IMAGES = 4
 
 
 def main() -> None:
