@@ -476,6 +476,7 @@ def test_epsilon_rises_in_training_and_not_in_evaluation(attack, recipe):
         other = new_trainer(twin, scaled, **options)
         other.optimizer.build(twin.trainable_variables)
         other.optimizer.iterations.assign(step)
+        other.state_variables[0].assign(step)  # which the noise of TRADES is drawn from
         for each in (trainer, other):
             each.train_on_batch(images, labels)
         for ours, theirs in zip(classifier.trainable_weights, twin.trainable_weights, strict=True):

@@ -67,6 +67,6 @@ def test_the_last_checkpoint_stays_and_the_job_goes_on_from_it(tmp_path, data_di
         patched.setattr(StopOnNaN, "on_epoch_begin", exhaust)
         with pytest.raises(UserError, match="Received: --batch_size=50"):
             train.run(config)
-    assert Checkpoints(pathlib.Path(config.workdir) / "checkpoints").peek().epochs_done == 1
+    assert Checkpoints(pathlib.Path(config.workdir) / "checkpoints").latest().progress.epochs_done == 1
     train.run(config)
     assert (pathlib.Path(config.workdir) / "results.json").exists()
