@@ -4,7 +4,9 @@
 TensorFlow Serving; what it calls for each batch is the Session of `LoadedModel`.
 """
 
+import math
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ from tensorflow.core.protobuf import meta_graph_pb2
 
 from robust_tf.serving.config_files import Batching
 from robust_tf.serving.session import LoadedModel, from_tensorflow
-from robust_tf.serving.status import invalid
+from robust_tf.serving.status import ServingError, invalid
 
 _MAX_QUEUES = 64  # models of free shape could ask for any number
 
@@ -38,8 +40,9 @@ class BatchedModel(LoadedModel):
     ) -> dict[str, np.ndarray]:
         """As `LoadedModel.run`; when a request spoils a batch, its requests run again one by one.
 
-        `timeout_ms` counts for a run alone only: a batch belongs to several requests and runs to its end.
+        A batch runs for as long as the most patient of its requests would wait.
         """
+        deadline = time.monotonic() + timeout_ms / 1000 if timeout_ms > 0 else math.inf
         inputs, wanted = self.checked(signature_name, inputs, outputs)
         if any(value.ndim == 0 for value in inputs.values()):
             raise invalid("Batching input tensors must have at least one dimension")
@@ -49,13 +52,13 @@ class BatchedModel(LoadedModel):
         rows = next(iter(inputs.values())).shape[0]
         if queue is not None and rows > 0:
             try:
-                values = queue.run(*inputs.values())
+                values = queue.run(*inputs.values(), deadline=deadline)
                 return {name: values[name] for name in wanted}
             except tf.errors.UnknownError:
                 pass  # what a Python error inside the batch becomes: alone, each request gets its own answer
             except tf.errors.OpError as error:
                 raise from_tensorflow(error) from error
-        return super().run(signature_name, inputs, wanted, timeout_ms=timeout_ms)
+        return super().run(signature_name, inputs, wanted, timeout_ms=_milliseconds_until(deadline))
 
     def close(self) -> None:
         """As `LoadedModel.close`."""
@@ -72,6 +75,20 @@ class BatchedModel(LoadedModel):
             return self._queues.get(key)
 
 
+def _milliseconds_until(deadline: float) -> int:
+    """0, which waits for ever, for an infinite one.
+
+    Raises:
+        ServingError: it has passed.
+    """
+    if deadline == math.inf:
+        return 0
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise ServingError("DEADLINE_EXCEEDED", "The batch with this request took too long")
+    return math.ceil(remaining * 1000)
+
+
 class _Queue:
     """The batch operation in a graph and a Session of its own, whose end takes its threads along."""
 
@@ -79,17 +96,20 @@ class _Queue:
         definition: meta_graph_pb2.SignatureDef = model.signatures[signature_name]
         self._names = list(definition.outputs)
 
-        def run_batch(*arrays: np.ndarray) -> list[np.ndarray]:
-            answer = LoadedModel.run(model, signature_name, dict(zip(definition.inputs, arrays, strict=True)))
+        def run_batch(deadlines: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
+            inputs = dict(zip(definition.inputs, arrays, strict=True))
+            timeout_ms = _milliseconds_until(float(deadlines.max()))
+            answer = LoadedModel.run(model, signature_name, inputs, timeout_ms=timeout_ms)
             return [answer[name] for name in self._names]
 
         @tf.nondifferentiable_batch_function(
             batching.num_batch_threads,
             batching.max_batch_size,
             batching.batch_timeout_micros,
-            allowed_batch_sizes=list(batching.allowed_batch_sizes) or None,
+            allowed_batch_sizes=batching.execution_sizes(),
             max_enqueued_batches=batching.max_enqueued_batches,
             autograph=False,
+            enable_large_batch_splitting=batching.enable_large_batch_splitting,
         )
         def batch_function(*tensors: tf.Tensor) -> list[tf.Tensor]:
             return tf.numpy_function(run_batch, tensors, [info.dtype for info in definition.outputs.values()])
@@ -100,12 +120,17 @@ class _Queue:
         )
         self._session = tf.compat.v1.Session(graph=tf.Graph(), config=config)
         with self._session.graph.as_default():
-            feeds = [tf.compat.v1.placeholder(info.dtype) for info in definition.inputs.values()]
+            types = [tf.float64, *(info.dtype for info in definition.inputs.values())]
+            feeds = [tf.compat.v1.placeholder(dtype) for dtype in types]
             self._call = self._session.make_callable(list(batch_function(*feeds)), feed_list=feeds)
 
-    def run(self, *arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """Waits for a batch that holds these rows, and gives their part of the answer by output name."""
-        return dict(zip(self._names, self._call(*arrays), strict=True))
+    def run(self, *arrays: np.ndarray, deadline: float) -> dict[str, np.ndarray]:
+        """Waits for a batch that holds these rows, and gives their part of the answer by output name.
+
+        The deadline is one of `time.monotonic`.
+        """
+        deadlines = np.full(len(arrays[0]), deadline)
+        return dict(zip(self._names, self._call(deadlines, *arrays), strict=True))
 
     def close(self) -> None:
         self._session.close()

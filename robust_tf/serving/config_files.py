@@ -28,6 +28,9 @@ _MESSAGES: dict[str, list[tuple[str, int, Any, bool]]] = {
         ("num_batch_threads", 4, "Int64Value", False),
         ("thread_pool_name", 5, "StringValue", False),
         ("allowed_batch_sizes", 6, _FIELD.TYPE_INT64, True),
+        ("pad_variable_length_inputs", 7, _FIELD.TYPE_BOOL, False),
+        ("enable_large_batch_splitting", 8, "BoolValue", False),
+        ("max_execution_batch_size", 9, "Int64Value", False),
     ],
     "PrometheusConfig": [("enable", 1, _FIELD.TYPE_BOOL, False), ("path", 2, _FIELD.TYPE_STRING, False)],
     "MonitoringConfig": [("prometheus_config", 1, f".{_PACKAGE}.PrometheusConfig", False)],
@@ -46,11 +49,13 @@ class Batching:
     """How single requests are put together; the defaults are TensorFlow Serving's.
 
     Attributes:
-        max_batch_size: rows of a batch at most; a larger request is refused.
+        max_batch_size: rows of a request at most, and of a batch unless large ones are split.
         batch_timeout_micros: how long the first request of a batch waits for others.
         max_enqueued_batches: batches that may wait; requests beyond are refused with UNAVAILABLE.
         num_batch_threads: batches that run at the same time.
         allowed_batch_sizes: a batch is filled up to the next of these sizes; empty: as it is.
+        enable_large_batch_splitting: run a request in parts when it is larger than a batch.
+        max_execution_batch_size: rows of a batch at most then; 0: `max_batch_size`.
     """
 
     max_batch_size: int = 1000
@@ -58,6 +63,8 @@ class Batching:
     max_enqueued_batches: int = 10
     num_batch_threads: int = 2
     allowed_batch_sizes: tuple[int, ...] = ()
+    enable_large_batch_splitting: bool = False
+    max_execution_batch_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_enqueued_batches", "num_batch_threads"):
@@ -67,12 +74,30 @@ class Batching:
             raise UserError(
                 f"Batching needs batch_timeout_micros of at least 0. Received: {self.batch_timeout_micros}."
             )
-        sizes = self.allowed_batch_sizes
-        if sizes and (list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != self.max_batch_size):
+        if self.max_execution_batch_size and not self.enable_large_batch_splitting:
             raise UserError(
-                "allowed_batch_sizes must increase and end with max_batch_size. Received: "
-                f"{list(sizes)} with max_batch_size={self.max_batch_size}."
+                "max_execution_batch_size needs enable_large_batch_splitting. Received: "
+                f"max_execution_batch_size={self.max_execution_batch_size} alone."
             )
+        if not 0 <= self.max_execution_batch_size <= self.max_batch_size:
+            raise UserError(
+                "max_execution_batch_size is a number up to max_batch_size. Received: "
+                f"{self.max_execution_batch_size} with max_batch_size={self.max_batch_size}."
+            )
+        sizes, last = self.allowed_batch_sizes, "max_batch_size"
+        if self.max_execution_batch_size:
+            last = "max_execution_batch_size"
+        if sizes and (list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != getattr(self, last)):
+            raise UserError(
+                f"allowed_batch_sizes must increase and end with {last}. Received: "
+                f"{list(sizes)} with {last}={getattr(self, last)}."
+            )
+
+    def execution_sizes(self) -> list[int] | None:
+        """Sizes that a batch may have, or None for any up to `max_batch_size`."""
+        if self.allowed_batch_sizes:
+            return list(self.allowed_batch_sizes)
+        return list(range(1, self.max_execution_batch_size + 1)) or None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,10 +119,11 @@ def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[Mo
     """The models that a ModelServerConfig asks for.
 
     Raises:
-        UserError: a name twice or missing, a relative path, another platform than TensorFlow, a bad policy.
+        UserError: no models, a name twice or missing, a relative path, another platform, a bad policy.
     """
-    if config.WhichOneof("config") == "custom_model_config":
-        raise UserError("custom_model_config is not supported. Received: a ModelServerConfig with one.")
+    if config.WhichOneof("config") != "model_config_list":
+        received = config.WhichOneof("config") or "an empty file"
+        raise UserError(f"A ModelServerConfig needs a model_config_list. Received: {received}.")
     settings: dict[str, ModelSettings] = {}
     for model in config.model_config_list.config:
         if not model.name:
@@ -141,6 +167,11 @@ def _one_model(model: model_server_config_pb2.ModelConfig) -> ModelSettings:
 def read_batching(path: pathlib.Path) -> Batching:
     """The file of `--batching_parameters_file`."""
     message: Any = _parse(path, _MESSAGE_CLASSES["BatchingParameters"](), "tensorflow.serving.BatchingParameters")
+    if message.pad_variable_length_inputs:
+        raise UserError(
+            "pad_variable_length_inputs is not supported: requests with other shapes of a row go into other batches. "
+            f"Received: {path} with it."
+        )
     values: dict[str, Any] = {
         field.name: getattr(message, field.name).value
         for field in dataclasses.fields(Batching)
@@ -160,6 +191,8 @@ def read_tls(path: pathlib.Path) -> Tls:
     message: Any = _parse(path, _MESSAGE_CLASSES["SSLConfig"](), "tensorflow.serving.SSLConfig")
     if not message.server_key or not message.server_cert:
         raise UserError(f"TLS needs server_key and server_cert. Received: {path} without them.")
+    if message.client_verify and not message.custom_ca:
+        raise UserError(f"client_verify needs the custom_ca to verify with. Received: {path} without it.")
     return Tls(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Tls)})
 
 

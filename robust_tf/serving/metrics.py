@@ -5,8 +5,9 @@ import threading
 from collections import defaultdict
 
 _PREFIX = ":tensorflow:serving:"
-# Upper bounds in microseconds: TensorFlow Serving's, so that its dashboards fit.
-_BOUNDS = [10 * 1.8**exponent for exponent in range(33)]
+# Upper bounds, in microseconds and in examples: TensorFlow Serving's, so that its dashboards fit.
+_LATENCY_BOUNDS = [10 * 1.8**exponent for exponent in range(33)]
+_EXAMPLE_BOUNDS = [2.0**exponent for exponent in range(15)]
 
 
 class Metrics:
@@ -16,8 +17,10 @@ class Metrics:
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, ...], int] = defaultdict(int)
         self._examples: dict[str, int] = defaultdict(int)
-        self._request_latency: dict[tuple[str, str, str], _Histogram] = defaultdict(_Histogram)
-        self._runtime_latency: dict[tuple[str, str, str], _Histogram] = defaultdict(_Histogram)
+        self._example_counts: dict[tuple[str, ...], _Histogram] = defaultdict(lambda: _Histogram(_EXAMPLE_BOUNDS))
+        self._request_latency: dict[tuple[str, ...], _Histogram] = defaultdict(_latency_histogram)
+        self._runtime_latency: dict[tuple[str, ...], _Histogram] = defaultdict(_latency_histogram)
+        self._warmup_latency: dict[tuple[str, ...], _Histogram] = defaultdict(_latency_histogram)
 
     def count_request(self, model_name: str, status: str) -> None:
         """One answered request; status is a canonical code's name, or "OK"."""
@@ -34,27 +37,40 @@ class Metrics:
         with self._lock:
             self._runtime_latency[model_name, method, "TF"].add(microseconds)
             self._examples[model_name] += examples
+            self._example_counts[model_name,].add(examples)
+
+    def observe_warmup(self, model_path: str, status: str, *, microseconds: float) -> None:
+        """How long the warm-up of a version took; status as for `count_request`."""
+        with self._lock:
+            self._warmup_latency[model_path, status].add(microseconds)
 
     def render(self) -> str:
         """Prometheus's text exposition format."""
         with self._lock:
             lines = _counter_lines("request_count", ("model_name", "status"), self._counts)
             lines += _counter_lines(
-                "request_example_count_total", ("model_name",), {(name,): n for name, n in self._examples.items()}
+                "request_example_count_total", ("model",), {(name,): n for name, n in self._examples.items()}
             )
-            lines += _histogram_lines("request_latency", "entrypoint", self._request_latency)
-            lines += _histogram_lines("runtime_latency", "runtime", self._runtime_latency)
+            lines += _histogram_lines("request_example_counts", ("model",), self._example_counts)
+            lines += _histogram_lines("request_latency", ("model_name", "API", "entrypoint"), self._request_latency)
+            lines += _histogram_lines("runtime_latency", ("model_name", "API", "runtime"), self._runtime_latency)
+            lines += _histogram_lines("model_warmup_latency", ("model_path", "status"), self._warmup_latency)
         return "\n".join(lines) + "\n"
 
 
 class _Histogram:
-    def __init__(self) -> None:
-        self.counts = [0] * (len(_BOUNDS) + 1)
+    def __init__(self, bounds: list[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
     def add(self, value: float) -> None:
-        self.counts[bisect.bisect_left(_BOUNDS, value)] += 1
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.total += value
+
+
+def _latency_histogram() -> _Histogram:
+    return _Histogram(_LATENCY_BOUNDS)
 
 
 def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
@@ -67,12 +83,14 @@ def _counter_lines(name: str, label_names: tuple[str, ...], values: dict[tuple[s
     return lines + [f"{_PREFIX}{name}{{{_labels(label_names, key)}}} {value}" for key, value in values.items()]
 
 
-def _histogram_lines(name: str, last_label: str, histograms: dict[tuple[str, str, str], _Histogram]) -> list[str]:
+def _histogram_lines(
+    name: str, label_names: tuple[str, ...], histograms: dict[tuple[str, ...], _Histogram]
+) -> list[str]:
     lines = [f"# TYPE {_PREFIX}{name} histogram"]
     for key, histogram in histograms.items():
-        labels = _labels(("model_name", "API", last_label), key)
+        labels = _labels(label_names, key)
         below = 0
-        for bound, count in zip([*(f"{bound:g}" for bound in _BOUNDS), "+Inf"], histogram.counts, strict=True):
+        for bound, count in zip([*(f"{bound:g}" for bound in histogram.bounds), "+Inf"], histogram.counts, strict=True):
             below += count
             lines.append(f'{_PREFIX}{name}_bucket{{{labels},le="{bound}"}} {below}')
         lines.append(f"{_PREFIX}{name}_sum{{{labels}}} {histogram.total:g}")

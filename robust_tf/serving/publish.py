@@ -222,7 +222,7 @@ def _rename_into_place(staging: pathlib.Path, base: pathlib.Path, version: int |
         try:
             staging.rename(target)  # fails when another exporter was quicker: a folder with files is never replaced
         except OSError:
-            if version is None and target.exists():
+            if version is None and target.is_dir():
                 continue
             raise
         descriptor = os.open(base, os.O_RDONLY)

@@ -137,6 +137,8 @@ class RestApp:
             body = self._unpacked(body)
         try:
             content, status = self._dispatch(method, path, body), 200
+        except _BadVersion:
+            content, status = b"", 400  # without a word, as TensorFlow Serving answers it
         except ServingError as error:
             content, status = rest_replies.error_reply(error.message), error.http_status
         return Response(content, status, media_type=_JSON)
@@ -203,12 +205,16 @@ class _TooLarge(Exception):
     pass
 
 
+class _BadVersion(Exception):
+    """A version in the path that is no int64."""
+
+
 def _spec(match: re.Match[str]) -> model_pb2.ModelSpec:
     spec = model_pb2.ModelSpec(name=urllib.parse.unquote(match["name"] or "", errors="replace"))
     if match["version"]:
         digits = match["version"].lstrip("0") or "0"
         if len(digits) > 19 or int(digits) > MAX_VERSION:
-            raise invalid(f"Failed to convert version: {digits[:40]} to numeric.")
+            raise _BadVersion
         spec.version.value = int(digits)
     if match["label"]:
         spec.version_label = urllib.parse.unquote(match["label"], errors="replace")

@@ -87,11 +87,13 @@ def parse_examples(document: Mapping[str, Any]) -> list[bytes]:
 
 def _parse_leniently(body: bytes) -> Any:
     try:
-        text = body.decode("utf-8")
-        return json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))[0]
+        text = body.decode("utf-8", "surrogateescape")
+        document, end = json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
+        text[:end].encode("utf-8")  # what follows the document may be anything
+        return document
     except json.JSONDecodeError as error:
         raise invalid(f"JSON Parse error: Invalid value. at offset: {error.pos}") from error
-    except UnicodeDecodeError as error:
+    except UnicodeEncodeError as error:
         raise invalid(f"JSON Parse error: Invalid encoding in string. at offset: {error.start}") from error
     except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
         raise invalid(f"JSON Parse error: nested too deeply or too long a number: {error}") from error
@@ -158,7 +160,9 @@ def _to_array(value: Any, datatype: int) -> np.ndarray:
     dtype = tf.as_dtype(datatype)
     kinds = _LEAF_TYPES.get(dtype)
     if kinds is None:
-        raise ServingError("UNIMPLEMENTED", f"Conversion of JSON Value: {_excerpt(value)} to type: {dtype.name}")
+        raise ServingError(
+            "UNIMPLEMENTED", f"Conversion of JSON Value: {_excerpt(value)} to type: {type_name(datatype)}"
+        )
     shape = _shape(value)
     leaves = _leaves(value, shape)
     if not set(map(type, leaves)) <= kinds:

@@ -86,10 +86,15 @@ class ServeConfig:
             return config_files.model_settings(config_files.read_model_config(pathlib.Path(self.model_config_file)))
         return [ModelSettings(name=self.model_name, base_path=pathlib.Path(self.model_base_path).absolute())]
 
+    @property
+    def host(self) -> str:
+        """The address as it stands before a port."""
+        return f"[{self.bind_address}]" if ":" in self.bind_address else self.bind_address
+
     def addresses(self) -> str:
         """Where the server answers, for people."""
-        rest = [f"http://{self.bind_address}:{self.rest_api_port}/"] if self.rest_api_port else []
-        grpc_ = [f"grpc://{self.bind_address}:{self.port}"] if self.port else []
+        rest = [f"http://{self.host}:{self.rest_api_port}/"] if self.rest_api_port else []
+        grpc_ = [f"grpc://{self.host}:{self.port}"] if self.port else []
         sockets = [f"unix:{self.grpc_socket_path}"] if self.grpc_socket_path else []
         return " ".join([*rest, *grpc_, *sockets])
 
@@ -110,13 +115,15 @@ class Server:
         self._batching = _batching(config)
         monitoring = config.monitoring_config_file
         metrics_path = config_files.read_monitoring(pathlib.Path(monitoring)) if monitoring else None
+        metrics = Metrics()
         self._manager = ModelManager(
             self._load,
             poll_seconds=config.file_system_poll_wait_seconds,
             warm_up=config.enable_model_warmup,
             labels_before_versions=config.allow_version_labels_for_unavailable_models,
+            metrics=metrics,
         )
-        self._service = Service(self._manager, Metrics())
+        self._service = Service(self._manager, metrics)
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._grpc = self._grpc_server() if config.port or config.grpc_socket_path else None
@@ -174,15 +181,18 @@ class Server:
         self._stopping.wait()
 
     def stop(self) -> None:
-        """Takes no new requests, finishes those that were accepted, then frees the models."""
+        """Takes no new requests, finishes those that were accepted, then frees the models.
+
+        Those that take longer than `shutdown_grace_seconds` are cancelled.
+        """
         self._stopping.set()
         self._rest.should_exit = True
         if self._grpc is not None:
             self._grpc.stop(self._config.shutdown_grace_seconds).wait()
         for thread in self._threads:
             thread.join()
-        self._workers.shutdown()
         self._manager.stop()
+        self._workers.shutdown()
 
     def _load(self, path: pathlib.Path) -> LoadedModel:
         options: dict[str, Any] = {
@@ -233,9 +243,9 @@ class Server:
                 server.add_insecure_port(f"unix:{config.grpc_socket_path}")
             if config.port and config.ssl_config_file:
                 credentials = _credentials(config_files.read_tls(pathlib.Path(config.ssl_config_file)))
-                server.add_secure_port(f"{config.bind_address}:{config.port}", credentials)
+                server.add_secure_port(f"{config.host}:{config.port}", credentials)
             elif config.port:
-                server.add_insecure_port(f"{config.bind_address}:{config.port}")
+                server.add_insecure_port(f"{config.host}:{config.port}")
         except RuntimeError as error:
             raise UserError(
                 f"Cannot open the gRPC port. Received: --port={config.port} on {config.bind_address}: {error}."
@@ -248,18 +258,16 @@ class Server:
         self._threads.append(thread)
 
     def _poll_config(self) -> None:
-        path = pathlib.Path(self._config.model_config_file)
-        seen = path.read_bytes()
+        path = self._config.model_config_file
         while not self._stopping.wait(self._config.model_config_file_poll_wait_seconds):
             try:
-                content = path.read_bytes()
-                if content == seen:
-                    continue
-                seen = content
-                self._manager.configure(self._config.models())
-                _LOG.info("Read %s again", path)
-            except (OSError, UserError, ServingError) as error:
-                _LOG.error("The models stay as they are: %s", error)
+                models = self._config.models()
+                if models != self._models:
+                    self._manager.configure(models)
+                    self._models = models  # only now: a label whose version isn't there yet is tried again
+                    _LOG.info("Read %s again", path)
+            except (UserError, ServingError) as error:
+                _LOG.error("%s is not in force: %s", path, error)
 
 
 def _batching(config: ServeConfig) -> Batching | None:

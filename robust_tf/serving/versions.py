@@ -10,9 +10,11 @@ import gc
 import logging
 import pathlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from robust_tf.serving.folders import version_folders
+from robust_tf.serving.metrics import Metrics
 from robust_tf.serving.session import LoadedModel
 from robust_tf.serving.status import ServingError
 from robust_tf.serving.warmup import replay_warmup
@@ -68,6 +70,7 @@ class ModelManager:
         poll_seconds: time between two looks at the folders; 0 looks once.
         warm_up: replay a version's warm-up requests before it takes others.
         labels_before_versions: accept a new label for a version that is not loaded yet.
+        metrics: where the time of a warm-up is written down.
     """
 
     def __init__(
@@ -77,11 +80,13 @@ class ModelManager:
         poll_seconds: float = 1.0,
         warm_up: bool = True,
         labels_before_versions: bool = False,
+        metrics: Metrics | None = None,
     ) -> None:
         self._load = load
         self._poll_seconds = poll_seconds
         self._warm_up = warm_up
         self._labels_before_versions = labels_before_versions
+        self._metrics = metrics or Metrics()
         self._lock = threading.Lock()
         self._updating = threading.Lock()
         self._settings: dict[str, ModelSettings] = {}
@@ -118,11 +123,18 @@ class ModelManager:
             self._poller.start()
 
     def stop(self) -> None:
-        """Ends the watching and frees all models. No request may be running."""
+        """Ends the watching and frees all models; what still runs ends with CANCELLED."""
         self._stopping.set()
         if self._poller.is_alive():
             self._poller.join()
+        with self._lock:
+            versions = [version for of_model in self._versions.values() for version in of_model.values()]
         self.configure([])
+        for version in versions:
+            with self._lock:
+                model, version.model = version.model, None
+            if model is not None:
+                model.close()
 
     def failures(self) -> list[str]:
         """One line for each version that could not be loaded."""
@@ -225,7 +237,7 @@ class ModelManager:
             model = self._load(path)
             try:
                 if self._warm_up:
-                    replay_warmup(model)
+                    self._replay_warmup(model)
             except ServingError:
                 model.close()
                 raise
@@ -237,6 +249,18 @@ class ModelManager:
         with self._lock:
             version.model, version.state = model, "AVAILABLE"
         _LOG.info("Model %s version %d is available", name, number)
+
+    def _replay_warmup(self, model: LoadedModel) -> None:
+        start, status, requests = time.perf_counter(), "OK", 0
+        try:
+            requests = replay_warmup(model)
+        except ServingError as error:
+            status = error.code
+            raise
+        finally:
+            if requests or status != "OK":
+                microseconds = (time.perf_counter() - start) * 1e6
+                self._metrics.observe_warmup(str(model.path), status, microseconds=microseconds)
 
     def _let_go(self, name: str, wanted: Mapping[int, pathlib.Path]) -> None:
         """Unloads what is not wanted, unless nothing that is wanted answers yet."""

@@ -98,7 +98,8 @@ def test_the_probe_reads_the_state(embedded):
 
 def test_dashboard_and_alerts_ask_for_metrics_that_exist(embedded):
     embedded.rest.post("/v1/models/half_plus_two:predict", json={"instances": [1.0]})
-    known = set(re.findall(r"^(:[\w:]+)\{", embedded.rest.get("/monitoring/prometheus/metrics").text, re.MULTILINE))
+    text = embedded.rest.get("/monitoring/prometheus/metrics").text
+    known = set(re.findall(r"^(:[\w:]+)\{", text, re.MULTILINE))
     dashboard = json.loads((SERVING / "monitoring" / "grafana_dashboard.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     queries.append(dashboard["templating"]["list"][0]["query"])
@@ -106,6 +107,12 @@ def test_dashboard_and_alerts_ask_for_metrics_that_exist(embedded):
     asked = {name for query in queries for name in re.findall(r'__name__="([^"]+)"', query)}
     assert len(asked) >= 4
     assert asked <= known
+    # A selector with a label that the metric hasn't would find nothing.
+    for query in queries:
+        for name, more in re.findall(r'__name__="([^"]+)"(.*?)\}', query):
+            series = next(line for line in text.splitlines() if line.startswith(name + "{"))
+            for label in re.findall(r"(\w+)(?:=~|!=|=)", more):
+                assert f'{label}="' in series, query
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     scrape = read_yaml("monitoring/prometheus.yaml")["scrape_configs"][0]
     assert scrape["metrics_path"] == read_monitoring(SERVING / "config" / "monitoring.config")

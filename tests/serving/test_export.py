@@ -233,6 +233,14 @@ def test_versions_count_up_and_are_never_overwritten(tiny, tmp_path):
     assert (first / "assets" / "labels.txt").read_text() == "0\n1\n"
 
 
+def test_a_file_in_the_place_of_a_version_is_an_error(tiny, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "1").write_text("no folder")
+    with pytest.raises(UserError, match="Nothing was published"):
+        export_classifier(tiny, tmp_path, "m", model_card={})
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

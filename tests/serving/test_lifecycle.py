@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -147,8 +148,12 @@ def test_configured_models_policies_and_labels(base, tmp_path):
         configure('model_version_policy { latest { num_versions: 2 } } version_labels { key: "a" value: 7 }')
         until(lambda: states(running)[1] == "END")
         assert answer(running, path="/labels/a") == [21.0]  # a label never moves to a version that isn't there
+        path.write_text("")  # as when somebody is about to write it: nothing changes
+        configure('version_labels { key: "b" value: 4 }')
+        add_version(base, 4, 30.0)
+        until(lambda: answer(running, path="/labels/b") == [31.0])  # tried again until the version was there
         configure("", name="other")
-        until(lambda: answer(running, "other") == [21.0])
+        until(lambda: answer(running, "other") == [31.0])
         assert answer(running, "m") == 404
 
 
@@ -189,6 +194,7 @@ def test_labels_before_versions_are_a_choice(base, tmp_path):
         ("model_config_list {" + model_entry("m", "a/b") + "}", "absolute path or URI; got base_path()=a/b"),
         ('model_config_list { config { name: "m" base_path: "/a" model_platform: "torch" } }', "Received: 'torch'"),
         ('model_config_list { config { base_path: "/a" } }', "Received: base_path: '/a'"),
+        ("", "Received: an empty file"),
         ("model_config_list {" + model_entry("m", "/a", "model_version_policy { specific {} }") + "}", "no version"),
     ],
 )
@@ -271,12 +277,59 @@ def test_batching_file(tmp_path):
         num_batch_threads=2,
         allowed_batch_sizes=(4, 8),
     )
-    path.write_text("max_batch_size { value: 8 } allowed_batch_sizes: 4")
-    with pytest.raises(UserError, match=r"\[4\] with max_batch_size=8"):
+    large = "max_batch_size { value: 8 } enable_large_batch_splitting { value: true } "
+    path.write_text(large + "max_execution_batch_size { value: 3 } pad_variable_length_inputs: false")
+    assert read_batching(path).execution_sizes() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_batch_size { value: 8 } allowed_batch_sizes: 4", "[4] with max_batch_size=8"),
+        ("max_batch_size { value: 0 }", "max_batch_size of at least 1. Received: 0"),
+        ("max_execution_batch_size { value: 4 }", "needs enable_large_batch_splitting"),
+        ("enable_large_batch_splitting { value: true } max_execution_batch_size { value: 2000 }", "2000 with"),
+        (
+            "enable_large_batch_splitting { value: true } max_execution_batch_size { value: 4 } allowed_batch_sizes: 8",
+            "[8] with max_execution_batch_size=4",
+        ),
+        ("pad_variable_length_inputs: true", "is not supported"),
+    ],
+)
+def test_bad_batching_file(tmp_path, text, message):
+    path = tmp_path / "batching.config"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
         read_batching(path)
-    path.write_text("max_batch_size { value: 0 }")
-    with pytest.raises(UserError, match="max_batch_size of at least 1. Received: 0"):
-        read_batching(path)
+    assert message in str(raised.value)
+
+
+def test_a_large_request_may_be_split(half_plus_two, monkeypatch, tmp_path):
+    path = tmp_path / "batching.config"
+    path.write_text(
+        "max_batch_size { value: 8 } enable_large_batch_splitting { value: true } max_execution_batch_size { value: 3 }"
+    )
+    sizes = []
+    run = LoadedModel.run
+
+    def counting(self, signature_name, inputs, *args, **kwargs):
+        sizes.append(len(inputs["x"]))
+        return run(self, signature_name, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LoadedModel, "run", counting)
+    flags = {"enable_batching": True, "batching_parameters_file": str(path)}
+    with running_server(model_name="m", model_base_path=str(half_plus_two), **flags) as running:
+        reply = running.rest.post("/v1/models/m:predict", json={"instances": [2.0 * n for n in range(8)]})
+        assert reply.json() == {"predictions": [2.0 + n for n in range(8)]}
+        assert sorted(sizes) == [2, 3, 3]
+        assert running.rest.post("/v1/models/m:predict", json={"instances": 9 * [1.0]}).status_code == 400
+
+
+def test_a_batch_that_runs_too_long_times_out(echo):
+    flags = {"enable_batching": True, "rest_api_timeout_in_ms": 500}
+    with running_server(model_name="m", model_base_path=str(echo), **flags) as running:
+        reply = running.rest.post("/v1/models/m:predict", json={"signature_name": "endless", "instances": [1.0]})
+    assert reply.status_code == 504
 
 
 def test_requests_share_batches_and_keep_their_own_answers(exported, monkeypatch, tmp_path):
@@ -348,6 +401,24 @@ def test_tls_file_needs_its_keys(tmp_path):
     path.write_text('server_key: "k"')
     with pytest.raises(UserError, match="ssl.config without them"):
         read_tls(path)
+    path.write_text('server_key: "k" server_cert: "c" client_verify: true')
+    with pytest.raises(UserError, match="client_verify needs the custom_ca"):
+        read_tls(path)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+def test_an_ipv6_address(base):
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("needs IPv6 on the loopback")
+    with running_server(model_name="m", model_base_path=str(base), bind_address="::1") as running:
+        target = running.target.replace("127.0.0.1", "[::1]")
+        with grpc.insecure_channel(target) as channel:
+            assert ask_grpc(channel) == [3.0]
+        url = running.url.replace("127.0.0.1", "[::1]")
+        assert httpx.get(f"{url}/healthz", timeout=LIMIT).status_code == 200
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
@@ -426,6 +497,22 @@ def test_sigterm_finishes_what_was_accepted(tmp_path):
         client.close()
         channel.close()
         log.close()
+
+
+def test_what_outlasts_the_grace_is_cancelled(echo):
+    running = running_server(model_name="echo", model_base_path=str(echo), shutdown_grace_seconds=1)
+    with ThreadPoolExecutor(1) as threads:
+        with running as server:
+            request = predict_pb2.PredictRequest()
+            request.model_spec.name, request.model_spec.signature_name = "echo", "endless"
+            request.inputs["x"].CopyFrom(tf.make_tensor_proto([1.0]))
+            held = threads.submit(server.predict.Predict, request)
+            (version,) = server.server._manager._versions["echo"].values()
+            until(lambda: version.in_flight == 1)
+            server.server.stop()
+            with pytest.raises(grpc.RpcError):
+                held.result()
+        until(lambda: version.in_flight == 0)
 
 
 def test_bad_flag_of_the_program(tmp_path):
