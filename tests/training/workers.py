@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 FLAGS = (
     "--dataset=digits --classes=0,1,2 --subset=96 --architecture=resnet8 --image_size=8 --norm=l2 --epsilon=0.5 "
-    "--attack_steps=2 --eval_steps=3 --batch_size=16 --learning_rate=0.01 --sync_batchnorm --checkpoint_every_steps=2"
+    "--attack_steps=2 --eval_steps=3 --batch_size=16 --learning_rate=0.02 --sync_batchnorm --checkpoint_every_steps=2"
 ).split()
 
 _ON_TWO_CPUS = """
