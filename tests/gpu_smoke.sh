@@ -61,7 +61,7 @@ from robust_tf.training.checkpoint import Checkpoints
 
 workdir = pathlib.Path(sys.argv[1])
 results = json.loads((workdir / "results.json").read_text())
-losses = [epoch["loss"] for epoch in Checkpoints(workdir / "checkpoints").peek().history]
+losses = [epoch["loss"] for epoch in Checkpoints(workdir / "checkpoints").latest().progress.history]
 if not losses[-1] < losses[0]:
     sys.exit(f"FAILED: {workdir.name}: the loss does not fall. Received: {losses}.")
 print(f"{workdir.name}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, robust {results['robust_accuracy']:.1%} of the test images")
