@@ -41,6 +41,7 @@ SMALL = {
     "batch_size": 24,
     "learning_rate": 0.05,
     "log_every_steps": 1,
+    "alarm_every_epochs": 100,  # none: tests/training/test_alarms.py looks at them, and they take seconds to trace
 }
 
 

@@ -18,8 +18,8 @@ class ReferenceCheckpoint:
 
     Attributes:
         state: the checkpoint's own keys to arrays of PyTorch's shapes, without the `attacker.` copy of the model.
-            bfloat16 has become float32; every other type is as stored. The arrays are read-only views of the file:
-            leave it as it is while they are in use.
+            The types are as stored, bfloat16 that of `ml_dtypes`. The arrays are read-only views of the file: leave it
+            as it is while they are in use.
         epoch: the last finished epoch, if stored.
         accuracies: what the reference stored as `nat_prec1` and `adv_prec1`, in percent.
         container: "zip" (torch >= 1.6) or "legacy".

@@ -10,15 +10,15 @@ import re
 from collections.abc import Iterable, Mapping
 
 import keras
+import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models.architectures import ARCHITECTURES, Architecture
+from robust_tf.models.torch_file import let_go
 
 State = Mapping[str, np.ndarray]
-
-_ROWS_AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,6 @@ class _Slot:
 
         The inputs of a grouped kernel stand in the order of `layers.shuffle_channels`.
         """
-        array = np.asarray(array, np.float32)
         if self.groups is None:
             return array
         outputs, members, *area = array.shape
@@ -47,15 +46,14 @@ class _Slot:
         return array.reshape(*area, self.groups * members, outputs // self.groups)
 
     def fill(self, array: np.ndarray) -> None:
-        """Puts an array of the reference into the variable."""
-        if array.ndim != 2 or self.groups != 1:
-            self.variable.assign(self.from_reference(array))
-            return
-        # VGG's largest kernel has 411 MB: in parts, it needs no second copy in the other layout. Not by assigning to
-        # slices of the variable, which copies all of it.
-        for start in range(0, array.shape[1], _ROWS_AT_ONCE):
-            part = self.from_reference(array[:, start : start + _ROWS_AT_ONCE])
-            self.variable.value.scatter_update(tf.IndexedSlices(part, tf.range(start, start + len(part))))
+        """Puts an array of the reference into the variable, by way of a single copy: kernels may have 400 MB."""
+        values = self.from_reference(array)  # a view still, of the stored type
+        # TensorFlow takes memory over that begins at a multiple of 64 bytes. From an array it would make two more
+        # copies; and what updates a variable in part has it copied at every later read.
+        memory = np.empty(4 * values.size + 64, np.uint8)
+        aligned = memory[-memory.ctypes.data % 64 :][: 4 * values.size].view(np.float32).reshape(values.shape)
+        aligned[...] = values
+        self.variable.assign(tf.experimental.dlpack.from_dlpack(aligned.__dlpack__()))
 
     def to_reference(self) -> np.ndarray:
         """The inverse of `from_reference`, of the variable's value."""
@@ -94,6 +92,7 @@ def load_reference_state(classifier: keras.Model, state: State) -> None:
     _check_normalization(classifier, state)
     for key, slot in slots.items():
         slot.fill(core[key])
+        let_go(core[key])
 
 
 def to_reference_state(classifier: keras.Model) -> dict[str, np.ndarray]:
@@ -245,7 +244,7 @@ def _check_keys(classifier: keras.Model, slots: Mapping[str, _Slot], core: State
             if core[key].shape != slots[key].reference_shape
         },
         "not of floating-point numbers": {
-            f"{key} ({core[key].dtype})" for key in shared if core[key].dtype.kind != "f"
+            f"{key} ({core[key].dtype})" for key in shared if not _is_floating_point(core[key].dtype)
         },
     }
     if any(problems.values()):
@@ -255,6 +254,10 @@ def _check_keys(classifier: keras.Model, slots: Mapping[str, _Slot], core: State
             f"The checkpoint does not fit {classifier.name} with {num_classes} classes. Received: keys {listed}."
             + _advice(core, classifier.name, num_classes)
         )
+
+
+def _is_floating_point(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16  # which NumPy takes for raw bytes
 
 
 def _first(keys: Iterable[str], count: int = 3) -> str:
@@ -281,7 +284,7 @@ def _check_normalization(classifier: keras.Model, state: State) -> None:
     layer = classifier.get_layer("normalization")
     ours = (np.ravel(layer.mean), np.sqrt(np.ravel(layer.variance)))
     for name, array, own in zip(("mean", "std"), arrays, ours, strict=True):
-        precision = 2 * float(np.finfo(np.float16 if array.dtype == np.float16 else np.float32).eps)
+        precision = 2 * float(ml_dtypes.finfo(array.dtype if array.dtype.itemsize == 2 else np.float32).eps)
         if array.size != own.size or not np.allclose(array.ravel(), own, rtol=precision, atol=0):
             raise UserError(
                 f"The checkpoint normalises images otherwise than the classifier. Received: {name}={_decimals(array)}, "

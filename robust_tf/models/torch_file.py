@@ -3,7 +3,7 @@
 Such a file is a pickle beside raw numbers, and a pickle may name any function of any installed package and have it
 called. Here a name is looked up in the table `_ALLOWED` and nowhere else; what stands there builds plain records. A
 tensor becomes an array only when it is asked for, and the array is a view of the mapped file: it costs no memory that
-the system could not take back.
+the system could not take back, and `let_go` has it taken back at once.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 
 from robust_tf.errors import UserError
@@ -83,8 +84,8 @@ class _Storage(_Inert):
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of the stored numbers. NumPy has no bfloat16: its bits are read as uint16."""
-        return np.dtype("u2" if self.type == _BFLOAT16 else self.type)
+        """Type of the stored numbers."""
+        return np.dtype(ml_dtypes.bfloat16 if self.type == _BFLOAT16 else self.type)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -232,7 +233,7 @@ class TorchFile:
         raise NotImplementedError
 
     def array(self, tensor: Tensor) -> np.ndarray:
-        """The tensor as a C-contiguous array; bfloat16 becomes float32.
+        """The tensor as a C-contiguous array of the type that is stored; bfloat16 is that of `ml_dtypes`.
 
         The array is read-only and changes with the file, if that is written to in place.
 
@@ -260,8 +261,6 @@ class TorchFile:
             values = np.frombuffer(self._bytes, storage.dtype, storage.count, self._offset(storage))
             if self._big_endian:
                 values = values.byteswap()
-            if storage.type == _BFLOAT16:
-                values = (values.astype(np.uint32) << 16).view(np.float32)
             self._arrays[storage.key] = values
         return self._arrays[storage.key]
 
@@ -333,6 +332,18 @@ class _LegacyFile(TorchFile):
 
     def _offset(self, storage: _Storage) -> int:
         return self._offsets[storage.key]
+
+
+def let_go(array: np.ndarray) -> None:
+    """Has the system take back the memory of the file behind an array; what is read again comes from the disk.
+
+    Where the array is no view of a mapped file, or the system can't, nothing happens.
+    """
+    base: Any = array
+    while isinstance(base, memoryview) or hasattr(base, "base"):  # an array, or what `as_strided` puts between
+        base = base.obj if isinstance(base, memoryview) else base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def open_torch_file(file: BinaryIO) -> TorchFile:

@@ -98,6 +98,12 @@ def stored_features(
     store = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     row_bytes = 4 * backbone.output_shape[-1]
     files = _files(task, views)
+
+    # Traced once for all files.
+    @tf.function(input_signature=[tf.TensorSpec([None, *backbone.input_shape[1:]], tf.float32)])
+    def features_of(images: tf.Tensor) -> tf.Tensor:
+        return tf.cast(backbone(images, training=False), tf.float32)
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(_lock_of(store)):
@@ -108,7 +114,7 @@ def stored_features(
             if not (store / _KEY).exists():
                 write_json(store / _KEY, key)
             os.utime(store / _KEY)  # of the last use: the oldest go first
-            computed = sum(_complete_file(store, file, row_bytes, backbone, track) for file in files)
+            computed = sum(_complete_file(store, file, row_bytes, features_of, track) for file in files)
             _check_or_seal(store, files, row_bytes)
     except OSError as error:
         raise UserError(
@@ -174,7 +180,7 @@ def _complete_file(
     store: pathlib.Path,
     file: _File,
     row_bytes: int,
-    backbone: keras.Model,
+    features_of: Callable[[tf.Tensor], tf.Tensor],
     track: Callable[..., Iterator[tuple[Any, Any]]],
 ) -> int:
     """Appends the missing rows to a file, and returns their number."""
@@ -182,12 +188,6 @@ def _complete_file(
     done = path.stat().st_size // row_bytes if path.exists() else 0
     if done >= file.rows or (store / _COMPLETE).exists():
         return 0  # too long or too short after all: `_check_or_seal` says so
-    signature = [tf.TensorSpec([None, *backbone.input_shape[1:]], tf.float32)]
-
-    @tf.function(input_signature=signature)
-    def features_of(images: tf.Tensor) -> tf.Tensor:
-        return tf.cast(backbone(images, training=False), tf.float32)
-
     missing = file.rows - done
     with path.open("ab") as target:
         target.truncate(done * row_bytes)  # a row that was half written

@@ -134,8 +134,8 @@ def _torchattacks(
     )
     apgd_torch = torchattacks.APGD(model, norm="L2", eps=EPSILON, steps=APGD_STEPS, n_restarts=1, seed=0, loss="ce")
     return {
-        f"PGD-{PGD_STEPS} torchattacks": lambda: pgd_torch(x, y).numpy(),
-        f"APGD-{APGD_STEPS} torchattacks": lambda: apgd_torch(x, y).numpy(),
+        f"PGD-{PGD_STEPS} torchattacks": lambda: pgd_torch(x, y).detach().numpy(),
+        f"APGD-{APGD_STEPS} torchattacks": lambda: apgd_torch(x, y).detach().numpy(),
     }
 
 

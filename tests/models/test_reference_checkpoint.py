@@ -6,6 +6,7 @@ import pickle
 import tracemalloc
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 from torch_writer import Call, Global, Storage, tensor, tensors, write_legacy, write_zip, write_zip_members
@@ -81,7 +82,7 @@ def test_number_types_and_byte_orders(tmp_path, write) -> None:
     expected = {
         "half": np.array([0.5, -2], np.float16),
         "double": np.array([1e300]),
-        "brain": np.array([1.5, -2.5, np.inf], np.float32),
+        "brain": np.array([1.5, -2.5, np.inf], ml_dtypes.bfloat16),
         "long": np.array([-(2**40)]),
     }
     for big_endian in (False, True):
@@ -352,3 +353,25 @@ def test_reading_copies_nothing(tmp_path, write) -> None:
     assert sum(values.nbytes for values in checkpoint.state.values()) == 2**20 * layers
     assert peak < 2**20  # less than a single storage
     assert checkpoint.state["3.weight"].min() == checkpoint.state["3.weight"].max() == 3
+
+
+def _resident_pages_of_files() -> int:
+    fields = pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in fields if line.startswith("RssFile:")) * 2**10
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@WRITERS
+def test_pages_that_were_read_are_let_go(tmp_path, write) -> None:
+    size = 2**24
+    path = write(tmp_path / "x.pt", tensors({"fc.weight": np.arange(size, dtype=np.float16).reshape(2, -1)}))
+    array = read_reference_checkpoint(path).state["fc.weight"]
+    before = _resident_pages_of_files()
+    assert array.max() > 0
+    read = _resident_pages_of_files()
+    torch_file.let_go(array)
+    after = _resident_pages_of_files()
+    assert read - before > size  # of 2 * size bytes
+    assert after - before < size
+    np.testing.assert_array_equal(array[0, :5], np.arange(5))
+    torch_file.let_go(np.zeros(3))  # of no file

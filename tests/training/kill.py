@@ -17,7 +17,7 @@ import numpy as np
 _FLAGS = [
     "--dataset=digits --classes=0,1,2 --architecture=resnet8 --image_size=8 --norm=l2 --epsilon=0.5 --attack_steps=2",
     "--random_start --eval_steps=2 --batch_size=24 --learning_rate=0.05 --ema_decay=0.9 --deterministic",
-    "--checkpoint_every_steps=2",
+    "--checkpoint_every_steps=2 --alarm_every_epochs=10",
 ]
 
 
