@@ -120,8 +120,13 @@ def _help(kind: Any, field: Any) -> str:
 
 def _parse_items(name: str, items: Sequence[str], kind: type) -> tuple[Any, ...]:
     convert: Callable[[str], Any] = parse_number if kind is float else kind
+    texts = [item.strip() for item in items]
+    if texts == [""]:
+        return ()
     try:
-        return tuple(convert(item.strip()) for item in items if item.strip() != "")
+        if "" in texts:
+            raise ValueError
+        return tuple(convert(text) for text in texts)
     except ValueError:
         kinds = {int: "integers", float: "numbers or fractions such as 8/255"}
         raise UserError(

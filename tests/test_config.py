@@ -198,6 +198,7 @@ def test_differences_name_both_values_and_leave_out_what_is_no_part_of_the_job()
         (["--flagfile=nowhere.cfg"], "job.cfg: Unable to open flagfile"),
         (["--validation_fraction=1"], "Received: 1.0"),
         (["--classes=a,b"], "Received: a,b"),
+        (["--classes=5,,6"], "--classes takes integers with commas between them. Received: 5,,6"),
         (["--task=transfer"], "--source=none"),
         (["--source=resnet50_l2_eps3"], "--source=resnet50_l2_eps3"),
         (["--baseline"], "--task=pretrain"),

@@ -1,6 +1,7 @@
 """Random numbers that belong to an image, whatever batch it comes in and whatever ran before.
 
-A seed is (batch, 2) int32: one pair for each image. The same seed gives the same numbers on every device.
+A seed is (batch, 2) int32: one pair for each image. The same seed gives the same numbers on every device;
+compiled by XLA it gives others, since that has a Philox of its own (TensorFlow 2.21).
 """
 
 import zlib
