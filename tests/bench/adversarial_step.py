@@ -1,9 +1,11 @@
 """Times the adversarial training step beside its floor: the same passes, each timed bare on the same model.
 
-    python -m tests.bench.adversarial_step [--cases=resnet18_64,cifar_resnet18_32] [--precision=float32] [--quick]
+    python -m tests.bench.adversarial_step [--cases=resnet18_64,cifar_resnet18_32] [--precision=float32] [--steps=3,7]
+        [--norms=l2] [--quick]
 
-The shapes are those at which the PyTorch reference library was timed. All cases of one model run in one process and
-take turns. Peak memory is that of a fresh process for each kind of step (--memory).
+With and without `use_best`, which keeps the iterate of the greatest loss and takes one more forward pass for it. The
+shapes are those at which the PyTorch reference library was timed. All cases of one model run in one process and take
+turns. Peak memory is that of a fresh process for each kind of step (--memory).
 """
 
 from robust_tf.environment import set_tensorflow_defaults
@@ -44,45 +46,73 @@ SHAPES = {
     "resnet18_64": Shape("resnet18", 1000, 64, 32, 3.0, 2.0),
     "cifar_resnet18_32": Shape("cifar_resnet18", 10, 32, 64, 0.5, 0.1),
 }
-STEPS = (0, 3, 7)
-TITLES = {0: "standard step", 3: "PGD-3 step", 7: "PGD-7 step"}
+LINF = (8 / 255, 2 / 255)  # epsilon and step size, of all shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A kind of training step; with 0 steps of the attack, standard training."""
+
+    steps: int
+    norm: str = "l2"
+    use_best: bool = True
+
+    @property
+    def title(self) -> str:
+        if not self.steps:
+            return "standard step"
+        return f"PGD-{self.steps} step, {self.norm}, {'best' if self.use_best else 'last'} iterate"
+
+
+STANDARD = Step(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="resnet20_32,resnet18_64,cifar_resnet18_32", help="names, with commas")
     parser.add_argument("--precision", default="float32,mixed_bfloat16", help="policies, with commas")
+    parser.add_argument("--steps", default="1,3,7", help="of the attack, with commas")
+    parser.add_argument("--norms", default="l2,linf", help="of the attack, with commas")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="batches of 2, two repeats: only to see that it runs")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of each step, in new processes")
-    parser.add_argument("--memory_of", type=int, help=argparse.SUPPRESS)  # PGD steps; what the new processes are told
+    parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # title of a step; what the new processes are told
     arguments = parser.parse_args()
+    kinds = [
+        Step(int(steps), norm, use_best)
+        for norm in arguments.norms.split(",")
+        for use_best in (True, False)
+        for steps in arguments.steps.split(",")
+    ]
+    steps = {kind.title: kind for kind in (STANDARD, *kinds)}
     for name in arguments.cases.split(","):
         for precision in arguments.precision.split(","):
             keras.config.set_dtype_policy(precision)
             shape = dataclasses.replace(SHAPES[name], batch_size=2) if arguments.quick else SHAPES[name]
             if arguments.memory_of is not None:
-                _memory_of(shape, arguments.memory_of)
+                _memory_of(shape, steps[arguments.memory_of])
             else:
-                _report(name, shape, precision, 2 if arguments.quick else arguments.repeats, arguments)
+                _report(name, shape, precision, steps, arguments)
 
 
-def _report(name: str, shape: Shape, precision: str, repeats: int, arguments: argparse.Namespace) -> None:
-    timings = interleaved(_cases(shape), repeats=repeats, warmup=2)
+def _report(name: str, shape: Shape, precision: str, steps: dict[str, Step], arguments: argparse.Namespace) -> None:
+    repeats = 2 if arguments.quick else arguments.repeats
+    timings = interleaved(_cases(shape, steps), repeats=repeats, warmup=2)
     median = {case: timing.median for case, timing in timings.items()}
     print(f"\n{name}, batch {shape.batch_size}, {precision}, median of {repeats}")
-    print(f"{'':28}{'s/step':>9}{'images/s':>10}{'/ floor':>9}{'first s':>9}{'peak MiB':>10}")
+    print(f"{'':32}{'s/step':>9}{'images/s':>10}{'/ floor':>9}{'first s':>9}{'peak MiB':>10}")
     for case, timing in timings.items():
-        steps = next((steps for steps, title in TITLES.items() if title == case), None)
-        # use_best looks at the last iterate too: one more forward pass.
-        floor = median["standard step"] + steps * median["input gradient"] + median["forward"] if steps else None
-        memory = _peak_memory(name, precision, steps, arguments) if arguments.memory and steps is not None else ""
+        step = steps.get(case)
+        floor = 0.0
+        if step and step.steps:
+            floor = median[STANDARD.title] + step.steps * median["input gradient"] + step.use_best * median["forward"]
+        memory = _peak_memory(name, precision, case, arguments) if arguments.memory and step else ""
         ratio = f"{timing.median / floor:.2f}" if floor else ""
         speed = shape.batch_size / timing.median
-        print(f"{case:28}{timing.median:9.4f}{speed:10.1f}{ratio:>9}{timing.first:9.1f}{memory:>10}", flush=True)
+        print(f"{case:32}{timing.median:9.4f}{speed:10.1f}{ratio:>9}{timing.first:9.1f}{memory:>10}", flush=True)
 
 
-def _cases(shape: Shape) -> dict[str, Callable[[], object]]:
+def _cases(shape: Shape, steps: dict[str, Step]) -> dict[str, Callable[[], object]]:
     images, labels = _batch(shape)
     classifier = _classifier(shape)
 
@@ -100,20 +130,19 @@ def _cases(shape: Shape) -> dict[str, Callable[[], object]]:
 
     @tf.function
     def attack() -> tf.Tensor:
-        return run_pgd(classifier, images, labels, attack=_attack(shape, 3)).images_adv
+        return run_pgd(classifier, images, labels, attack=_attack(shape, Step(3))).images_adv
 
-    steps = {TITLES[count]: _step(shape, classifier, count) for count in STEPS}
     return {
         "forward": lambda: forward().numpy(),
         "input gradient": lambda: input_gradient().numpy(),
         "attack alone (PGD-3)": lambda: attack().numpy(),
-        **steps,
+        **{title: _step(shape, classifier, step) for title, step in steps.items()},
     }
 
 
-def _step(shape: Shape, classifier: keras.Model, steps: int) -> Callable[[], object]:
+def _step(shape: Shape, classifier: keras.Model, step: Step) -> Callable[[], object]:
     images, labels = _batch(shape)
-    trainer = AdversarialTrainer(classifier, _attack(shape, steps))
+    trainer = AdversarialTrainer(classifier, _attack(shape, step))
     trainer.compile(
         build_optimizer("sgd", learning_rate=1e-4, momentum=0.9, weight_decay=5e-4),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -122,8 +151,15 @@ def _step(shape: Shape, classifier: keras.Model, steps: int) -> Callable[[], obj
     return lambda: trainer.train_on_batch(images, labels)
 
 
-def _attack(shape: Shape, steps: int) -> AttackConfig:
-    return AttackConfig(norm="l2", epsilon=shape.epsilon, step_size=shape.step_size, steps=steps)
+def _attack(shape: Shape, step: Step) -> AttackConfig:
+    epsilon, step_size = LINF if step.norm == "linf" else (shape.epsilon, shape.step_size)
+    return AttackConfig(
+        norm=step.norm,
+        epsilon=epsilon if step.steps else 0.0,
+        step_size=step_size,
+        steps=step.steps,
+        use_best=step.use_best,
+    )
 
 
 def _classifier(shape: Shape) -> keras.Model:
@@ -137,16 +173,17 @@ def _batch(shape: Shape) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.constant(images), tf.constant(rng.integers(0, shape.num_classes, shape.batch_size), tf.int32)
 
 
-def _memory_of(shape: Shape, steps: int) -> None:
-    step = _step(shape, _classifier(shape), steps)
+def _memory_of(shape: Shape, kind: Step) -> None:
+    step = _step(shape, _classifier(shape), kind)
     for _ in range(3):
         step()
     print(f"{peak_memory():.0f}")
 
 
-def _peak_memory(name: str, precision: str, steps: int, arguments: argparse.Namespace) -> str:
+def _peak_memory(name: str, precision: str, title: str, arguments: argparse.Namespace) -> str:
     command = [sys.executable, "-m", "tests.bench.adversarial_step", f"--cases={name}", f"--precision={precision}"]
-    command += [f"--memory_of={steps}"] + (["--quick"] if arguments.quick else [])
+    command += [f"--memory_of={title}", f"--steps={arguments.steps}", f"--norms={arguments.norms}"]
+    command += ["--quick"] if arguments.quick else []
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
