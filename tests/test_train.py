@@ -283,9 +283,9 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(job, monkeypatch, caps
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_the_uninterrupted_one():
-    figures = kill.run(kills=3, seed=0, epochs=12)
+    figures = kill.run(kills=3, seed=1, epochs=12)
     assert figures["different"] == []
-    assert figures["killed"] > 0
+    assert len(set(figures["states"]) - {""}) > 1  # killed at different steps
 
 
 def test_the_state_is_saved_within_an_epoch(job, monkeypatch):
