@@ -101,3 +101,8 @@ def test_the_head_of_the_best_epoch_is_kept(job, monkeypatch):
     run(job("two", epochs=2, select_by="last", lr_schedule="constant"))
     best, two = (weights_of(f"{job(name).workdir}/classifier.keras") for name in ("best", "two"))
     assert all(np.array_equal(best[path], two[path]) for path in best)
+
+
+def test_the_plan_of_a_head_that_takes_no_steps(job, capsys):
+    train.run(job("plan", head="ridge", dry_run=True))
+    assert "none: --head=ridge is fitted to all features at once" in capsys.readouterr().out

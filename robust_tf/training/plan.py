@@ -109,6 +109,8 @@ def _attack(config: JobConfig) -> str:
 
 
 def _steps(config: JobConfig, batches: int) -> str:
+    if config.head != "sgd":
+        return f"none: --head={config.head} is fitted to all features at once"
     total = config.passes * batches * config.replays
     replays = f" batches x {config.replays} replays" if config.fast == "free" else ""
     return f"{config.passes} epochs x {batches}{replays} = {total:,} steps of {config.batch_size} images"
