@@ -33,6 +33,7 @@ setup(
         "absl-py>=2.1",
         "tensorboard>=2.20",
         "numpy>=2.1",
+        "ml_dtypes>=0.5.1",  # as tensorflow: bfloat16 in NumPy, for checkpoints
         "scikit-learn>=1.5.2",
         "scipy>=1.13",
         "pillow>=10.1",

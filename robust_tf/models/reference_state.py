@@ -284,7 +284,8 @@ def _check_normalization(classifier: keras.Model, state: State) -> None:
     layer = classifier.get_layer("normalization")
     ours = (np.ravel(layer.mean), np.sqrt(np.ravel(layer.variance)))
     for name, array, own in zip(("mean", "std"), arrays, ours, strict=True):
-        precision = 2 * float(ml_dtypes.finfo(array.dtype if array.dtype.itemsize == 2 else np.float32).eps)
+        half = array.dtype in (np.float16, ml_dtypes.bfloat16)
+        precision = 2 * float(ml_dtypes.finfo(array.dtype if half else np.float32).eps)
         if array.size != own.size or not np.allclose(array.ravel(), own, rtol=precision, atol=0):
             raise UserError(
                 f"The checkpoint normalises images otherwise than the classifier. Received: {name}={_decimals(array)}, "

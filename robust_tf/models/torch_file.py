@@ -260,7 +260,8 @@ class TorchFile:
         if storage.key not in self._arrays:
             values = np.frombuffer(self._bytes, storage.dtype, storage.count, self._offset(storage))
             if self._big_endian:
-                values = values.byteswap()
+                # As integers: ml_dtypes 0.5.1 swaps bfloat16 wrongly.
+                values = values.view(f"u{values.itemsize}").byteswap().view(storage.dtype)
             self._arrays[storage.key] = values
         return self._arrays[storage.key]
 
