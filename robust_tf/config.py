@@ -1,4 +1,4 @@
-"""Every flag of the training job, as one frozen dataclass that checks itself.
+"""Every flag of the training job, as one frozen dataclass that checks itself (`config_checks` holds the rules).
 
 The fields of `JobConfig` are the flags: name, default and help stand here and nowhere else. Everything inside the
 package takes these dataclasses or plain arguments, never flags.
@@ -7,28 +7,17 @@ package takes these dataclasses or plain arguments, never flags.
 import dataclasses
 import math
 import pathlib
-import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from robust_tf.command_line import flag, parse_amount, parse_flags, parse_number, to_text
-from robust_tf.errors import UserError, unknown_name
+from robust_tf.command_line import flag, parse_flags, parse_number, to_text
+from robust_tf.config_checks import check_choice, check_choices, check_epsilon, check_job
+from robust_tf.errors import UserError
 
 Norm = Literal["l2", "linf"]
 # PGD steps of the validation attack where training's own attack has one gradient step only.
 _VALIDATION_STEPS = 3
 TransferMode = Literal["fixed_feature", "full_network", "partial"]
-
-
-def check_epsilon(norm: str, epsilon: float) -> None:
-    """Refuses a radius that is negative or not finite, or with linf more than the pixel range."""
-    if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise UserError(f"epsilon must be 0 or more, in [0, 1] pixel units. Received: epsilon={epsilon}.")
-    if norm == "linf" and epsilon > 1:
-        raise UserError(
-            "epsilon of the linf norm must be in [0, 1], since pixels are. "
-            f"Received: epsilon={epsilon:g}. Did you mean {epsilon:g}/255?"
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +41,7 @@ class AttackConfig:
     use_best: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("norm", self.norm, Norm)
+        check_choice("norm", self.norm, Norm)
         check_epsilon(self.norm, self.epsilon)
         if self.steps < 0:
             raise UserError(f"steps must be 0 or more. Received: steps={self.steps}.")
@@ -259,106 +248,7 @@ class JobConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         self._fill()
-        for name in (
-            "epochs",
-            "batch_size",
-            "lr_step_epochs",
-            "log_every_steps",
-            "views",
-            "accumulate_steps",
-            "free_replays",
-            "alarm_every_epochs",
-        ):
-            _check_range(name, getattr(self, name), lowest=1)
-        for name in ("image_size", "examples_per_class", "downscale", "checkpoint_every_steps", "base_batch_size"):
-            if getattr(self, name) is not None:
-                _check_range(name, getattr(self, name), lowest=1)
-        for name in ("seed", "split_seed", "hidden_layers", "momentum", "weight_decay", "warmup_epochs", "eval_steps"):
-            _check_range(name, getattr(self, name), lowest=0)
-        for name in ("clip_norm", "checkpoint_every_minutes", "restarts"):
-            _check_range(name, getattr(self, name), lowest=0)
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"--ema_decay must lie in [0, 1). Received: {self.ema_decay}.")
-        if self.profile_steps and not (
-            len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
-        ):
-            raise UserError(
-                "--profile_steps takes the first and the last step, counted from 1, e.g. 10,15. Received: "
-                f"{to_text(self.profile_steps)}."
-            )
-        self._check_optimisation()
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"--validation_fraction must be between 0 and 1. Received: {self.validation_fraction}.")
-        self._check_distribution()
-        for name in ("workdir", "cache_dir", "export_dir"):
-            if "://" in getattr(self, name):
-                raise UserError(
-                    f"--{name} is a folder of this machine, or one that is mounted here; only --data_dir may be in a "
-                    f"store. Received: --{name}={getattr(self, name)}."
-                )
-        self._check_plan()
-        self._check_data()
-        self._check_transfer()
-        self._check_features()
-        _ = self.attack, self.evaluation_attack, self.multipliers  # checks their values
-        if self.epsilon > 0 and self.attack_steps < 1:
-            raise UserError(
-                f"An attack of --epsilon={self.epsilon:g} needs 1 step or more. Received: "
-                f"--attack_steps={self.attack_steps}. Standard training is --epsilon=0."
-            )
-        self._check_recipe()
-        if self.select_by == "robust_accuracy" and not self.attack.active:
-            raise UserError("--select_by=robust_accuracy needs an attack in training. Received: --epsilon=0.")
-        if self.on_alarm != "warn" and not self.attack.active:
-            raise UserError(
-                f"--on_alarm={self.on_alarm} needs an attack in training: without one nothing is looked at. "
-                "Received: --epsilon=0."
-            )
-        if self.deterministic and self.jit_compile == "true":
-            raise UserError(
-                "Keras compiles nothing by XLA under determinism. Received: --deterministic --jit_compile=true."
-            )
-
-    def _check_optimisation(self) -> None:
-        if self.seed >= 2**32:  # what NumPy's global generator takes
-            raise UserError(f"--seed must be below 2**32. Received: {self.seed}.")
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"--learning_rate must be more than 0. Received: {self.learning_rate}.")
-        if not self.momentum < 1:
-            raise UserError(f"--momentum must be below 1. Received: {self.momentum}.")
-        if not 0 < self.lr_decay <= 1:
-            raise UserError(f"--lr_decay must be more than 0 and at most 1. Received: {self.lr_decay}.")
-        if not 0 < self.lr_peak < 1:
-            raise UserError(f"--lr_peak must be between 0 and 1. Received: {self.lr_peak}.")
-        if self.lr_schedule == "piecewise" and not self.lr_milestones:
-            raise UserError("--lr_schedule=piecewise needs --lr_milestones, e.g. 30,60. Received: none.")
-        if any(milestone < 1 for milestone in self.lr_milestones):
-            raise UserError(f"--lr_milestones are epochs from 1 on. Received: {to_text(self.lr_milestones)}.")
-
-    def _check_distribution(self) -> None:
-        if self.distribution == "none":
-            return
-        for name, value, instead in (("precision", "mixed_float16", "mixed_bfloat16"), ("jit_compile", "true", "auto")):
-            if getattr(self, name) == value:
-                raise UserError(
-                    f"--{name}={value} works on one device only, --{name}={instead} on several. Received: "
-                    f"--{name}={value} --distribution={self.distribution}."
-                )
-        if self.accumulate_steps > 1:
-            raise UserError(
-                "--accumulate_steps works on one device only: with several, each has a share of the batch anyway. "
-                f"Received: --accumulate_steps={self.accumulate_steps} --distribution={self.distribution}."
-            )
-        if self.fast == "free":
-            raise UserError(
-                "Free adversarial training keeps one perturbation for the batch, on one device. Received: --fast=free "
-                f"--distribution={self.distribution}."
-            )
-        if self.features == "cached":
-            raise UserError(
-                "--features=cached trains a head on one device, which takes seconds. Received: --features=cached "
-                f"--distribution={self.distribution}."
-            )
+        check_job(self)
 
     def _fill(self) -> None:
         """Gives the flags that `fast` and `objective` decide their values, unless they have one.
@@ -380,152 +270,6 @@ class JobConfig:
         for name, value in {**usual, **presets[self.fast]}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # a frozen dataclass, but not before it is made
-
-    def _check_recipe(self) -> None:
-        recipe = f"--objective={self.objective} --fast={self.fast}"
-        if (self.objective != "adversarial" or self.fast != "none") and not self.attack.active:
-            raise UserError(
-                f"{recipe} needs an attack in training. Received: --epsilon={self.epsilon:g} "
-                f"--attack_steps={self.attack_steps}."
-            )
-        for name in ("trades_beta", "awp_gamma", "awp_warmup_epochs"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"--{name} must be a number of 0 or more. Received: {value}.")
-        used = {
-            "trades_beta": (self.uses_trades, "--objective=trades and trades_awp"),
-            "awp_gamma": (self.uses_awp, "--objective=awp and trades_awp"),
-            "awp_warmup_epochs": (self.uses_awp, "--objective=awp and trades_awp"),
-            "free_replays": (self.fast == "free", "--fast=free"),
-            "epsilon_warmup_epochs": (self.fast == "epsilon_warmup", "--fast=epsilon_warmup"),
-        }
-        for name, (is_used, where) in used.items():
-            if not is_used and getattr(self, name) != getattr(JobConfig, name):
-                raise UserError(f"--{name} is for {where}. Received: --{name}={getattr(self, name)} with {recipe}.")
-        if self.uses_awp and not self.awp_warmup_epochs < self.epochs:
-            raise UserError(
-                f"--awp_warmup_epochs must be less than the {self.epochs} epochs, or no weight is ever perturbed. "
-                f"Received: {self.awp_warmup_epochs:g}."
-            )
-        rise = self.epsilon_warmup_epochs
-        if rise is not None and not 0 < rise <= self.epochs:
-            raise UserError(
-                f"--epsilon_warmup_epochs must be above 0 and at most the {self.epochs} epochs. Received: {rise:g}."
-            )
-        if self.uses_trades and self.random_start:
-            raise UserError("TRADES has a start of its own. Received: --random_start with " + recipe + ".")
-        if self.fast in ("fgsm", "free") and self.attack_steps != 1:
-            raise UserError(
-                f"--fast={self.fast} has one attack step. Received: --attack_steps={self.attack_steps}. Leave it out, "
-                "or use --fast=none."
-            )
-        if self.fast in ("fgsm", "free") and self.uses_trades or self.fast == "free" and self.uses_awp:
-            raise UserError(
-                f"--fast={self.fast} is a recipe for the loss of adversarial images. Received: {recipe}. Use "
-                "--objective=adversarial, or --fast=none."
-            )
-        for name in ("random_start", "use_best"):
-            if self.fast == "free" and getattr(self, name):
-                raise UserError(
-                    "Free adversarial training goes on from the perturbation of the step before, and uses every one. "
-                    f"Received: --{name} with --fast=free."
-                )
-
-    def _check_plan(self) -> None:
-        for name in ("plan_utilisation", "plan_price"):
-            if getattr(self, name) != getattr(JobConfig, name) and not self.plan_devices:
-                raise UserError(f"--{name} is for --plan_devices. Received: --{name}={getattr(self, name)}.")
-        if self.plan_devices and not self.dry_run:
-            raise UserError(
-                f"--plan_devices is for --dry_run. Received: --plan_devices={to_text(self.plan_devices)} "
-                "without --dry_run."
-            )
-        if self.plan_devices and self.features == "cached":
-            raise UserError(
-                "--plan_devices plans steps through the whole network, which stored features don't need: one device "
-                "is enough. Received: --features=cached."
-            )
-        if not 0 < self.plan_utilisation <= 1:
-            raise UserError(f"--plan_utilisation must be above 0 and at most 1. Received: {self.plan_utilisation}.")
-        if self.plan_price is not None and not 0 < self.plan_price < math.inf:
-            raise UserError(f"--plan_price must be a number above 0. Received: {self.plan_price}.")
-
-    def _check_data(self) -> None:
-        if not 0 <= self.rand_augment <= 1:
-            raise UserError(f"--rand_augment must be in [0, 1]. Received: {self.rand_augment}.")
-        if self.subset:
-            parse_amount(self.subset)
-        if self.examples_per_class is not None and self.subset:
-            raise UserError(
-                "--subset and --examples_per_class both choose the training images. Received: "
-                f"--subset={self.subset} --examples_per_class={self.examples_per_class}."
-            )
-        if self.mixing != "none" and self.attack.active:
-            raise UserError(
-                "The attack needs one label for each image, which mixed images don't have. Received: "
-                f"--mixing={self.mixing} --epsilon={self.epsilon:g}."
-            )
-        if self.downscale is not None and self.export_dir:
-            raise UserError(
-                "A served model takes images as they are, and would not reduce them first. Received: "
-                f"--downscale={self.downscale} --export_dir={self.export_dir}."
-            )
-
-    def _check_features(self) -> None:
-        if self.features == "live":
-            for name in ("views", "head"):
-                if getattr(self, name) != getattr(JobConfig, name):
-                    raise UserError(f"--{name} is for --features=cached. Received: --{name}={getattr(self, name)}.")
-            return
-        # What changes the features while the head trains, or needs the images again.
-        required: dict[str, Any] = {
-            "task": "transfer",
-            "transfer_mode": "fixed_feature",
-            "frozen_batchnorm": "frozen",
-            "unfreeze_at_epoch": None,
-            "mixing": "none",
-            "accumulate_steps": 1,
-            "ema_decay": 0.0,
-            "checkpoint_every_steps": None,
-            "profile_steps": (),
-        }
-        if self.head != "sgd":
-            required["hidden_layers"] = 0
-        for name, value in required.items():
-            if getattr(self, name) != value:
-                raise UserError(
-                    f"--features=cached --head={self.head} needs --{name}={to_text(value)}. "
-                    f"Received: {to_text(getattr(self, name))}."
-                )
-        if self.attack.active:
-            raise UserError(
-                "--features=cached trains on stored features, which no attack can reach: it needs --epsilon=0 (and "
-                f"--eval_epsilon for the robust accuracy). Received: --epsilon={self.epsilon:g}."
-            )
-        if self.views > 1 and self.augmentation == "none" and not self.rand_augment:
-            raise UserError(
-                "All views but the first are augmented, and would here be equal to it. Received: "
-                f"--views={self.views} --augmentation=none."
-            )
-        if not self.features_cache_size_gb > 0:
-            raise UserError(f"--features_cache_size_gb must be more than 0. Received: {self.features_cache_size_gb}.")
-
-    def _check_transfer(self) -> None:
-        if self.task == "transfer" and self.source == "none":
-            raise UserError("--task=transfer needs --source. Received: --source=none.")
-        if self.task == "pretrain" and self.source != "none":
-            raise UserError(f"--source is for --task=transfer. Received: --task=pretrain --source={self.source}.")
-        if self.baseline and self.task != "transfer":
-            raise UserError(f"--baseline compares two sources of a transfer. Received: --task={self.task}.")
-        if (self.transfer_mode == "partial") != bool(self.freeze_through):
-            raise UserError(
-                "--freeze_through and --transfer_mode=partial go together. Received: "
-                f"--transfer_mode={self.transfer_mode} --freeze_through={self.freeze_through!r}."
-            )
-        if self.unfreeze_at_epoch is not None and not 0 < self.unfreeze_at_epoch < self.passes:
-            raise UserError(
-                f"--unfreeze_at_epoch must lie within the {self.passes} epochs. Received: {self.unfreeze_at_epoch}."
-            )
 
     @property
     def attack(self) -> AttackConfig:
@@ -640,25 +384,3 @@ def read_flag_file(path: pathlib.Path, overrides: Sequence[str] = ()) -> JobConf
     if rest:
         raise UserError(f"Flag file {path}: everything is a flag, --name=value. Received: {rest[0]!r}.")
     return config
-
-
-def check_choices(config: Any) -> None:
-    """Checks every field of a dataclass of flags that is a Literal.
-
-    Raises:
-        UserError: another value than those listed there; suggests the nearest.
-    """
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        if typing.get_origin(hints[field.name]) is Literal:
-            _check_choice(f"--{field.name}", getattr(config, field.name), hints[field.name])
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in typing.get_args(choices):
-        raise unknown_name(f"value of {name}", value, typing.get_args(choices))
-
-
-def _check_range(name: str, value: float, *, lowest: float) -> None:
-    if not lowest <= value < math.inf:  # nor is NaN
-        raise UserError(f"--{name} must be {lowest} or more. Received: {value}.")

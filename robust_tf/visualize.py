@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 from absl import logging
 
 from robust_tf.command_line import flag, parse_flags
-from robust_tf.config import AttackConfig, Norm, check_choices
+from robust_tf.config import AttackConfig, Norm
+from robust_tf.config_checks import check_choices
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"training"},
     {"transfer"},
     {"attacks", "data", "models"},
-    {"config"},
+    {"config", "config_checks"},
     {"command_line"},
     {"errors", "files", "environment"},
 ]

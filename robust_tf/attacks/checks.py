@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.losses import Model, logits_of, with_classes
-from robust_tf.config import check_epsilon
+from robust_tf.config_checks import check_epsilon
 from robust_tf.errors import UserError, unknown_name
 
 # Rounding of a resize or of a float16 file, not another unit.

@@ -15,61 +15,19 @@ import numpy as np
 import tensorflow as tf
 from etils import epath
 
-from robust_tf.command_line import parse_amount
 from robust_tf.data.augmentations import AUGMENTATIONS
 from robust_tf.data.broken_images import broken_images_named, remembered_broken_images
 from robust_tf.data.datasets import dataset_info
 from robust_tf.data.examples import CacheMode, Examples, fits_in_memory
-from robust_tf.data.keras_cv_layers import Mix, mix, rand_augment
+from robust_tf.data.keras_cv_layers import Mix, mix
 from robust_tf.data.opening import open_dataset
-from robust_tf.data.records import LabelledImages, check_classes_present, check_labels
-from robust_tf.data.selection import balanced_subset, checked_classes, few_of_each_class, held_out
-from robust_tf.data.transforms import DecodedPicture, Picture, decode, downscale, evaluation_transform
+from robust_tf.data.preprocessing import Preprocessing
+from robust_tf.data.selection import checked_classes, part_masks
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.files import cache_folder
 
 # Evaluation makes no use of small batches, which only take longer.
 _SMALLEST_EVALUATION_BATCH = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """How an encoded image becomes pixels.
-
-    Attributes:
-        image_size: side of the result in pixels.
-        resize_size: what the shorter side is resized to in evaluation, before the centre crop.
-        augmentation: key of AUGMENTATIONS, for training.
-        rand_augment: magnitude in (0, 1] of RandAugment on top, 0 for none.
-        downscale: what the shorter side is resized to before everything else; None leaves it.
-    """
-
-    image_size: int
-    resize_size: int
-    augmentation: str
-    rand_augment: float = 0.0
-    downscale: int | None = None
-
-    def for_evaluation(self, encoded: tf.Tensor) -> tf.Tensor:
-        """Bytes -> (image_size, image_size, 3) float32 in [0, 1]."""
-        image = decode(encoded)
-        if self.downscale is not None:
-            image = downscale(image, self.downscale)
-        return evaluation_transform(image, image_size=self.image_size, resize_size=self.resize_size)
-
-    def for_training(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """Bytes -> (image_size, image_size, 3) float32 in [0, 1], augmented as `seed` (2,) decides."""
-        size = self.image_size
-        if self.downscale is None:
-            picture = Picture(encoded)
-        else:
-            picture = DecodedPicture(downscale(decode(encoded), self.downscale))
-        crop_seed = tf.random.experimental.stateless_fold_in(seed, 0) if self.rand_augment else seed
-        image = tf.ensure_shape(AUGMENTATIONS[self.augmentation](picture, size, crop_seed), (size, size, 3))
-        if self.rand_augment:
-            policy_seed = tf.random.experimental.stateless_fold_in(seed, 1)
-            image = rand_augment(image, policy_seed, magnitude=self.rand_augment)
-        return image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -341,7 +299,7 @@ def load_task(
             broken[part] = remembered_broken_images(
                 getattr(images, part), f"{images.fingerprint} {part}", folder / "broken_images"
             )
-    train_mask, validation_mask, test_mask = _masks(
+    train_mask, validation_mask, test_mask = part_masks(
         images,
         name,
         broken=broken,
@@ -392,49 +350,6 @@ def load_task(
         num_workers=num_workers,
         drop_remainder=drop_remainder or num_workers > 1,
     )
-
-
-def _masks(
-    images: LabelledImages,
-    name: str,
-    *,
-    broken: dict[str, np.ndarray],
-    classes: Sequence[int] | None,
-    validation_fraction: float,
-    examples_per_class: int | None,
-    subset: str,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which examples train, validate (both of `images.train`) and test, bool; all arguments but `broken` as above.
-
-    Args:
-        broken: numbers of the examples to leave out of "train" and "test".
-    """
-    names, num_pool = images.class_names, images.train.num_examples
-    validation = held_out(num_pool, validation_fraction) if images.validation is None else images.validation.copy()
-    train, test = ~validation, np.ones(images.test.num_examples, bool)
-    for mask, part in ((train, "train"), (validation, "train"), (test, "test")):
-        mask[broken[part]] = False
-    if classes is not None or examples_per_class is not None or subset or not images.trusted:
-        labels, test_labels = images.train.labels(), images.test.labels()
-        check_labels(labels, images.train, names, name=name)
-        check_labels(test_labels, images.test, names, name=name)
-        in_use = classes or range(len(names))
-        for mask, part_labels in ((train, labels), (validation, labels), (test, test_labels)):
-            mask &= np.isin(part_labels, in_use)
-        check_classes_present(labels[train], in_use, names, where=f"the training part of {name}")
-        check_classes_present(test_labels[test], in_use, names, where=f"the test part of {name}")
-        if examples_per_class is not None:
-            train = few_of_each_class(labels, train, examples_per_class, seed, name)
-        if subset:
-            train = balanced_subset(labels, train, parse_amount(subset), seed, name)
-    for part, mask in (("training", train), ("validation", validation), ("test", test)):
-        if not mask.any():
-            raise UserError(
-                f"The {part} part of {name!r} is empty. Received: classes={classes}, "
-                f"validation_fraction={validation_fraction}, {num_pool} training examples in all."
-            )
-    return train, validation, test
 
 
 def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:

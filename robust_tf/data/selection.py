@@ -4,10 +4,61 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from robust_tf.command_line import parse_amount
+from robust_tf.data.records import LabelledImages, check_classes_present, check_labels
 from robust_tf.errors import UserError
 
 # Not the job's seed: every run on a data set must hold out the same images.
 _VALIDATION_SEED = 20_200_716
+
+
+def part_masks(
+    images: LabelledImages,
+    name: str,
+    *,
+    broken: dict[str, np.ndarray],
+    classes: Sequence[int] | None,
+    validation_fraction: float,
+    examples_per_class: int | None,
+    subset: str,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which examples train, validate (both of `images.train`) and test, bool.
+
+    Args:
+        images: the data set called `name`.
+        broken: numbers of the examples to leave out of "train" and "test".
+
+    The others are those of `load_task`.
+
+    Raises:
+        UserError: a part is empty or lacks a class, or labels are wrong.
+    """
+    names, num_pool = images.class_names, images.train.num_examples
+    validation = held_out(num_pool, validation_fraction) if images.validation is None else images.validation.copy()
+    train, test = ~validation, np.ones(images.test.num_examples, bool)
+    for mask, part in ((train, "train"), (validation, "train"), (test, "test")):
+        mask[broken[part]] = False
+    if classes is not None or examples_per_class is not None or subset or not images.trusted:
+        labels, test_labels = images.train.labels(), images.test.labels()
+        check_labels(labels, images.train, names, name=name)
+        check_labels(test_labels, images.test, names, name=name)
+        in_use = classes or range(len(names))
+        for mask, part_labels in ((train, labels), (validation, labels), (test, test_labels)):
+            mask &= np.isin(part_labels, in_use)
+        check_classes_present(labels[train], in_use, names, where=f"the training part of {name}")
+        check_classes_present(test_labels[test], in_use, names, where=f"the test part of {name}")
+        if examples_per_class is not None:
+            train = few_of_each_class(labels, train, examples_per_class, seed, name)
+        if subset:
+            train = balanced_subset(labels, train, parse_amount(subset), seed, name)
+    for part, mask in (("training", train), ("validation", validation), ("test", test)):
+        if not mask.any():
+            raise UserError(
+                f"The {part} part of {name!r} is empty. Received: classes={classes}, "
+                f"validation_fraction={validation_fraction}, {num_pool} training examples in all."
+            )
+    return train, validation, test
 
 
 def held_out(num_examples: int, fraction: float) -> np.ndarray:

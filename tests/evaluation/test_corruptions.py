@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from robust_tf.data.pipeline import Preprocessing
+from robust_tf.data.preprocessing import Preprocessing
 from robust_tf.errors import UserError
 from robust_tf.evaluation import corruption_error
 from robust_tf.evaluation.corruption_error import (
