@@ -165,7 +165,7 @@ def attacked(
                 keep=images.ids[: config.num_examples].tolist(),
                 state_file=state_file,
                 key=subject.weights_sha256[:16],
-                on_batch=lambda done, robust: update(done, f"robust so far {robust:.1%}"),
+                on_batch=lambda done, robust, running: update(done, f"robust so far {robust:.1%}, now {running}"),
             )
     return results
 

@@ -39,8 +39,8 @@ class Robustness:
         return np.array([not name for name in self.felled_by])
 
 
-# Called with the work done, of `work_of`, and the share of the images that still resist.
-OnBatch = Callable[[int, float], None]
+# Called with the work done, of `work_of`, the share of the images that still resist, and the attack that runs.
+OnBatch = Callable[[int, float, str], None]
 
 
 def work_of(num_images: int, attacks: Sequence[str], epsilons: Sequence[float]) -> int:
@@ -90,7 +90,7 @@ def attack_epsilons(
             given = state.images_to_do if state.attack else left.size
             running = 0 if state.done else count - given + state.images_done
             behind = state.attack * count + running
-            on_batch(done + behind, int(state.robust.sum()) / count)
+            on_batch(done + behind, int(state.robust.sum()) / count, state.running)
 
         # The smaller epsilons are part of the key: what fell there is missing in this run.
         radii = ",".join(f"{value:.9g}" for value in epsilons[: position + 1])

@@ -165,6 +165,7 @@ def test_the_progress_rises_to_the_end(flags, monkeypatch):
     assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1.0
     assert len(set(shares)) > 6
     assert all(figures.startswith("robust so far ") for _, figures in seen)
+    assert {figures.rpartition("now ")[2] for _, figures in seen} >= {"fgsm", "pgd"}
 
 
 def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys):
