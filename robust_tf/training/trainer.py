@@ -177,6 +177,15 @@ class AdversarialTrainer(ReplicatedModel):
             y_pred = y_pred.adversarial
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
+    def make_train_function(self, force: bool = False) -> None:
+        if self.classifier.built and not self.optimizer.built and self.num_replicas == 1:
+            # A variable that is made while the first step is traced has all of it traced once more.
+            self.optimizer.build(self.trainable_variables)
+            size_is_known = None not in getattr(self.classifier, "input_shape", (None, None))[1:]
+            if self.attack.active and size_is_known:  # under an attack labels are numbers
+                self.build_metrics()
+        super().make_train_function(force)
+
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         # The step count as seed: a resumed run draws what the interrupted one would have drawn. Not the optimizer's

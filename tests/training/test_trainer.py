@@ -109,6 +109,19 @@ def test_fit_learns_to_resist():
     assert robust["standard"]["clean_accuracy"] > 0.9
 
 
+def test_the_first_step_is_traced_once(monkeypatch):
+    traced = []
+    train_step = AdversarialTrainer.train_step
+    monkeypatch.setattr(AdversarialTrainer, "train_step", lambda self, data: traced.append(1) or train_step(self, data))
+    trainer = AdversarialTrainer(small_classifier(), ATTACKS["adversarial"])
+    trainer.compile(build_optimizer("sgd", learning_rate=0.1, momentum=0.9), CROSSENTROPY, metrics=["accuracy"])
+    images, labels = small_data()
+    first = trainer.train_on_batch(images, labels, return_dict=True)
+    assert len(traced) == 1 and 0 < first["accuracy"] < 1
+    trainer.train_on_batch(images[:7], labels[:7])  # the last batch of an epoch
+    assert len(traced) <= 2
+
+
 def test_evaluate_gives_the_clean_and_the_adversarial_figures():
     images, labels = small_data()
     classifier = small_classifier()
