@@ -252,6 +252,7 @@ INTERRUPTIONS = [
         ({}, INTERRUPTIONS),
         ({"random_start": True, "ema_decay": 0.8}, INTERRUPTIONS[3:4]),
         ({"accumulate_steps": 2, "optimizer": "adam"}, INTERRUPTIONS[1:2]),
+        ({"fast": "free", "attack_steps": None, "free_replays": 2, "epochs": 6}, INTERRUPTIONS[1:2]),
     ],
 )
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(job, monkeypatch, capsys, changes, interruptions):

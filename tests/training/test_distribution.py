@@ -62,6 +62,15 @@ def test_two_devices_of_one_process_give_the_weights_of_one(single):
 
 
 @pytest.mark.slow
+def test_two_devices_perturb_the_weights_alike(tmp_path):
+    """AWP moves the weights by the gradient of the whole batch, not of a device's share."""
+    flags = ("--objective=awp", "--awp_gamma=0.05", "--subset=32", f"--epochs={EPOCHS}")
+    finish(job(tmp_path / "single", *flags))
+    finish(job_on_two_cpus(tmp_path / "mirrored", *flags))
+    assert_equal_jobs(tmp_path / "single", tmp_path / "mirrored")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1], ids=["chief", "worker"])
 def test_two_workers_one_of_which_is_killed_give_the_weights_of_one(single, victim):
     """The other one notices, begins again by itself, and waits for the one that is started anew."""
