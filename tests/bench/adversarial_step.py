@@ -45,6 +45,7 @@ SHAPES = {
     "resnet20_32": Shape("resnet20", 10, 32, 128, 1.0, 0.2),
     "resnet18_64": Shape("resnet18", 1000, 64, 32, 3.0, 2.0),
     "cifar_resnet18_32": Shape("cifar_resnet18", 10, 32, 64, 0.5, 0.1),
+    "resnet50_224": Shape("resnet50", 1000, 224, 8, 3.0, 0.5),  # for its first call: --steps=20 --repeats=1
 }
 LINF = (8 / 255, 2 / 255)  # epsilon and step size, of all shapes
 

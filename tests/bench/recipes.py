@@ -2,9 +2,9 @@
 
     python -m tests.bench.recipes [--data_dir=TFDS] [--epochs=12] [--folder=runs/recipes] [--quick]
 
-Each recipe is a job of `robust_tf.train` in a process of its own, one after the other, and then one of
-`robust_tf.evaluate`. Stopped, the same command goes on where it was; the seconds of a job are those of all its parts.
-Recipes that are finished are read again. `--quick --dataset=digits` takes minutes.
+Each recipe is a job of `robust_tf.train` in a process of its own, one after the other; when all are trained, each is
+one of `robust_tf.evaluate`. Stopped, the same command goes on where it was; the seconds of a job are those of all its
+parts. Recipes that are finished are read again. `--quick --dataset=digits` takes minutes.
 """
 
 import argparse
@@ -23,7 +23,7 @@ RECIPES: dict[str, list[str]] = {
     "TRADES": ["--objective=trades"],
     "AWP": ["--objective=awp"],
 }
-QUICK = ["--epochs=2", "--subset=256", "--eval_steps=2", "--attack_steps=2"]
+QUICK = ["--epochs=2", "--subset=256", "--attack_steps=2"]
 QUICK_IMAGES = 4
 
 
@@ -34,19 +34,21 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/recipes"), help="gets all files")
     parser.add_argument("--recipes", default=",".join(RECIPES), help="names, with commas")
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--subset", default="", help="training images: a number or a share; default: all")
+    parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--norm", default="l2")
     parser.add_argument("--epsilon", default="1")
     parser.add_argument("--num_images", type=int, default=1000, help="test images under AutoAttack")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--quick", action="store_true", help="little training, few images: only to see that it runs")
     arguments = parser.parse_args()
-    rows = {}
-    for name in arguments.recipes.split(","):
+    names = arguments.recipes.split(",")
+    for name in names:
         if name not in RECIPES:
             parser.error(f"--recipes: one of {', '.join(RECIPES)}. Received: {name!r}.")
-        workdir = arguments.folder / name
-        _train(name, workdir, arguments)
-        rows[name] = _row(workdir, arguments)
+    for name in names:
+        _train(name, arguments.folder / name, arguments)
+    rows = {name: _row(arguments.folder / name, arguments) for name in names}
     print("\n" + _table(rows))
 
 
@@ -59,12 +61,14 @@ def _train(name: str, workdir: pathlib.Path, arguments: argparse.Namespace) -> N
         "--architecture=resnet20",
         f"--norm={arguments.norm}",
         f"--epsilon={arguments.epsilon}",
-        "--batch_size=128",
-        "--learning_rate=0.2",
+        f"--batch_size={arguments.batch_size}",
+        f"--learning_rate={arguments.batch_size / 640:g}",  # 0.2 at 128
         "--lr_schedule=cyclic",
         "--weight_decay=5e-4",
         f"--precision={arguments.precision}",
+        "--eval_epsilon=0",  # AutoAttack says how robust it is
         f"--epochs={arguments.epochs}",
+        *([f"--subset={arguments.subset}"] if arguments.subset else []),
         *([] if one_step else ["--attack_steps=7"]),
     ]
     quick = [flag for flag in QUICK if not (one_step and flag.startswith("--attack_steps"))]
