@@ -18,6 +18,7 @@ import tensorflow as tf
 import robust_tf
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
+from robust_tf.models.folding import fold_batch_norm
 from robust_tf.serving.folders import MAX_VERSION, version_folders
 from robust_tf.serving.probe import AttackProbe
 from robust_tf.serving.signatures import build_signatures
@@ -75,13 +76,14 @@ def export_classifier(
     if version is not None:
         _check_version(base, version)
 
-    signatures = build_signatures(classifier, labels=labels, resize_size=resize_size, attack_probe=attack_probe)
+    served = fold_batch_norm(classifier)
+    signatures = build_signatures(served, labels=labels, resize_size=resize_size, attack_probe=attack_probe)
     requests = sample_requests(image_size, attack_probe)
     with _staging_folder(base) as staging:
         module = tf.Module()
         # The tf.Variables themselves: a Keras model (or Keras variables) here would be stored twice over, or not be
         # found again by TensorFlow Serving's loader.
-        module.weights = [weight.value for weight in classifier.weights]
+        module.weights = [weight.value for weight in served.weights]
         tf.saved_model.save(module, str(staging), signatures=signatures)
         (staging / "assets").mkdir(exist_ok=True)
         (staging / "assets" / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")

@@ -2,7 +2,8 @@
 
     python -m tests.bench.architectures [--quick]
 
-Ours clip and normalise the images too; those of keras.applications do not.
+Ours clip and normalise the images too; those of keras.applications do not. "As exported": with BatchNorm folded into
+the convolutions, as in the SavedModels that `robust_tf.export` writes.
 """
 
 from robust_tf.environment import set_tensorflow_defaults
@@ -18,6 +19,7 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from robust_tf.models import build_classifier  # noqa: E402
+from robust_tf.models.folding import fold_batch_norm  # noqa: E402
 from tests.bench.timing import interleaved, peak_memory  # noqa: E402
 
 NUM_CLASSES = 1000
@@ -45,8 +47,10 @@ def main() -> None:
         "resnet50": _ours("resnet50", arguments.image_size),
         "resnet18": _ours("resnet18", arguments.image_size),
     }
+    exported = {f"{name}, as exported": fold_batch_norm(classifiers[name]) for name in ("resnet50", "resnet18")}
     for title, case in (("inference", _inference), ("training step", _training)):
-        cases = {name: case(classifier, images, labels) for name, classifier in classifiers.items()}
+        those = classifiers | exported if case is _inference else classifiers
+        cases = {name: case(classifier, images, labels) for name, classifier in those.items()}
         timings = interleaved(cases, repeats=arguments.repeats, warmup=2)
         print(f"\n{title}, batch {arguments.batch_size}, {shape[0]}x{shape[1]}, median of {arguments.repeats}")
         print(f"{'':30}{'s/step':>10}{'images/s':>10}{'ratio':>8}{'first s':>10}")
