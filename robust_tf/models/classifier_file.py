@@ -8,6 +8,7 @@ import keras
 
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
+from robust_tf.models.large_weights import saved_without_copies
 
 
 def save_classifier(classifier: keras.Model, path: pathlib.Path) -> None:
@@ -18,7 +19,8 @@ def save_classifier(classifier: keras.Model, path: pathlib.Path) -> None:
     """
     with replaced_atomically(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
         # Over a folder: Keras would write the archive in memory first, twice the weights.
-        classifier.save(folder, zipped=False)
+        with saved_without_copies(classifier):
+            classifier.save(folder, zipped=False)
         with zipfile.ZipFile(temporary, "w") as archive:
             for part in sorted(path for path in pathlib.Path(folder).iterdir() if path.is_file()):
                 archive.write(part, part.name)

@@ -30,7 +30,8 @@ def classifier_from_checkpoint(
     state = checkpoint.state
     num_classes = reference_num_classes(state, architecture)
     mean, std = reference_normalization(state) or IMAGENET_NORMALIZATION
-    with without_initial_values():
-        classifier = build_classifier(architecture, num_classes, image_size=image_size, mean=mean, std=std)
+    classifier = without_initial_values(
+        lambda: build_classifier(architecture, num_classes, image_size=image_size, mean=mean, std=std)
+    )
     load_reference_state(classifier, state)
     return classifier

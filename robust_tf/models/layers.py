@@ -1,6 +1,5 @@
 """The pieces that all families share: the reference's convolution, BatchNorm, pooling and ways to start weights."""
 
-import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -9,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import keras
 import numpy as np
+
+from robust_tf.models.large_weights import UntouchedZeros
 
 # Gives the initializer of a weight from the fan-in and fan-out of its layer in PyTorch's counting: (input channels /
 # groups) x kernel area, and output channels x kernel area. Keras counts depthwise kernels the other way round, so the
@@ -19,23 +20,29 @@ Start = Callable[[int, int], keras.initializers.Initializer]
 _WITHOUT_VALUES = contextvars.ContextVar("without_values", default=False)
 
 
-@contextlib.contextmanager
-def without_initial_values() -> Iterator[None]:
-    """Networks that are built inside start with zeros: for weights that a checkpoint replaces at once.
+def without_initial_values(build: Callable[[], keras.Model]) -> keras.Model:
+    """The network that `build` makes, but full of zeros: for weights that a checkpoint replaces at once.
 
-    TensorFlow draws a random kernel with two copies of it, and keeps that memory.
+    TensorFlow draws a random kernel with two copies of it, and keeps that memory; these zeros take none. The layers'
+    configuration is that of a network with initial values.
     """
     token = _WITHOUT_VALUES.set(True)
     try:
-        yield
+        model = build()
     finally:
         _WITHOUT_VALUES.reset(token)
+    for layer in model.layers:
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, UntouchedZeros):
+                setattr(layer, name, value.instead_of)
+    return model
 
 
 def _unless_without_values(start: Start) -> Start:
     @functools.wraps(start)
     def chosen(fan_in: int, fan_out: int) -> keras.initializers.Initializer:
-        return zeros(fan_in, fan_out) if _WITHOUT_VALUES.get() else start(fan_in, fan_out)
+        usual = start(fan_in, fan_out)
+        return UntouchedZeros(usual) if _WITHOUT_VALUES.get() else usual
 
     return chosen
 

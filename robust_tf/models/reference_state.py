@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 import keras
 import ml_dtypes
 import numpy as np
-import tensorflow as tf
 
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models.architectures import ARCHITECTURES, Architecture
+from robust_tf.models.large_weights import tensor_over, untouched_zeros
 from robust_tf.models.torch_file import let_go
 
 State = Mapping[str, np.ndarray]
@@ -48,12 +48,11 @@ class _Slot:
     def fill(self, array: np.ndarray) -> None:
         """Puts an array of the reference into the variable, by way of a single copy: kernels may have 400 MB."""
         values = self.from_reference(array)  # a view still, of the stored type
-        # TensorFlow takes memory over that begins at a multiple of 64 bytes. From an array it would make two more
-        # copies; and what updates a variable in part has it copied at every later read.
-        memory = np.empty(4 * values.size + 64, np.uint8)
-        aligned = memory[-memory.ctypes.data % 64 :][: 4 * values.size].view(np.float32).reshape(values.shape)
-        aligned[...] = values
-        self.variable.assign(tf.experimental.dlpack.from_dlpack(aligned.__dlpack__()))
+        # From an array TensorFlow would make two more copies; and what updates a variable in part has it copied at
+        # every later read.
+        copy = untouched_zeros(values.shape)
+        copy[...] = values
+        self.variable.assign(tensor_over(copy))
 
     def to_reference(self) -> np.ndarray:
         """The inverse of `from_reference`, of the variable's value."""

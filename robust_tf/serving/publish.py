@@ -44,7 +44,7 @@ def export_classifier(
     The version is written under another name beside its place, loaded as TensorFlow Serving loads it, every
     signature run and compared with `classifier.predict`, the warm-up requests replayed, and only then renamed into
     place. A server that watches the folder never sees a part of it, and an export that is stopped or goes wrong
-    publishes nothing. BatchNorm after a convolution is folded into it (float32), so the SavedModel is for inference only.
+    publishes nothing. BatchNorm after a convolution is folded into it (float32): the SavedModel is for inference.
 
     Args:
         classifier: images (batch, H, W, 3) float32 in [0, 1], H = W -> logits; the last layer is the head.
