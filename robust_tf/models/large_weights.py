@@ -44,7 +44,13 @@ class UntouchedZeros(keras.initializers.Initializer):
 def saved_without_copies(model: keras.Model) -> Iterator[None]:
     """What Keras saves inside goes to the file from where it is; Keras copies each weight twice for that."""
     kinds = (keras.layers.Dense, keras.layers.Conv2D)  # only their weights are large
-    layers = [layer for layer in model.layers if isinstance(layer, kinds) and layer.quantization_mode is None]
+    layers = [
+        layer
+        for layer in model.layers
+        if isinstance(layer, kinds)
+        and layer.quantization_mode is None
+        and all(weight.dtype == "float32" for weight in layer.weights)  # bfloat16 has no place in a buffer
+    ]
     for layer in layers:
         layer.save_own_variables = functools.partial(_save_weights, layer)
     try:

@@ -45,3 +45,12 @@ def test_a_saved_classifier_is_the_one_that_keras_saves(tmp_path):
         np.testing.assert_array_equal(one, weight, err_msg=weight.path)
         np.testing.assert_array_equal(other, weight, err_msg=weight.path)
     assert not any("save_own_variables" in vars(layer) for layer in classifier.layers)
+
+
+def test_weights_of_other_types_are_saved_too(tmp_path):
+    inputs = keras.Input((4, 4, 3))
+    model = keras.Model(inputs, keras.layers.Conv2D(2, 3, dtype="bfloat16")(inputs))
+    save_classifier(model, tmp_path / "half.keras")
+    for ours, theirs in zip(load_classifier(tmp_path / "half.keras").weights, model.weights, strict=True):
+        assert ours.dtype == "bfloat16"
+        np.testing.assert_array_equal(ours, theirs)
