@@ -37,6 +37,7 @@ from robust_tf.training.devices import parse_clusters  # noqa: E402
 from robust_tf.training.distribution import PEER_LOST, begin_again, start_distribution  # noqa: E402
 from robust_tf.training.evaluation import Evaluation, evaluate_classifier  # noqa: E402
 from robust_tf.training.fitting import fit_classifier  # noqa: E402
+from robust_tf.training.half_precision import emulation_warning  # noqa: E402
 from robust_tf.training.head_fitting import fit_head  # noqa: E402
 from robust_tf.training.interruption import Interrupted, signals_raise  # noqa: E402
 from robust_tf.training.plan import plan_table  # noqa: E402
@@ -112,6 +113,8 @@ def run_job(config: JobConfig) -> Results:
         with distribution.scope():
             classifier, task = build_job(config)
         console.print(f"Training {classifier.name} on {config.dataset} ({task.num_train} images) in {workdir}.")
+        if warning := emulation_warning(config.precision):
+            console.print(warning)
         if task.skipped:
             console.print(f"Left out {len(task.skipped)} images that cannot be decoded: {', '.join(task.skipped[:5])}")
         head_fit = None

@@ -464,9 +464,11 @@ def test_compiled_by_xla_a_job_gives_the_same_figures(job, recwarn):
 
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision_job(job, precision):
+def test_mixed_precision_job(job, monkeypatch, capsys, precision):
+    monkeypatch.setattr(train, "emulation_warning", lambda precision: f"{precision} is emulated here")
     config = job(precision=precision, epochs=1)
     train.run(config)
+    assert f"{precision} is emulated here" in capsys.readouterr().out
     classifier = classifier_of(config)
     assert classifier.output.dtype == "float32"
     assert classifier.get_layer("stage1_block1_conv1").compute_dtype == precision.removeprefix("mixed_")

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--attacks", default="pgd,apgd-ce,apgd-t,fab-t,square")
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--queries", type=int, default=5000, help="of Square")
+    parser.add_argument("--seed", type=int, default=0, help="of the attacks; the images are the same for all")
     arguments = parser.parse_args()
     classifier = keras.saving.load_model(arguments.classifier)
     images, labels = _images(arguments)
@@ -99,8 +100,9 @@ def _programs(classifier: keras.Model, name: str, arguments: argparse.Namespace)
 def _ours(classifier: keras.Model, name: str, arguments: argparse.Namespace) -> Attacked:
     attack: Any = ours.ATTACKS[name]
     options = {"queries": arguments.queries} if name == "square" else {}
+    options["seed"] = arguments.seed
     threat_model: dict[str, Any] = {"norm": arguments.norm, "epsilon": arguments.epsilon}
-    run = tf.function(lambda x, y: attack(classifier, x, y, seed=0, **threat_model, **options), reduce_retracing=True)
+    run = tf.function(lambda x, y: attack(classifier, x, y, **threat_model, **options), reduce_retracing=True)
     return lambda images, labels: run(tf.constant(images), tf.constant(labels)).numpy()
 
 
@@ -156,7 +158,7 @@ def _autoattack(classifier: keras.Model, name: str, arguments: argparse.Namespac
 
     norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[arguments.norm]
     program = AutoAttack(
-        _torch_model(classifier), norm=norm, eps=arguments.epsilon, seed=0, device="cpu", verbose=False
+        _torch_model(classifier), norm=norm, eps=arguments.epsilon, seed=arguments.seed, device="cpu", verbose=False
     )
     targets = min(classifier.output_shape[-1] - 1, program.apgd_targeted.n_target_classes)
     program.apgd_targeted.n_target_classes = targets
@@ -176,7 +178,7 @@ def _torchattacks(classifier: keras.Model, name: str, arguments: argparse.Namesp
     if name == "pgd":
         kind = torchattacks.PGD if norm == "Linf" else torchattacks.PGDL2
         return _through_torch(kind(model, eps=epsilon, alpha=2.5 * epsilon / 20, steps=20, random_start=False))
-    settings: dict[str, Any] = {"norm": norm, "eps": epsilon, "n_restarts": 1, "seed": 0}
+    settings: dict[str, Any] = {"norm": norm, "eps": epsilon, "n_restarts": 1, "seed": arguments.seed}
     makers = {
         "apgd-ce": lambda: torchattacks.APGD(model, steps=100, loss="ce", **settings),
         "apgd-dlr": lambda: torchattacks.APGD(model, steps=100, loss="dlr", **settings),

@@ -1,0 +1,34 @@
+"""Half precision on a processor without instructions for it: TensorFlow emulates it, which is many times slower."""
+
+import pathlib
+
+import tensorflow as tf
+
+# What /proc/cpuinfo calls the instructions that multiply such numbers, on x86 and on ARM.
+_INSTRUCTIONS = {
+    "mixed_bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
+    "mixed_float16": {"avx512_fp16", "amx_fp16", "fphp", "asimdhp"},
+}
+
+
+def emulation_warning(precision: str, cpu_info: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str | None:
+    """What to say of a job that will compute in emulated half precision, or None.
+
+    Args:
+        precision: a value of --precision.
+        cpu_info: Linux's description of the processors; where there is none, nothing is said.
+    """
+    if precision not in _INSTRUCTIONS or any(tf.config.list_physical_devices(kind) for kind in ("GPU", "TPU")):
+        return None
+    try:
+        text = cpu_info.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    lines = [line.partition(":") for line in text.splitlines()]
+    known = {flag for name, _, flags in lines if name.strip() in ("flags", "Features") for flag in flags.split()}
+    if not known or known & _INSTRUCTIONS[precision]:
+        return None
+    return (
+        f"WARNING: this processor has no instructions for --precision={precision}. TensorFlow emulates them: a step "
+        "takes up to ten times as long as with --precision=float32."
+    )
