@@ -660,6 +660,7 @@ def test_a_signal_saves_and_says_how_to_go_on(job, tmp_path, number, code):
 def test_the_large_configs_run_a_step_on_mocked_data(name, tmp_path, monkeypatch, mocked_tfds):
     """Random images of the right kind, and a ResNet-50 that was not downloaded."""
     overrides = [f"--workdir={tmp_path / name}", "--epochs=1", "--batch_size=4", "--eval_steps=1", "--nobaseline"]
+    overrides.append("--alarm_every_epochs=100")  # as above: a minute of tracing
     config = read_flag_file(
         ROOT / "configs" / f"{name}.cfg", [*overrides, "--export_dir=", "--validation_fraction=0.1"]
     )
