@@ -30,5 +30,5 @@ def emulation_warning(precision: str, cpu_info: pathlib.Path = pathlib.Path("/pr
         return None
     return (
         f"WARNING: this processor has no instructions for --precision={precision}. TensorFlow emulates them: a step "
-        "takes up to ten times as long as with --precision=float32."
+        "takes many times as long as with --precision=float32."
     )

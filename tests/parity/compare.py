@@ -99,8 +99,7 @@ def _programs(classifier: keras.Model, name: str, arguments: argparse.Namespace)
 
 def _ours(classifier: keras.Model, name: str, arguments: argparse.Namespace) -> Attacked:
     attack: Any = ours.ATTACKS[name]
-    options = {"queries": arguments.queries} if name == "square" else {}
-    options["seed"] = arguments.seed
+    options = {"seed": arguments.seed} | ({"queries": arguments.queries} if name == "square" else {})
     threat_model: dict[str, Any] = {"norm": arguments.norm, "epsilon": arguments.epsilon}
     run = tf.function(lambda x, y: attack(classifier, x, y, **threat_model, **options), reduce_retracing=True)
     return lambda images, labels: run(tf.constant(images), tf.constant(labels)).numpy()
