@@ -8,6 +8,7 @@ from robust_tf.training.half_precision import emulation_warning
 AVX2 = "processor\t: 0\nmodel name\t: AMD EPYC bf16\nflags\t\t: fpu sse2 avx2 fma f16c\n"
 ZEN_4 = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16\n"
 NEOVERSE = "processor\t: 0\nFeatures\t: fp asimd fphp asimdhp bf16\n"
+CORTEX_A72 = "processor\t: 0\nFeatures\t: fp asimd crc32\n"
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def warning(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "precision"),
-    [(AVX2, "mixed_bfloat16"), (AVX2, "mixed_float16"), (ZEN_4, "mixed_float16")],
+    [(AVX2, "mixed_bfloat16"), (AVX2, "mixed_float16"), (ZEN_4, "mixed_float16"), (CORTEX_A72, "mixed_bfloat16")],
 )
 def test_names_the_precision_and_the_way_out(warning, text, precision):
     message = warning(precision, text)
