@@ -25,7 +25,7 @@ import tensorflow as tf  # noqa: E402
 
 from robust_tf.attacks.cascade import CompiledAttacks  # noqa: E402
 from robust_tf.evaluation import report  # noqa: E402
-from robust_tf.evaluation.attacking import Robustness, attack_epsilons, unattacked, work_of  # noqa: E402
+from robust_tf.evaluation.attacking import Robustness, attack_epsilons, unattacked  # noqa: E402
 from robust_tf.evaluation.calibration import calibration  # noqa: E402
 from robust_tf.evaluation.corruption_error import (  # noqa: E402
     corrupted_images,
@@ -151,8 +151,7 @@ def attacked(
             results.append(unattacked(images, logits, name=name, norm=config.norm))
         if not epsilons:
             continue
-        work = work_of(len(images.ids), attacks_of(name), epsilons)
-        with meter(f"{name} on {pathlib.Path(subject.name).name}", total=work) as update:
+        with meter(f"{name} on {pathlib.Path(subject.name).name}", total=1, unit="passes") as bar:
             results += attack_epsilons(
                 compiled,
                 images,
@@ -165,7 +164,9 @@ def attacked(
                 keep=images.ids[: config.num_examples].tolist(),
                 state_file=state_file,
                 key=subject.weights_sha256[:16],
-                on_batch=lambda done, robust, running: update(done, f"robust so far {robust:.1%}, now {running}"),
+                on_batch=lambda done, total, robust, running: bar.update(
+                    done, f"robust so far {robust:.1%}, now {running}", total=total
+                ),
             )
     return results
 
@@ -179,9 +180,9 @@ def corruption_errors(
     )
     errors: dict[str, list[float]] = {name: [] for name in CORRUPTIONS}
     cases = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
-    with meter(f"corruptions on {pathlib.Path(subject.name).name}", total=len(cases), unit="sets") as update:
+    with meter(f"corruptions on {pathlib.Path(subject.name).name}", total=len(cases), unit="sets") as bar:
         for done, (name, severity) in enumerate(cases):
-            update(done, name)
+            bar.update(done, name)
             key = f"{subject.weights_sha256[:16]}/{source}/{name}/{severity}"
             error = state_file.finished(key)
             if error is None:

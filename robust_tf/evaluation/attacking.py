@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from robust_tf.attacks.cascade import CLEAN, CascadeState, CompiledAttacks, cascade
+from robust_tf.attacks.table import PASSES
 from robust_tf.evaluation.state import StateFile
 from robust_tf.evaluation.subject import Images
 
@@ -39,13 +40,29 @@ class Robustness:
         return np.array([not name for name in self.felled_by])
 
 
-# Called with the work done, of `work_of`, the share of the images that still resist, and the attack that runs.
-OnBatch = Callable[[int, float, str], None]
+# Called with the passes done (see `passes_of`), those of the whole as it looks now, the share of the images that still
+# resist, and the attack that runs.
+OnBatch = Callable[[float, float, float, str], None]
 
 
-def work_of(num_images: int, attacks: Sequence[str], epsilons: Sequence[float]) -> int:
-    """What `attack_epsilons` counts up to: images times attacks (the clean prediction included) times epsilons."""
-    return num_images * (len(attacks) + 1) * len(epsilons)
+def passes_of(state: CascadeState, *, epsilons_left: int = 0) -> tuple[float, float]:
+    """Forward passes behind a cascade, and those ahead of it and of as many cascades as there are epsilons left.
+
+    The attacks to come are counted for the share of the images that has resisted the running one so far.
+    """
+    costs = [1, *(PASSES[name] for name in state.run["attacks"])]
+    names = (CLEAN, *state.run["attacks"])
+    given, done = len(state.felled_by), 0.0
+    for name, cost in zip(names[: state.attack], costs, strict=False):
+        done += given * cost
+        given -= state.felled_by.count(name)
+    if state.done:
+        return done, given * epsilons_left * sum(costs)
+    resisting = state.images_done - state.felled_by.count(state.running)
+    expected = given * resisting / state.images_done if state.images_done else given
+    running = costs[state.attack]
+    ahead = (given - state.images_done) * running + expected * sum(costs[state.attack + 1 :])
+    return done + state.images_done * running, ahead + expected * epsilons_left * sum(costs)
 
 
 def attack_epsilons(
@@ -81,16 +98,13 @@ def attack_epsilons(
     predictions = np.full(count, -1)
     kept: dict[int, np.ndarray] = {}
     results = []
+    done_before = 0.0
     for position, epsilon in enumerate(epsilons):
         left = np.flatnonzero(felled_by == "")
-        done_before = position * count * (len(attacks) + 1)
 
-        def report(state: CascadeState, *, done: int = done_before, left: np.ndarray = left) -> None:
-            # The images that the running attack was not given are behind it, too.
-            given = state.images_to_do if state.attack else left.size
-            running = 0 if state.done else count - given + state.images_done
-            behind = state.attack * count + running
-            on_batch(done + behind, int(state.robust.sum()) / count, state.running)
+        def report(state: CascadeState, *, before: float = done_before, position: int = position) -> None:
+            done, ahead = passes_of(state, epsilons_left=len(epsilons) - position - 1)
+            on_batch(before + done, before + done + ahead, int(state.robust.sum()) / count, state.running)
 
         # The smaller epsilons are part of the key: what fell there is missing in this run.
         radii = ",".join(f"{value:.9g}" for value in epsilons[: position + 1])
@@ -114,6 +128,7 @@ def attack_epsilons(
             felled_by[left] = state.felled_by
             felled_at[left[fallen]] = [0.0 if by == CLEAN else epsilon for by in np.array(state.felled_by)[fallen]]
             predictions[left] = state.predictions
+            done_before += passes_of(state)[0]
             warnings, kept = state.warnings, {**kept, **state.kept}
         results.append(
             Robustness(

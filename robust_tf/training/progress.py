@@ -8,12 +8,32 @@ from typing import Any
 
 import keras
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 Batch = tuple[Any, Any]
 
 # One console for all output: a bar and lines printed beside it must not write over each other.
 console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+class _Remaining(ProgressColumn):
+    """Counts down to `ends`, in seconds of the clock, or None: unknown.
+
+    Rich's own column knows nothing where two updates are half a minute apart, as they are in an attack.
+    """
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields["ends"]
+        return Text("" if ends is None else _eta(max(ends - time.perf_counter(), 0.0)))
+
+
+def _ends(seconds: float | None) -> float | None:
+    return None if seconds is None else time.perf_counter() + seconds
+
+
+def _eta(seconds: float) -> str:
+    return f"ETA {datetime.timedelta(seconds=round(seconds))}"
 
 
 def _bar() -> Progress:
@@ -22,8 +42,7 @@ def _bar() -> Progress:
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[rate]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+        _Remaining(),
         TextColumn("{task.fields[figures]}"),
         console=console,
         transient=True,
@@ -32,58 +51,70 @@ def _bar() -> Progress:
 
 
 def _speed(rate: float, unit: str = "images") -> str:
+    if not rate:
+        return ""
     return f"{rate:.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 
 class _LogLines:
     """Where no bar can be drawn (a log file), says once a minute how far the work is."""
 
-    def __init__(self, *, seconds: float = 60.0) -> None:
-        self._seconds = seconds
+    def __init__(self, *, every: float = 60.0) -> None:
+        self._every = every
         self._last = time.perf_counter()
 
-    def update(self, name: str, *, done: int, total: int, rate: float, unit: str = "images", figures: str = "") -> None:
+    def update(
+        self, name: str, *, done: float, total: float, rate: str, seconds: float | None, figures: str = ""
+    ) -> None:
         now = time.perf_counter()
-        if console.is_terminal or now - self._last < self._seconds or not rate:
+        if console.is_terminal or now - self._last < self._every or seconds is None:
             return
         self._last = now
-        remaining = datetime.timedelta(seconds=round((total - done) / rate))
-        line = f"{name}  {done / total:.0%} of all  {_speed(rate, unit)}  ETA {remaining}"
+        line = f"{name}  {done / total:.0%} of all  {rate}  {_eta(seconds)}"
         console.print(f"{line}  {figures}" if figures else line)
 
 
+class Meter:
+    """A bar over units of work; see `meter`."""
+
+    def __init__(self, name: str, bar: Progress, *, total: float, unit: str) -> None:
+        self._name, self._bar, self._unit = name, bar, unit
+        self._task = bar.add_task(name, total=total, rate="", ends=None, figures="")
+        self._total = total
+        self._lines = _LogLines()
+        self._start = time.perf_counter()
+        self._first: float | None = None
+
+    def update(self, done: float, figures: str = "", *, total: float | None = None) -> None:
+        """Moves it to `done` units of `total` (None: as before), with figures beside it.
+
+        The first call says where the work starts, which is not 0 when it was interrupted before: the rate is that
+        since then.
+        """
+        self._total = self._total if total is None else total
+        self._first = done if self._first is None else self._first
+        per_second = (done - self._first) / max(time.perf_counter() - self._start, 1e-9)
+        rate, seconds = _speed(per_second, self._unit), (self._total - done) / per_second if per_second else None
+        self._bar.update(self._task, completed=done, total=self._total, rate=rate, ends=_ends(seconds), figures=figures)
+        self._lines.update(self._name, done=done, total=self._total, rate=rate, seconds=seconds, figures=figures)
+
+
 @contextlib.contextmanager
-def meter(name: str, *, total: int, unit: str = "images") -> Iterator[Callable[[int, str], None]]:
-    """A bar over `total` units of work; gives the function that moves it to (units done, figures to show beside).
-
-    The first call says where the work starts, which is not 0 when it was interrupted before: the rate is that since.
-    """
-    start = time.perf_counter()
-    first: int | None = None
-    lines = _LogLines()
+def meter(name: str, *, total: float, unit: str = "images") -> Iterator[Meter]:
+    """A bar over `total` units of work, with rate and remaining time; in a log file a line once a minute."""
     with _bar() as bar:
-        task = bar.add_task(name, total=total, rate="", figures="")
-
-        def update(done: int, figures: str = "") -> None:
-            nonlocal first
-            if first is None:
-                first = done
-            rate = (done - first) / (time.perf_counter() - start)
-            bar.update(task, completed=done, rate=_speed(rate, unit), figures=figures)
-            lines.update(name, done=done, total=total, rate=rate, unit=unit, figures=figures)
-
-        yield update
+        yield Meter(name, bar, total=total, unit=unit)
 
 
 def track(batches: Iterable[Batch], name: str, *, num_images: int) -> Iterator[Batch]:
     """Passes the (images, labels) batches on, with a bar in images."""
-    with meter(name, total=num_images) as update:
+    with meter(name, total=num_images) as bar:
         images = 0
-        update(images, "")
+        bar.update(images)
         for batch in batches:
             yield batch
             images += len(batch[1])
-            update(images, "")
+            bar.update(images)
 
 
 class ProgressBar(keras.callbacks.Callback):
@@ -115,6 +146,8 @@ class ProgressBar(keras.callbacks.Callback):
         self._task: TaskID | None = None
         self._epoch = self._first_epoch = 0
         self._traced = False
+        self._steps_ended: float | None = None
+        self._between_epochs = 0.0  # seconds for validation, alarms and checkpoints, after the last epoch seen
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._bar, self._task = _bar(), None
@@ -124,9 +157,11 @@ class ProgressBar(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._bar is not None and self._task is None:
             self._first_epoch = epoch
-            self._task = self._bar.add_task("", total=self._total, rate="", figures="")
+            self._task = self._bar.add_task("", total=self._total, rate="", ends=None, figures="")
         self._epoch = epoch
         self._start = time.perf_counter()
+        if self._steps_ended is not None:
+            self._between_epochs = self._start - self._steps_ended
         self._images_before_start = 0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -138,15 +173,21 @@ class ProgressBar(keras.callbacks.Callback):
         else:
             self.images_per_second = (images - self._images_before_start) / (now - self._start)
         self._traced = True
+        self._steps_ended = now
+        rate, seconds = _speed(self.images_per_second), None
         name = f"epoch {self._epoch + 1}/{self._epochs}"
         done = (self._epoch - self._first_epoch) * self._num_images + images
-        self._lines.update(name, done=done, total=self._total, rate=self.images_per_second)
+        if self.images_per_second:
+            seconds = (self._total - done) / self.images_per_second
+            seconds += (self._epochs - self._epoch) * self._between_epochs
+        self._lines.update(name, done=done, total=self._total, rate=rate, seconds=seconds)
         if self._bar is not None and self._task is not None:
             self._bar.update(
                 self._task,
                 description=name,
                 completed=done,
-                rate=_speed(self.images_per_second),
+                rate=rate,
+                ends=_ends(seconds),
                 figures=f"loss {(logs or {}).get('loss', float('nan')):.3f}",
             )
 

@@ -10,6 +10,9 @@ from linear import assert_in_ball, small_batch, small_network, without_gradients
 
 from robust_tf.attacks import ATTACKS, CascadeState, CompiledAttacks, attacks_of, autoattack, cascade
 from robust_tf.attacks import warning_flags as flags
+from robust_tf.attacks.losses import with_classes
+from robust_tf.attacks.seeds import image_seeds
+from robust_tf.attacks.table import PASSES
 from robust_tf.errors import UserError
 
 ARGUMENTS = {"attacks": ["fgsm", "pgd", "apgd-ce"], "norm": "l2", "epsilon": 0.35, "batch_size": 10, "seed": 3}
@@ -190,6 +193,26 @@ def test_standard_version_has_the_published_attacks():
     ):
         with pytest.raises(UserError, match=message):
             attacks_of(*arguments)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_passes_of_the_table_are_those_that_an_attack_makes(name):
+    """Counted on a model that nothing fells; with its gradient a forward pass counts as three."""
+    forward = [0]
+
+    def count() -> None:
+        forward[0] += 1
+
+    def model(images: tf.Tensor) -> tf.Tensor:
+        with tf.control_dependencies([tf.py_function(count, [], [])]):
+            flat = tf.reshape(images, [-1, 12])
+        return tf.one_hot(tf.zeros_like(flat[:, 0], tf.int32), 10) * 100.0 + flat[:, :10]
+
+    compiled = CompiledAttacks(with_classes(model, 10), "l2")
+    images, labels = np.full((1, 2, 2, 3), 0.5, np.float32), np.zeros(1, np.int32)
+    _, logits = compiled.attack(name, images, labels, epsilon=0.1, seeds=image_seeds(0, name, np.arange(1)))
+    assert logits.argmax() == 0
+    assert forward[0] * 0.95 <= PASSES[name] <= forward[0] * 3
 
 
 @pytest.mark.slow

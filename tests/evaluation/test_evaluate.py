@@ -1,19 +1,22 @@
 """The program from flags to files, on the real digits with a small network."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 from small_jobs import small_classifier, write_job
 
 from robust_tf import evaluate
-from robust_tf.attacks import pgd
+from robust_tf.attacks import CascadeState, pgd
+from robust_tf.attacks.table import PASSES
 from robust_tf.command_line import parse_flags
 from robust_tf.errors import UserError
 from robust_tf.evaluation import attacking
@@ -157,17 +160,33 @@ def test_the_progress_rises_to_the_end(flags, monkeypatch):
 
     @contextlib.contextmanager
     def record(name, *, total, unit="images"):
-        yield lambda done, figures="": seen.append((done / total, figures))
+        yield types.SimpleNamespace(update=lambda done, figures="", *, total: seen.append((done, total, figures)))
 
     monkeypatch.setattr(evaluate, "meter", record)
     evaluate.main(flags(attack="fgsm+pgd", epsilon="0.25,1", batch_size=24))
-    shares = [share for share, _ in seen]
-    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1.0
-    assert len(set(shares)) > 6
-    assert all(figures.startswith("robust so far ") for _, figures in seen)
-    assert {figures.rpartition("now ")[2] for _, figures in seen} >= {"fgsm", "pgd"}
+    dones = [done for done, _, _ in seen]
+    assert dones == sorted(dones) and dones[0] > 0
+    assert all(done <= total for done, total, _ in seen) and seen[-1][0] == seen[-1][1]
+    assert len(set(dones)) > 6
+    assert all(figures.startswith("robust so far ") for _, _, figures in seen)
+    assert {figures.rpartition("now ")[2] for _, _, figures in seen} >= {"fgsm", "pgd"}
 
 
+def test_the_work_ahead_is_that_of_the_images_that_will_resist():
+    """1,000 images, 100 of them wrong; of the first 300 under FGSM a third has fallen: 600 are expected under PGD."""
+    fallen = ("clean",) * 100 + ("fgsm",) * 100 + ("",) * 800
+    state = CascadeState(run={"attacks": ["fgsm", "pgd"]}, felled_by=fallen, attack=1, images_done=300)
+    done, ahead = attacking.passes_of(state, epsilons_left=2)
+    fgsm, pgd = PASSES["fgsm"], PASSES["pgd"]
+    assert done == 1000 + 300 * fgsm
+    assert ahead == 600 * fgsm + 600 * pgd + 2 * 600 * (1 + fgsm + pgd)
+    start = dataclasses.replace(state, felled_by=("",) * 1000, attack=0, images_done=0)
+    assert attacking.passes_of(start) == (0, 1000 * (1 + fgsm + pgd))
+    finished = dataclasses.replace(state, felled_by=fallen[:200] + ("pgd",) * 800, attack=3, images_done=0)
+    assert attacking.passes_of(finished, epsilons_left=1) == (1000 + 900 * fgsm + 800 * pgd, 0)
+
+
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys):
     settings = {"attack": "fgsm+pgd", "epsilon": "0.25,1", "batch_size": 24, "corruptions": "true"}
     evaluate.main(flags("whole", **settings))

@@ -1,9 +1,11 @@
 """What a long job says while it runs."""
 
+import types
+
 import pytest
 
 from robust_tf.training import progress
-from robust_tf.training.progress import ProgressBar, track
+from robust_tf.training.progress import ProgressBar, meter, track
 
 
 @pytest.fixture
@@ -40,6 +42,30 @@ def test_a_log_file_hears_of_the_remaining_time_once_a_minute(clock, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
     assert lines[0] == "epoch 3/4  10% of all  0.4 images/s  ETA 0:07:30"  # 180 images at 0.4 a second
     assert len(lines) < 10
+    # 90 images at 0.4 a second, and a validation as long as the first, 1,000 s.
+    second = next(line for line in lines if line.startswith("epoch 4/4"))
+    assert second == "epoch 4/4  55% of all  0.4 images/s  ETA 0:20:25"
+
+
+def test_what_takes_minutes_between_two_updates_has_a_remaining_time(clock, capsys):
+    with meter("attack", total=10, unit="passes") as bar:
+        bar.update(0)
+        clock[0] += 200
+        bar.update(50, "half", total=100)
+        clock[0] += 100
+        bar.update(75, "more", total=90)
+    assert capsys.readouterr().out.splitlines() == [
+        "attack  50% of all  0.25 passes/s  ETA 0:03:20  half",
+        "attack  83% of all  0.25 passes/s  ETA 0:01:00  more",
+    ]
+
+
+def test_the_bar_counts_down_between_two_updates(clock):
+    column, task = progress._Remaining(), types.SimpleNamespace(fields={"ends": 200.0})
+    shown = []
+    for clock[0] in (0.0, 90.0, 600.0):
+        shown.append(column.render(task).plain)
+    assert shown == ["ETA 0:03:20", "ETA 0:01:50", "ETA 0:00:00"]
 
 
 def test_adversarial_figures_are_told_apart(capsys):
