@@ -15,7 +15,7 @@ from tensorflow.python.framework import config as tf_config  # noqa: E402  # the
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; runs by default and in CI")
+    config.addinivalue_line("markers", "slow: left out by README's command (-m 'not slow'); runs in CI")
     config.addinivalue_line("markers", "bench: compares speeds; runs alone with -m bench, on a quiet machine")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
     config.addinivalue_line("filterwarnings", "ignore::FutureWarning")

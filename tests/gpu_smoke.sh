@@ -2,8 +2,8 @@
 # Two minutes on a machine with one GPU: the flag files run there as they are, and PGD gives what it gives on a CPU.
 #   python -m pip install '.[and-cuda,test]' && tests/gpu_smoke.sh
 # Exits with 0 if all is well, 1 if something is wrong, 3 if there is no GPU.
-# SMOKE_DEVICE=CPU tries the script itself where there is no GPU: the same checks on a smaller network and
-# fewer images, without XLA, which is slow there.
+# SMOKE_DEVICE=CPU tries the script itself where there is no GPU: the same checks on a smaller network, fewer images
+# and weaker attacks, without XLA, which is slow there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
@@ -73,7 +73,7 @@ PY
 xla=(--jit_compile=true)
 smaller=()
 # Half precision is slow on a CPU.
-[[ $device == CPU ]] && xla=(--jit_compile=false) && smaller=(--architecture=resnet8 --subset=400)
+[[ $device == CPU ]] && xla=(--jit_compile=false) && smaller=(--architecture=resnet8 --subset=400 --attack_steps=2 --eval_steps=2 --alarm_every_epochs=100)
 train float32 "${smaller[@]}"
 for precision in float32 mixed_bfloat16 mixed_float16; do
   train "${precision}${xla[0]#--jit_compile}" --nodeterministic --precision="$precision" "${xla[@]}" "${smaller[@]}"

@@ -55,6 +55,15 @@ def job(tmp_path, data_dir):
     return make
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir) -> JobConfig:
+    """A small job that has been run, for the tests that only look at it."""
+    config = JobConfig(workdir=str(tmp_path_factory.mktemp("trained") / "job"), data_dir=str(data_dir), **SMALL)
+    train.run(config)
+    keras.backend.clear_session(free_memory=False)
+    return config
+
+
 @pytest.fixture
 def source_file(job, tmp_path):
     """A flag file of a pretraining job."""
@@ -99,9 +108,8 @@ def events(config: JobConfig, part: str) -> EventAccumulator:
     return accumulator.Reload()
 
 
-def test_pretraining_leaves_the_promised_files(job, tmp_path):
-    config = job()
-    train.run(config)
+def test_pretraining_leaves_the_promised_files(trained):
+    config = trained
     workdir = pathlib.Path(config.workdir)
     assert {path.name for path in workdir.iterdir()} == {
         "flags.cfg",
@@ -124,10 +132,9 @@ def test_pretraining_leaves_the_promised_files(job, tmp_path):
     assert "--epsilon=0.5" in results["flags"]
 
 
-def test_classifier_is_plain_keras_and_the_one_that_was_measured(job, data_dir, tmp_path):
+def test_classifier_is_plain_keras_and_the_one_that_was_measured(trained, data_dir, tmp_path):
     """Loaded in safe mode where robust_tf cannot be imported, it has the accuracy that results.json says."""
-    config = job()
-    train.run(config)
+    config = trained
     task = load_task("digits", classes=(0, 1, 2), image_size=8, batch_size=1000, data_dir=data_dir)
     images, labels = next(task.test.as_numpy_iterator())
     np.savez(tmp_path / "test.npz", images=images, labels=labels)
@@ -142,9 +149,8 @@ def test_classifier_is_plain_keras_and_the_one_that_was_measured(job, data_dir, 
     assert float(printed) == pytest.approx(results_of(config)["clean_accuracy"])
 
 
-def test_tensorboard_holds_what_it_should(job):
-    config = job(epochs=2)
-    train.run(config)
+def test_tensorboard_holds_what_it_should(trained):
+    config = trained
     train_events, validation, test = (events(config, part) for part in ("train", "validation", "test"))
     figures = {"adversarial_loss", "adversarial_accuracy", "clean_loss", "clean_accuracy"}
     settings = {"learning_rate", "epsilon", "images_per_second"}
@@ -289,6 +295,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one():
     assert len(set(figures["states"]) - {""}) > 1  # killed at different steps
 
 
+@pytest.mark.slow
 def test_the_state_is_saved_within_an_epoch(job, monkeypatch):
     saved = []
     save = Checkpoints.save
@@ -327,20 +334,18 @@ def test_profile_of_some_steps(job):
     assert list((pathlib.Path(job().workdir) / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_workdir_of_another_job_is_refused_and_kept(job):
-    train.run(job(epochs=1))
-    before = {path: path.read_bytes() for path in pathlib.Path(job().workdir).rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"--epsilon: 0.5 -> 0.25; --epochs: 1 -> 2"):
-        train.run(job(epsilon=0.25, epochs=2))
+def test_a_workdir_of_another_job_is_refused_and_kept(trained):
+    before = {path: path.read_bytes() for path in pathlib.Path(trained.workdir).rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"--epsilon: 0.5 -> 0.25; --epochs: 2 -> 3"):
+        train.run(dataclasses.replace(trained, epsilon=0.25, epochs=3))
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_finished_job_is_not_run_again(job, capsys):
-    train.run(job(epochs=1))
-    first = (pathlib.Path(job().workdir) / "classifier.keras").read_bytes()
-    train.run(job(epochs=1))
+def test_a_finished_job_is_not_run_again(trained, capsys):
+    first = (pathlib.Path(trained.workdir) / "classifier.keras").read_bytes()
+    train.run(trained)
     assert "is finished already" in capsys.readouterr().out
-    assert (pathlib.Path(job().workdir) / "classifier.keras").read_bytes() == first
+    assert (pathlib.Path(trained.workdir) / "classifier.keras").read_bytes() == first
 
 
 def test_best_epoch_is_chosen_on_the_validation_part(job, monkeypatch):
@@ -409,6 +414,7 @@ def test_transfer_of_the_packaged_classifiers(transfer, monkeypatch):
     assert all(np.array_equal(weight, after[path]) for path, weight in source.items() if not path.startswith("logits"))
 
 
+@pytest.mark.slow
 def test_partial_transfer_with_moving_statistics(transfer):
     """Weights through the stage stay bit-equal; with frozen_batchnorm=update their statistics do not."""
     config = transfer(transfer_mode="partial", freeze_through="stage2", frozen_batchnorm="update", epochs=1)
@@ -463,7 +469,7 @@ def test_compiled_by_xla_a_job_gives_the_same_figures(job, recwarn):
     assert results[0]["clean_accuracy"] == pytest.approx(results[1]["clean_accuracy"], abs=0.05)
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_mixed_precision_job(job, monkeypatch, capsys, precision):
     monkeypatch.setattr(train, "emulation_warning", lambda precision: f"{precision} is emulated here")
     config = job(precision=precision, epochs=1)
@@ -598,10 +604,8 @@ def test_a_source_that_cannot_be_used_is_named(transfer, tmp_path, source, archi
         train.run(transfer(source=source, architecture=architecture))
 
 
-def test_a_source_that_does_not_fit_is_refused(transfer, job, tmp_path):
-    config = job("other", epochs=1)
-    train.run(config)
-    source = f"{config.workdir}/classifier.keras"
+def test_a_source_that_does_not_fit_is_refused(transfer, trained):
+    source = f"{trained.workdir}/classifier.keras"
     with pytest.raises(UserError, match="is a resnet8. Received: --architecture=resnet20"):
         train.run(transfer("a", source=source, architecture="resnet20"))
     with pytest.raises(UserError, match="'stage9'.*stage3"):

@@ -140,6 +140,7 @@ def test_a_warning_changes_nothing(job, capsys):
     assert chart(config, "validation", "epoch/pgd_square_gap")[0] == (0, pytest.approx(-0.2))
 
 
+@pytest.mark.slow
 def test_it_can_look_more_seldom(job):
     config = job(OVERFITTED, epochs=3, alarm_every_epochs=2)
     train.run(config)
@@ -159,6 +160,7 @@ def test_stop_ends_the_training_and_keeps_an_epoch_before(job, capsys):
     np.testing.assert_array_equal(best["0000 " + classifier.variables[0].name], classifier.variables[0].numpy())
 
 
+@pytest.mark.slow
 def test_rollback_repeats_the_epoch_with_a_lower_learning_rate(job, tmp_path, capsys):
     """Here also to before the unfreezing: what the second try unfreezes was frozen again."""
     source = build_classifier("resnet8", 3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
