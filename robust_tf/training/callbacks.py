@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -48,6 +48,7 @@ class SaveProgress(keras.callbacks.Callback):
         every_steps: steps between two saves within an epoch; None saves after no step.
         every_minutes: time between two saves within an epoch; 0 saves at no time.
         pending: the signal that has come, if any. The state is saved and `Interrupted` raised after the step that runs.
+        rate: images a second in the training steps of the epoch that ends; 0 if this process has run none of them.
         distribution: the chief writes; all processes save and stop at the same step, whichever got the signal.
     """
 
@@ -60,10 +61,11 @@ class SaveProgress(keras.callbacks.Callback):
         every_steps: int | None,
         every_minutes: float,
         pending: PendingSignal,
+        rate: Callable[[], float],
         distribution: Distribution,
     ) -> None:
         super().__init__()
-        self._checkpoints, self._progress, self._select_by = checkpoints, progress, select_by
+        self._checkpoints, self._progress, self._select_by, self._rate = checkpoints, progress, select_by, rate
         self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
         self._pending, self._distribution = pending, distribution
         self._training_metrics: list[np.ndarray] = []
@@ -116,6 +118,8 @@ class SaveProgress(keras.callbacks.Callback):
             self._distribution.on_chief(lambda: self._checkpoints.save_best(epoch, weights))
         progress.epochs_done, progress.steps_done = epoch + 1, 0
         progress.history.append(logs)
+        if self._rate():
+            progress.rates.append(round(self._rate(), 3))
         self._save()
         self._stop_if_signalled()
 

@@ -40,6 +40,8 @@ class Progress:
         best_loss: its validation loss, which decides between equal figures.
         seconds: spent in training so far.
         history: for each finished epoch its figures by name.
+        rates: for each finished epoch the images a second of its training steps; none for one whose steps were another
+            process's.
         rollbacks: how often an alarm made the run go back.
         alarms: every warning so far, also those of epochs that were thrown away.
     """
@@ -51,6 +53,7 @@ class Progress:
     best_loss: float = float("inf")
     seconds: float = 0.0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    rates: list[float] = dataclasses.field(default_factory=list)
     rollbacks: int = 0
     alarms: list[str] = dataclasses.field(default_factory=list)
 

@@ -121,6 +121,7 @@ def _fit(
                 every_steps=config.checkpoint_every_steps,
                 every_minutes=config.checkpoint_every_minutes,
                 pending=pending,
+                rate=lambda: bar.images_per_second,
                 distribution=distribution,
             )
             callbacks = _callbacks(config, classifier, task, workdir, bar, save, progress, distribution)

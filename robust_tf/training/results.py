@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import statistics
 from typing import Any
 
 import keras
@@ -81,7 +82,8 @@ def job_results(
         "trainable_parameters": trainable,
         "total_parameters": total,
         "seconds": round(progress.seconds, 1),
-        "images_per_second": round(task.num_train * progress.epochs_done / max(progress.seconds, 1e-9), 1),
+        # Of the training steps alone, at the median speed of the epochs; `seconds` has validation and checkpoints, too.
+        "images_per_second": round(statistics.median(progress.rates), 1) if progress.rates else None,
         "seed": config.seed,
         "versions": {
             "robust_tf": robust_tf.__version__,
