@@ -78,12 +78,10 @@ class TensorBoardLogger(keras.callbacks.Callback):
             writer.flush()
 
     def _with_settings(self, logs: dict[str, Any]) -> dict[str, Any]:
-        return {
-            **logs,
-            "learning_rate": float(self.model.optimizer.learning_rate),
-            "epsilon": self.model.epsilon,
-            "images_per_second": self._progress.images_per_second,
-        }
+        settings = {"learning_rate": float(self.model.optimizer.learning_rate), "epsilon": self.model.epsilon}
+        rate = self._progress.images_per_second
+        # Unknown in the first step of a run, and in an epoch of which only the validation was left.
+        return {**logs, **settings, **({"images_per_second": rate} if rate else {})}
 
     def _scalars(self, writer: tf.summary.SummaryWriter, group: str, values: dict[str, Any], step: int) -> None:
         with writer.as_default():
