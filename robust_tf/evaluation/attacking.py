@@ -48,9 +48,10 @@ OnBatch = Callable[[float, float, float, str], None]
 def passes_of(state: CascadeState, *, epsilons_left: int = 0) -> tuple[float, float]:
     """Forward passes behind a cascade, and those ahead of it and of as many cascades as there are epsilons left.
 
-    The attacks to come are counted for the share of the images that has resisted the running one so far.
+    The attacks to come are counted for the share of the images that has resisted the running one so far; the clean
+    prediction counts nothing, or tracing it would seem to be what all passes cost.
     """
-    costs = [1, *(PASSES[name] for name in state.run["attacks"])]
+    costs = [0, *(PASSES[name] for name in state.run["attacks"])]
     names = (CLEAN, *state.run["attacks"])
     given, done = len(state.felled_by), 0.0
     for name, cost in zip(names[: state.attack], costs, strict=False):
