@@ -67,6 +67,7 @@ def test_the_job_writes_the_same_files_with_the_head_put_in(job, data_dir):
     assert backbone and all(np.array_equal(before[path], after[path]) for path in backbone)
 
 
+@pytest.mark.slow
 def test_further_heads_find_the_features_stored(job, capsys):
     run(job("first"))
     for head in ("lbfgs", "ridge"):
@@ -91,6 +92,7 @@ def test_sgd_on_features_is_the_recipe_of_the_whole_network(job, monkeypatch):
     assert cached["clean_accuracy"] == live["clean_accuracy"]
 
 
+@pytest.mark.slow
 def test_the_head_of_the_best_epoch_is_kept(job, monkeypatch):
     """By figures that are given, of which an epoch asks for two; what comes after it isn't kept."""
     values = iter([0.2, 0.2, 0.9, 0.9, 0.5, 0.5])

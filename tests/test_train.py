@@ -321,6 +321,7 @@ def test_the_state_is_saved_within_an_epoch(job, monkeypatch):
     assert saved == [(1, 0)]
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_what_is_measured_and_kept(job):
     """With a decay so near to 1 that it stays at the first weights, nothing seems to be learnt."""
     train.run(job("average", ema_decay=1 - 1e-9))
@@ -333,6 +334,7 @@ def test_the_moving_average_is_what_is_measured_and_kept(job):
     assert np.abs(trained - start.trainable_weights[0].numpy()).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_profile_of_some_steps(job):
     train.run(job(epochs=1, profile_steps=(2, 3)))
     assert list((pathlib.Path(job().workdir) / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb"))
@@ -486,7 +488,7 @@ def test_mixed_precision_job(job, monkeypatch, capsys, precision):
     assert keras.config.dtype_policy().name == "float32"  # the next job starts afresh
 
 
-@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+@pytest.mark.parametrize("mixing", ["mixup", pytest.param("cutmix", marks=pytest.mark.slow)])
 def test_a_job_with_mixed_images(job, mixing):
     """Labels are shares of classes in training, and classes in evaluation."""
     config = job(

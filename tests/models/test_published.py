@@ -317,6 +317,7 @@ def test_packaged_models(tmp_path, monkeypatch) -> None:
     assert name in refusal(lambda: fetch_checkpoint(name))
 
 
+@pytest.mark.slow
 def test_the_packaged_classifiers_are_what_the_table_says() -> None:
     """On 100 test images: clean accuracy near the table's, and only the robust one stands PGD at its epsilon."""
     with np.load(FIXTURES / "fashion_mnist.npz") as fixture:

@@ -149,6 +149,7 @@ def test_it_can_look_more_seldom(job):
     assert [epoch for epoch, _ in chart(config, "validation", "epoch/fgsm_pgd_gap")] == [1]
 
 
+@pytest.mark.slow
 def test_stop_ends_the_training_and_keeps_an_epoch_before(job, capsys):
     config = job(FINE, OVERFITTED, on_alarm="stop")
     train.run(config)

@@ -164,6 +164,7 @@ def test_the_learning_rate_is_scaled_only_if_asked_for():
     assert float(schedule_of(JobConfig(**settings, base_batch_size=256), 10)(0)) == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_synchronized_batchnorm_is_undone_in_what_is_saved(tmp_path, data_dir):
     flags = {"architecture": "resnet8", "image_size": 8, "classes": (0, 1), "examples_per_class": 8, "epochs": 1}
     config = JobConfig(workdir=str(tmp_path / "w"), data_dir=str(data_dir), sync_batchnorm=True, **flags)

@@ -47,6 +47,7 @@ def test_leaves_other_errors_and_what_is_in_use_alone(classifier):
     assert "--precision" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_stays_and_the_job_goes_on_from_it(tmp_path, data_dir, monkeypatch):
     config = JobConfig(
         workdir=str(tmp_path / "job"),
