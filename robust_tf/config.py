@@ -17,6 +17,7 @@ from robust_tf.errors import UserError
 Norm = Literal["l2", "linf"]
 # PGD steps of the validation attack where training's own attack has one gradient step only.
 _VALIDATION_STEPS = 3
+AttackMode = Literal["inference", "training"]
 TransferMode = Literal["fixed_feature", "full_network", "partial"]
 
 
@@ -152,6 +153,12 @@ class JobConfig:
         None,
         "Train on each image's worst iterate instead of the last. Default: true; false with TRADES; that of --fast.",
     )
+    attack_mode: AttackMode = _flag(
+        None,
+        "Mode of the network in the attacks of training. inference: BatchNorm uses its moving statistics, as in the "
+        "paper's code. training: as in the update, and the attack moves the statistics too, as in the code of Wong et "
+        "al. Default: inference; that of --fast.",
+    )
     objective: Literal["adversarial", "trades", "awp", "trades_awp"] = _flag(
         "adversarial",
         "What training minimises. adversarial: the loss of adversarial images (Madry et al. 2018). trades: that of "
@@ -255,7 +262,12 @@ class JobConfig:
 
         The random start of l2 stays on the sphere: nearly all of a ball of so many dimensions lies there.
         """
-        usual = {"attack_steps": 7, "random_start": False, "use_best": not self.uses_trades}
+        usual = {
+            "attack_steps": 7,
+            "random_start": False,
+            "use_best": not self.uses_trades,
+            "attack_mode": "inference",
+        }
         one_step = {"attack_steps": 1, "use_best": False}
         presets: dict[str, dict[str, Any]] = {
             "none": {},
@@ -263,6 +275,7 @@ class JobConfig:
                 **one_step,
                 "attack_step_size": 1.25 * self.epsilon,
                 "random_start": True,
+                "attack_mode": "training",
             },
             "free": {**one_step, "attack_step_size": self.epsilon},
             "epsilon_warmup": {"epsilon_warmup_epochs": self.epochs / 2},
@@ -327,7 +340,7 @@ class JobConfig:
         """The same job without an attack in training, measured under the same one."""
         recipe = [
             *("objective", "trades_beta", "awp_gamma", "awp_warmup_epochs"),
-            *("fast", "free_replays", "epsilon_warmup_epochs"),
+            *("fast", "free_replays", "epsilon_warmup_epochs", "attack_mode"),
         ]
         return dataclasses.replace(
             self,

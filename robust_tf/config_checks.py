@@ -174,6 +174,11 @@ def _check_recipe(job: "JobConfig") -> None:
             f"--fast={job.fast} is a recipe for the loss of adversarial images. Received: {recipe}. Use "
             "--objective=adversarial, or --fast=none."
         )
+    if job.attack_mode == "training" and (job.fast == "free" or job.uses_trades or not job.attack.active):
+        raise UserError(
+            "--attack_mode=training belongs to attacks on the loss of adversarial images. Received: "
+            f"--attack_mode=training with {recipe} and --epsilon={job.epsilon:g}. Leave it out."
+        )
     for name in ("random_start", "use_best"):
         if job.fast == "free" and getattr(job, name):
             raise UserError(
@@ -210,11 +215,6 @@ def _check_data(job: "JobConfig") -> None:
         raise UserError(
             "--subset and --examples_per_class both choose the training images. Received: "
             f"--subset={job.subset} --examples_per_class={job.examples_per_class}."
-        )
-    if job.mixing != "none" and job.attack.active:
-        raise UserError(
-            "The attack needs one label for each image, which mixed images don't have. Received: "
-            f"--mixing={job.mixing} --epsilon={job.epsilon:g}."
         )
     if job.downscale is not None and job.export_dir:
         raise UserError(
@@ -289,7 +289,8 @@ def check_choices(config: Any) -> None:
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        if typing.get_origin(hints[field.name]) is Literal:
+        undecided = field.default is None and getattr(config, field.name) is None
+        if typing.get_origin(hints[field.name]) is Literal and not undecided:
             check_choice(f"--{field.name}", getattr(config, field.name), hints[field.name])
 
 

@@ -5,7 +5,7 @@ from robust_tf.attacks.autoattack import VERSIONS, AutoAttackResult, attacks_of,
 from robust_tf.attacks.cascade import CascadeState, CompiledAttacks, cascade
 from robust_tf.attacks.fab import fab
 from robust_tf.attacks.fgsm import fgsm
-from robust_tf.attacks.pgd import AttackResult, pgd, run_pgd
+from robust_tf.attacks.pgd import AttackResult, climb, pgd, run_pgd
 from robust_tf.attacks.square import square
 from robust_tf.attacks.table import ATTACKS, check_attacks
 from robust_tf.attacks.threat_models import NORMS
@@ -26,6 +26,7 @@ __all__ = [
     "autoattack",
     "cascade",
     "check_attacks",
+    "climb",
     "fab",
     "fgsm",
     "pgd",

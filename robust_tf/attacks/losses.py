@@ -1,7 +1,8 @@
 """What the attacks raise: losses of logits, and their gradients with respect to the images."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -15,10 +16,15 @@ Model = Callable[[tf.Tensor], tf.Tensor]
 _LARGEST_SLOPE = 256.0
 
 
-def logits_of(model: Model, images: tf.Tensor) -> tf.Tensor:
-    """Logits in float32, the network in inference mode (BatchNorm uses and keeps its running statistics)."""
+def logits_of(model: Model, images: tf.Tensor) -> Any:
+    """Logits in float32, the network in inference mode (BatchNorm uses and keeps its running statistics).
+
+    A model with several outputs gives all of them, in the structure that it has.
+    """
     # keras.Model and keras.Layer take `training`; a plain callable is what it is.
     logits = model(images, training=False) if isinstance(model, keras.Layer) else model(images)
+    if isinstance(logits, (dict, list, tuple)):
+        return keras.tree.map_structure(lambda output: tf.cast(output, tf.float32), logits)
     return tf.cast(logits, tf.float32)
 
 
@@ -137,38 +143,62 @@ class Slope(NamedTuple):
     correct: tf.Tensor
 
 
-def slope_of(model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.Tensor], labels: tf.Tensor) -> Slope:
+def slope_of(
+    model: Model,
+    points: tf.Tensor,
+    loss_of: Callable[[Any], tf.Tensor],
+    labels: tf.Tensor,
+    *,
+    correct_of: Callable[[Any, tf.Tensor], tf.Tensor] = is_correct,
+) -> Slope:
     """The loss of the model's logits and its gradient, each image's own: it doesn't depend on the batch.
 
     Args:
+        model: gives logits (batch, classes), or any outputs that the two functions can read.
         loss_of: logits -> (batch,).
+        labels: (batch,) int32, the second argument of `correct_of`.
+        correct_of: (logits, labels) -> (batch,) bool.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(points)
-        logits = logits_of(model, points)
+        # Keras's losses of probabilities look for the softmax behind a tensor and go on from what it was given. The
+        # gradient would then not pass through the outputs, where this function meets it: identity hides the softmax.
+        outputs = keras.tree.map_structure(tf.identity, logits_of(model, points))
     with tf.GradientTape(watch_accessed_variables=False) as loss_tape:
-        loss_tape.watch(logits)
-        loss = loss_of(logits)
+        loss_tape.watch(outputs)
+        loss = loss_of(outputs)
     # Of the sum, not of the mean: an image's gradient doesn't depend on the batch it came in.
-    slope = loss_tape.gradient(loss, logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    scale = _scale_of(slope)
+    slopes = loss_tape.gradient(loss, outputs, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    scale = _scale_of(keras.tree.flatten(slopes))
+    slopes = keras.tree.map_structure(lambda slope: _of_each_image(scale, slope) * slope, slopes)
     # A model without gradients has zero gradients: the attacks that need them stay where they are.
     gradient = tape.gradient(
-        logits, points, output_gradients=scale * slope, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        outputs, points, output_gradients=slopes, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
-    return Slope(loss, gradient / scale[:, :, None, None], is_correct(logits, labels))
+    return Slope(loss, gradient / _of_each_image(scale, gradient), correct_of(outputs, labels))
 
 
-def _scale_of(slope: tf.Tensor) -> tf.Tensor:
-    """The power of two that brings each image's largest value into [128, 256], (batch, 1) float32.
+def _scale_of(slopes: list[tf.Tensor]) -> tf.Tensor:
+    """The power of two that brings each image's largest value into [128, 256], (batch,) float32.
 
     Each image has its own: where the network is sure, the loss has a slope of 1e-7 and less, which float16 would lose
     with any scale that suits the other images. A power of two changes no bit in float32 and bfloat16.
     """
-    largest = tf.reduce_max(tf.abs(slope), axis=-1, keepdims=True)
+    largest = [tf.reduce_max(tf.abs(slope), axis=list(range(1, _rank_of(slope)))) for slope in slopes]
     # The exponent's bits alone are the power of two below; one that is tiny or 0 would make the scale infinite.
-    power = tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(largest, tf.int32), 0x7F800000), tf.float32)
+    bits = tf.bitcast(functools.reduce(tf.maximum, largest), tf.int32)
+    power = tf.bitcast(tf.bitwise.bitwise_and(bits, 0x7F800000), tf.float32)
     return 0.5 * _LARGEST_SLOPE / tf.maximum(power, 2.0**-100)
+
+
+def _of_each_image(values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """(batch,) with as many further axes of length 1 as `like` has."""
+    return tf.reshape(values, [-1] + [1] * (_rank_of(like) - 1))
+
+
+def _rank_of(tensor: tf.Tensor) -> int:
+    # Outputs of which nothing is known, those of a tf.numpy_function, are logits.
+    return 2 if tensor.shape.rank is None else tensor.shape.rank
 
 
 def mean_slope(

@@ -1,6 +1,7 @@
 """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083), equal to the reference step by step."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import tensorflow as tf
 
@@ -52,9 +53,44 @@ def run_pgd(
         UserError: labels are not one number for each image, or images are integers.
     """
     images, labels = training_batch(images, labels)
+    return climb(
+        model,
+        images,
+        loss=lambda logits: LOSSES["ce"](logits, labels, labels),
+        correct=lambda logits: is_correct(logits, labels),
+        attack=attack,
+        targeted=targeted,
+        strength=strength,
+        seed=seed,
+    )
+
+
+def climb(
+    model: Model,
+    images: tf.Tensor,
+    *,
+    loss: Callable[[Any], tf.Tensor],
+    correct: Callable[[Any], tf.Tensor],
+    attack: AttackConfig,
+    targeted: bool = False,
+    strength: Scale = 1.0,
+    seed: tf.Tensor | None = None,
+) -> AttackResult:
+    """PGD on any loss of any outputs: `run_pgd` without labels, which the two functions know.
+
+    Args:
+        model: a callable from images to outputs (a tensor, or a structure of tensors, with the batch as first axis).
+        images: (batch, height, width, channels) float32 in [0, 1].
+        loss: outputs -> (batch,) float32, which the attack raises (with `targeted`: lowers).
+        correct: outputs -> (batch,) bool, for `start_correct`.
+        attack: the threat model and the search.
+        targeted: lower the loss instead of raising it.
+        strength: factor on epsilon and on the step size; a scalar tensor may change from call to call.
+        seed: (2,) int32 or int64, for the random start; None draws one from TensorFlow's global generator.
+    """
     if not attack.active:
-        logits = logits_of(model, images)
-        return AttackResult(images, LOSSES["ce"](logits, labels, labels), is_correct(logits, labels))
+        outputs = logits_of(model, images)
+        return AttackResult(images, loss(outputs), correct(outputs))
     start, epsilon = images, attack.epsilon * strength
     if attack.random_start:
         if seed is None:
@@ -63,12 +99,14 @@ def run_pgd(
     state = ascend(
         model,
         images,
-        labels,
+        tf.zeros(tf.shape(images)[:1], tf.int32),
         start,
         norm=NORMS[attack.norm],
         epsilon=epsilon,
         step_size=attack.step_size * strength,
         steps=attack.steps,
+        loss=lambda outputs, labels, targets: loss(outputs),
+        correct_of=lambda outputs, labels: correct(outputs),
         use_best=attack.use_best,
         targeted=targeted,
     )
@@ -86,6 +124,7 @@ def ascend(
     step_size: Scale,
     steps: int,
     loss: str | Loss = "ce",
+    correct_of: Callable[[Any, tf.Tensor], tf.Tensor] = is_correct,
     use_best: bool = True,
     targeted: bool = False,
     early_stop: bool = False,
@@ -96,6 +135,7 @@ def ascend(
         images, start: (batch, height, width, channels) float32.
         labels: (batch,) int32.
         loss: a name of LOSSES, or a function like those there, of the whole batch (so not with `early_stop`).
+        correct_of: (logits, labels) -> (batch,) bool, whether the prediction is right.
         early_stop: an image stops at the first point where the prediction is wrong (targeted: is the target).
 
     Returns:
@@ -106,7 +146,9 @@ def ascend(
 
     def step(i: tf.Tensor, state: State) -> State:
         points, labels = state["points"], state["labels"]
-        slope = slope_of(model, points, lambda logits: loss_of(logits, labels, labels), labels)
+        slope = slope_of(
+            model, points, lambda logits: loss_of(logits, labels, labels), labels, correct_of=correct_of
+        )
         first = tf.equal(i, 0)
         new = {
             **state,
@@ -146,7 +188,7 @@ def ascend(
         # The last iterate is a candidate too: one more forward pass.
         logits = logits_of(model, images_adv)
         if early_stop:
-            fallen |= is_correct(logits, labels) == targeted
+            fallen |= correct_of(logits, labels) == targeted
         if use_best:
             better = ascent * loss_of(logits, labels, labels) > ascent * state["best_loss"]
             last = (better & ~state["fallen"]) | (fallen & ~state["fallen"])

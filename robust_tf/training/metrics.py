@@ -18,6 +18,8 @@ def true_classes(labels: Any) -> Any:
 class CrossEntropy(keras.losses.Loss):
     """Softmax cross-entropy with labels, or with the shares of classes that mixed images have."""
 
+    from_logits = True  # as Keras's own losses say it
+
     def call(self, y_true: Any, y_pred: Any) -> Any:
         if len(y_true.shape) == 2 and y_true.shape[-1] != 1:
             return keras.losses.categorical_crossentropy(y_true, y_pred, from_logits=True)

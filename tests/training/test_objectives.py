@@ -169,7 +169,7 @@ def _of_label(logits, labels):
 def test_steps_are_those_of_the_papers(recipe, attack, how, monkeypatch):
     """Weights and BatchNorm statistics after three steps with sample weights, and the loss."""
     # From the start of the paper, where the divergence is almost 0, rounding decides on the way.
-    monkeypatch.setattr(objectives, "_TRADES_START", START)
+    monkeypatch.setattr(objectives.trades, "_TRADES_START", START)
     ours, theirs = new_classifier(), new_classifier()
     trainer = new_trainer(ours, attack, how, recipe=Recipe(**recipe))
     beta, gamma = recipe.get("trades_beta"), recipe.get("awp_gamma")
@@ -198,7 +198,7 @@ def test_the_attack_of_trades_raises_the_divergence_within_the_ball(attack, use_
     classifier = new_classifier()
     attack = AttackConfig(**{**vars(attack), "use_best": use_best})
     seed = tf.constant([0, 1])
-    images_adv, logits = ascend_divergence(classifier, images, labels, attack=attack, seed=seed)
+    images_adv, logits = ascend_divergence(classifier, images, attack=attack, seed=seed)
     np.testing.assert_allclose(logits, classifier(images), atol=1e-5)
     assert divergence(logits, classifier(images_adv)).numpy().min() > 0.01
     length = {"linf": linf_norm, "l2": l2_norm}[attack.norm](images_adv - images)
@@ -213,7 +213,7 @@ def test_the_attack_of_trades_starts_at_a_small_gaussian():
     classifier = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(3)])
     still = AttackConfig(norm="linf", epsilon=0.1, step_size=1e-9, steps=1, use_best=False)
     starts = [
-        ascend_divergence(classifier, images, labels, attack=still, seed=tf.constant([0, step]))[0] - images
+        ascend_divergence(classifier, images, attack=still, seed=tf.constant([0, step]))[0] - images
         for step in range(2)
     ]
     np.testing.assert_allclose(np.std(starts), 0.001, rtol=0.03)
@@ -492,7 +492,7 @@ def test_epsilon_rises_in_training_and_not_in_evaluation(attack, recipe):
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_moves_the_weights_as_float32_does(policy, recipe, monkeypatch):
     """Loss scaling is not forgotten: the weights would hardly move."""
-    monkeypatch.setattr(objectives, "_TRADES_START", START)
+    monkeypatch.setattr(objectives.trades, "_TRADES_START", START)
     recipes = {
         "trades_awp": (L2, Recipe(trades_beta=1.0, awp_gamma=0.01)),
         "free": (FREE["l2"], Recipe(free_replays=2, free_batch_size=8)),

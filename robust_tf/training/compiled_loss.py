@@ -1,0 +1,290 @@
+"""The loss that a trainer was compiled with, for each image: what the attack of adversarial training climbs."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.attacks.losses import LOSSES
+from robust_tf.errors import UserError
+from robust_tf.training.metrics import CrossEntropy
+from robust_tf.training.runtime_checks import checked
+
+Scores = Literal["logits", "probabilities"]
+# Losses given as functions (or by name) take probabilities unless they are told otherwise.
+_CROSSENTROPIES = (
+    keras.losses.binary_crossentropy,
+    keras.losses.binary_focal_crossentropy,
+    keras.losses.categorical_crossentropy,
+    keras.losses.categorical_focal_crossentropy,
+    keras.losses.sparse_categorical_crossentropy,
+)
+_SPARSE = (keras.losses.SparseCategoricalCrossentropy, keras.losses.sparse_categorical_crossentropy)
+# Keras itself picks the cross-entropy that fits the shapes of labels and outputs.
+_BY_SHAPE = ("crossentropy", "ce")
+
+
+class CompiledLoss:
+    """The compiled loss before it is averaged over the batch, and what follows from it about the outputs.
+
+    Works for every loss that Keras accepts in `compile`: names, functions, `keras.losses.Loss` objects, and lists or
+    dicts of them for models with several outputs. A loss must give one value for each image, or an array of values for
+    each image, whose mean counts.
+
+    Args:
+        loss: as given to `compile`.
+        loss_weights: as given to `compile`.
+        outputs: what the model gives for a batch: a tensor, or a list, tuple or dict of tensors.
+        output_names: the model's names for its outputs, if it has any; a dict of losses may use them.
+
+    Raises:
+        UserError: there is no loss, a loss is meant for probabilities and the model gives logits or the reverse, or
+            losses and outputs do not fit together.
+    """
+
+    def __init__(self, loss: Any, loss_weights: Any, *, outputs: Any, output_names: Sequence[str] = ()) -> None:
+        if loss is None:
+            raise UserError(
+                "The attack climbs the compiled loss, so `compile` needs one. Received: loss=None. For logits and "
+                "integer labels it is keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
+            )
+        self._names = _names_of(outputs, output_names)
+        losses = self._by_name("loss", loss, shared=True)
+        self._losses = {name: _resolved(value) for name, value in losses.items() if value is not None}
+        weights = {} if loss_weights is None else self._by_name("loss_weights", loss_weights, shared=True)
+        self._weights = {name: 1.0 if weights.get(name) is None else float(weights[name]) for name in self._losses}
+        self._scores: dict[str, Scores | None] = {}
+        self._num_classes = {name: output.shape[-1] for name, output in self._by_name("outputs", outputs).items()}
+        for name, output in self._by_name("outputs", outputs).items():
+            if name in self._losses:
+                self._scores[name] = _checked_scores(self._losses[name], output, name)
+
+    def __call__(self, labels: Any, outputs: Any, sample_weight: Any = None) -> tf.Tensor:
+        """The loss of each image, (batch,) float32.
+
+        Args:
+            labels: as `fit` takes them.
+            outputs: as the model gives them.
+            sample_weight: None, (batch,), or for several outputs a structure of them; factors of the loss.
+        """
+        outputs = self._by_name("outputs", outputs)
+        labels = self._by_name("labels", labels)
+        weights = {} if sample_weight is None else self._by_name("sample_weight", sample_weight, shared=True)
+        total = None
+        for name, loss in self._losses.items():
+            values = _of_each_image(loss, labels[name], outputs[name])
+            if weights.get(name) is not None:
+                values *= tf.reshape(tf.cast(weights[name], tf.float32), [-1])
+            if self._weights[name] != 1.0:
+                values *= self._weights[name]
+            total = values if total is None else total + values
+        return total
+
+    @property
+    def counts_hits(self) -> bool:
+        """Whether a prediction is right or wrong: there is one output, and it holds scores of classes."""
+        return len(self._losses) == 1 and next(iter(self._scores.values())) is not None
+
+    @property
+    def integer_labels(self) -> bool | None:
+        """Whether labels are one class number for each image; None where the loss does not tell."""
+        kinds = {_takes_integers(loss) for loss in self._losses.values()}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def with_labels_checked(self, images: tf.Tensor, labels: Any) -> tf.Tensor:
+        """Returns the images of a batch once its labels are known to be classes, where they are class numbers."""
+        for name, values in self._by_name("labels", labels).items():
+            loss = self._losses.get(name)
+            if not _takes_integers(loss) or getattr(loss, "ignore_class", None) is not None:
+                continue
+            count = self._num_classes[name]
+            low, high = (tf.cast(reduce(values), tf.int32) for reduce in (tf.reduce_min, tf.reduce_max))
+            message = f"Labels must be in 0..{count - 1}: {name!r} has {count} classes. Received: labels from {{}} to {{}}."
+            within = tf.equal(tf.size(values), 0) | ((low >= 0) & (high < count))
+            images = checked(images, within, message, low, high)
+        return images
+
+    def hits(self, labels: Any, outputs: Any) -> tf.Tensor:
+        """Whether the class of the highest score is the label, or its largest share, (batch,) bool.
+
+        A single score stands for the classes 0 and 1. Without `counts_hits` it is False everywhere.
+        """
+        ((name, scores),) = list(self._scores.items())[:1]
+        output = self._by_name("outputs", outputs)[name]
+        if not self.counts_hits:
+            return tf.zeros(tf.shape(output)[:1], tf.bool)
+        label = tf.convert_to_tensor(self._by_name("labels", labels)[name])
+        if output.shape[-1] == 1:
+            positive = tf.reshape(output, [-1]) > (0.5 if scores == "probabilities" else 0.0)
+            return tf.equal(positive, tf.reshape(tf.cast(label, tf.float32), [-1]) > 0.5)
+        predicted = tf.argmax(output, axis=-1, output_type=tf.int32)
+        if label.shape.rank == 2 and label.shape[-1] != 1:
+            return tf.equal(predicted, tf.argmax(label, axis=-1, output_type=tf.int32))
+        return tf.equal(predicted, tf.reshape(tf.cast(label, tf.int32), [-1]))
+
+    def class_logits(self, outputs: Any) -> tf.Tensor:
+        """The outputs as float32 logits (batch, classes); a single score becomes those of the classes 0 and 1.
+
+        Raises:
+            UserError: several outputs, or one that does not hold scores of classes.
+        """
+        if not self.counts_hits:
+            raise UserError(
+                "This objective compares the probabilities of classes, so it needs one output of class scores and a "
+                f"cross-entropy. Received: losses for the outputs {sorted(self._losses)}. Use Recipe() instead."
+            )
+        ((name, scores),) = self._scores.items()
+        output = tf.cast(self._by_name("outputs", outputs)[name], tf.float32)
+        if output.shape[-1] == 1:
+            if scores == "probabilities":
+                output = tf.math.log(tf.maximum(output, 1e-30)) - tf.math.log(tf.maximum(1.0 - output, 1e-30))
+            return tf.concat([tf.zeros_like(output), output], axis=-1)
+        return tf.math.log(tf.maximum(output, 1e-30)) if scores == "probabilities" else output
+
+    def _by_name(self, what: str, values: Any, *, shared: bool = False) -> dict[str, Any]:
+        """The values of the outputs by name; with `shared`, one that is not in a structure belongs to all of them."""
+        if isinstance(values, Mapping):
+            unknown = sorted(set(values) - set(self._names))
+            if not unknown:
+                return dict(values)
+            raise UserError(f"`{what}` names outputs of the model, {list(self._names)}. Received: {unknown}.")
+        if isinstance(values, (list, tuple)):
+            if len(values) == len(self._names):
+                return dict(zip(self._names, values, strict=True))
+            raise UserError(
+                f"`{what}` needs one entry for each of the outputs {list(self._names)}. Received: {len(values)} entries."
+            )
+        if shared or len(self._names) == 1:
+            return dict.fromkeys(self._names, values)
+        raise UserError(
+            f"The model has the outputs {list(self._names)}, so `{what}` is a list or a dict with an entry for each. "
+            f"Received: one {type(values).__name__}."
+        )
+
+
+def _names_of(outputs: Any, output_names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(outputs, Mapping):
+        return tuple(outputs)
+    if isinstance(outputs, (list, tuple)):
+        named = len(output_names) == len(outputs)
+        return tuple(output_names) if named else tuple(f"output_{index}" for index in range(len(outputs)))
+    return tuple(output_names) if len(output_names) == 1 else ("output",)
+
+
+def _resolved(loss: Any) -> Any:
+    """A `keras.losses.Loss`, a function, or one of `_BY_SHAPE`."""
+    if isinstance(loss, str) and loss.lower() in _BY_SHAPE:
+        return loss.lower()
+    return keras.losses.get(loss)
+
+
+def _of_each_image(loss: Any, labels: Any, outputs: tf.Tensor) -> tf.Tensor:
+    """The values of one loss, (batch,) float32."""
+    labels = tf.convert_to_tensor(labels)
+    if _takes_integers(loss):
+        labels = _class_numbers(labels, outputs)
+    if _is_softmax_crossentropy(loss) and outputs.shape.rank == 2 and (labels.shape.rank == 1 or labels.shape[-1] == 1):
+        labels = tf.reshape(tf.cast(labels, tf.int32), [-1])
+        return LOSSES["ce"](tf.cast(outputs, tf.float32), labels, labels)
+    if not _takes_integers(loss) and labels.shape.rank == outputs.shape.rank - 1 and outputs.shape[-1] == 1:
+        labels = labels[..., None]  # as Keras does: (batch,) labels of outputs (batch, 1)
+    if isinstance(loss, keras.losses.Loss):
+        # `call` is the part of a loss that each image has for itself; the mean comes after it.
+        values = loss.call(tf.cast(labels, loss.dtype), tf.cast(outputs, loss.dtype))
+    else:
+        function = _by_shape(labels, outputs) if loss in _BY_SHAPE else loss
+        values = function(tf.cast(labels, outputs.dtype), outputs)
+    values = tf.cast(values, tf.float32)
+    if values.shape.rank == 0:
+        raise UserError(
+            "The attack needs the loss of each image, so a compiled loss gives an array (batch,); Keras takes the mean. "
+            f"Received: a loss {_name_of(loss)} that gives one number for the whole batch."
+        )
+    return tf.reduce_mean(values, axis=list(range(1, values.shape.rank))) if values.shape.rank > 1 else values
+
+
+def _class_numbers(labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    """Labels (batch,) or (batch, 1), or one for each position of the outputs, as int32 of the outputs' rank less 1."""
+    if labels.shape.rank == outputs.shape.rank and labels.shape[-1] == 1:  # as the data sets of Keras have them
+        labels = labels[..., 0]
+    if labels.shape.rank not in (None, outputs.shape.rank - 1):
+        raise UserError(
+            f"The compiled loss takes one class number for each image, (batch,). Received: labels of shape "
+            f"{labels.shape}. For one-hot labels compile keras.losses.CategoricalCrossentropy."
+        )
+    return tf.cast(labels, tf.int32)
+
+
+def _by_shape(labels: tf.Tensor, outputs: tf.Tensor) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    if outputs.shape[-1] == 1:
+        return keras.losses.binary_crossentropy
+    if labels.shape.rank < outputs.shape.rank or labels.shape[-1] == 1:
+        return keras.losses.sparse_categorical_crossentropy
+    return keras.losses.categorical_crossentropy
+
+
+def _function_of(loss: Any) -> Any:
+    return loss.func if isinstance(loss, functools.partial) else loss
+
+
+def _takes_integers(loss: Any) -> bool | None:
+    if _function_of(loss) in _SPARSE or isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+        return True
+    known = isinstance(loss, keras.losses.Loss) and type(loss).__module__.startswith("keras.")
+    return False if known or _function_of(loss) in _CROSSENTROPIES else None
+
+
+def _is_softmax_crossentropy(loss: Any) -> bool:
+    """Whether it is the loss of the reference, with class numbers as labels, which the attacks have already."""
+    if type(loss) is CrossEntropy:
+        return True
+    plain = type(loss) is keras.losses.SparseCategoricalCrossentropy and loss.dtype == "float32"
+    return plain and loss.from_logits and getattr(loss, "ignore_class", None) is None
+
+
+def _expected_scores(loss: Any) -> Scores | None:
+    """What the outputs have to be for this loss, or None where it does not tell."""
+    if isinstance(loss, str):
+        return "probabilities"
+    from_logits = getattr(loss, "from_logits", None)
+    if _function_of(loss) in _CROSSENTROPIES:
+        from_logits = isinstance(loss, functools.partial) and loss.keywords.get("from_logits", False)
+    return None if from_logits is None else "logits" if from_logits else "probabilities"
+
+
+def _checked_scores(loss: Any, output: Any, name: str) -> Scores | None:
+    """What the scores of an output are, or None where it holds no scores of classes.
+
+    Raises:
+        UserError: they are not what the loss is meant for.
+    """
+    expected = _expected_scores(loss)
+    values = np.asarray(output, np.float32)
+    # A single output may lie in [0, 1] by chance. Probabilities in half precision sum to 1 within a hundredth.
+    found = bool(values.min() >= 0 and values.max() <= 1)
+    if values.shape[-1] > 1:
+        found = found and bool(np.all(np.abs(values.sum(axis=-1) - 1) < 0.02))
+    if expected is None:
+        is_custom = _takes_integers(loss) is None
+        if is_custom and values.ndim == 2 and values.shape[-1] > 1:
+            return "probabilities" if found else "logits"
+        return None
+    if expected == "probabilities" and not found:
+        raise UserError(
+            f"The compiled loss {_name_of(loss)} is meant for probabilities, but the classifier gives logits. Received: "
+            f"values from {values.min():.3g} to {values.max():.3g} in {name!r}. Compile the loss with from_logits=True."
+        )
+    if expected == "logits" and found and values.shape[-1] > 1:
+        raise UserError(
+            f"The compiled loss {_name_of(loss)} is meant for logits (from_logits=True), but the classifier gives "
+            f"probabilities. Received: rows of {name!r} that sum to 1. Compile the loss with from_logits=False, or take "
+            "the softmax out of the classifier, which is better: robust_tf's other programs expect logits."
+        )
+    return expected
+
+
+def _name_of(loss: Any) -> str:
+    return loss if isinstance(loss, str) else getattr(_function_of(loss), "__name__", type(loss).__name__)

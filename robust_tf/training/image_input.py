@@ -1,0 +1,90 @@
+"""The input of a model that holds the images, among whatever else the model takes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from robust_tf.attacks.checks import training_batch
+from robust_tf.errors import UserError
+
+Shape = tuple[int | None, ...]
+
+
+def input_shapes(model: keras.Model) -> Any:
+    """The shape of the input of a built model, or a list or dict of shapes, batch axis included.
+
+    Raises:
+        UserError: the model does not know.
+    """
+    try:
+        inputs = model.input
+    except (AttributeError, ValueError):  # a subclassed model; a Sequential that was loaded knows its `inputs` alone
+        inputs = getattr(model, "inputs", None)
+        inputs = inputs[0] if inputs and len(inputs) == 1 else inputs
+    if inputs is not None:
+        return keras.tree.map_structure(lambda tensor: tuple(tensor.shape), inputs)
+    shapes = (model.get_build_config() or {}).get("input_shape")
+    if shapes is None:
+        raise UserError(
+            "The attack must know the shape of the classifier's input. Received: a classifier without one. Call it on "
+            "a batch of images first, or begin it with a keras.Input."
+        )
+    return tuple(shapes) if _is_shape(shapes) else map_shapes(tuple, shapes)
+
+
+def map_shapes(function: Callable[[Shape], Any], shapes: Any) -> Any:
+    """Applies `function` to each shape of a structure of shapes."""
+    if _is_shape(shapes):
+        return function(shapes)
+    if isinstance(shapes, Mapping):
+        return {name: map_shapes(function, value) for name, value in shapes.items()}
+    return [map_shapes(function, value) for value in shapes]
+
+
+def check_has_images(model: keras.Model) -> None:
+    """Refuses a model that does not have exactly one input (batch, height, width, channels)."""
+    found: list[Shape] = []
+    map_shapes(found.append, input_shapes(model))
+    if sum(len(shape) == 4 for shape in found) != 1:
+        raise UserError(
+            "The attack needs a classifier with one input of images, (batch, height, width, channels). Received: "
+            f"inputs of shape {', '.join(map(str, found))}."
+        )
+
+
+def images_of(inputs: Any) -> tf.Tensor:
+    """The images among the inputs of a batch, as float32.
+
+    Raises:
+        UserError: there are none or several, or they are integers.
+    """
+    images = keras.tree.flatten(inputs)[_position(inputs)]
+    images = tf.convert_to_tensor(images)
+    if images.shape.rank is None:
+        images = tf.ensure_shape(images, [None] * 4)
+    return training_batch(images, tf.zeros(tf.shape(images)[:1], tf.int32))[0]
+
+
+def with_images(inputs: Any, images: tf.Tensor) -> Any:
+    """The inputs of a batch with other images."""
+    leaves = keras.tree.flatten(inputs)
+    leaves[_position(inputs)] = images
+    return keras.tree.pack_sequence_as(inputs, leaves)
+
+
+def _position(inputs: Any) -> int:
+    leaves = keras.tree.flatten(inputs)
+    shapes = [tf.convert_to_tensor(leaf).shape if not hasattr(leaf, "shape") else leaf.shape for leaf in leaves]
+    positions = [index for index, shape in enumerate(shapes) if len(leaves) == 1 or len(shape) == 4]
+    if len(positions) != 1 or getattr(shapes[positions[0]], "rank", 4) not in (None, 4):
+        raise UserError(
+            "The attack needs one array of images in each batch, (batch, height, width, channels). Received: arrays of "
+            f"shape {', '.join(str(tuple(shape)) for shape in shapes)}."
+        )
+    return positions[0]
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(size is None or isinstance(size, int) for size in value)

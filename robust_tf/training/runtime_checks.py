@@ -1,0 +1,58 @@
+"""Checks of values that are known only while a step runs, and their errors as one clear line."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+from robust_tf.errors import UserError
+
+# The reference clamps inside the model and attacks images slightly outside of [0, 1] as well.
+PIXEL_TOLERANCE = 0.5
+
+_START, _END = "[robust_tf] ", " [/robust_tf]"
+
+
+def checked(value: tf.Tensor, condition: tf.Tensor, message: str, *received: tf.Tensor) -> tf.Tensor:
+    """Returns `value` once `condition` holds: nothing that depends on it runs before.
+
+    XLA leaves such checks out.
+
+    Args:
+        value: any tensor.
+        condition: scalar bool.
+        message: one line for the user, with a `{}` for each value of `received`.
+        received: scalars that the message shows.
+
+    Raises:
+        UserError: within `explained`, when the condition does not hold.
+    """
+    with tf.control_dependencies([tf.debugging.Assert(condition, [_START + message + _END, *received])]):
+        return tf.identity(value)
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turns the failure of `checked`, which TensorFlow buries in a page of text, into a UserError."""
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        _, start, text = str(error.message).partition(_START)
+        if not start:
+            raise
+        message, _, values = text.partition(_END)
+        # TensorFlow shows a string array in quotes, and each value in brackets.
+        received = re.findall(r"\[([^\[\]]*)\]", values)[: message.count("{}")]
+        raise UserError(message.format(*received) if received else message) from None
+
+
+def checked_pixels(images: tf.Tensor) -> tf.Tensor:
+    """Returns images (batch, height, width, channels) once they are known to be in [0, 1]."""
+    low, high = tf.reduce_min(images), tf.reduce_max(images)
+    within = tf.logical_or(tf.equal(tf.size(images), 0), (low >= -PIXEL_TOLERANCE) & (high <= 1.0 + PIXEL_TOLERANCE))
+    message = (
+        "Images must be in [0, 1]. Received: values from {} to {}. Divide 0-255 images by 255, and put the "
+        "normalization inside the model."
+    )
+    return checked(images, within, message, low, high)
