@@ -150,6 +150,7 @@ def slope_of(
     labels: tf.Tensor,
     *,
     correct_of: Callable[[Any, tf.Tensor], tf.Tensor] = is_correct,
+    coupled: bool = False,
 ) -> Slope:
     """The loss of the model's logits and its gradient, each image's own: it doesn't depend on the batch.
 
@@ -158,6 +159,8 @@ def slope_of(
         loss_of: logits -> (batch,).
         labels: (batch,) int32, the second argument of `correct_of`.
         correct_of: (logits, labels) -> (batch,) bool.
+        coupled: the model mixes the images of a batch, as BatchNorm in training mode does. The gradient is then that
+            of the sum of all losses, which one scale must fit.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(points)
@@ -170,6 +173,8 @@ def slope_of(
     # Of the sum, not of the mean: an image's gradient doesn't depend on the batch it came in.
     slopes = loss_tape.gradient(loss, outputs, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     scale = _scale_of(keras.tree.flatten(slopes))
+    if coupled:
+        scale = tf.fill(tf.shape(scale), tf.reduce_min(scale))
     slopes = keras.tree.map_structure(lambda slope: _of_each_image(scale, slope) * slope, slopes)
     # A model without gradients has zero gradients: the attacks that need them stay where they are.
     gradient = tape.gradient(

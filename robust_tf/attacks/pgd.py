@@ -75,6 +75,7 @@ def climb(
     targeted: bool = False,
     strength: Scale = 1.0,
     seed: tf.Tensor | None = None,
+    coupled: bool = False,
 ) -> AttackResult:
     """PGD on any loss of any outputs: `run_pgd` without labels, which the two functions know.
 
@@ -87,6 +88,7 @@ def climb(
         targeted: lower the loss instead of raising it.
         strength: factor on epsilon and on the step size; a scalar tensor may change from call to call.
         seed: (2,) int32 or int64, for the random start; None draws one from TensorFlow's global generator.
+        coupled: the model mixes the images of a batch, as BatchNorm in training mode does.
     """
     if not attack.active:
         outputs = logits_of(model, images)
@@ -107,6 +109,7 @@ def climb(
         steps=attack.steps,
         loss=lambda outputs, labels, targets: loss(outputs),
         correct_of=lambda outputs, labels: correct(outputs),
+        coupled=coupled,
         use_best=attack.use_best,
         targeted=targeted,
     )
@@ -125,6 +128,7 @@ def ascend(
     steps: int,
     loss: str | Loss = "ce",
     correct_of: Callable[[Any, tf.Tensor], tf.Tensor] = is_correct,
+    coupled: bool = False,
     use_best: bool = True,
     targeted: bool = False,
     early_stop: bool = False,
@@ -136,6 +140,7 @@ def ascend(
         labels: (batch,) int32.
         loss: a name of LOSSES, or a function like those there, of the whole batch (so not with `early_stop`).
         correct_of: (logits, labels) -> (batch,) bool, whether the prediction is right.
+        coupled: the model mixes the images of a batch.
         early_stop: an image stops at the first point where the prediction is wrong (targeted: is the target).
 
     Returns:
@@ -147,7 +152,12 @@ def ascend(
     def step(i: tf.Tensor, state: State) -> State:
         points, labels = state["points"], state["labels"]
         slope = slope_of(
-            model, points, lambda logits: loss_of(logits, labels, labels), labels, correct_of=correct_of
+            model,
+            points,
+            lambda logits: loss_of(logits, labels, labels),
+            labels,
+            correct_of=correct_of,
+            coupled=coupled,
         )
         first = tf.equal(i, 0)
         new = {

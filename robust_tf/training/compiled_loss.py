@@ -102,7 +102,9 @@ class CompiledLoss:
                 continue
             count = self._num_classes[name]
             low, high = (tf.cast(reduce(values), tf.int32) for reduce in (tf.reduce_min, tf.reduce_max))
-            message = f"Labels must be in 0..{count - 1}: {name!r} has {count} classes. Received: labels from {{}} to {{}}."
+            message = (
+                f"Labels must be in 0..{count - 1}: {name!r} has {count} classes. Received: labels from {{}} to {{}}."
+            )
             within = tf.equal(tf.size(values), 0) | ((low >= 0) & (high < count))
             images = checked(images, within, message, low, high)
         return images
@@ -231,10 +233,14 @@ def _function_of(loss: Any) -> Any:
 
 
 def _takes_integers(loss: Any) -> bool | None:
-    if _function_of(loss) in _SPARSE or isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+    """Whether the labels of a loss are class numbers; None for a loss that is not Keras's and may take anything."""
+    function = _function_of(loss)
+    if function in _SPARSE or isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
         return True
-    known = isinstance(loss, keras.losses.Loss) and type(loss).__module__.startswith("keras.")
-    return False if known or _function_of(loss) in _CROSSENTROPIES else None
+    if loss in _BY_SHAPE:
+        return None
+    home = type(loss) if isinstance(loss, keras.losses.Loss) else function
+    return False if getattr(home, "__module__", "").startswith("keras.") else None
 
 
 def _is_softmax_crossentropy(loss: Any) -> bool:

@@ -41,10 +41,9 @@ def explained() -> Iterator[None]:
         _, start, text = str(error.message).partition(_START)
         if not start:
             raise
-        message, _, values = text.partition(_END)
-        # TensorFlow shows a string array in quotes, and each value in brackets.
-        received = re.findall(r"\[([^\[\]]*)\]", values)[: message.count("{}")]
-        raise UserError(message.format(*received) if received else message) from None
+        message, _, values = text.replace("\\'", "'").partition(_END)
+        received = re.findall(r"-?(?:nan|inf|\d[\d.]*(?:e[+-]?\d+)?)", values)[: message.count("{}")]
+        raise UserError(message.format(*(f"{float(value):g}" for value in received))) from None
 
 
 def checked_pixels(images: tf.Tensor) -> tf.Tensor:

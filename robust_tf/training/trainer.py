@@ -21,6 +21,8 @@ from robust_tf.training.runtime_checks import checked_pixels, explained
 # Images of unknown size are tried at this one, to see what the classifier gives.
 _TRIAL_SIZE = 64
 _TRIAL_IMAGES = 4
+# Of arrays, so many are looked at before the first step where XLA would leave the check out.
+_FIRST_IMAGES = 256
 
 
 class AdversarialTrainer(ReplicatedModel):
@@ -157,18 +159,20 @@ class AdversarialTrainer(ReplicatedModel):
         self.compiled_loss: CompiledLoss | None = None
         if self.attack.active:
             names = getattr(self.classifier, "output_names", None) or ()
-            self.compiled_loss = CompiledLoss(loss, loss_weights, outputs=self._trial_outputs(), output_names=names)
+            outputs = self._trial_outputs()
+            self.compiled_loss = CompiledLoss(loss, loss_weights, outputs=outputs, output_names=names)
 
     def build_metrics(self) -> None:
         """Makes the variables of the compiled metrics and losses, which Keras makes in the first step otherwise."""
-        outputs = keras.tree.map_structure(lambda output: tf.zeros((1, *output.shape[1:])), self.classifier.outputs)
-        outputs = outputs[0] if len(outputs) == 1 else keras.tree.pack_sequence_as(self.classifier.output, outputs)
+        outputs = keras.tree.map_structure(lambda output: tf.zeros_like(output[:1]), self._trial_outputs())
         whole = self.compiled_loss is not None and self.compiled_loss.integer_labels is False
         labels = keras.tree.map_structure(
             lambda output: output if whole else tf.zeros(output.shape[:-1], tf.int32), outputs
         )
         images = tf.zeros((1, 1, 1, 1))
-        if self.loss is not None and isinstance(outputs, (dict, list, tuple)):  # each of several losses is a metric, too
+        if self.loss is not None and isinstance(
+            outputs, (dict, list, tuple)
+        ):  # each of several losses is a metric, too
             self.compute_loss(images, labels, outputs, None)
         self.compute_metrics(images, labels, outputs, None)
         self.reset_metrics()
@@ -192,13 +196,13 @@ class AdversarialTrainer(ReplicatedModel):
         """Exports the classifier, as `keras.Model.export` does."""
         return self.classifier.export(filepath, *args, **kwargs)
 
-    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         with explained():
-            return super().fit(self._with_first_batch_checked(x), *args, **kwargs)
+            return super().fit(self._with_first_batch_checked(x, y), y, *args, **kwargs)
 
-    def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         with explained():
-            return super().evaluate(self._with_first_batch_checked(x), *args, **kwargs)
+            return super().evaluate(self._with_first_batch_checked(x, y), y, *args, **kwargs)
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         with explained():
@@ -214,7 +218,8 @@ class AdversarialTrainer(ReplicatedModel):
             # replicas it can't be made there at all.
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
-                if self.compiled_loss is not None and self.compiled_loss.integer_labels is not None:
+                loss = self.compiled_loss
+                if loss is not None and (loss.integer_labels is not None or self.num_replicas > 1):
                     self.build_metrics()
         super().make_train_function(force)
 
@@ -295,7 +300,9 @@ class AdversarialTrainer(ReplicatedModel):
         )
 
     def _measure_clean(self, batch: Batch) -> None:
-        outputs = keras.tree.map_structure(lambda output: tf.cast(output, tf.float32), batch.network(batch.images, False))
+        outputs = keras.tree.map_structure(
+            lambda output: tf.cast(output, tf.float32), batch.network(batch.images, False)
+        )
         loss = self.compiled_loss
         self.update_clean(batch, loss(batch.labels, outputs), loss.hits(batch.labels, outputs))
 
@@ -331,22 +338,21 @@ class AdversarialTrainer(ReplicatedModel):
             )
         return self.classifier(map_shapes(trial, input_shapes(self.classifier)), training=False)
 
-    def _with_first_batch_checked(self, data: Any) -> Any:
-        """The data of `fit` or `evaluate`; XLA leaves the checks out of the step, so they come before it."""
+    def _with_first_batch_checked(self, data: Any, labels: Any) -> Any:
+        """The data of `fit` or `evaluate`. XLA leaves the checks out of the step, so here they come before it."""
         if not (self.attack.active and self.jit_compile):
             return data
         if isinstance(data, tf.data.Dataset):
 
-            def check(index: tf.Tensor, batch: Any) -> Any:
+            def check(index: tf.Tensor, *batch: Any) -> Any:
                 images, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
                 valid = tf.cond(index == 0, lambda: self._checked_images(images, labels), lambda: images_of(images))
                 with tf.control_dependencies([valid]):
                     return keras.tree.map_structure(tf.identity, batch)
 
-            return data.enumerate().map(check)
-        leaves = keras.tree.flatten(data)
-        if all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in leaves) and len(leaves):
-            checked_pixels(images_of(keras.tree.map_structure(lambda leaf: tf.convert_to_tensor(leaf[:256]), data)))
+            return data.enumerate().map(lambda index, batch: check(index, *batch))
+        if all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in keras.tree.flatten((data, labels))):
+            self._checked_images(*keras.tree.map_structure(lambda leaf: leaf[:_FIRST_IMAGES], (data, labels)))
         return data
 
     def _checked_images(self, inputs: Any, labels: Any) -> tf.Tensor:

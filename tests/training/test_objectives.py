@@ -430,13 +430,19 @@ def test_a_gradient_that_is_not_finite_leaves_its_image_alone():
     np.testing.assert_allclose(moved[1], 0.1)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_the_fgsm_preset_steps_as_in_the_paper(norm):
-    """Wong et al., algorithm 3: uniform start, a step of 1.25 epsilon, back into the ball."""
+@pytest.mark.parametrize(("norm", "mode"), [("linf", "training"), ("l2", "training"), ("linf", "inference")])
+def test_the_fgsm_preset_steps_as_in_the_paper(norm, mode):
+    """Wong et al., algorithm 3: uniform start, a step of 1.25 epsilon, back into the ball.
+
+    The preset attacks in training mode, as their code does, and both forward passes move BatchNorm's statistics.
+    """
     epsilon = {"linf": 0.1, "l2": 0.5}[norm]
-    attack = JobConfig(fast="fgsm", norm=norm, epsilon=epsilon).attack
+    options = {} if mode == "training" else {"attack_mode": mode}
+    job = JobConfig(fast="fgsm", norm=norm, epsilon=epsilon, **options)
+    attack, recipe = job.attack, recipe_of(job, steps_per_epoch=3)
+    assert recipe.attack_mode == mode
     ours, theirs = new_classifier(), new_classifier()
-    trainer = new_trainer(ours, attack)
+    trainer = new_trainer(ours, attack, recipe=recipe)
     for step, (images, labels) in enumerate(batches()):
         trainer.train_on_batch(images, labels)
         seed = tf.constant([SEED, step], tf.int64)
@@ -447,7 +453,7 @@ def test_the_fgsm_preset_steps_as_in_the_paper(norm):
         delta = tf.clip_by_value(images + noise, 0, 1) - images
         with tf.GradientTape() as tape:
             tape.watch(delta)
-            loss = CROSSENTROPY(labels, theirs(images + delta))
+            loss = CROSSENTROPY(labels, theirs(images + delta, training=mode == "training"))
         delta = into_ball(delta + 1.25 * epsilon * steepest(tape.gradient(loss, delta), attack), attack)
         delta = tf.clip_by_value(images + delta, 0, 1) - images
         with tf.GradientTape() as tape:
@@ -577,6 +583,8 @@ def test_the_schedule_of_free_training_ends_with_its_steps(epochs):
         ({"free_replays": 2}, "free_replays=2, free_batch_size=0"),
         ({"free_replays": -1, "free_batch_size": 8}, "free_replays=-1"),
         ({"free_replays": 2, "free_batch_size": 8, "trades_beta": 1.0}, "trades_beta=1.0"),
+        ({"attack_mode": "train"}, "train.*training"),
+        ({"attack_mode": "training", "trades_beta": 1.0}, "attack_mode='training'"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(arguments, message):

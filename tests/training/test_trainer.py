@@ -9,6 +9,7 @@ from smallbn import MOMENTUM, PYTORCH_NAMES, WEIGHT_DECAY, build_smallbn, golden
 from robust_tf.attacks import AttackConfig, pgd
 from robust_tf.errors import UserError
 from robust_tf.training import AdversarialTrainer
+from robust_tf.training.objectives import Recipe
 from robust_tf.training.optimizers import build_optimizer
 from robust_tf.training.schedules import Schedule
 
@@ -222,13 +223,115 @@ def test_labels_may_be_a_column():
     [
         (np.zeros((8, 8, 8, 3), np.float32), np.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]], r"labels of shape \(8, 3\)"),
         (np.full((8, 8, 8, 3), 200, np.uint8), np.zeros(8, int), "images of type uint8"),
+        (np.full((8, 8, 8, 3), 200, np.float32), np.zeros(8, int), "values from 200 to 200"),
+        (np.full((8, 8, 8, 3), np.nan, np.float32), np.zeros(8, int), "values from nan to nan"),
+        (np.zeros((8, 8, 8, 3), np.float32), np.arange(8), "Labels must be in 0..2.*Received: labels from 0 to 7"),
+        (np.zeros((8, 8, 8, 3), np.float32), np.full(8, -1), "Received: labels from -1 to -1"),
     ],
 )
-def test_a_batch_that_cannot_be_attacked_is_refused(images, labels, message):
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(trades_beta=1.0), Recipe(free_replays=1, free_batch_size=8)])
+def test_a_batch_that_cannot_be_attacked_is_refused(images, labels, message, recipe):
+    """Whatever the objective, eagerly and in a graph, in training and in evaluation; the weights do not move."""
+    for eagerly in (False, True):
+        classifier = small_classifier()
+        before = classifier.get_weights()
+        trainer = AdversarialTrainer(classifier, ATTACKS["adversarial"], recipe=recipe)
+        trainer.compile("sgd", CROSSENTROPY, run_eagerly=eagerly)
+        for run in (trainer.train_on_batch, trainer.test_on_batch):
+            with pytest.raises(UserError, match=message):
+                run(images, labels)
+        for ours, theirs in zip(classifier.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_first_batch_is_checked_under_xla_too():
+    """XLA leaves the checks out of the step, so they look at the data before it."""
+    images, labels = small_data(8)
+    trainer = AdversarialTrainer(small_classifier(), ATTACKS["adversarial"])
+    trainer.compile("sgd", CROSSENTROPY, jit_compile=True)
+    for data in [(255 * images, labels), (tf.data.Dataset.from_tensor_slices((255 * images, labels)).batch(4), None)]:
+        with pytest.raises(UserError, match="Images must be in .0, 1.. Received: values from"):
+            trainer.fit(*data, verbose=0)
+    with pytest.raises(UserError, match="Received: labels from"):
+        trainer.fit(images, labels + 1, verbose=0)
+    assert trainer.fit(tf.data.Dataset.from_tensor_slices((images, labels)).batch(4), verbose=0).history["loss"]
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_a_batch_beyond_the_kept_perturbation_is_refused(static):
+    images, labels = small_data(8)
+    trainer = AdversarialTrainer(
+        small_classifier(), ATTACKS["adversarial"], recipe=Recipe(free_replays=1, free_batch_size=4)
+    )
+    trainer.compile("sgd", CROSSENTROPY)
+    dataset = tf.data.Dataset.from_tensor_slices((images, labels)).batch(8, drop_remainder=static)
+    with pytest.raises(UserError, match="free_batch_size=4"):
+        trainer.fit(dataset, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [([(8, 8)], r"\(None, 8, 8\)"), ([(8, 8, 3), (8, 8, 1)], r"\(None, 8, 8, 3\), \(None, 8, 8, 1\)")],
+)
+def test_a_classifier_without_one_input_of_images_is_refused(shapes, message):
+    inputs = [keras.Input(shape) for shape in shapes]
+    flat = [keras.layers.Flatten()(each) for each in inputs]
+    classifier = keras.Model(inputs, keras.layers.Dense(3)(flat[0]))
+    with pytest.raises(UserError, match=message):
+        AdversarialTrainer(classifier, ATTACKS["adversarial"])
+
+
+def test_callbacks_of_keras_work(tmp_path):
+    """What ModelCheckpoint writes is the classifier; BackupAndRestore goes on where a run stopped."""
+    images, labels = small_data()
+
+    def new_trainer():
+        keras.utils.set_random_seed(0)
+        trainer = AdversarialTrainer(small_classifier(), ATTACKS["adversarial"])
+        trainer.compile(keras.optimizers.SGD(0.1, momentum=0.9), CROSSENTROPY, metrics=["accuracy"])
+        return trainer
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    settings = {"epochs": 3, "shuffle": False, "verbose": 0}
+    best = keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", monitor="val_loss", save_best_only=True)
+    whole = new_trainer()
+    early = keras.callbacks.EarlyStopping(restore_best_weights=True, patience=5)
+    whole.fit(images, labels, validation_data=(images, labels), callbacks=[best, early], **settings)
+    loaded = keras.saving.load_model(tmp_path / "best.keras")
+    assert [layer.name for layer in loaded.layers] == [layer.name for layer in whole.classifier.layers]
+
+    whole = new_trainer()
+    whole.fit(images, labels, **settings)
+    backup = tmp_path / "backup"
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer().fit(images, labels, callbacks=[keras.callbacks.BackupAndRestore(backup), Stop()], **settings)
+    resumed = new_trainer()
+    resumed.fit(images, labels, callbacks=[keras.callbacks.BackupAndRestore(backup)], **settings)
+    assert int(resumed.state_variables[0].numpy()) == 3
+    for ours, theirs in zip(resumed.classifier.get_weights(), whole.classifier.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_saving_and_exporting_the_trainer_gives_the_classifier(tmp_path):
+    images, labels = small_data()
     trainer = AdversarialTrainer(small_classifier(), ATTACKS["adversarial"])
     trainer.compile("sgd", CROSSENTROPY)
-    with pytest.raises(UserError, match=message):
-        trainer.train_on_batch(images, labels)
+    trainer.fit(images, labels, verbose=0)
+    trainer.save(tmp_path / "classifier.keras")
+    loaded = keras.saving.load_model(tmp_path / "classifier.keras")
+    np.testing.assert_array_equal(loaded(images), trainer.classifier(images))
+    trainer.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(exported.serve(images), trainer.classifier(images), atol=1e-5)
+    trainer.save_weights(tmp_path / "trainer.weights.h5")
+    other = AdversarialTrainer(small_classifier(), ATTACKS["adversarial"])
+    other.compile("sgd", CROSSENTROPY)
+    other.load_weights(tmp_path / "trainer.weights.h5")
+    np.testing.assert_array_equal(other(images), trainer(images))
 
 
 def test_unbiased_variance_needs_known_sizes_only_where_it_applies():

@@ -57,6 +57,8 @@ class FreeReplays(Objective):
             "A batch of free adversarial training must not be larger than free_batch_size, the size of the perturbation "
             f"that is kept. Received: more than free_batch_size={self._batch_size} images in a batch."
         )
+        if (batch.images.shape[0] or 0) > self._batch_size:
+            raise UserError(message)
         return self._perturbation[: checked(count, count <= self._batch_size, message)]
 
     def watched(self, inputs: tf.Tensor) -> list[tf.Tensor]:

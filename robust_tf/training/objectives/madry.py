@@ -34,6 +34,7 @@ class AdversarialLoss(Objective):
             attack=trainer.attack,
             strength=trainer.strength(),
             seed=batch.seed,
+            coupled=self._training,
         )
         if self.knows_clean_figures:
             trainer.update_clean(batch, result.start_loss, result.start_correct)
