@@ -488,17 +488,20 @@ def test_mixed_precision_job(job, monkeypatch, capsys, precision):
     assert keras.config.dtype_policy().name == "float32"  # the next job starts afresh
 
 
-@pytest.mark.parametrize("mixing", ["mixup", pytest.param("cutmix", marks=pytest.mark.slow)])
-def test_a_job_with_mixed_images(job, mixing):
-    """Labels are shares of classes in training, and classes in evaluation."""
+@pytest.mark.parametrize(
+    ("mixing", "epsilon"), [("mixup", 0.0), ("mixup", 0.1), pytest.param("cutmix", 0.0, marks=pytest.mark.slow)]
+)
+def test_a_job_with_mixed_images(job, mixing, epsilon):
+    """Labels are shares of classes in training, attacked or not, and classes in evaluation."""
     config = job(
-        mixing=mixing, rand_augment=0.2, epsilon=0.0, eval_epsilon=0.0, epochs=3, subset="", deterministic=True
+        mixing=mixing, rand_augment=0.2, epsilon=epsilon, eval_epsilon=0.0, epochs=3, subset="", deterministic=True
     )
     train.run(config)
     results = results_of(config)
     assert results["clean_accuracy"] > 0.5  # of three classes; the labels reach the loss
     validation = events(config, "validation")
-    accuracies = [float(tf.make_ndarray(e.tensor_proto)) for e in validation.Tensors("epoch/clean_accuracy")]
+    figure = "epoch/robust_accuracy" if epsilon else "epoch/clean_accuracy"
+    accuracies = [float(tf.make_ndarray(e.tensor_proto)) for e in validation.Tensors(figure)]
     assert results["validation_value"] == pytest.approx(max(accuracies))
 
 

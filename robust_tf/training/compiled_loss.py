@@ -157,7 +157,7 @@ class CompiledLoss:
             if len(values) == len(self._names):
                 return dict(zip(self._names, values, strict=True))
             raise UserError(
-                f"`{what}` needs one entry for each of the outputs {list(self._names)}. Received: {len(values)} entries."
+                f"`{what}` needs one entry for each output, {list(self._names)}. Received: {len(values)} entries."
             )
         if shared or len(self._names) == 1:
             return dict.fromkeys(self._names, values)
@@ -202,8 +202,8 @@ def _of_each_image(loss: Any, labels: Any, outputs: tf.Tensor) -> tf.Tensor:
     values = tf.cast(values, tf.float32)
     if values.shape.rank == 0:
         raise UserError(
-            "The attack needs the loss of each image, so a compiled loss gives an array (batch,); Keras takes the mean. "
-            f"Received: a loss {_name_of(loss)} that gives one number for the whole batch."
+            "The attack needs the loss of each image, so a compiled loss must give an array (batch,) for Keras to "
+            f"average. Received: a loss {_name_of(loss)} that gives one number for the whole batch."
         )
     return tf.reduce_mean(values, axis=list(range(1, values.shape.rank))) if values.shape.rank > 1 else values
 
@@ -280,14 +280,15 @@ def _checked_scores(loss: Any, output: Any, name: str) -> Scores | None:
         return None
     if expected == "probabilities" and not found:
         raise UserError(
-            f"The compiled loss {_name_of(loss)} is meant for probabilities, but the classifier gives logits. Received: "
-            f"values from {values.min():.3g} to {values.max():.3g} in {name!r}. Compile the loss with from_logits=True."
+            f"The compiled loss {_name_of(loss)} is meant for probabilities, but the classifier gives logits. "
+            f"Received: values from {values.min():.3g} to {values.max():.3g} in {name!r}. "
+            "Compile the loss with from_logits=True."
         )
     if expected == "logits" and found and values.shape[-1] > 1:
         raise UserError(
             f"The compiled loss {_name_of(loss)} is meant for logits (from_logits=True), but the classifier gives "
-            f"probabilities. Received: rows of {name!r} that sum to 1. Compile the loss with from_logits=False, or take "
-            "the softmax out of the classifier, which is better: robust_tf's other programs expect logits."
+            f"probabilities. Received: rows of {name!r} that sum to 1. Compile the loss with from_logits=False, or "
+            "take the softmax out of the classifier, which is better: robust_tf's other programs expect logits."
         )
     return expected
 

@@ -99,6 +99,7 @@ class AdversarialTrainer(ReplicatedModel):
         self._seed = seed
         self._unbiased_batchnorm = unbiased_batchnorm
         self._clean_figures = clean_figures
+        self._compiled_loss: CompiledLoss | None = None
         self.objective = objective_of(recipe, self, attack)
         self._steps = keras.Variable(0, dtype="int64", trainable=False, name="steps", aggregation="only_first_replica")
         if attack.active:
@@ -115,11 +116,20 @@ class AdversarialTrainer(ReplicatedModel):
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         metrics = super().metrics
-        loss = getattr(self, "compiled_loss", None)
-        if self.attack.active and loss is not None and not loss.counts_hits:
+        loss = self._compiled_loss
+        if loss is not None and not loss.counts_hits:
             # Keras would log a metric that is never updated as 0.0.
             metrics = [metric for metric in metrics if metric is not self._clean_accuracy]
         return metrics
+
+    @property
+    def compiled_loss(self) -> CompiledLoss:
+        """The compiled loss of each image, which the attack climbs."""
+        if self._compiled_loss is None:
+            raise UserError(
+                "The attack climbs the compiled loss. Received: a trainer that is not compiled. Compile it."
+            )
+        return self._compiled_loss
 
     @property
     def state(self) -> list[keras.Variable]:
@@ -156,16 +166,17 @@ class AdversarialTrainer(ReplicatedModel):
                 classifier gives logits, or the reverse.
         """
         super().compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, **kwargs)
-        self.compiled_loss: CompiledLoss | None = None
+        self._compiled_loss = None
         if self.attack.active:
             names = getattr(self.classifier, "output_names", None) or ()
             outputs = self._trial_outputs()
-            self.compiled_loss = CompiledLoss(loss, loss_weights, outputs=outputs, output_names=names)
+            self._compiled_loss = CompiledLoss(loss, loss_weights, outputs=outputs, output_names=names)
 
     def build_metrics(self) -> None:
         """Makes the variables of the compiled metrics and losses, which Keras makes in the first step otherwise."""
         outputs = keras.tree.map_structure(lambda output: tf.zeros_like(output[:1]), self._trial_outputs())
-        whole = self.compiled_loss is not None and self.compiled_loss.integer_labels is False
+        loss = self._compiled_loss
+        whole = loss is not None and loss.integer_labels is False
         labels = keras.tree.map_structure(
             lambda output: output if whole else tf.zeros(output.shape[:-1], tf.int32), outputs
         )
@@ -218,7 +229,7 @@ class AdversarialTrainer(ReplicatedModel):
             # replicas it can't be made there at all.
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
-                loss = self.compiled_loss
+                loss = self._compiled_loss
                 if loss is not None and (loss.integer_labels is not None or self.num_replicas > 1):
                     self.build_metrics()
         super().make_train_function(force)

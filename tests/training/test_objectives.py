@@ -209,7 +209,7 @@ def test_the_attack_of_trades_raises_the_divergence_within_the_ball(attack, use_
 
 
 def test_the_attack_of_trades_starts_at_a_small_gaussian():
-    images, labels = np.full((4, 32, 32, 3), 0.5, np.float32), np.zeros(4, int)
+    images = np.full((4, 32, 32, 3), 0.5, np.float32)
     classifier = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(3)])
     still = AttackConfig(norm="linf", epsilon=0.1, step_size=1e-9, steps=1, use_best=False)
     starts = [

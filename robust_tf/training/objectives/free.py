@@ -54,8 +54,8 @@ class FreeReplays(Objective):
         """The perturbation of these images, (batch, height, width, channels)."""
         count = tf.shape(batch.images)[0]
         message = (
-            "A batch of free adversarial training must not be larger than free_batch_size, the size of the perturbation "
-            f"that is kept. Received: more than free_batch_size={self._batch_size} images in a batch."
+            "A batch of free adversarial training must not be larger than free_batch_size, the size of the "
+            f"perturbation that is kept. Received: more than free_batch_size={self._batch_size} images in a batch."
         )
         if (batch.images.shape[0] or 0) > self._batch_size:
             raise UserError(message)
