@@ -22,6 +22,7 @@ from robust_tf.training.distribution import Distribution
 from robust_tf.training.interruption import signals_held_back
 from robust_tf.training.metrics import Accuracy, CrossEntropy, MeanPerClassAccuracy
 from robust_tf.training.objectives import recipe_of
+from robust_tf.training.optimizers import average_statistics
 from robust_tf.training.out_of_memory import out_of_memory_explained
 from robust_tf.training.progress import ProgressBar, console
 from robust_tf.training.tensorboard import ProfileSteps, TensorBoardLogger, write_config
@@ -168,6 +169,7 @@ def _compiled_trainer(
     # Compiled first: under mixed_float16 Keras wraps the optimizer, and the wrapped one has the state to restore.
     compile_with(optimizer_of(config, task.steps_per_epoch, factor=_ROLLBACK_FACTOR**rollbacks))
     trainer.optimizer.build(classifier.trainable_variables)
+    average_statistics(trainer.optimizer, classifier)
     return trainer, compile_with
 
 
