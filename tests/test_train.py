@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -626,6 +627,35 @@ def test_a_workdir_that_cannot_be_written_is_named(job, tmp_path):
     (tmp_path / "blocked").write_text("")
     with pytest.raises(UserError, match="blocked"):
         train.run(job("blocked/job"))
+
+
+@pytest.mark.parametrize("blocked", ["export_dir", "workdir", "twin"])
+def test_a_place_that_cannot_be_written_is_found_before_training(transfer, tmp_path, monkeypatch, capsys, blocked):
+    monkeypatch.setattr(train, "run_job", lambda config: pytest.fail("training began"))
+    (tmp_path / "afile").write_text("")
+    changes = {
+        "export_dir": {"export_dir": str(tmp_path / "afile" / "exports")},
+        "workdir": {"workdir": str(tmp_path / "afile")},
+        "twin": {"baseline": True},
+    }[blocked]
+    (tmp_path / "source_eps0").write_text("")  # where the twin of the source would be
+    config = dataclasses.replace(transfer(), **changes)
+    flag = "--export_dir" if blocked == "export_dir" else "--workdir"
+    with pytest.raises(UserError, match=f"{flag} needs a folder that can be made .* Received: .*Not a directory"):
+        train.run(config)
+    train.run(dataclasses.replace(config, dry_run=True))  # its plan may be for another machine
+    out = capsys.readouterr().out
+    assert "dry run: nothing is trained" in out and "WARNING: on this machine the job could not" in out
+
+
+def test_the_next_commands_can_be_copied_into_a_shell(job, tmp_path, capsys):
+    config = job("my run #1", export_dir=str(tmp_path / "ex & port"))
+    train.print_next_commands(config)
+    lines = [shlex.split(line, comments=True) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["tensorboard", "--logdir", str(tmp_path)]
+    assert lines[2][-2:] == ["--model_name=my run #1", f"--model_base_path={tmp_path / 'ex & port' / 'my run #1'}"]
+    assert lines[3][0] == "curl" and json.loads(lines[3][2])["instances"]
+    assert lines[3][3] == "http://localhost:8501/v1/models/my%20run%20%231:predict"
 
 
 def program(*arguments: str, **options) -> subprocess.Popen:
