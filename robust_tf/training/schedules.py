@@ -98,7 +98,7 @@ def schedule_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0)
     """
     return Schedule(
         config.lr_schedule,
-        learning_rate=config.learning_rate * _scale(config) * factor,
+        learning_rate=peak_learning_rate(config) * factor,
         steps_per_epoch=optimizer_steps_per_epoch(config, steps_per_epoch),
         epochs=config.epochs,
         step_epochs=config.lr_step_epochs,
@@ -114,8 +114,11 @@ def optimizer_steps_per_epoch(config: JobConfig, steps_per_epoch: int) -> float:
     return steps_per_epoch * config.replays * config.passes / (config.epochs * config.accumulate_steps)
 
 
-def _scale(config: JobConfig) -> float:
-    """Source: Goyal et al. 2017, arXiv 1706.02677, the linear scaling rule."""
+def peak_learning_rate(config: JobConfig) -> float:
+    """The highest learning rate of a job, scaled to its batch if the flags ask for that.
+
+    Source: Goyal et al. 2017, arXiv 1706.02677, the linear scaling rule.
+    """
     if config.base_batch_size is None:
-        return 1.0
-    return config.batch_size * config.accumulate_steps / config.base_batch_size
+        return config.learning_rate
+    return config.learning_rate * config.batch_size * config.accumulate_steps / config.base_batch_size
