@@ -21,7 +21,6 @@ from robust_tf.config import JobConfig, read_flag_file
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.models import build_classifier, fetch_published, load_classifier, to_reference_state
-from robust_tf.train import build_job
 from robust_tf.training.callbacks import SaveProgress
 from robust_tf.training.checkpoint import Checkpoints
 from robust_tf.transfer import sources

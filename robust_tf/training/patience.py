@@ -25,10 +25,11 @@ def stopped_early(config: JobConfig, progress: Progress) -> bool:
 
 def say_why(config: JobConfig, progress: Progress) -> None:
     """Tells the user of the early end of a run, and of the epoch that is kept."""
+    count = epochs_without_gain(config, progress)
     console.print(
-        f"Stopped early after epoch {progress.epochs_done} of {config.passes}: {epochs_without_gain(config, progress)} "
-        f"epochs without a better validation figure than {progress.best_value:.1%}, that of epoch "
-        f"{progress.best_epoch + 1}, which is kept (--patience={config.patience})."
+        f"Stopped early after epoch {progress.epochs_done} of {config.passes}: {count} epoch{'s' * (count != 1)} "
+        f"without a better validation figure than {progress.best_value:.1%}, that of epoch {progress.best_epoch + 1}, "
+        f"which is kept (--patience={config.patience})."
     )
 
 

@@ -38,7 +38,7 @@ def plan_table(config: JobConfig, task: TaskFigures, classifier: keras.Model, wo
         "model": f"{classifier.name}: {total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen",
         "attack": _attack(config),
         "steps": _steps(config, task.steps_per_epoch),
-        "learning rate": _learning_rate(config),
+        "rate": _learning_rate(config),
         "passes": f"1 forward pass per image and view ({config.views}), whose features are stored"
         if config.features == "cached"
         else f"{config.gradients_per_image:g} forward and backward passes per image and epoch",
@@ -114,8 +114,8 @@ def _attack(config: JobConfig) -> str:
 def _learning_rate(config: JobConfig) -> str:
     """The schedule with the flags that act on it, and whether the job is long enough for its drops."""
     if config.head != "sgd":
-        return "none"
-    parts = [f"{peak_learning_rate(config):.4g}, {config.lr_schedule}"]
+        return "no learning rate"
+    parts = [f"learning rate {peak_learning_rate(config):.4g}, {config.lr_schedule}"]
     if config.lr_schedule in ("step", "piecewise"):
         drops = config.lr_milestones
         if config.lr_schedule == "step":

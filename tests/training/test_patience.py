@@ -105,7 +105,7 @@ def test_the_plan_says_so(job, capsys):
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())  # the table wraps its lines
     assert "8 epochs x 2 = 16 steps of 30 images, a move of the weights every 4: 4 moves; fewer after 2 epochs" in out
     assert "3 classes, weighted in the loss" in out
-    assert "learning rate 0.05, step, x 0.1 at no time within 8 epochs" in out
+    assert "rate learning rate 0.05, step, x 0.1 at no time within 8 epochs" in out
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from robust_tf import train
 from robust_tf.config import JobConfig, read_flag_file
 from robust_tf.errors import UserError
 from robust_tf.models import build_classifier
+from robust_tf.training import plan
 from robust_tf.training.building import PlannedTask, planned_task
 from robust_tf.training.device_plan import JobWork, device_plan, job_work
 from robust_tf.training.devices import DEVICES, parse_clusters
-from robust_tf.training import plan
 from robust_tf.training.plan import estimated_bytes
 from robust_tf.training.work import GraphWork, Loop, Work, count_work
 from robust_tf.transfer.stages import parameter_counts
@@ -336,4 +336,4 @@ def test_estimated_memory_is_right_within_its_factor(architecture, size, batch_s
     ],
 )
 def test_the_learning_rate_is_shown_with_the_drops_that_the_job_reaches(settings, shown):
-    assert plan._learning_rate(JobConfig(epochs=10, **settings)).startswith(shown)
+    assert plan._learning_rate(JobConfig(epochs=10, **settings)).startswith(f"learning rate {shown}")
