@@ -226,6 +226,14 @@ class JobConfig:
     select_by: Literal["auto", "accuracy", "robust_accuracy", "last"] = _flag(
         "auto", "Validation figure that chooses the epoch; auto: robust_accuracy if trained with an attack."
     )
+    patience: int = _flag(
+        0, "Stop after so many epochs without a better validation figure (that of --select_by); 0 never stops early."
+    )
+    class_weight: Literal["none", "balanced"] = _flag(
+        "none",
+        "balanced: in the loss, of validation as well, an image counts in inverse proportion to the number of training "
+        "images of its class, 1 on average. Accuracies stay unweighted.",
+    )
     # Distribution
     distribution: Literal["none", "mirrored", "multi_worker", "tpu"] = _flag(
         "none",

@@ -45,7 +45,7 @@ def check_job(job: "JobConfig") -> None:
             check_range(name, getattr(job, name), lowest=1)
     for name in ("seed", "split_seed", "hidden_layers", "momentum", "weight_decay", "warmup_epochs", "eval_steps"):
         check_range(name, getattr(job, name), lowest=0)
-    for name in ("clip_norm", "checkpoint_every_minutes", "restarts"):
+    for name in ("clip_norm", "checkpoint_every_minutes", "restarts", "patience"):
         check_range(name, getattr(job, name), lowest=0)
     if not 0 <= job.ema_decay < 1:
         raise UserError(f"--ema_decay must lie in [0, 1). Received: {job.ema_decay}.")
@@ -77,10 +77,20 @@ def check_job(job: "JobConfig") -> None:
     _check_recipe(job)
     if job.select_by == "robust_accuracy" and not job.attack.active:
         raise UserError("--select_by=robust_accuracy needs an attack in training. Received: --epsilon=0.")
+    if job.select_by == "last" and job.patience:
+        raise UserError(
+            "--patience needs a validation figure that chooses the epoch: with --select_by=last every epoch is the "
+            f"best so far. Received: --patience={job.patience} --select_by=last. Use --select_by=auto."
+        )
     if job.on_alarm != "warn" and not job.attack.active:
         raise UserError(
             f"--on_alarm={job.on_alarm} needs an attack in training: without one nothing is looked at. "
             "Received: --epsilon=0."
+        )
+    if job.on_alarm != "warn" and job.alarm_every_epochs > job.passes:
+        raise UserError(
+            f"--on_alarm={job.on_alarm} needs a look for alarms within the {job.passes} epochs. Received: "
+            f"--alarm_every_epochs={job.alarm_every_epochs}."
         )
     if job.deterministic and job.jit_compile == "true":
         raise UserError(
@@ -162,6 +172,12 @@ def _check_recipe(job: "JobConfig") -> None:
         raise UserError(
             f"--epsilon_warmup_epochs must be above 0 and at most the {job.epochs} epochs. Received: {rise:g}."
         )
+    if job.uses_trades and job.class_weight != "none":
+        raise UserError(
+            "TRADES has a divergence that no class weight acts on. Received: "
+            f"--class_weight={job.class_weight} with {recipe}. Use --objective=adversarial or awp, or "
+            "--class_weight=none."
+        )
     if job.uses_trades and job.random_start:
         raise UserError("TRADES has a start of its own. Received: --random_start with " + recipe + ".")
     if job.fast in ("fgsm", "free") and job.attack_steps != 1:
@@ -242,7 +258,8 @@ def _check_features(job: "JobConfig") -> None:
         "profile_steps": (),
     }
     if job.head != "sgd":
-        required["hidden_layers"] = 0
+        # A head that is solved for has no epochs, and its penalty is chosen under an unweighted loss.
+        required |= {"hidden_layers": 0, "patience": 0, "class_weight": "none"}
     for name, value in required.items():
         if getattr(job, name) != value:
             raise UserError(
@@ -268,6 +285,16 @@ def _check_transfer(job: "JobConfig") -> None:
         raise UserError("--task=transfer needs --source. Received: --source=none.")
     if job.task == "pretrain" and job.source != "none":
         raise UserError(f"--source is for --task=transfer. Received: --task=pretrain --source={job.source}.")
+    for name in ("transfer_mode", "hidden_layers", "normalization", "unfreeze_at_epoch"):
+        if job.task == "pretrain" and getattr(job, name) != getattr(type(job), name):
+            raise UserError(
+                f"--{name} is for --task=transfer. Received: --{name}={to_text(getattr(job, name))} --task=pretrain."
+            )
+    if job.unfreeze_at_epoch is not None and job.transfer_mode == "full_network":
+        raise UserError(
+            "--unfreeze_at_epoch is for a network that is partly frozen. Received: "
+            f"--unfreeze_at_epoch={job.unfreeze_at_epoch} --transfer_mode=full_network."
+        )
     if job.baseline and job.task != "transfer":
         raise UserError(f"--baseline compares two sources of a transfer. Received: --task={job.task}.")
     if (job.transfer_mode == "partial") != bool(job.freeze_through):

@@ -21,7 +21,7 @@ import numpy as np
 from robust_tf.command_line import flag, parse_flags
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
-from robust_tf.files import replaced_atomically
+from robust_tf.files import check_output_file, replaced_atomically
 
 if TYPE_CHECKING:
     import keras
@@ -92,6 +92,8 @@ def convert_to_classifier(config: ConvertConfig) -> None:
     from robust_tf.models.published import fetch_checkpoint, published_model
     from robust_tf.models.reference_checkpoint import read_reference_checkpoint
 
+    output = pathlib.Path(config.output)
+    check_output_file(output, "--output")
     path, architecture = pathlib.Path(config.checkpoint), config.architecture
     if config.source:
         path = fetch_checkpoint(config.source, cache_dir=config.cache_dir or None)
@@ -102,7 +104,7 @@ def convert_to_classifier(config: ConvertConfig) -> None:
     if config.verbose:
         print_layers(classifier)
     del checkpoint  # lets go of the pages of the file that were read
-    save_classifier(classifier, pathlib.Path(config.output))
+    save_classifier(classifier, output)
     print(f"Wrote {config.output}")
 
 
@@ -110,6 +112,7 @@ def convert_to_reference(classifier_path: pathlib.Path, output: pathlib.Path) ->
     """Writes the weights of a classifier as a PyTorch state_dict, an `.npz` of core keys."""
     from robust_tf.models import load_classifier, to_reference_state
 
+    check_output_file(output, "--to_reference")
     classifier = load_classifier(classifier_path)
     state = to_reference_state(classifier)
     with replaced_atomically(output) as temporary:

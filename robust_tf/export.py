@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from robust_tf.command_line import flag, parse_flags
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
+from robust_tf.files import check_output_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,9 @@ def main(argv: Sequence[str]) -> None:
     # TensorFlow takes seconds to import: not for a mistyped flag.
     from robust_tf.models import load_classifier
     from robust_tf.serving.model_card import card_from_results, probe_from_results, read_results
-    from robust_tf.serving.publish import export_classifier
+    from robust_tf.serving.publish import export_classifier, model_folder
 
+    check_output_folder(model_folder(pathlib.Path(config.export_dir), config.model_name), "--export_dir")
     results = read_results(path.with_name("results.json"))
     probe = None
     if config.attack_probe:

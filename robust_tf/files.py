@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -37,6 +39,44 @@ def replaced_atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
             f"Cannot write {path}: {error.strerror or error}; {kept}. Free some space, or choose a folder that "
             "you may write to."
         ) from error
+
+
+def check_output_folder(folder: pathlib.Path, flag: str) -> None:
+    """Refuses a folder that can't be made or written to, before the work whose results go there; leaves nothing behind.
+
+    Args:
+        folder: need not exist.
+        flag: the flag that chooses it, e.g. "--export_dir", for the message.
+
+    Raises:
+        UserError: names the folder and the reason.
+    """
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        # Permission bits don't tell what a read-only disk, a full one, or an administrator's account may do: try.
+        trial = pathlib.Path(tempfile.mkdtemp(prefix=".robust_tf-", dir=there))
+        try:
+            (trial / folder.relative_to(there)).mkdir(parents=True, exist_ok=True)
+            (trial / folder.relative_to(there) / "file").touch()
+        finally:
+            shutil.rmtree(trial)
+    except OSError as error:
+        raise UserError(
+            f"{flag} needs a folder that can be made and written to. Received: {folder} "
+            f"({there}: {error.strerror or error}). Choose another one."
+        ) from error
+
+
+def check_output_file(path: pathlib.Path, flag: str) -> None:
+    """The same for a file, which may exist.
+
+    Raises:
+        UserError: it is a folder, or the folder that it belongs into can't be made or written to.
+    """
+    if path.is_dir():
+        raise UserError(f"{flag} is a file to write. Received: {path}, which is a folder. Choose another name.")
+    check_output_folder(path.parent, flag)
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:

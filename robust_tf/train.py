@@ -9,7 +9,9 @@ import base64
 import dataclasses
 import json
 import pathlib
+import shlex
 import sys
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ from robust_tf.command_line import parse_flags, to_flag_file
 from robust_tf.config import JobConfig, read_flag_file
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
-from robust_tf.files import replaced_atomically, write_json
+from robust_tf.files import check_output_folder, replaced_atomically, write_json
 
 set_tensorflow_defaults()
 
@@ -70,9 +72,14 @@ def run(config: JobConfig) -> None:
         model_folder(pathlib.Path(config.export_dir), served_name(config))  # a wrong name should not wait for the end
     if config.dry_run:
         print_plan(config)
+        try:
+            check_outputs(config)
+        except UserError as error:  # the plan may be for another machine
+            console.print(f"WARNING: on this machine the job could not write its results. {error}")
         return
     distribution = start_distribution(config.distribution)
     try:
+        distribution.on_chief(lambda: check_outputs(config))
         results = run_job(config)
         if config.baseline:
             results = {**results, "baseline": run_baseline(config)}
@@ -83,10 +90,27 @@ def run(config: JobConfig) -> None:
         begin_again(error, most=config.restarts)
 
 
+def check_outputs(config: JobConfig) -> None:
+    """Refuses folders that can't be written, before the hours of training whose results go there.
+
+    Raises:
+        UserError: names the flag and the folder.
+    """
+    workdirs = [pathlib.Path(config.workdir)]
+    if config.baseline and sources.is_flag_file(config.source):
+        workdirs.append(pathlib.Path(twin_config(config).workdir))
+    for workdir in workdirs:
+        if finished_results(workdir) is None:  # a finished job is only read
+            check_output_folder(workdir, "--workdir")
+    if config.export_dir:
+        check_output_folder(model_folder(pathlib.Path(config.export_dir), served_name(config)), "--export_dir")
+
+
 def finish(config: JobConfig, results: Results) -> None:
     """What comes after all figures are there: the table, the export, the commands that may come next."""
-    if config.baseline:
-        write_json(pathlib.Path(config.workdir) / "results.json", results)
+    workdir = pathlib.Path(config.workdir)
+    if config.baseline and results != finished_results(workdir):  # a finished job may lie where nothing can be written
+        write_json(workdir / "results.json", results)
     console.print(closing_table(results))
     if config.export_dir:
         export(config, results)
@@ -220,11 +244,16 @@ def source_config(config: JobConfig) -> JobConfig:
     )
 
 
+def twin_config(config: JobConfig) -> JobConfig:
+    """The standard twin of a source that is a flag file."""
+    robust = source_config(config)
+    return dataclasses.replace(robust.standard_twin(), workdir=f"{robust.workdir}_eps0")
+
+
 def run_baseline(config: JobConfig) -> Results:
     """The same job from the standard twin of its source, in the sub-folder baseline/ of its workdir."""
     if sources.is_flag_file(config.source):
-        robust = source_config(config)
-        twin_job = dataclasses.replace(robust.standard_twin(), workdir=f"{robust.workdir}_eps0")
+        twin_job = twin_config(config)
         run_job(twin_job)
         twin = str(pathlib.Path(twin_job.workdir) / "classifier.keras")
     else:
@@ -328,11 +357,12 @@ def served_name(config: JobConfig) -> str:
 
 def print_next_commands(config: JobConfig) -> None:
     """The commands that usually follow, to copy."""
-    commands = [f"tensorboard --logdir {pathlib.Path(config.workdir).parent}"]
+    commands = [shlex.join(["tensorboard", "--logdir", str(pathlib.Path(config.workdir).parent)])]
     if config.export_dir:
         name, base = served_name(config), pathlib.Path(config.export_dir).resolve() / served_name(config)
-        serve = f"python -m robust_tf.serve --rest_api_port=8501 --model_name={name} --model_base_path={base}"
-        commands += [f"python -m pip install '.[serve]' && {serve}", _query(config, name)]
+        serve = ["python", "-m", "robust_tf.serve", "--rest_api_port=8501", f"--model_name={name}"]
+        serve.append(f"--model_base_path={base}")
+        commands += [f"python -m pip install '.[serve]' && {shlex.join(serve)}", _query(config, name)]
     console.print("Next:", *(f"  {command}" for command in commands), sep="\n")
 
 
@@ -340,9 +370,11 @@ def _query(config: JobConfig, name: str) -> str:
     """Asks the served model about a test image: within the command where it is small enough for that."""
     sample = task_of(config).sample()
     if len(sample) > 1000:
-        return f"python -m robust_tf.predict --server=http://localhost:8501 --model_name={name} IMAGE_OR_FOLDER"
+        predict = ["python", "-m", "robust_tf.predict", "--server=http://localhost:8501", f"--model_name={name}"]
+        return shlex.join([*predict, "IMAGE_OR_FOLDER"])
     request = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode("ascii")}]})
-    return f"curl -d '{request}' http://localhost:8501/v1/models/{name}:predict"
+    url = f"http://localhost:8501/v1/models/{urllib.parse.quote(name, safe='')}:predict"
+    return shlex.join(["curl", "-d", request, url])
 
 
 def _hparams(config: JobConfig) -> dict[str, bool | int | float | str]:

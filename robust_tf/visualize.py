@@ -37,6 +37,7 @@ from robust_tf.evaluation.inside import (  # noqa: E402
 )
 from robust_tf.evaluation.predicting import batched_logits  # noqa: E402
 from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject, short_names  # noqa: E402
+from robust_tf.files import check_output_file, check_output_folder  # noqa: E402
 from robust_tf.training.progress import console  # noqa: E402
 
 
@@ -97,6 +98,9 @@ def main(argv: Sequence[str]) -> None:
 
 def run(config: VisualizeConfig) -> None:
     """Draws and writes the picture."""
+    check_output_file(config.picture, "--output")
+    if config.tensorboard:
+        check_output_folder(pathlib.Path(config.tensorboard), "--tensorboard")
     subjects = load_subjects(config)
     images = draw_images(subjects[0].task, count=config.num_images, seed=config.seed)
     class_names = subjects[0].task.class_names

@@ -79,8 +79,8 @@ def test_further_heads_find_the_features_stored(job, capsys):
 
 
 def test_sgd_on_features_is_the_recipe_of_the_whole_network(job, monkeypatch):
-    """One epoch of one batch: the same step from the same start."""
-    options = {"epochs": 1, "batch_size": 500, "select_by": "last", "eval_epsilon": 0.0}
+    """One epoch of one batch: the same step from the same start, with the same weights for the classes."""
+    options = {"epochs": 1, "batch_size": 500, "select_by": "last", "eval_epsilon": 0.0, "class_weight": "balanced"}
     cached = run(job("cached", **options))
     live = run(job("live", features="live", **options))
     ours, theirs = (weights_of(f"{job(name).workdir}/classifier.keras") for name in ("cached", "live"))
@@ -97,8 +97,9 @@ def test_the_head_of_the_best_epoch_is_kept(job, monkeypatch):
     """By figures that are given, of which an epoch asks for two; what comes after it isn't kept."""
     values = iter([0.2, 0.2, 0.9, 0.9, 0.5, 0.5])
     monkeypatch.setattr(head_fitting, "metric_of", lambda *arguments: next(values))
-    results = run(job("best", epochs=3, lr_schedule="constant"))
+    results = run(job("best", epochs=9, patience=1, lr_schedule="constant"))
     assert results["best_epoch"] == 2 and results["validation_value"] == 0.9
+    assert results["stopped_early"] and results["epochs_done"] == 3
     monkeypatch.undo()
     run(job("two", epochs=2, select_by="last", lr_schedule="constant"))
     best, two = (weights_of(f"{job(name).workdir}/classifier.keras") for name in ("best", "two"))

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import socket
 import tarfile
 import urllib.parse
@@ -108,7 +109,7 @@ def root_of(builder: tfds.core.DatasetBuilder) -> epath.Path:
 def ways_to_prepare(name: str, builder: tfds.core.DatasetBuilder) -> tuple[str, ...]:
     """What to do to get a data set that is not prepared: command, size and the way without internet, in sentences."""
     root, by_hand = root_of(builder), _by_hand(builder)
-    command = f"python -m robust_tf.data --prepare={name} --data_dir={root}"
+    command = shlex.join(["python", "-m", "robust_tf.data", f"--prepare={name}", f"--data_dir={root}"])
     copy = f"Or copy {root / builder.name} from a machine where it is prepared."
     if _needs_hands(name, builder):
         return f"{by_hand}{_size(name, builder)}", f"Then run {command}.", copy

@@ -16,6 +16,7 @@ import tensorflow as tf
 from robust_tf.attacks import NORMS, AttackConfig, run_pgd
 from robust_tf.attacks.losses import Model, find_loss, is_correct, logits_of, slope_of
 from robust_tf.attacks.square import square
+from robust_tf.training.callbacks import averages_in_place
 from robust_tf.training.progress import console
 
 NUM_IMAGES = 64
@@ -82,6 +83,8 @@ class TrainingAlarm(Exception):
 class Alarms(keras.callbacks.Callback):
     """Looks for alarms after an epoch, warns in the log, and adds the figures to the epoch's validation logs.
 
+    It looks at the weights that validation has measured and that may be saved: the moving averages, if there are any.
+
     Args:
         classifier: the one that is trained.
         held: images (count, height, width, 3) in [0, 1] and labels (count,) that are not trained on.
@@ -112,7 +115,8 @@ class Alarms(keras.callbacks.Callback):
         self.raised = False
         if (epoch + 1) % self._every_epochs:
             return
-        reading = self.reading()
+        with averages_in_place(self.model):
+            reading = self.reading()
         if logs is not None:  # Keras hands the same dictionary to the callbacks after this one
             logs.update({f"val_{name}": value for name, value in reading.figures.items()})
         for alarm in reading.alarms:

@@ -7,12 +7,14 @@ from typing import Protocol
 
 import keras
 
+from robust_tf.command_line import to_text
 from robust_tf.config import JobConfig
 from robust_tf.data import TaskData, dataset_info, load_task
 from robust_tf.data.opening import data_folder
 from robust_tf.data.selection import held_out
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import build_classifier
+from robust_tf.training.metrics import CrossEntropy, balanced_class_weights
 from robust_tf.training.optimizers import build_optimizer
 from robust_tf.training.schedules import schedule_of
 from robust_tf.transfer import freeze, replace_head, with_dtype_policy, with_image_size, with_normalization
@@ -61,6 +63,8 @@ def planned_task(config: JobConfig, *, image_size: int | None = None) -> TaskFig
         return task_of(config, image_size=image_size)
     num_validation = int(held_out(info.num_train, config.validation_fraction).sum())
     num_train = info.num_train - num_validation
+    steps_per_epoch = -(-num_train // config.batch_size)
+    check_steps(config, steps_per_epoch)
     return PlannedTask(
         num_train=num_train,
         num_validation=num_validation,
@@ -68,7 +72,7 @@ def planned_task(config: JobConfig, *, image_size: int | None = None) -> TaskFig
         class_names=tuple(map(str, range(info.num_classes))),
         image_size=config.image_size or image_size or info.image_size,
         augmentation=config.augmentation or info.augmentation,
-        steps_per_epoch=-(-num_train // config.batch_size),
+        steps_per_epoch=steps_per_epoch,
     )
 
 
@@ -116,7 +120,28 @@ def task_of(
             f"pixel units, so that is the largest epsilon of the l2 norm. Received: epsilon={epsilon:g}. Did you mean "
             f"{epsilon:g}/255?"
         )
+    check_steps(config, task.steps_per_epoch)
     return task
+
+
+def check_steps(config: JobConfig, steps_per_epoch: int) -> None:
+    """Refuses flags that would do nothing, because the job is shorter than they say.
+
+    Args:
+        config: of the job.
+        steps_per_epoch: batches in one pass over the training part.
+    """
+    steps = config.passes * steps_per_epoch
+    if config.accumulate_steps > steps * config.replays:
+        raise UserError(
+            f"The weights would never move: the job has {steps * config.replays} steps in all. Received: "
+            f"--accumulate_steps={config.accumulate_steps}."
+        )
+    if config.profile_steps and config.profile_steps[0] > steps:
+        raise UserError(
+            f"--profile_steps must begin within the {steps} steps of the job. Received: "
+            f"--profile_steps={to_text(config.profile_steps)}."
+        )
 
 
 def new_classifier(config: JobConfig, task: TaskFigures) -> keras.Model:
@@ -151,6 +176,13 @@ def adapted(classifier: keras.Model, config: JobConfig, task: TaskFigures) -> ke
     )
     _check_multipliers(config, classifier)
     return classifier
+
+
+def loss_of(config: JobConfig, task: TaskData) -> CrossEntropy:
+    """The loss of a job, with the class weights of its training images if it has any."""
+    if config.class_weight == "none":
+        return CrossEntropy()
+    return CrossEntropy(balanced_class_weights(task.train_examples.labels(), len(task.class_names)).tolist())
 
 
 def optimizer_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0) -> keras.optimizers.Optimizer:

@@ -16,6 +16,16 @@ from robust_tf.training.distribution import Distribution
 from robust_tf.training.interruption import Interrupted, PendingSignal
 
 
+@contextlib.contextmanager
+def averages_in_place(trainer: Any) -> Iterator[None]:
+    """Within it the classifier has the moving averages of its weights, if the optimizer keeps any."""
+    trainer.swap_averages()
+    try:
+        yield
+    finally:
+        trainer.swap_averages()
+
+
 class CallbacksFromStep(keras.callbacks.CallbackList):
     """Callbacks of a `fit` that begins in the middle of an epoch: they see the numbers that the steps really have.
 
@@ -113,7 +123,7 @@ class SaveProgress(keras.callbacks.Callback):
         # Ties are frequent on a small validation part: the lower loss decides them.
         if (value, -loss) > (progress.best_value, -progress.best_loss):
             progress.best_epoch, progress.best_value, progress.best_loss = epoch, value, loss
-            with self._averages():
+            with averages_in_place(self.model):
                 weights = named_arrays(self.model.classifier.variables)
             self._distribution.on_chief(lambda: self._checkpoints.save_best(epoch, weights))
         progress.epochs_done, progress.steps_done = epoch + 1, 0
@@ -141,14 +151,6 @@ class SaveProgress(keras.callbacks.Callback):
         if self._distribution.any(self._pending.received):
             self._pending.raise_if_received()
             raise Interrupted(signal.SIGTERM)  # another process got it
-
-    @contextlib.contextmanager
-    def _averages(self) -> Iterator[None]:
-        self.model.swap_averages()
-        try:
-            yield
-        finally:
-            self.model.swap_averages()
 
 
 class StopOnNaN(keras.callbacks.Callback):

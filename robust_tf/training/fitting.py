@@ -15,14 +15,16 @@ from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm
 from robust_tf.training.batchnorm import prepare_batchnorm
-from robust_tf.training.building import optimizer_of
+from robust_tf.training.building import loss_of, optimizer_of
 from robust_tf.training.callbacks import CallbacksFromStep, SaveProgress, StopOnNaN
 from robust_tf.training.checkpoint import Checkpoints, Progress, State, named_arrays
 from robust_tf.training.distribution import Distribution
 from robust_tf.training.interruption import signals_held_back
-from robust_tf.training.metrics import Accuracy, CrossEntropy, MeanPerClassAccuracy
+from robust_tf.training.metrics import Accuracy, MeanPerClassAccuracy
 from robust_tf.training.objectives import recipe_of
+from robust_tf.training.optimizers import average_statistics
 from robust_tf.training.out_of_memory import out_of_memory_explained
+from robust_tf.training.patience import StopEarly, say_why, stopped_early
 from robust_tf.training.progress import ProgressBar, console
 from robust_tf.training.tensorboard import ProfileSteps, TensorBoardLogger, write_config
 from robust_tf.training.trainer import AdversarialTrainer
@@ -61,6 +63,8 @@ def fit_classifier(
             f"The first epoch raised an alarm in {progress.rollbacks + 1} tries. Received: {progress.alarms[-1]} Use "
             "--on_alarm=warn to train on in spite of it, in a new --workdir."
         )
+    if stopped_early(config, progress):
+        say_why(config, progress)
     if alarmed:
         console.print(f"Training ends here; epoch {progress.best_epoch + 1}, the best before the alarm, is kept.")
     best = _state_of_chief(lambda: checkpoints.best(progress), distribution)
@@ -100,7 +104,7 @@ def _fit(
     elif config.on_alarm == "rollback":  # the first epoch may have to be thrown away, too
         start = named_arrays(trainer.state)
         distribution.on_chief(lambda: checkpoints.save(progress, start))
-    if progress.epochs_done == config.passes:
+    if progress.epochs_done == config.passes or stopped_early(config, progress):
         return progress, False
 
     if distribution.is_chief:
@@ -129,7 +133,7 @@ def _fit(
                 callbacks.insert(0, UnfreezeAtEpoch(unfreeze_at, classifier, recompile=compile_with))
             if progress.steps_done:
                 _run_epochs(trainer, task, callbacks, progress, distribution, until=progress.epochs_done + 1)
-            if not trainer.stop_training:  # an alarm in the epoch that has just been ended
+            if not trainer.stop_training:  # by an alarm or for lack of patience, in the epoch that has just been ended
                 _run_epochs(trainer, task, callbacks, progress, distribution, until=config.passes)
     except TrainingAlarm:
         return progress, True
@@ -152,10 +156,12 @@ def _compiled_trainer(
         clean_figures=config.fast not in ("fgsm", "free"),
     )
 
+    loss = loss_of(config, task)
+
     def compile_with(optimizer: keras.optimizers.Optimizer) -> None:
         trainer.compile(
             optimizer=optimizer,
-            loss=CrossEntropy(),
+            loss=loss,
             # Weighted: with several replicas, what only fills a batch has weight 0.
             weighted_metrics=[Accuracy(), MeanPerClassAccuracy(len(task.class_names))],
             # The replicas' exchange of gradients can't be within what XLA compiles.
@@ -168,6 +174,7 @@ def _compiled_trainer(
     # Compiled first: under mixed_float16 Keras wraps the optimizer, and the wrapped one has the state to restore.
     compile_with(optimizer_of(config, task.steps_per_epoch, factor=_ROLLBACK_FACTOR**rollbacks))
     trainer.optimizer.build(classifier.trainable_variables)
+    average_statistics(trainer.optimizer, classifier)
     return trainer, compile_with
 
 
@@ -257,7 +264,7 @@ def _callbacks(
         callbacks.append(tensorboard)
     if alarms and config.on_alarm != "warn":
         callbacks.append(EndOnAlarm(alarms, save_anyway=config.on_alarm == "stop"))
-    return [*callbacks, save]
+    return [*callbacks, save, StopEarly(config, progress)]
 
 
 def _state_of_chief(read: Callable[[], State | None], distribution: Distribution) -> State | None:

@@ -15,12 +15,14 @@ from robust_tf.config import JobConfig
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.files import cache_folder
-from robust_tf.training.building import optimizer_of
+from robust_tf.training.building import loss_of, optimizer_of
 from robust_tf.training.checkpoint import Progress
+from robust_tf.training.metrics import CrossEntropy
+from robust_tf.training.patience import say_why, stopped_early
 from robust_tf.training.progress import console, track
 from robust_tf.training.tensorboard import write_config, write_history
 from robust_tf.transfer.features import Features, stored_features
-from robust_tf.transfer.probes import PROBES, cross_entropy, metric_of
+from robust_tf.transfer.probes import PROBES, metric_of
 
 # Features that are in memory at once in an epoch, in bytes.
 _CHUNK_BYTES = 256 * 1024**2
@@ -91,7 +93,8 @@ def _train(config: JobConfig, classifier: keras.Model, features: Features, task:
     head = _copy_of_head(classifier)
     optimizer = optimizer_of(config, task.steps_per_epoch)
     optimizer.build(head.trainable_variables)
-    train_rows, predict = _steps(head, optimizer, task.batch_size)
+    loss = loss_of(config, task)
+    train_rows, predict = _steps(head, optimizer, loss, task.batch_size)
     progress = Progress()
     best_weights = head.get_weights()
     for epoch in range(config.epochs):
@@ -104,7 +107,7 @@ def _train(config: JobConfig, classifier: keras.Model, features: Features, task:
                 "lower --learning_rate or --warmup_epochs=1, in a new --workdir. The stored features are kept."
             )
         logits = np.concatenate([predict(chunk).numpy() for chunk in _chunks_in_order(features.validation)])
-        logs["val_loss"] = cross_entropy(logits, features.validation_labels)
+        logs["val_loss"] = float(loss(features.validation_labels, logits))
         for metric in _METRICS:
             logs[f"val_{metric}"] = metric_of(logits.argmax(axis=1), features.validation_labels, metric)
         logs["learning_rate"] = float(optimizer.learning_rate)
@@ -116,12 +119,17 @@ def _train(config: JobConfig, classifier: keras.Model, features: Features, task:
             best_weights = head.get_weights()
         progress.epochs_done = epoch + 1
         progress.history.append(logs)
+        if stopped_early(config, progress):
+            say_why(config, progress)
+            break
     for layer, source in zip(_head_layers(classifier), _split_weights(head, best_weights), strict=True):
         layer.set_weights(source)
     return progress
 
 
-def _steps(head: keras.Model, optimizer: keras.optimizers.Optimizer, batch_size: int) -> tuple[Any, Any]:
+def _steps(
+    head: keras.Model, optimizer: keras.optimizers.Optimizer, loss: CrossEntropy, batch_size: int
+) -> tuple[Any, Any]:
     """Graph functions: the steps over some rows (sum of losses, number of hits), and the logits of rows."""
     dim = head.input_shape[-1]
     rows = tf.TensorSpec([None, dim], tf.float32)
@@ -133,10 +141,10 @@ def _steps(head: keras.Model, optimizer: keras.optimizers.Optimizer, batch_size:
             batch, batch_labels = features[start : start + batch_size], labels[start : start + batch_size]
             with tf.GradientTape() as tape:
                 logits = head(batch, training=True)
-                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch_labels, logits)
-                loss = tf.reduce_mean(losses)
+                losses = loss.call(batch_labels, logits)
+                mean_loss = tf.reduce_mean(losses)
             variables = head.trainable_variables
-            optimizer.apply(tape.gradient(loss, variables), variables)
+            optimizer.apply(tape.gradient(mean_loss, variables), variables)
             hits = tf.cast(tf.argmax(logits, axis=-1, output_type=tf.int32) == batch_labels, tf.float32)
             sums += tf.stack([tf.reduce_sum(losses), tf.reduce_sum(hits)])
         return sums

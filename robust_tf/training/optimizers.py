@@ -8,6 +8,19 @@ import keras
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.transfer.stages import stage_of
 
+# Variables that BatchNorm moves in its forward pass, where no gradient reaches them.
+_STATISTICS = ("moving_mean", "moving_variance")
+
+
+class _StatisticsAverages:
+    """Pairs of a statistic and its moving average.
+
+    A plain object, because Keras takes every variable in a list of an optimizer for one of the optimizer's variables.
+    """
+
+    def __init__(self, pairs: list[tuple[keras.Variable, keras.Variable]]) -> None:
+        self.pairs = pairs
+
 
 class _StagewiseOptimizer(keras.optimizers.Optimizer):
     """What the optimizers of this module share: weight decay inside the update, and learning rates by stage.
@@ -44,6 +57,7 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         self.multipliers = dict(multipliers or {})
         self.average_decay = average_decay
         self._averages: list[keras.Variable] = []
+        self._statistics = _StatisticsAverages([])
 
     def build(self, variables: list[keras.Variable]) -> None:
         if self.built:
@@ -56,6 +70,43 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
             average.assign(weight)
         self._decays = [0.0 if v.name in self.no_weight_decay else self.decay for v in variables]
         self._multipliers = [self._multiplier(v.path) for v in variables]
+
+    def average_statistics(self, statistics: Sequence[keras.Variable]) -> None:
+        """Keeps moving averages of these variables, too; they start at the present values. Needs a built optimizer.
+
+        Averaged weights need the averages of BatchNorm's statistics: the latest ones belong to the latest weights.
+        """
+        if not self.average_decay or self._statistics.pairs:
+            return
+        pairs = []
+        for statistic in statistics:
+            name = f"{statistic.path.replace('/', '_')}_average"
+            # Every replica assigns the same value, and their mean is that value.
+            average = self.add_variable(statistic.shape, dtype=statistic.dtype, aggregation="mean", name=name)
+            average.assign(statistic)
+            pairs.append((statistic, average))
+        self._statistics = _StatisticsAverages(pairs)
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        next_move = self.iterations + 1
+        super().apply(grads, trainable_variables)
+        if not self._statistics.pairs:
+            return
+        # While gradients are accumulated the weights stay, and their averages, too.
+        moved = self.iterations >= next_move
+        decay = keras.ops.where(moved, self._decay_of_averages(next_move - 1), 1.0)
+        for statistic, average in self._statistics.pairs:
+            average.assign(decay * average + (1.0 - decay) * statistic)
+
+    def _get_current_learning_rate(self) -> Any:
+        """The learning rate of the next move of the weights.
+
+        Keras gives its schedules the number of batches, which is larger than the number of moves while gradients are
+        accumulated.
+        """
+        if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+            return self._learning_rate(self.iterations)
+        return super()._get_current_learning_rate()
 
     def _multiplier(self, path: str) -> float:
         if not self.multipliers:
@@ -83,13 +134,26 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         """Moves the average of a weight towards the weight, which has just been updated."""
         if self._averages:
             average = self._averages[self._get_variable_index(variable)]
-            decay = self.average_decay
-            self.assign(average, decay * average + (1 - decay) * variable)
+            decay = self._decay_of_averages(self.iterations)
+            self.assign(average, decay * average + (1.0 - decay) * variable)
+
+    def _decay_of_averages(self, moves: Any) -> Any:
+        """Smaller in the first moves, so that the average soon forgets the weights that training started from.
+
+        Args:
+            moves: how often the weights had moved before.
+
+        Source: TensorFlow, tf.train.ExponentialMovingAverage, `num_updates`.
+        """
+        moves = keras.ops.cast(moves, "float32")
+        return keras.ops.minimum(self.average_decay, (1.0 + moves) / (10.0 + moves))
 
     @property
     def averages(self) -> list[tuple[keras.Variable, keras.Variable]]:
-        """Each trained weight with its moving average; empty without `average_decay`."""
-        return list(zip(self._trainable_variables, self._averages, strict=True)) if self._averages else []
+        """Each trained weight, then each averaged statistic, with its moving average; empty without `average_decay`."""
+        if not self._averages:
+            return []
+        return [*zip(self._trainable_variables, self._averages, strict=True), *self._statistics.pairs]
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
@@ -224,7 +288,8 @@ def build_optimizer(
         accumulate_steps: the weights move once in so many steps, by the mean of their gradients; the learning-rate
             schedule counts the moves.
         average_decay: in [0, 1); above 0 the optimizer keeps an exponential moving average of every weight it trains:
-            average = average_decay * average + (1 - average_decay) * weight after each move, from the first weight on.
+            average = decay * average + (1 - decay) * weight after each move, with the decay
+            min(average_decay, (1 + t) / (10 + t)) after t earlier moves. See also `average_statistics`.
 
     Raises:
         UserError: an unknown name, a number outside its range, or `nesterov` with another optimizer than "sgd".
@@ -256,8 +321,20 @@ def build_optimizer(
     )
 
 
+def average_statistics(optimizer: keras.optimizers.Optimizer, classifier: keras.Model) -> None:
+    """Lets a built optimizer that averages the weights average BatchNorm's statistics, too; a second call does nothing.
+
+    Args:
+        optimizer: any; one that keeps no averages stays as it is. It may be within a LossScaleOptimizer.
+        classifier: the network with the BatchNormalization layers, frozen ones included.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if isinstance(optimizer, _StagewiseOptimizer):
+        optimizer.average_statistics([v for v in classifier.non_trainable_variables if v.name in _STATISTICS])
+
+
 def averages_of(optimizer: keras.optimizers.Optimizer) -> list[tuple[keras.Variable, keras.Variable]]:
-    """Each trained weight with its moving average, also within a LossScaleOptimizer; empty where none are kept."""
+    """Each averaged variable with its moving average, also within a LossScaleOptimizer; empty where none are kept."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     return optimizer.averages if isinstance(optimizer, _StagewiseOptimizer) else []
 

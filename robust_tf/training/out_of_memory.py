@@ -30,7 +30,7 @@ def out_of_memory_explained(config: JobConfig, classifier: keras.Model) -> Itera
         estimate = estimated_bytes(config, classifier, trainable, total)
         ways = [
             f"a smaller --batch_size than {config.batch_size}",
-            "--accumulate_steps=2 or more (the same batch, in parts)",
+            *_batch_in_parts(config),
             *(["--precision=mixed_bfloat16 or mixed_float16"] if config.precision == "float32" else []),
             f"a smaller --image_size than {classifier.input_shape[1]}",
         ]
@@ -41,3 +41,11 @@ def out_of_memory_explained(config: JobConfig, classifier: keras.Model) -> Itera
             f"{estimate / 1024**3:.1f} GB by estimate ({reason}). The last checkpoint is kept. Ways out: "
             f"{', '.join(ways)}; in a new --workdir."
         ) from error
+
+
+def _batch_in_parts(config: JobConfig) -> list[str]:
+    """Flags with which the weights move as before, on batches half as large; none where they are not allowed."""
+    if config.distribution != "none" or config.batch_size % 2:
+        return []
+    batch_size, steps = config.batch_size // 2, 2 * config.accumulate_steps
+    return [f"--batch_size={batch_size} --accumulate_steps={steps} (the same batch, in parts)"]

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from robust_tf.config import JobConfig
 from robust_tf.training.building import TaskFigures
+from robust_tf.training.schedules import peak_learning_rate
 from robust_tf.transfer.stages import parameter_counts
 
 # Resident size of a process that has imported TensorFlow and read its data, measured on Linux.
@@ -30,12 +31,14 @@ def plan_table(config: JobConfig, task: TaskFigures, classifier: keras.Model, wo
     rows = {
         "task": config.task,
         "data": f"{config.dataset}: {task.num_train} training, {task.num_validation} validation, "
-        f"{task.num_test} test images, {len(task.class_names)} classes",
+        f"{task.num_test} test images, {len(task.class_names)} classes"
+        + (", weighted in the loss" if config.class_weight == "balanced" else ""),
         "images": f"{task.image_size}x{task.image_size}, augmentation {task.augmentation}",
         "source": config.source,
         "model": f"{classifier.name}: {total:,} parameters, {trainable:,} trainable, {total - trainable:,} frozen",
         "attack": _attack(config),
         "steps": _steps(config, task.steps_per_epoch),
+        "rate": _learning_rate(config),
         "passes": f"1 forward pass per image and view ({config.views}), whose features are stored"
         if config.features == "cached"
         else f"{config.gradients_per_image:g} forward and backward passes per image and epoch",
@@ -108,9 +111,32 @@ def _attack(config: JobConfig) -> str:
     return ", ".join(parts)
 
 
+def _learning_rate(config: JobConfig) -> str:
+    """The schedule with the flags that act on it, and whether the job is long enough for its drops."""
+    if config.head != "sgd":
+        return "no learning rate"
+    parts = [f"learning rate {peak_learning_rate(config):.4g}, {config.lr_schedule}"]
+    if config.lr_schedule in ("step", "piecewise"):
+        drops = config.lr_milestones
+        if config.lr_schedule == "step":
+            drops = tuple(range(config.lr_step_epochs, config.epochs, config.lr_step_epochs))
+        within = [str(epoch) for epoch in drops if epoch < config.epochs]
+        shown = within if len(within) <= 4 else [*within[:4], "..."]
+        after = f"after epochs {', '.join(shown)}" if within else f"at no time within {config.epochs} epochs"
+        parts.append(f"x {config.lr_decay:g} {after}")
+    if config.warmup_epochs:
+        parts.append(f"rises from 0 for {config.warmup_epochs:g} epochs")
+    return ", ".join(parts)
+
+
 def _steps(config: JobConfig, batches: int) -> str:
     if config.head != "sgd":
         return f"none: --head={config.head} is fitted to all features at once"
     total = config.passes * batches * config.replays
     replays = f" batches x {config.replays} replays" if config.fast == "free" else ""
-    return f"{config.passes} epochs x {batches}{replays} = {total:,} steps of {config.batch_size} images"
+    steps = f"{config.passes} epochs x {batches}{replays} = {total:,} steps of {config.batch_size} images"
+    if config.accumulate_steps > 1:
+        steps += f", a move of the weights every {config.accumulate_steps}: {total // config.accumulate_steps:,} moves"
+    if config.patience:
+        steps += f"; fewer after {config.patience} epochs without a better validation figure"
+    return steps

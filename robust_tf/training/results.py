@@ -16,6 +16,7 @@ from robust_tf.data import TaskData
 from robust_tf.training.checkpoint import Progress
 from robust_tf.training.evaluation import Evaluation
 from robust_tf.training.head_fitting import HeadFit
+from robust_tf.training.patience import stopped_early
 from robust_tf.transfer.stages import parameter_counts
 
 _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy")
@@ -76,6 +77,8 @@ def job_results(
         "fast": config.fast,
         "epochs": config.passes,
         "gradients_per_image": config.gradients_per_image,
+        "epochs_done": progress.epochs_done,
+        "stopped_early": stopped_early(config, progress),
         "best_epoch": progress.best_epoch + 1,
         "alarms": progress.alarms,
         "validation_value": progress.best_value,

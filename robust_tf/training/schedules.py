@@ -57,26 +57,34 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         """The learning rate of one step, float32 scalar; `step` counts from 0."""
         config = self._config
         step = tf.cast(step, tf.float32)
-        epoch = step / config["steps_per_epoch"]
         warmup_steps = config["warmup_epochs"] * config["steps_per_epoch"]
         # Counted from 1: the very first step should already learn.
         warmup = tf.minimum((step + 1.0) / warmup_steps, 1.0) if warmup_steps else 1.0
-        return config["learning_rate"] * self._shape(epoch) * warmup
+        return config["learning_rate"] * self._shape(step) * warmup
 
-    def _shape(self, epoch: tf.Tensor) -> tf.Tensor:
+    def _shape(self, step: tf.Tensor) -> tf.Tensor:
         config = self._config
-        progress = tf.minimum(epoch / config["epochs"], 1.0)
-        if config["kind"] == "step":
-            return tf.pow(config["decay"], tf.floor(epoch / config["step_epochs"]))
-        if config["kind"] == "piecewise":
-            passed = [tf.cast(epoch >= milestone, tf.float32) for milestone in config["milestones"]]
-            return tf.pow(config["decay"], tf.add_n(passed))
+        if config["kind"] in ("step", "piecewise"):
+            passed = tf.cast(step >= self._drops(), tf.float32)
+            return tf.pow(config["decay"], tf.reduce_sum(passed))
+        progress = tf.minimum(step / config["steps_per_epoch"] / config["epochs"], 1.0)
         if config["kind"] == "cosine":
             return 0.5 * (1.0 + tf.cos(math.pi * progress))
         if config["kind"] == "cyclic":
             peak = config["peak"]
             return tf.minimum(progress / peak, (1.0 - progress) / (1.0 - peak))
-        return tf.ones_like(epoch)
+        return tf.ones_like(step)
+
+    def _drops(self) -> tf.Tensor:
+        """The steps from which on the rate is multiplied by `decay` once more, float32.
+
+        The quotient of a step and a fraction of steps per epoch may lie a rounding error below a whole epoch.
+        """
+        config = self._config
+        epochs = config["milestones"]
+        if config["kind"] == "step":
+            epochs = range(config["step_epochs"], config["epochs"] + 1, config["step_epochs"])
+        return tf.constant([math.ceil(epoch * config["steps_per_epoch"] - 1e-6) for epoch in epochs], tf.float32)
 
     def get_config(self) -> dict[str, Any]:
         return dict(self._config)
@@ -90,7 +98,7 @@ def schedule_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0)
     """
     return Schedule(
         config.lr_schedule,
-        learning_rate=config.learning_rate * _scale(config) * factor,
+        learning_rate=peak_learning_rate(config) * factor,
         steps_per_epoch=optimizer_steps_per_epoch(config, steps_per_epoch),
         epochs=config.epochs,
         step_epochs=config.lr_step_epochs,
@@ -106,8 +114,11 @@ def optimizer_steps_per_epoch(config: JobConfig, steps_per_epoch: int) -> float:
     return steps_per_epoch * config.replays * config.passes / (config.epochs * config.accumulate_steps)
 
 
-def _scale(config: JobConfig) -> float:
-    """Source: Goyal et al. 2017, arXiv 1706.02677, the linear scaling rule."""
+def peak_learning_rate(config: JobConfig) -> float:
+    """The highest learning rate of a job, scaled to its batch if the flags ask for that.
+
+    Source: Goyal et al. 2017, arXiv 1706.02677, the linear scaling rule.
+    """
     if config.base_batch_size is None:
-        return 1.0
-    return config.batch_size * config.accumulate_steps / config.base_batch_size
+        return config.learning_rate
+    return config.learning_rate * config.batch_size * config.accumulate_steps / config.base_batch_size

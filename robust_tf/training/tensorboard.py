@@ -12,6 +12,7 @@ import tensorflow as tf
 from tensorboard.plugins.hparams import api as hparams
 
 from robust_tf.attacks import AttackConfig, run_pgd
+from robust_tf.training.callbacks import averages_in_place
 
 matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot  # noqa: E402
@@ -72,7 +73,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
         validation = {name[4:]: value for name, value in logs.items() if name.startswith("val_")}
         self._scalars(self._train, "epoch", self._with_settings(train), epoch)
         self._scalars(self._validation, "epoch", validation, epoch)
-        with self._validation.as_default():
+        with self._validation.as_default(), averages_in_place(self.model):
             tf.summary.image("attack", self._attack_picture()[None], step=epoch)
         for writer in (self._train, self._validation):
             writer.flush()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import keras
 
-from robust_tf.training.optimizers import carry_over_optimizer_state
+from robust_tf.training.optimizers import average_statistics, carry_over_optimizer_state
 from robust_tf.transfer.stages import FrozenBatchNorm, TransferMode, freeze
 
 
@@ -30,6 +30,7 @@ def unfreeze(
     with model.distribute_strategy.scope():
         optimizer = type(used).from_config(used.get_config())
         optimizer.build(model.trainable_variables)
+        average_statistics(optimizer, classifier)
         carry_over_optimizer_state(used, optimizer)
         recompile(optimizer)
 

@@ -20,6 +20,8 @@ from robust_tf.training import fitting
 from robust_tf.training.alarms import Alarms, EndOnAlarm, Reading, TrainingAlarm, look
 from robust_tf.training.checkpoint import Checkpoints, Progress, named_arrays
 from robust_tf.training.distribution import start_distribution
+from robust_tf.training.optimizers import build_optimizer
+from robust_tf.training.trainer import AdversarialTrainer
 
 FINE = Reading(fgsm_accuracy=0.6, pgd_accuracy=0.5, square_accuracy=0.7, zero_gradients=0.0)
 OVERFITTED = FINE._replace(fgsm_accuracy=0.9, pgd_accuracy=0.1)
@@ -125,6 +127,29 @@ def finished(config: JobConfig) -> tuple[dict, list[dict[str, float]]]:
 def chart(config: JobConfig, part: str, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(f"{config.workdir}/tensorboard/{part}", size_guidance={"tensors": 0}).Reload()
     return [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)]
+
+
+def test_the_averaged_weights_are_looked_at_where_there_are_any():
+    classifier = keras.Sequential([keras.Input((2, 2, 3)), keras.layers.Flatten(), keras.layers.Dense(3)])
+    classifier.compile(build_optimizer("sgd", learning_rate=0.1, average_decay=0.5), "mse")
+    trainer = AdversarialTrainer(classifier, ATTACK)
+    trainer.compile(classifier.optimizer, "mse")
+    trainer.optimizer.build(classifier.trainable_variables)
+    bias = classifier.layers[-1].bias
+    bias.assign([0.0, 9.0, 0.0])  # its average still is 0
+    alarms = Alarms(
+        classifier,
+        held=(np.zeros((4, 2, 2, 3), np.float32), np.ones(4, np.int32)),
+        attack=ATTACK,
+        every_epochs=1,
+        history=[],
+    )
+    alarms.set_model(trainer)
+    seen = []
+    alarms.reading = lambda: seen.append(bias.numpy()) or FINE
+    alarms.on_epoch_end(0)
+    np.testing.assert_array_equal(seen, np.zeros((1, 3)))
+    np.testing.assert_array_equal(bias, [0.0, 9.0, 0.0])
 
 
 def test_a_warning_changes_nothing(job, capsys):

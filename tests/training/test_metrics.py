@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 
-from robust_tf.training.metrics import MeanPerClassAccuracy, mean_per_class, wilson_interval
+from robust_tf.training.metrics import (
+    Accuracy,
+    CrossEntropy,
+    MeanPerClassAccuracy,
+    balanced_class_weights,
+    mean_per_class,
+    wilson_interval,
+)
 
 
 @pytest.fixture
@@ -60,3 +67,37 @@ def test_from_a_confusion_matrix(predictions):
 )
 def test_wilson_interval(hits, total, expected):
     np.testing.assert_allclose(wilson_interval(hits, total), expected, atol=1e-4)
+
+
+def test_balanced_weights_are_one_on_average_and_equal_in_sum():
+    labels = np.array([0] * 6 + [1] * 3 + [3] * 1)
+    weights = balanced_class_weights(labels, 4)
+    np.testing.assert_allclose(weights, [10 / (3 * 6), 10 / (3 * 3), 0, 10 / 3])  # class 2 does not occur
+    assert weights[labels].mean() == pytest.approx(1.0)
+
+
+def test_class_weights_act_on_the_loss_of_labels_and_of_shares(predictions):
+    labels, logits = predictions
+    weights = balanced_class_weights(labels, 5)
+    each = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True).numpy()
+    loss = keras.losses.deserialize(keras.losses.serialize(CrossEntropy(weights)))
+    assert float(loss(labels, logits)) == pytest.approx((weights[labels] * each).mean(), rel=1e-5)
+    assert float(loss(labels[:, None], logits)) == pytest.approx((weights[labels] * each).mean(), rel=1e-5)
+    assert float(CrossEntropy()(labels, logits)) == pytest.approx(each.mean(), rel=1e-5)
+    shares = 0.75 * np.eye(5)[labels] + 0.25 * np.eye(5)[labels[::-1]]
+    mixed = keras.losses.categorical_crossentropy(shares, logits, from_logits=True).numpy()
+    expected = ((0.75 * weights[labels] + 0.25 * weights[labels[::-1]]) * mixed).mean()
+    assert float(loss(shares, logits)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_class_weights_leave_the_metrics_alone(predictions):
+    labels, logits = predictions
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Activation("linear")])
+    figures = {}
+    for loss in (CrossEntropy(), CrossEntropy(balanced_class_weights(labels, 5))):
+        model.compile(loss=loss, weighted_metrics=[Accuracy(), MeanPerClassAccuracy(5)])
+        figures[loss.class_weights] = model.evaluate(logits, labels, verbose=0, return_dict=True)
+    plain, weighted = figures.values()
+    assert plain["accuracy"] == weighted["accuracy"]
+    assert plain["mean_per_class_accuracy"] == weighted["mean_per_class_accuracy"]
+    assert abs(plain["loss"] - weighted["loss"]) > 0.01

@@ -31,7 +31,7 @@ def test_names_batch_size_estimate_and_ways_out(classifier, error, reason):
         out_of_memory_explained(JobConfig(batch_size=4096), classifier),
     ):
         raise error
-    for way in ("--batch_size", "--accumulate_steps", "--precision=mixed_", "--image_size than 32"):
+    for way in ("than 4096", "--batch_size=2048 --accumulate_steps=2", "--precision=mixed_", "--image_size than 32"):
         assert way in str(raised.value)
     assert "statistics" not in str(raised.value) and raised.value.__cause__ is error
 
@@ -45,6 +45,22 @@ def test_leaves_other_errors_and_what_is_in_use_alone(classifier):
     ):
         raise MemoryError
     assert "--precision" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ({"batch_size": 64, "accumulate_steps": 3}, "--batch_size=32 --accumulate_steps=6"),
+        ({"batch_size": 64, "distribution": "mirrored"}, None),  # where gradients aren't accumulated
+        ({"batch_size": 1}, None),
+    ],
+)
+def test_the_way_out_with_parts_of_a_batch_is_one_that_the_flags_allow(classifier, settings, way):
+    config = JobConfig(**settings)
+    with pytest.raises(UserError) as raised, out_of_memory_explained(config, classifier):
+        raise MemoryError
+    assert (f" {way} (the same batch, in parts)" in str(raised.value)) == (way is not None)
+    assert ("--accumulate_steps" in str(raised.value)) == (way is not None)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from robust_tf import train
 from robust_tf.config import JobConfig, read_flag_file
 from robust_tf.errors import UserError
 from robust_tf.models import build_classifier
+from robust_tf.training import plan
 from robust_tf.training.building import PlannedTask, planned_task
 from robust_tf.training.device_plan import JobWork, device_plan, job_work
 from robust_tf.training.devices import DEVICES, parse_clusters
@@ -321,3 +322,18 @@ def test_estimated_memory_is_right_within_its_factor(architecture, size, batch_s
     trainable, total = parameter_counts(classifier)
     estimate = estimated_bytes(digits(batch_size=batch_size), classifier, trainable, total)
     assert 1 / 1.5 < estimate / measured < 1.5, (estimate / 2**20, measured / 2**20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"lr_schedule": "cosine", "warmup_epochs": 2.0}, "0.1, cosine, rises from 0 for 2 epochs"),
+        ({"lr_step_epochs": 2}, "0.1, step, x 0.1 after epochs 2, 4, 6, 8"),
+        ({"lr_step_epochs": 1, "lr_decay": 0.9}, "0.1, step, x 0.9 after epochs 1, 2, 3, 4, ..."),
+        ({"lr_step_epochs": 10}, "0.1, step, x 0.1 at no time within 10 epochs"),
+        ({"lr_schedule": "piecewise", "lr_milestones": (6, 30)}, "0.1, piecewise, x 0.1 after epochs 6"),
+        ({"base_batch_size": 256, "batch_size": 32, "accumulate_steps": 4}, "0.05, step, x 0.1 at no time within 10"),
+    ],
+)
+def test_the_learning_rate_is_shown_with_the_drops_that_the_job_reaches(settings, shown):
+    assert plan._learning_rate(JobConfig(epochs=10, **settings)).startswith(f"learning rate {shown}")

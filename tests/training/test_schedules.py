@@ -45,6 +45,20 @@ def test_drop_is_exact_far_into_a_long_training():
             np.testing.assert_allclose(schedule(step - 1), 0.1 ** (drop - 1), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "batches", "accumulated"),
+    # The quotient of step and steps per epoch lies below the epoch, or the product of epoch and steps above the step.
+    [(15, 13, 3), (27, 13, 3), (27, 7, 3), (15, 25, 3)],
+)
+def test_drop_is_exact_with_a_fraction_of_steps_per_epoch(epochs, batches, accumulated):
+    drop = epochs * batches // accumulated
+    for kind, options in (("step", {"step_epochs": epochs}), ("piecewise", {"milestones": (epochs,)})):
+        schedule = Schedule(
+            kind, learning_rate=1.0, steps_per_epoch=batches / accumulated, epochs=epochs + 1, **options
+        )
+        np.testing.assert_allclose([schedule(drop - 1), schedule(drop)], [1.0, 0.1], rtol=1e-5)
+
+
 def test_survives_serialisation():
     schedule = Schedule("piecewise", learning_rate=0.4, steps_per_epoch=10, epochs=15, milestones=(3, 6))
     config = keras.optimizers.schedules.serialize(schedule)
