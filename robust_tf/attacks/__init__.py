@@ -9,7 +9,7 @@ from robust_tf.attacks.pgd import AttackResult, pgd, run_pgd
 from robust_tf.attacks.square import square
 from robust_tf.attacks.table import ATTACKS, check_attacks
 from robust_tf.attacks.threat_models import NORMS
-from robust_tf.attacks.warning_flags import zero_gradient_share
+from robust_tf.attacks.warning_flags import AttackWarning, zero_gradient_share
 from robust_tf.config import AttackConfig
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "VERSIONS",
     "AttackConfig",
     "AttackResult",
+    "AttackWarning",
     "AutoAttackResult",
     "CascadeState",
     "CompiledAttacks",

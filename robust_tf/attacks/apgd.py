@@ -131,11 +131,11 @@ def apgd(
 
     Source: Croce and Hein 2020, arXiv 2003.01690, algorithm 1 and section 4; L1: 2021, arXiv 2103.01208, algorithm 1.
     """
-    model, images, labels = checked_batch(model, images, labels)
     check_threat_model(norm, epsilon)
     check_at_least(1, steps=steps, restarts=restarts, gradient_draws=gradient_draws)
     check_at_least(0, targets=targets)
     loss_of = find_loss(loss, targeted=targets > 0)
+    model, images, labels = checked_batch(model, images, labels, loss=loss_of)
     clean = logits_of(model, images)
     targets = min(targets, num_classes(clean) - 1)
     geometry, schedule = NORMS[norm], _schedule(norm, steps)

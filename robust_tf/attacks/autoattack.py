@@ -1,6 +1,5 @@
 """AutoAttack, the cascade that robust accuracies are compared by (Croce and Hein 2020, arXiv 2003.01690)."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from robust_tf.attacks.cascade import cascade
 from robust_tf.attacks.losses import Model
+from robust_tf.attacks.warning_flags import issue
 from robust_tf.errors import UserError, unknown_name
 
 # version -> its attacks, in their order
@@ -76,7 +76,7 @@ def autoattack(
 
     Returns:
         The adversarial images, what resists, what felled the rest, and warnings. The latter are also issued as Python
-        warnings.
+        warnings of the class `AttackWarning`.
 
     Raises:
         UserError: an argument is out of its range, or the model gives NaN.
@@ -99,7 +99,6 @@ def autoattack(
     )
     for state in states:  # noqa: B007  # the last one is what counts
         pass
-    for sentence in state.warnings.values():
-        warnings.warn(sentence, stacklevel=2)
+    issue(state.warnings.values(), stacklevel=2)
     images_adv = np.stack([state.kept[number] for number in range(len(images))])
     return AutoAttackResult(images_adv, state.robust, state.felled_by, state.warnings)

@@ -40,8 +40,8 @@ def fgsm(
     Source: Goodfellow et al. 2015, arXiv 1412.6572, section 4.
     """
     del seed
-    model, images, labels = checked_batch(model, images, labels)
     check_threat_model(norm, epsilon, ("linf", "l2"))
+    model, images, labels = checked_batch(model, images, labels, loss=LOSSES["ce"])
     slope = slope_of(model, images, lambda logits: LOSSES["ce"](logits, labels, labels), labels)
     geometry = NORMS[norm]
     return tf.stop_gradient(geometry.project(images + geometry.step(slope.gradient, epsilon), images, epsilon))

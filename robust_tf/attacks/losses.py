@@ -3,30 +3,25 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import keras
 import tensorflow as tf
 
+from robust_tf.attacks.outputs import Model, logits_of
+from robust_tf.attacks.outputs import with_classes as with_classes
 from robust_tf.errors import UserError, unknown_name
-
-Model = Callable[[tf.Tensor], tf.Tensor]
 
 # What the largest slope of the loss at an image's logits is scaled to before it goes back through the network, and back
 # from after it: in float16 most input gradients would be below the smallest number otherwise.
 _LARGEST_SLOPE = 256.0
 
-
-def logits_of(model: Model, images: tf.Tensor) -> tf.Tensor:
-    """Logits in float32, the network in inference mode (BatchNorm uses and keeps its running statistics)."""
-    # keras.Model and keras.Layer take `training`; a plain callable is what it is.
-    logits = model(images, training=False) if isinstance(model, keras.Layer) else model(images)
-    return tf.cast(logits, tf.float32)
+# From this log-odds on, exp is continued by its tangent: below about -87 float32 would have 0 for it.
+_LOWEST_LOG_ODDS = -60.0
 
 
-def with_classes(model: Model, count: int) -> Model:
-    """The same model with logits of a known shape (batch, count), also in graphs."""
-    if isinstance(model, keras.Layer):  # Keras knows it
-        return model
-    return lambda images: tf.ensure_shape(model(images), [None, count])
+# Two logits of one: 0 for the first class, and the logit for the second.
+ONE_LOGIT = (
+    "A classifier gives logits (batch, classes), 2 classes or more. Received: one output for each image. Make two "
+    "logits of it, lambda images: tf.pad(model(images), [[0, 0], [1, 0]]), with the sigmoid removed if there is one."
+)
 
 
 def is_correct(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
@@ -55,8 +50,23 @@ def _without_class(logits: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
 
 
 def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """TensorFlow's, but where that is 0 because the label's probability was rounded to 1.
+
+    TensorFlow has log(1) there, and 0 for the label's part of the gradient, from a margin of about 17 on: a sure
+    classifier would seem robust to every attack that climbs this loss. To first order in the probability of the other
+    classes, both are the odds against the label, which don't round to 0 before a margin of about 87; from there on
+    the loss goes on falling along a tangent, a little below 0, so that even then one point has a higher loss than
+    another.
+    """
     del targets
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+    if logits.shape[-1] == 1:
+        raise UserError(ONE_LOGIT)
+    loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+    others = tf.reduce_logsumexp(_without_class(logits, labels), axis=-1)
+    # Not above 0, where exp could overflow: its gradient would be NaN even where this branch isn't taken.
+    log_odds = tf.minimum(others - _of_class(logits, labels), 0.0)
+    odds = tf.exp(tf.maximum(log_odds, _LOWEST_LOG_ODDS)) * (1.0 + tf.minimum(log_odds - _LOWEST_LOG_ODDS, 0.0))
+    return tf.where(tf.equal(loss, 0.0), odds, loss)
 
 
 def _margin(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
@@ -118,7 +128,7 @@ TARGETED_LOSSES: dict[str, Loss] = {
 def find_loss(name: str, *, targeted: bool = False) -> Loss:
     """The loss of that name. Raises UserError for an unknown one."""
     table = TARGETED_LOSSES if targeted else LOSSES
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise unknown_name("loss", name, table)
     return table[name]
 
@@ -130,11 +140,13 @@ class Slope(NamedTuple):
         loss: (batch,) float32.
         gradient: (batch, height, width, channels) float32.
         correct: (batch,) bool.
+        margin: (batch,) float32, the logit of the label minus the best other one; for ties of the loss.
     """
 
     loss: tf.Tensor
     gradient: tf.Tensor
     correct: tf.Tensor
+    margin: tf.Tensor
 
 
 def slope_of(model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.Tensor], labels: tf.Tensor) -> Slope:
@@ -156,7 +168,7 @@ def slope_of(model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.
     gradient = tape.gradient(
         logits, points, output_gradients=scale * slope, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
-    return Slope(loss, gradient / scale[:, :, None, None], is_correct(logits, labels))
+    return Slope(loss, gradient / scale[:, :, None, None], is_correct(logits, labels), margin_of(logits, labels))
 
 
 def _scale_of(slope: tf.Tensor) -> tf.Tensor:
@@ -184,7 +196,8 @@ def mean_slope(
 
     def add(i: tf.Tensor, total: Slope) -> tuple[tf.Tensor, Slope]:
         new = slope_of(model, points, loss_of, labels)
-        return i + 1, Slope(total.loss + new.loss, total.gradient + new.gradient, new.correct)
+        total_loss, total_gradient = total.loss + new.loss, total.gradient + new.gradient
+        return i + 1, Slope(total_loss, total_gradient, new.correct, new.margin)
 
     _, total = tf.while_loop(lambda i, _: i < draws, add, (1, slope), maximum_iterations=draws - 1)
-    return Slope(total.loss / draws, total.gradient / draws, total.correct)
+    return Slope(total.loss / draws, total.gradient / draws, total.correct, total.margin)

@@ -6,14 +6,13 @@ import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch, training_batch
 from robust_tf.attacks.loops import State, repeat, repeat_while_resisting
-from robust_tf.attacks.losses import LOSSES, Loss, Model, find_loss, is_correct, logits_of, slope_of
+from robust_tf.attacks.losses import LOSSES, Loss, Model, find_loss, is_correct, logits_of, margin_of, slope_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
 from robust_tf.attacks.threat_models import NORMS, Norm, Scale
 from robust_tf.config import AttackConfig
 
-# The reference clamps inside the model, so it attacks images that are slightly outside of [0, 1] as well. Another unit
-# (0 to 255, -1 to 1, normalised by mean and deviation) goes beyond this.
-_PIXEL_TOLERANCE = 0.5
+# Margin below which iterates are compared by it: the differences of the cross-entropy are smaller than its rounding.
+_TINY_MARGIN = 1e-5
 
 
 class AttackResult(NamedTuple):
@@ -49,9 +48,9 @@ def run_pgd(
         seed: (2,) int32 or int64, for the random start; None draws one from TensorFlow's global generator.
 
     Raises:
-        UserError: labels are not one number for each image, or images are integers.
+        UserError, InvalidArgumentError: as `training_batch`.
     """
-    images, labels = training_batch(images, labels)
+    images, labels = training_batch(images, labels, attacked=attack.active)
     if not attack.active:
         logits = logits_of(model, images)
         return AttackResult(images, LOSSES["ce"](logits, labels, labels), is_correct(logits, labels))
@@ -104,6 +103,15 @@ def ascend(
     ascent = -1.0 if targeted else 1.0  # a targeted attack goes down the loss of the target
     loss_of = find_loss(loss) if isinstance(loss, str) else loss
 
+    def is_worse(loss: tf.Tensor, margin: tf.Tensor, state: State) -> tf.Tensor:
+        # Strictly: of two equal iterates the earlier one stays, as in the reference.
+        worse = ascent * loss > ascent * state["best_loss"]
+        if loss_of is not LOSSES["ce"]:
+            return worse
+        # The cross-entropy of tiny logits is log(classes) and rounding, in float32; their margins differ all the same.
+        tiny = tf.maximum(tf.abs(margin), tf.abs(state["best_margin"])) < _TINY_MARGIN
+        return tf.where(tiny, ascent * margin < ascent * state["best_margin"], worse)
+
     def step(i: tf.Tensor, state: State) -> State:
         points, labels = state["points"], state["labels"]
         slope = slope_of(model, points, lambda logits: loss_of(logits, labels, labels), labels)
@@ -114,10 +122,10 @@ def ascend(
             "start_correct": tf.where(first, slope.correct, state["start_correct"]),
         }
         if use_best:
-            # Strictly: of two equal iterates the earlier one stays, as in the reference.
-            improved = ascent * slope.loss > ascent * state["best_loss"]
+            improved = is_worse(slope.loss, slope.margin, state)
             new["best"] = tf.where(improved[:, None, None, None], points, state["best"])
             new["best_loss"] = tf.where(improved, slope.loss, state["best_loss"])
+            new["best_margin"] = tf.where(improved, slope.margin, state["best_margin"])
         moved = points + norm.step(ascent * slope.gradient, step_size)
         new["points"] = norm.project(moved, state["images"], epsilon)
         if early_stop:
@@ -138,7 +146,8 @@ def ascend(
         "fallen": tf.zeros_like(zeros, tf.bool),
     }
     if use_best:
-        state |= {"best": start, "best_loss": tf.fill(tf.shape(zeros), -ascent * float("inf"))}
+        worst = tf.fill(tf.shape(zeros), -ascent * float("inf"))
+        state |= {"best": start, "best_loss": worst, "best_margin": -worst}
     state = (repeat_while_resisting if early_stop else repeat)(step, state, steps)
     images_adv = state["points"]
     fallen = state["fallen"]
@@ -148,7 +157,7 @@ def ascend(
         if early_stop:
             fallen |= is_correct(logits, labels) == targeted
         if use_best:
-            better = ascent * loss_of(logits, labels, labels) > ascent * state["best_loss"]
+            better = is_worse(loss_of(logits, labels, labels), margin_of(logits, labels), state)
             last = (better & ~state["fallen"]) | (fallen & ~state["fallen"])
             images_adv = tf.where(last[:, None, None, None], images_adv, state["best"])
     return {**state, "images_adv": images_adv, "fallen": fallen}
@@ -209,11 +218,11 @@ def pgd(
 
     Source: Madry et al. 2018, arXiv 1706.06083, section 2.1; details as in MadryLab/robustness (attacker.py).
     """
-    model, images, labels = checked_batch(model, images, labels, pixel_tolerance=_PIXEL_TOLERANCE)
+    check_threat_model(norm, epsilon, ("linf", "l2"))
     check_at_least(1, restarts=restarts)
-    find_loss(loss)
+    check_at_least(0, steps=steps)
+    model, images, labels = checked_batch(model, images, labels, loss=find_loss(loss), targeted=targeted)
     if isinstance(epsilon, tf.Tensor):
-        check_threat_model(norm, epsilon, ("linf", "l2"))
         check_at_least(1, steps=steps)
     else:
         size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size

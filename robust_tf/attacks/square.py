@@ -56,9 +56,9 @@ def square(
 
     Source: Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3.
     """
-    model, images, labels = checked_batch(model, images, labels)
     check_threat_model(norm, epsilon)
     check_at_least(1, queries=queries, restarts=restarts)
+    model, images, labels = checked_batch(model, images, labels)
     clean = logits_of(model, images)
     height, width, channels = images.shape[1:]
     sizes = _sizes(queries, height, width, smallest=1 if norm == "linf" else 3)
