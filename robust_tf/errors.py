@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class AttackWarning(UserWarning):
+    """A sign that a robust accuracy is too good to be true: the attack could not do its work."""
+
+
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> UserError:
     """The error for a name that is in no table: lists the valid ones and suggests the nearest.
 

@@ -9,8 +9,9 @@ from robust_tf.attacks.pgd import AttackResult, pgd, run_pgd
 from robust_tf.attacks.square import square
 from robust_tf.attacks.table import ATTACKS, check_attacks
 from robust_tf.attacks.threat_models import NORMS
-from robust_tf.attacks.warning_flags import AttackWarning, zero_gradient_share
+from robust_tf.attacks.warning_flags import zero_gradient_share
 from robust_tf.config import AttackConfig
+from robust_tf.errors import AttackWarning
 
 __all__ = [
     "ATTACKS",

@@ -2,6 +2,7 @@
 
 import numbers
 import re
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -80,7 +81,7 @@ def checked_batch(
     if images.shape.rank != 4 or not images.shape[:1].is_compatible_with(labels.shape):
         raise UserError(
             "Images have the axes (batch, height, width, channels), and labels are one integer for each image. "
-            f"Received: images of shape {images.shape}, labels of shape {labels.shape}."
+            f"Received: images of shape {images.shape}, labels of shape {labels.shape}.{_one_image(images.shape)}"
         )
     if not labels.dtype.is_integer:
         raise UserError(f"Labels are one integer for each image. Received: labels of type {labels.dtype.name}.")
@@ -147,6 +148,7 @@ def training_batch(images: tf.Tensor, labels: tf.Tensor, *, attacked: bool = Tru
         if images.shape.rank not in (None, 4):
             raise UserError(
                 f"Images have the axes (batch, height, width, channels). Received: images of shape {images.shape}."
+                + _one_image(images.shape)
             )
         images = assert_pixels(images)
     return tf.cast(images, tf.float32), tf.cast(labels, tf.int32)
@@ -190,7 +192,7 @@ def assert_pixels(images: tf.Tensor) -> tf.Tensor:
 def pixel_error(error: tf.errors.InvalidArgumentError) -> UserError | None:
     """The UserError that the failed assertion of `assert_pixels` stands for; None for any other error."""
     found = re.search(r"Received: values from\] ?\[([^\]]*)\] ?\[to\] ?\[([^\]]*)\]", error.message)
-    return None if found is None else _not_pixels(found[1], found[2])
+    return None if found is None else _not_pixels(*(f"{float(value):g}" for value in found.groups()))
 
 
 def check_images(images: np.ndarray) -> None:
@@ -198,6 +200,7 @@ def check_images(images: np.ndarray) -> None:
     if images.ndim != 4:
         raise UserError(
             f"Images have the axes (batch, height, width, channels). Received: an array of shape {images.shape}."
+            + _one_image(images.shape)
         )
     if not images.size:
         raise UserError(f"There is nothing to attack. Received: images of shape {images.shape}.")
@@ -247,6 +250,10 @@ def _floating(images: tf.Tensor) -> tf.Tensor:
             f"Images must be numbers in [0, 1]. Received: images of type {images.dtype.name}. {_PIXEL_WAY_OUT}"
         )
     return images
+
+
+def _one_image(shape: Sequence[int | None]) -> str:
+    return " A single image needs a batch axis, images[None]." if len(shape) == 3 else ""
 
 
 def _are_pixels(low: float, high: float) -> bool:

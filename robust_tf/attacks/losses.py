@@ -1,13 +1,14 @@
 """What the attacks raise: losses of logits, and their gradients with respect to the images."""
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
 
-from robust_tf.attacks.outputs import Model, logits_of
+from robust_tf.attacks.outputs import CheckedModel, Model, logits_of
 from robust_tf.attacks.outputs import with_classes as with_classes
-from robust_tf.errors import UserError, unknown_name
+from robust_tf.errors import AttackWarning, UserError, unknown_name
 
 # What the largest slope of the loss at an image's logits is scaled to before it goes back through the network, and back
 # from after it: in float16 most input gradients would be below the smallest number otherwise.
@@ -15,6 +16,12 @@ _LARGEST_SLOPE = 256.0
 
 # From this log-odds on, exp is continued by its tangent: below about -87 float32 would have 0 for it.
 _LOWEST_LOG_ODDS = -60.0
+
+NO_GRADIENT_MEANS = (
+    "Attacks that follow gradients leave such images nearly as they are, so the robust accuracy is an overestimate. "
+    "Attack the model without what stops its gradient (rounding, stop_gradient, NumPy code, another framework), or use "
+    "square, which needs none."
+)
 
 
 # Two logits of one: 0 for the first class, and the logit for the second.
@@ -154,6 +161,9 @@ def slope_of(model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.
 
     Args:
         loss_of: logits -> (batch,).
+
+    Warns:
+        AttackWarning: in a graph, for a model whose output doesn't depend on the images in a differentiable way.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(points)
@@ -164,10 +174,12 @@ def slope_of(model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.
     # Of the sum, not of the mean: an image's gradient doesn't depend on the batch it came in.
     slope = loss_tape.gradient(loss, logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     scale = _scale_of(slope)
-    # A model without gradients has zero gradients: the attacks that need them stay where they are.
-    gradient = tape.gradient(
-        logits, points, output_gradients=scale * slope, unconnected_gradients=tf.UnconnectedGradients.ZERO
-    )
+    gradient = tape.gradient(logits, points, output_gradients=scale * slope)
+    if gradient is None:  # the attacks that need one stay where they are
+        if not (tf.executing_eagerly() or isinstance(model, CheckedModel)):  # else it was looked at before
+            message = f"The model has no gradient with respect to its images. {NO_GRADIENT_MEANS}"
+            warnings.warn(message, AttackWarning, stacklevel=2)
+        gradient = tf.zeros_like(points)
     return Slope(loss, gradient / scale[:, :, None, None], is_correct(logits, labels), margin_of(logits, labels))
 
 

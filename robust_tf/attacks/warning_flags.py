@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from robust_tf.attacks.losses import LOSSES, Loss, likeliest_targets, slope_of
+from robust_tf.attacks.losses import LOSSES, NO_GRADIENT_MEANS, Loss, likeliest_targets, slope_of
 from robust_tf.attacks.outputs import Model, kind_of_probabilities, output_of
+from robust_tf.errors import AttackWarning
 
 # Square may find what a white-box attack has missed for this share of the images before it is suspicious.
 _SQUARE_TOLERANCE = 0.002
@@ -21,10 +22,6 @@ _RANDOMNESS_TOLERANCE = 1e-4
 _PIXEL_ROUNDING = 1e-3
 
 PROBABILITIES = "The outputs look like probabilities. Attack the logits: behind a softmax small differences vanish."
-
-
-class AttackWarning(UserWarning):
-    """A sign that a robust accuracy is too good to be true: the attack could not do its work."""
 
 
 def issue(sentences: Iterable[str], *, stacklevel: int) -> None:
@@ -110,11 +107,7 @@ def mean_of_zero_gradients(
 
 def zero_gradient_sentence(share: float) -> str:
     """What the flag zero_gradients says."""
-    return (
-        f"The gradient is zero at {share:.1%} of the images looked at. Attacks that follow gradients leave them nearly "
-        "as they are, so the robust accuracy is an overestimate. Attack the model without what stops its gradient "
-        "(rounding, stop_gradient, NumPy code, another framework), or use square, which needs none."
-    )
+    return f"The gradient is zero at {share:.1%} of the images looked at. {NO_GRADIENT_MEANS}"
 
 
 def pixel_flags(images: np.ndarray) -> dict[str, str]:

@@ -33,7 +33,7 @@ def flags(jobs, data_dir, tmp_path):
     def make(name: str = "evaluation", *, classifier: str = "good", **changes) -> list[str]:
         values = {
             "classifier": jobs[classifier].classifier if classifier in jobs else classifier,
-            "output_dir": tmp_path / name,
+            "output": tmp_path / name,
             "data_dir": data_dir,
             "num_images": 60,
             "num_examples": 0,
@@ -46,7 +46,7 @@ def flags(jobs, data_dir, tmp_path):
 
 
 def results_of(arguments: list[str]) -> dict:
-    folder = next(argument for argument in arguments if argument.startswith("--output_dir=")).partition("=")[2]
+    folder = next(argument for argument in arguments if argument.startswith("--output=")).partition("=")[2]
     return json.loads((pathlib.Path(folder) / "evaluation.json").read_text())
 
 
@@ -87,7 +87,11 @@ def test_a_curve_of_two_attacks_with_all_its_files(flags, tmp_path, capsys):
     bins = entry["calibration"]["bins"]
     assert sum(row["num_images"] for row in bins) == 60
     out = capsys.readouterr().out
-    assert "pgd, l2 0.25" in out and f"({attacks[4]['interval'][0]:.1%} to " in out
+    assert (
+        "PGD-20 (any wrong iterate), l2 0.25" in out
+        and "l2 0 " not in out
+        and f"({attacks[4]['interval'][0]:.1%} to " in out
+    )
 
 
 def test_an_image_falls_as_the_attack_alone_would_have_it(flags, jobs):
