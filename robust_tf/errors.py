@@ -13,6 +13,9 @@ class UserError(ValueError):
     traceback and exit with code 2.
     """
 
+    # TensorFlow's autograph would make a StagingError of it, with a traceback of many lines, in a tf.function.
+    ag_pass_through = True
+
 
 class AttackWarning(UserWarning):
     """A sign that a robust accuracy is too good to be true: the attack could not do its work."""
