@@ -65,7 +65,7 @@ def autoattack(
     Args:
         model: any callable from [0, 1] images to logits.
         images: (num_images, height, width, channels), float, in [0, 1].
-        labels: (num_images,) integers.
+        labels: (num_images,) or (num_images, 1) integers.
         norm: "linf", "l2" or "l1".
         epsilon: radius, in [0, 1] pixel units.
         version: "standard" (APGD-CE, targeted APGD-DLR, targeted FAB, Square), "plus" (more restarts, and the
@@ -79,7 +79,7 @@ def autoattack(
         warnings of the class `AttackWarning`.
 
     Raises:
-        UserError: an argument is out of its range, or the model gives NaN.
+        UserError: an argument is out of its range, or the model gives NaN or no logits of classes.
 
     Source: Croce and Hein 2020, arXiv 2003.01690.
     """

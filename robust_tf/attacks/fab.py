@@ -54,7 +54,7 @@ def fab(
         model: any callable from images to logits; a Keras model is run in inference mode. Normalisation belongs
             inside it.
         images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) integers.
+        labels: (batch,) or (batch, 1) integers.
         norm: "linf", "l2" or "l1".
         epsilon: an image that is farther away doesn't count, in [0, 1] pixel units; a number or a scalar tensor;
             math.inf: however far.
@@ -72,8 +72,12 @@ def fab(
             epsilon and where the clean prediction is wrong.
 
     Raises:
-        UserError: an argument is out of its range, or (eagerly) images are clearly not in [0, 1], or a label is not
-            a class.
+        UserError: an argument is out of its range, or the model gives something else than logits of classes
+            (probabilities, say), or (eagerly) images are not in [0, 1] or a label is no class.
+        InvalidArgumentError: in a tf.function, images are not in [0, 1].
+
+    Warns:
+        AttackWarning: (eagerly) the loss has no gradient at some of the images, or they look like another unit.
 
     Source: Croce and Hein 2020, arXiv 1907.02044, algorithm 1; targeted: arXiv 2003.01690, section 5.
     """

@@ -26,7 +26,7 @@ def fgsm(
     Args:
         model: any callable from images to logits.
         images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) integers.
+        labels: (batch,) or (batch, 1) integers.
         norm: "linf" or "l2".
         epsilon: radius of the ball, in [0, 1] pixel units; a number or a scalar tensor.
         seed: nothing here is random; taken so that all attacks are called alike.
@@ -35,7 +35,10 @@ def fgsm(
         images_adv: (batch, height, width, channels) float32, in the ball and in [0, 1].
 
     Raises:
-        UserError: as `pgd`.
+        UserError, InvalidArgumentError: as `pgd`.
+
+    Warns:
+        AttackWarning: as `pgd`.
 
     Source: Goodfellow et al. 2015, arXiv 1412.6572, section 4.
     """

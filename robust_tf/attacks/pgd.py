@@ -190,7 +190,7 @@ def pgd(
         model: any callable from images to logits; a Keras model is run in inference mode. Normalisation belongs
             inside it.
         images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) integers: the true classes, or the target classes with `targeted`.
+        labels: (batch,) or (batch, 1) integers: the true classes, or the target classes with `targeted`.
         norm: "linf" or "l2".
         epsilon: radius of the ball, in [0, 1] pixel units; 0 gives the images back. A scalar tensor lets one graph
             serve many radii.
@@ -213,8 +213,12 @@ def pgd(
         images_adv: (batch, height, width, channels) float32.
 
     Raises:
-        UserError: an argument is out of its range, or (eagerly) images are clearly not in [0, 1], or a label is not
-            a class.
+        UserError: an argument is out of its range, or the model gives something else than logits of classes
+            (probabilities, say), or (eagerly) images are not in [0, 1] or a label is no class.
+        InvalidArgumentError: in a tf.function, images are not in [0, 1].
+
+    Warns:
+        AttackWarning: (eagerly) the loss has no gradient at some of the images, or they look like another unit.
 
     Source: Madry et al. 2018, arXiv 1706.06083, section 2.1; details as in MadryLab/robustness (attacker.py).
     """
