@@ -253,7 +253,11 @@ def _floating(images: tf.Tensor) -> tf.Tensor:
 
 
 def _one_image(shape: Sequence[int | None]) -> str:
-    return " A single image needs a batch axis, images[None]." if len(shape) == 3 else ""
+    return (
+        " A single image needs a batch axis, images[None]; gray ones need a channel, images[..., None]."
+        if len(shape) == 3
+        else ""
+    )
 
 
 def _are_pixels(low: float, high: float) -> bool:

@@ -147,13 +147,13 @@ class Slope(NamedTuple):
         loss: (batch,) float32.
         gradient: (batch, height, width, channels) float32.
         correct: (batch,) bool.
-        margin: (batch,) float32, the logit of the label minus the best other one; for ties of the loss.
+        logits: (batch, classes) float32.
     """
 
     loss: tf.Tensor
     gradient: tf.Tensor
     correct: tf.Tensor
-    margin: tf.Tensor
+    logits: tf.Tensor
 
 
 def slope_of(model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.Tensor], labels: tf.Tensor) -> Slope:
@@ -180,7 +180,7 @@ def slope_of(model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.
             message = f"The model has no gradient with respect to its images. {NO_GRADIENT_MEANS}"
             warnings.warn(message, AttackWarning, stacklevel=2)
         gradient = tf.zeros_like(points)
-    return Slope(loss, gradient / scale[:, :, None, None], is_correct(logits, labels), margin_of(logits, labels))
+    return Slope(loss, gradient / scale[:, :, None, None], is_correct(logits, labels), logits)
 
 
 def _scale_of(slope: tf.Tensor) -> tf.Tensor:
@@ -200,7 +200,7 @@ def mean_slope(
 ) -> Slope:
     """`slope_of`, averaged over `draws` calls of a random model (expectation over transformation, arXiv 1802.00420).
 
-    The prediction is that of the last call.
+    The prediction and the logits are those of the last call.
     """
     slope = slope_of(model, points, loss_of, labels)
     if draws == 1:
@@ -209,7 +209,7 @@ def mean_slope(
     def add(i: tf.Tensor, total: Slope) -> tuple[tf.Tensor, Slope]:
         new = slope_of(model, points, loss_of, labels)
         total_loss, total_gradient = total.loss + new.loss, total.gradient + new.gradient
-        return i + 1, Slope(total_loss, total_gradient, new.correct, new.margin)
+        return i + 1, Slope(total_loss, total_gradient, new.correct, new.logits)
 
     _, total = tf.while_loop(lambda i, _: i < draws, add, (1, slope), maximum_iterations=draws - 1)
-    return Slope(total.loss / draws, total.gradient / draws, total.correct, total.margin)
+    return Slope(total.loss / draws, total.gradient / draws, total.correct, total.logits)

@@ -103,14 +103,18 @@ def ascend(
     ascent = -1.0 if targeted else 1.0  # a targeted attack goes down the loss of the target
     loss_of = find_loss(loss) if isinstance(loss, str) else loss
 
+    def margin(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        # Another loss has differences of its own, also between tiny logits.
+        if loss_of is LOSSES["ce"]:
+            return margin_of(logits, labels)
+        return tf.fill(tf.shape(logits)[:1], float("inf"))
+
     def is_worse(loss: tf.Tensor, margin: tf.Tensor, state: State) -> tf.Tensor:
-        # Strictly: of two equal iterates the earlier one stays, as in the reference.
-        worse = ascent * loss > ascent * state["best_loss"]
-        if loss_of is not LOSSES["ce"]:
-            return worse
         # The cross-entropy of tiny logits is log(classes) and rounding, in float32; their margins differ all the same.
         tiny = tf.maximum(tf.abs(margin), tf.abs(state["best_margin"])) < _TINY_MARGIN
-        return tf.where(tiny, ascent * margin < ascent * state["best_margin"], worse)
+        # Strictly: of two equal iterates the earlier one stays, as in the reference.
+        higher = ascent * loss > ascent * state["best_loss"]
+        return tf.where(tiny, ascent * margin < ascent * state["best_margin"], higher)
 
     def step(i: tf.Tensor, state: State) -> State:
         points, labels = state["points"], state["labels"]
@@ -122,10 +126,11 @@ def ascend(
             "start_correct": tf.where(first, slope.correct, state["start_correct"]),
         }
         if use_best:
-            improved = is_worse(slope.loss, slope.margin, state)
+            margin_now = margin(slope.logits, labels)
+            improved = is_worse(slope.loss, margin_now, state)
             new["best"] = tf.where(improved[:, None, None, None], points, state["best"])
             new["best_loss"] = tf.where(improved, slope.loss, state["best_loss"])
-            new["best_margin"] = tf.where(improved, slope.margin, state["best_margin"])
+            new["best_margin"] = tf.where(improved, margin_now, state["best_margin"])
         moved = points + norm.step(ascent * slope.gradient, step_size)
         new["points"] = norm.project(moved, state["images"], epsilon)
         if early_stop:
@@ -157,7 +162,7 @@ def ascend(
         if early_stop:
             fallen |= is_correct(logits, labels) == targeted
         if use_best:
-            better = is_worse(loss_of(logits, labels, labels), margin_of(logits, labels), state)
+            better = is_worse(loss_of(logits, labels, labels), margin(logits, labels), state)
             last = (better & ~state["fallen"]) | (fallen & ~state["fallen"])
             images_adv = tf.where(last[:, None, None, None], images_adv, state["best"])
     return {**state, "images_adv": images_adv, "fallen": fallen}
