@@ -3,6 +3,7 @@
 import dataclasses
 import fractions
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -16,7 +17,11 @@ Config = TypeVar("Config")
 
 
 def flag(default: Any, help_text: str, **metadata: Any) -> Any:
-    """A dataclass field that is a flag; further metadata is for the dataclass itself."""
+    """A dataclass field that is a flag.
+
+    Args:
+        metadata: `formerly`, an older name that still works; anything else is for the dataclass itself.
+    """
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
 
@@ -40,7 +45,9 @@ def parse_flags(config_class: type[Config], argv: Sequence[str], usage: str = ""
     hints = typing.get_type_hints(config_class)
     fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
     for field in fields:
-        _define(field.name, _without_none(hints[field.name]), field.default, field.metadata["help"], values)
+        for name in (field.name, field.metadata.get("formerly")):
+            if name:
+                _define(name, _without_none(hints[field.name]), field.default, field.metadata["help"], values)
     flags.DEFINE_boolean("help", False, "Show this help.", short_name="h", flag_values=values)
     try:
         positional = values(list(argv))[1:]
@@ -54,11 +61,22 @@ def parse_flags(config_class: type[Config], argv: Sequence[str], usage: str = ""
         raise SystemExit(0)
     parsed = {}
     for field in fields:
-        value: Any = values[field.name].value
+        value: Any = values[_name_used(field, values)].value
         if typing.get_origin(hints[field.name]) is tuple:
             value = _parse_items(field.name, value, typing.get_args(hints[field.name])[0])
         parsed[field.name] = value
     return config_class(**parsed), positional
+
+
+def _name_used(field: Any, values: flags.FlagValues) -> str:
+    """The name that a flag was given by, which may be the one it had before; says so then."""
+    former = field.metadata.get("formerly")
+    if not former or not values[former].present:
+        return field.name
+    if values[field.name].present:
+        raise UserError(f"--{former} is now called --{field.name}. Received: both. Leave out --{former}.")
+    print(f"--{former} is now called --{field.name}; the old name still works.", file=sys.stderr)
+    return former
 
 
 def to_flag_file(config: Any) -> str:

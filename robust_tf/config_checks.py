@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import typing
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 def check_epsilon(norm: str, epsilon: float) -> None:
     """Refuses a radius that is negative or not finite, or with linf more than the pixel range."""
+    if not isinstance(epsilon, numbers.Real) and getattr(epsilon, "shape", None) != ():
+        raise UserError(f"epsilon must be one number, in [0, 1] pixel units. Received: epsilon={epsilon!r}.")
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise UserError(f"epsilon must be 0 or more, in [0, 1] pixel units. Received: epsilon={epsilon}.")
     if norm == "linf" and epsilon > 1:
@@ -322,7 +325,7 @@ def check_choices(config: Any) -> None:
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in typing.get_args(choices):
+    if not isinstance(value, str) or value not in typing.get_args(choices):
         raise unknown_name(f"value of {name}", value, typing.get_args(choices))
 
 

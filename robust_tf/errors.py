@@ -13,17 +13,24 @@ class UserError(ValueError):
     traceback and exit with code 2.
     """
 
+    # TensorFlow's autograph would make a StagingError of it, with a traceback of many lines, in a tf.function.
+    ag_pass_through = True
 
-def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
+
+class AttackWarning(UserWarning):
+    """A sign that a robust accuracy is too good to be true: the attack could not do its work."""
+
+
+def unknown_name(kind: str, name: object, valid: Iterable[str]) -> UserError:
     """The error for a name that is in no table: lists the valid ones and suggests the nearest.
 
     Args:
         kind: what the name stands for, e.g. "architecture".
-        name: the value received.
+        name: the value received; names are text, so anything else is unknown too.
         valid: the names that would have been accepted.
     """
     names = sorted(valid)
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     suggestion = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return UserError(f"Unknown {kind}. Received: {name!r}.{suggestion} Valid: {', '.join(names)}.")
 

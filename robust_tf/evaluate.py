@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from robust_tf.attacks.cascade import CompiledAttacks  # noqa: E402
+from robust_tf.attacks.outputs import looks_like_probabilities  # noqa: E402
 from robust_tf.evaluation import report  # noqa: E402
 from robust_tf.evaluation.attacking import Robustness, attack_epsilons, unattacked  # noqa: E402
 from robust_tf.evaluation.calibration import calibration  # noqa: E402
@@ -34,7 +35,7 @@ from robust_tf.evaluation.corruption_error import (  # noqa: E402
     relative_corruption_error,
 )
 from robust_tf.evaluation.corruptions import CORRUPTIONS, SEVERITIES  # noqa: E402
-from robust_tf.evaluation.pictures import Measured, draw_figures  # noqa: E402
+from robust_tf.evaluation.pictures import Measured, draw_figures, kept_examples  # noqa: E402
 from robust_tf.evaluation.predicting import Predict, batched_logits  # noqa: E402
 from robust_tf.evaluation.settings import (  # noqa: E402
     DEFAULT_NUM_IMAGES,
@@ -88,7 +89,7 @@ def run(config: EvaluateConfig) -> None:
 
 def flags_of(config: EvaluateConfig) -> list[str]:
     """The flags that the figures depend on: not the folders."""
-    return to_flag_file(dataclasses.replace(config, output_dir="", data_dir="")).splitlines()
+    return to_flag_file(dataclasses.replace(config, output="", data_dir="")).splitlines()
 
 
 def load(config: EvaluateConfig, name: str) -> Subject:
@@ -131,11 +132,18 @@ def measure(config: EvaluateConfig, subject: Subject, images: Images, state_file
         subject=subject,
         images=images,
         logits=logits,
-        calibration=calibration(logits, images.labels),
+        calibration=calibration(with_probabilities_as_logits(logits), images.labels),
         robustness=robustness,
         corruption_source=source,
         corruption_errors=errors,
     )
+
+
+def with_probabilities_as_logits(logits: np.ndarray) -> np.ndarray:
+    """The logits; of a classifier that gives probabilities, which the attacks flag, their logarithms."""
+    if not looks_like_probabilities(logits):
+        return logits
+    return np.log(np.maximum(logits, np.finfo(np.float32).tiny))
 
 
 def attacked(
@@ -145,6 +153,7 @@ def attacked(
     if config.attack == (NONE,):
         return []
     compiled = CompiledAttacks(subject.classifier, config.norm)
+    examples = kept_examples(images.labels, logits.argmax(axis=1) == images.labels, count=config.num_examples)
     epsilons = [value for value in config.epsilon if value > 0]
     results = []
     for name in config.attack:
@@ -162,7 +171,7 @@ def attacked(
                 batch_size=config.batch_size,
                 seed=config.seed,
                 randomised=is_randomised(name),
-                keep=images.ids[: config.num_examples].tolist(),
+                keep=images.ids[examples].tolist(),
                 state_file=state_file,
                 key=subject.weights_sha256[:16],
                 on_batch=lambda done, total, robust, running: bar.update(

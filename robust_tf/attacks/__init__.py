@@ -11,6 +11,7 @@ from robust_tf.attacks.table import ATTACKS, check_attacks
 from robust_tf.attacks.threat_models import NORMS
 from robust_tf.attacks.warning_flags import zero_gradient_share
 from robust_tf.config import AttackConfig
+from robust_tf.errors import AttackWarning
 
 __all__ = [
     "ATTACKS",
@@ -18,6 +19,7 @@ __all__ = [
     "VERSIONS",
     "AttackConfig",
     "AttackResult",
+    "AttackWarning",
     "AutoAttackResult",
     "CascadeState",
     "CompiledAttacks",

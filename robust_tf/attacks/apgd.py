@@ -108,7 +108,7 @@ def apgd(
         model: any callable from images to logits; a Keras model is run in inference mode. Normalisation belongs
             inside it.
         images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) integers.
+        labels: (batch,) or (batch, 1) integers.
         norm: "linf", "l2" or "l1".
         epsilon: radius of the ball, in [0, 1] pixel units; a number or a scalar tensor.
         steps: gradient steps of each run.
@@ -126,16 +126,20 @@ def apgd(
             met, the image itself included. A wrong prediction is worse than a right one, then the higher loss counts.
 
     Raises:
-        UserError: an argument is out of its range, or (eagerly) images are clearly not in [0, 1], or a label is not
-            a class.
+        UserError: an argument is out of its range, or the model gives something else than logits of classes
+            (probabilities, say), or (eagerly) images are not in [0, 1] or a label is no class.
+        InvalidArgumentError: in a tf.function, images are not in [0, 1].
+
+    Warns:
+        AttackWarning: (eagerly) the loss has no gradient at some of the images, or they look like another unit.
 
     Source: Croce and Hein 2020, arXiv 2003.01690, algorithm 1 and section 4; L1: 2021, arXiv 2103.01208, algorithm 1.
     """
-    model, images, labels = checked_batch(model, images, labels)
     check_threat_model(norm, epsilon)
     check_at_least(1, steps=steps, restarts=restarts, gradient_draws=gradient_draws)
     check_at_least(0, targets=targets)
     loss_of = find_loss(loss, targeted=targets > 0)
+    model, images, labels = checked_batch(model, images, labels, loss=loss_of)
     clean = logits_of(model, images)
     targets = min(targets, num_classes(clean) - 1)
     geometry, schedule = NORMS[norm], _schedule(norm, steps)

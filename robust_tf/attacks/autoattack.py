@@ -1,6 +1,5 @@
 """AutoAttack, the cascade that robust accuracies are compared by (Croce and Hein 2020, arXiv 2003.01690)."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from robust_tf.attacks.cascade import cascade
 from robust_tf.attacks.losses import Model
+from robust_tf.attacks.warning_flags import issue
 from robust_tf.errors import UserError, unknown_name
 
 # version -> its attacks, in their order
@@ -65,7 +65,7 @@ def autoattack(
     Args:
         model: any callable from [0, 1] images to logits.
         images: (num_images, height, width, channels), float, in [0, 1].
-        labels: (num_images,) integers.
+        labels: (num_images,) or (num_images, 1) integers.
         norm: "linf", "l2" or "l1".
         epsilon: radius, in [0, 1] pixel units.
         version: "standard" (APGD-CE, targeted APGD-DLR, targeted FAB, Square), "plus" (more restarts, and the
@@ -76,10 +76,10 @@ def autoattack(
 
     Returns:
         The adversarial images, what resists, what felled the rest, and warnings. The latter are also issued as Python
-        warnings.
+        warnings of the class `AttackWarning`.
 
     Raises:
-        UserError: an argument is out of its range, or the model gives NaN.
+        UserError: an argument is out of its range, or the model gives NaN or no logits of classes.
 
     Source: Croce and Hein 2020, arXiv 2003.01690.
     """
@@ -99,7 +99,6 @@ def autoattack(
     )
     for state in states:  # noqa: B007  # the last one is what counts
         pass
-    for sentence in state.warnings.values():
-        warnings.warn(sentence, stacklevel=2)
+    issue(state.warnings.values(), stacklevel=2)
     images_adv = np.stack([state.kept[number] for number in range(len(images))])
     return AutoAttackResult(images_adv, state.robust, state.felled_by, state.warnings)

@@ -10,8 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from robust_tf.attacks.checks import check_at_least, check_images, check_labels, check_logits, check_threat_model
-from robust_tf.attacks.losses import Model, logits_of, with_classes
+from robust_tf.attacks.checks import (
+    check_at_least,
+    check_images,
+    check_labels,
+    check_logits,
+    check_threat_model,
+    flat_labels,
+)
+from robust_tf.attacks.losses import Model, logits_of
+from robust_tf.attacks.outputs import callable_in_graphs, with_classes
 from robust_tf.attacks.seeds import image_seeds
 from robust_tf.attacks.table import ATTACKS, check_attacks
 from robust_tf.attacks.threat_models import NORMS
@@ -134,8 +142,12 @@ class CompiledAttacks:
     def logits(self, images: np.ndarray) -> np.ndarray:
         """(batch, classes) float32 of (batch, height, width, channels) float32."""
         if CLEAN not in self._functions:
+            first = tf.constant(images[:1])
+            model = callable_in_graphs(self.model, first)
+            outputs = logits_of(model, first)
+            check_logits(outputs.numpy(), num_images=1)
             # In a graph a tf.numpy_function or the like would not say how many classes there are.
-            self.model = with_classes(self.model, logits_of(self.model, tf.constant(images[:1])).shape[-1])
+            self.model = with_classes(model, outputs.shape[-1])
             signature = [tf.TensorSpec([None, *images.shape[1:]], tf.float32)]
             function = tf.function(lambda x: logits_of(self.model, x), input_signature=signature, autograph=False)
             self._functions[CLEAN] = function.get_concrete_function()
@@ -220,11 +232,12 @@ def cascade(
         UserError: an argument is out of its range, the state is of another run, or the model gives NaN.
     """
     compiled = model if isinstance(model, CompiledAttacks) else CompiledAttacks(model, norm)
-    images, labels = np.asarray(images, np.float32), np.asarray(labels)
+    images, labels = np.asarray(images), np.asarray(labels)
     ids = np.arange(len(images)) if image_ids is None else np.asarray(image_ids)
     _check_arguments(compiled, images, ids, attacks=attacks, norm=norm, epsilon=epsilon, batch_size=batch_size)
+    images = images.astype(np.float32, copy=False)
     logits = compiled.logits(images[:1])
-    check_logits(logits)
+    labels = flat_labels(labels)
     check_labels(labels, num_images=len(images), num_classes=logits.shape[1])
     data = _Data(images, labels.astype(np.int32), ids, frozenset(keep))
     run = {

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch
 from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting
-from robust_tf.attacks.losses import Model, is_correct, likeliest_targets, logits_of, num_classes, slope_of
+from robust_tf.attacks.losses import LOSSES, Model, is_correct, likeliest_targets, logits_of, num_classes, slope_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
 from robust_tf.attacks.threat_models import DUAL_NORMS, HYPERPLANE_PROJECTIONS, NORMS
 from robust_tf.errors import UserError
@@ -54,7 +54,7 @@ def fab(
         model: any callable from images to logits; a Keras model is run in inference mode. Normalisation belongs
             inside it.
         images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) integers.
+        labels: (batch,) or (batch, 1) integers.
         norm: "linf", "l2" or "l1".
         epsilon: an image that is farther away doesn't count, in [0, 1] pixel units; a number or a scalar tensor;
             math.inf: however far.
@@ -72,18 +72,22 @@ def fab(
             epsilon and where the clean prediction is wrong.
 
     Raises:
-        UserError: an argument is out of its range, or (eagerly) images are clearly not in [0, 1], or a label is not
-            a class.
+        UserError: an argument is out of its range, or the model gives something else than logits of classes
+            (probabilities, say), or (eagerly) images are not in [0, 1] or a label is no class.
+        InvalidArgumentError: in a tf.function, images are not in [0, 1].
+
+    Warns:
+        AttackWarning: (eagerly) the loss has no gradient at some of the images, or they look like another unit.
 
     Source: Croce and Hein 2020, arXiv 1907.02044, algorithm 1; targeted: arXiv 2003.01690, section 5.
     """
-    model, images, labels = checked_batch(model, images, labels)
     check_at_least(1, steps=steps, restarts=restarts)
     check_at_least(0, targets=targets)
     anywhere = not isinstance(epsilon, tf.Tensor) and epsilon == math.inf
     check_threat_model(norm, 0.0 if anywhere else epsilon)
     if anywhere and restarts > 1:
         raise UserError(f"Random restarts start at epsilon / 2. Received: restarts={restarts}, epsilon=inf.")
+    model, images, labels = checked_batch(model, images, labels, loss=LOSSES["margin"])
     clean = logits_of(model, images)
     targets = min(targets, num_classes(clean) - 1)
     geometry, project = NORMS[norm], HYPERPLANE_PROJECTIONS[norm]
@@ -156,7 +160,9 @@ def _boundary_of(model: Model, points: tf.Tensor, labels: tf.Tensor, other: tf.T
 
     slope = slope_of(model, points, difference, labels)
     steepness = DUAL_NORMS[norm](slope.gradient)[:, 0, 0, 0]
-    return _Boundary(slope.loss, slope.gradient, tf.abs(slope.loss) / (steepness + 1e-12))
+    # No constant beside the steepness: the logits may be tiny.
+    distance = tf.where(steepness > 0.0, tf.math.divide_no_nan(tf.abs(slope.loss), steepness), float("inf"))
+    return _Boundary(slope.loss, slope.gradient, distance)
 
 
 def _nearest_boundary(model: Model, points: tf.Tensor, labels: tf.Tensor, norm: str) -> _Boundary:

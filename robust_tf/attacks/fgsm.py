@@ -26,7 +26,7 @@ def fgsm(
     Args:
         model: any callable from images to logits.
         images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) integers.
+        labels: (batch,) or (batch, 1) integers.
         norm: "linf" or "l2".
         epsilon: radius of the ball, in [0, 1] pixel units; a number or a scalar tensor.
         seed: nothing here is random; taken so that all attacks are called alike.
@@ -35,13 +35,16 @@ def fgsm(
         images_adv: (batch, height, width, channels) float32, in the ball and in [0, 1].
 
     Raises:
-        UserError: as `pgd`.
+        UserError, InvalidArgumentError: as `pgd`.
+
+    Warns:
+        AttackWarning: as `pgd`.
 
     Source: Goodfellow et al. 2015, arXiv 1412.6572, section 4.
     """
     del seed
-    model, images, labels = checked_batch(model, images, labels)
     check_threat_model(norm, epsilon, ("linf", "l2"))
+    model, images, labels = checked_batch(model, images, labels, loss=LOSSES["ce"])
     slope = slope_of(model, images, lambda logits: LOSSES["ce"](logits, labels, labels), labels)
     geometry = NORMS[norm]
     return tf.stop_gradient(geometry.project(images + geometry.step(slope.gradient, epsilon), images, epsilon))

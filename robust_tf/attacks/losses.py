@@ -1,38 +1,37 @@
 """What the attacks raise: losses of logits, and their gradients with respect to the images."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from robust_tf.errors import UserError, unknown_name
-
-Model = Callable[[tf.Tensor], tf.Tensor]
+from robust_tf.attacks.outputs import CheckedModel, Model, outputs_of
+from robust_tf.attacks.outputs import logits_of as logits_of
+from robust_tf.attacks.outputs import with_classes as with_classes
+from robust_tf.errors import AttackWarning, UserError, unknown_name
 
 # What the largest slope of the loss at an image's logits is scaled to before it goes back through the network, and back
 # from after it: in float16 most input gradients would be below the smallest number otherwise.
 _LARGEST_SLOPE = 256.0
 
+# From this log-odds on, exp is continued by its tangent: below about -87 float32 would have 0 for it.
+_LOWEST_LOG_ODDS = -60.0
 
-def logits_of(model: Model, images: tf.Tensor) -> Any:
-    """Logits in float32, the network in inference mode (BatchNorm uses and keeps its running statistics).
-
-    A model with several outputs gives all of them, in the structure that it has.
-    """
-    # keras.Model and keras.Layer take `training`; a plain callable is what it is.
-    logits = model(images, training=False) if isinstance(model, keras.Layer) else model(images)
-    if isinstance(logits, (dict, list, tuple)):
-        return keras.tree.map_structure(lambda output: tf.cast(output, tf.float32), logits)
-    return tf.cast(logits, tf.float32)
+NO_GRADIENT_MEANS = (
+    "Attacks that follow gradients leave such images nearly as they are, so the robust accuracy is an overestimate. "
+    "Attack the model without what stops its gradient (rounding, stop_gradient, NumPy code, another framework), or use "
+    "square, which needs none."
+)
 
 
-def with_classes(model: Model, count: int) -> Model:
-    """The same model with logits of a known shape (batch, count), also in graphs."""
-    if isinstance(model, keras.Layer):  # Keras knows it
-        return model
-    return lambda images: tf.ensure_shape(model(images), [None, count])
+# Two logits of one: 0 for the first class, and the logit for the second.
+ONE_LOGIT = (
+    "A classifier gives logits (batch, classes), 2 classes or more. Received: one output for each image. Make two "
+    "logits of it, lambda images: tf.pad(model(images), [[0, 0], [1, 0]]), with the sigmoid removed if there is one."
+)
 
 
 def is_correct(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
@@ -61,8 +60,23 @@ def _without_class(logits: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
 
 
 def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """TensorFlow's, but where that is 0 because the label's probability was rounded to 1.
+
+    TensorFlow has log(1) there, and 0 for the label's part of the gradient, from a margin of about 17 on: a sure
+    classifier would seem robust to every attack that climbs this loss. To first order in the probability of the other
+    classes, both are the odds against the label, which don't round to 0 before a margin of about 87; from there on
+    the loss goes on falling along a tangent, a little below 0, so that even then one point has a higher loss than
+    another.
+    """
     del targets
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+    if logits.shape[-1] == 1:
+        raise UserError(ONE_LOGIT)
+    loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+    others = tf.reduce_logsumexp(_without_class(logits, labels), axis=-1)
+    # Not above 0, where exp could overflow: its gradient would be NaN even where this branch isn't taken.
+    log_odds = tf.minimum(others - _of_class(logits, labels), 0.0)
+    odds = tf.exp(tf.maximum(log_odds, _LOWEST_LOG_ODDS)) * (1.0 + tf.minimum(log_odds - _LOWEST_LOG_ODDS, 0.0))
+    return tf.where(tf.equal(loss, 0.0), odds, loss)
 
 
 def _margin(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
@@ -124,7 +138,7 @@ TARGETED_LOSSES: dict[str, Loss] = {
 def find_loss(name: str, *, targeted: bool = False) -> Loss:
     """The loss of that name. Raises UserError for an unknown one."""
     table = TARGETED_LOSSES if targeted else LOSSES
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise unknown_name("loss", name, table)
     return table[name]
 
@@ -136,11 +150,13 @@ class Slope(NamedTuple):
         loss: (batch,) float32.
         gradient: (batch, height, width, channels) float32.
         correct: (batch,) bool.
+        logits: (batch, classes) float32.
     """
 
     loss: tf.Tensor
     gradient: tf.Tensor
     correct: tf.Tensor
+    logits: tf.Tensor
 
 
 def slope_of(
@@ -161,12 +177,15 @@ def slope_of(
         correct_of: (logits, labels) -> (batch,) bool.
         coupled: the model mixes the images of a batch, as BatchNorm in training mode does. The gradient is then that
             of the sum of all losses, which one scale must fit.
+
+    Warns:
+        AttackWarning: in a graph, for a model whose output doesn't depend on the images in a differentiable way.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(points)
         # Keras's losses of probabilities look for the softmax behind a tensor and go on from what it was given. The
         # gradient would then not pass through the outputs, where this function meets it: identity hides the softmax.
-        outputs = keras.tree.map_structure(tf.identity, logits_of(model, points))
+        outputs = keras.tree.map_structure(tf.identity, outputs_of(model, points))
     with tf.GradientTape(watch_accessed_variables=False) as loss_tape:
         loss_tape.watch(outputs)
         loss = loss_of(outputs)
@@ -176,11 +195,13 @@ def slope_of(
     if coupled:
         scale = tf.fill(tf.shape(scale), tf.reduce_min(scale))
     slopes = keras.tree.map_structure(lambda slope: _of_each_image(scale, slope) * slope, slopes)
-    # A model without gradients has zero gradients: the attacks that need them stay where they are.
-    gradient = tape.gradient(
-        outputs, points, output_gradients=slopes, unconnected_gradients=tf.UnconnectedGradients.ZERO
-    )
-    return Slope(loss, gradient / _of_each_image(scale, gradient), correct_of(outputs, labels))
+    gradient = tape.gradient(outputs, points, output_gradients=slopes)
+    if gradient is None:  # the attacks that need one stay where they are
+        if not (tf.executing_eagerly() or isinstance(model, CheckedModel)):  # else it was looked at before
+            message = f"The model has no gradient with respect to its images. {NO_GRADIENT_MEANS}"
+            warnings.warn(message, AttackWarning, stacklevel=2)
+        gradient = tf.zeros_like(points)
+    return Slope(loss, gradient / _of_each_image(scale, gradient), correct_of(outputs, labels), outputs)
 
 
 def _scale_of(slopes: list[tf.Tensor]) -> tf.Tensor:
@@ -211,7 +232,7 @@ def mean_slope(
 ) -> Slope:
     """`slope_of`, averaged over `draws` calls of a random model (expectation over transformation, arXiv 1802.00420).
 
-    The prediction is that of the last call.
+    The prediction and the logits are those of the last call.
     """
     slope = slope_of(model, points, loss_of, labels)
     if draws == 1:
@@ -219,7 +240,8 @@ def mean_slope(
 
     def add(i: tf.Tensor, total: Slope) -> tuple[tf.Tensor, Slope]:
         new = slope_of(model, points, loss_of, labels)
-        return i + 1, Slope(total.loss + new.loss, total.gradient + new.gradient, new.correct)
+        total_loss, total_gradient = total.loss + new.loss, total.gradient + new.gradient
+        return i + 1, Slope(total_loss, total_gradient, new.correct, new.logits)
 
     _, total = tf.while_loop(lambda i, _: i < draws, add, (1, slope), maximum_iterations=draws - 1)
-    return Slope(total.loss / draws, total.gradient / draws, total.correct)
+    return Slope(total.loss / draws, total.gradient / draws, total.correct, total.logits)

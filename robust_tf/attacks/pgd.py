@@ -7,14 +7,14 @@ import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch, training_batch
 from robust_tf.attacks.loops import State, repeat, repeat_while_resisting
-from robust_tf.attacks.losses import LOSSES, Loss, Model, find_loss, is_correct, logits_of, slope_of
+from robust_tf.attacks.losses import LOSSES, Loss, Model, find_loss, is_correct, logits_of, margin_of, slope_of
+from robust_tf.attacks.outputs import outputs_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
 from robust_tf.attacks.threat_models import NORMS, Norm, Scale
 from robust_tf.config import AttackConfig
 
-# The reference clamps inside the model, so it attacks images that are slightly outside of [0, 1] as well. Another unit
-# (0 to 255, -1 to 1, normalised by mean and deviation) goes beyond this.
-_PIXEL_TOLERANCE = 0.5
+# Margin below which iterates are compared by it: the differences of the cross-entropy are smaller than its rounding.
+_TINY_MARGIN = 1e-5
 
 
 class AttackResult(NamedTuple):
@@ -50,14 +50,15 @@ def run_pgd(
         seed: (2,) int32 or int64, for the random start; None draws one from TensorFlow's global generator.
 
     Raises:
-        UserError: labels are not one number for each image, or images are integers.
+        UserError, InvalidArgumentError: as `training_batch`.
     """
-    images, labels = training_batch(images, labels)
+    images, labels = training_batch(images, labels, attacked=attack.active)
     return climb(
         model,
         images,
         loss=lambda logits: LOSSES["ce"](logits, labels, labels),
         correct=lambda logits: is_correct(logits, labels),
+        margin=lambda logits: margin_of(logits, labels),
         attack=attack,
         targeted=targeted,
         strength=strength,
@@ -76,6 +77,7 @@ def climb(
     strength: Scale = 1.0,
     seed: tf.Tensor | None = None,
     coupled: bool = False,
+    margin: Callable[[Any], tf.Tensor] | None = None,
 ) -> AttackResult:
     """PGD on any loss of any outputs: `run_pgd` without labels, which the two functions know.
 
@@ -89,9 +91,10 @@ def climb(
         strength: factor on epsilon and on the step size; a scalar tensor may change from call to call.
         seed: (2,) int32 or int64, for the random start; None draws one from TensorFlow's global generator.
         coupled: the model mixes the images of a batch, as BatchNorm in training mode does.
+        margin: outputs -> (batch,), what decides between two iterates whose losses are equal up to rounding.
     """
     if not attack.active:
-        outputs = logits_of(model, images)
+        outputs = outputs_of(model, images)
         return AttackResult(images, loss(outputs), correct(outputs))
     start, epsilon = images, attack.epsilon * strength
     if attack.random_start:
@@ -110,6 +113,7 @@ def climb(
         loss=lambda outputs, labels, targets: loss(outputs),
         correct_of=lambda outputs, labels: correct(outputs),
         coupled=coupled,
+        margin_by=None if margin is None else lambda outputs, labels: margin(outputs),
         use_best=attack.use_best,
         targeted=targeted,
     )
@@ -129,6 +133,7 @@ def ascend(
     loss: str | Loss = "ce",
     correct_of: Callable[[Any, tf.Tensor], tf.Tensor] = is_correct,
     coupled: bool = False,
+    margin_by: Callable[[Any, tf.Tensor], tf.Tensor] | None = None,
     use_best: bool = True,
     targeted: bool = False,
     early_stop: bool = False,
@@ -141,6 +146,8 @@ def ascend(
         loss: a name of LOSSES, or a function like those there, of the whole batch (so not with `early_stop`).
         correct_of: (logits, labels) -> (batch,) bool, whether the prediction is right.
         coupled: the model mixes the images of a batch.
+        margin_by: (logits, labels) -> (batch,), what decides between two iterates whose losses are equal up to
+            rounding; by default the margin of the logits for the cross-entropy, and nothing for other losses.
         early_stop: an image stops at the first point where the prediction is wrong (targeted: is the target).
 
     Returns:
@@ -148,6 +155,20 @@ def ascend(
     """
     ascent = -1.0 if targeted else 1.0  # a targeted attack goes down the loss of the target
     loss_of = find_loss(loss) if isinstance(loss, str) else loss
+
+    if margin_by is None and loss_of is LOSSES["ce"]:
+        margin_by = margin_of
+
+    def margin(logits: Any, labels: tf.Tensor) -> tf.Tensor:
+        # Another loss has differences of its own, also between tiny logits.
+        return tf.fill(tf.shape(labels), float("inf")) if margin_by is None else margin_by(logits, labels)
+
+    def is_worse(loss: tf.Tensor, margin: tf.Tensor, state: State) -> tf.Tensor:
+        # The cross-entropy of tiny logits is log(classes) and rounding, in float32; their margins differ all the same.
+        tiny = tf.maximum(tf.abs(margin), tf.abs(state["best_margin"])) < _TINY_MARGIN
+        # Strictly: of two equal iterates the earlier one stays, as in the reference.
+        higher = ascent * loss > ascent * state["best_loss"]
+        return tf.where(tiny, ascent * margin < ascent * state["best_margin"], higher)
 
     def step(i: tf.Tensor, state: State) -> State:
         points, labels = state["points"], state["labels"]
@@ -166,10 +187,11 @@ def ascend(
             "start_correct": tf.where(first, slope.correct, state["start_correct"]),
         }
         if use_best:
-            # Strictly: of two equal iterates the earlier one stays, as in the reference.
-            improved = ascent * slope.loss > ascent * state["best_loss"]
+            margin_now = margin(slope.logits, labels)
+            improved = is_worse(slope.loss, margin_now, state)
             new["best"] = tf.where(improved[:, None, None, None], points, state["best"])
             new["best_loss"] = tf.where(improved, slope.loss, state["best_loss"])
+            new["best_margin"] = tf.where(improved, margin_now, state["best_margin"])
         moved = points + norm.step(ascent * slope.gradient, step_size)
         new["points"] = norm.project(moved, state["images"], epsilon)
         if early_stop:
@@ -190,17 +212,18 @@ def ascend(
         "fallen": tf.zeros_like(zeros, tf.bool),
     }
     if use_best:
-        state |= {"best": start, "best_loss": tf.fill(tf.shape(zeros), -ascent * float("inf"))}
+        worst = tf.fill(tf.shape(zeros), -ascent * float("inf"))
+        state |= {"best": start, "best_loss": worst, "best_margin": -worst}
     state = (repeat_while_resisting if early_stop else repeat)(step, state, steps)
     images_adv = state["points"]
     fallen = state["fallen"]
     if use_best or early_stop:
         # The last iterate is a candidate too: one more forward pass.
-        logits = logits_of(model, images_adv)
+        logits = outputs_of(model, images_adv)
         if early_stop:
             fallen |= correct_of(logits, labels) == targeted
         if use_best:
-            better = ascent * loss_of(logits, labels, labels) > ascent * state["best_loss"]
+            better = is_worse(loss_of(logits, labels, labels), margin(logits, labels), state)
             last = (better & ~state["fallen"]) | (fallen & ~state["fallen"])
             images_adv = tf.where(last[:, None, None, None], images_adv, state["best"])
     return {**state, "images_adv": images_adv, "fallen": fallen}
@@ -233,7 +256,7 @@ def pgd(
         model: any callable from images to logits; a Keras model is run in inference mode. Normalisation belongs
             inside it.
         images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) integers: the true classes, or the target classes with `targeted`.
+        labels: (batch,) or (batch, 1) integers: the true classes, or the target classes with `targeted`.
         norm: "linf" or "l2".
         epsilon: radius of the ball, in [0, 1] pixel units; 0 gives the images back. A scalar tensor lets one graph
             serve many radii.
@@ -256,16 +279,20 @@ def pgd(
         images_adv: (batch, height, width, channels) float32.
 
     Raises:
-        UserError: an argument is out of its range, or (eagerly) images are clearly not in [0, 1], or a label is not
-            a class.
+        UserError: an argument is out of its range, or the model gives something else than logits of classes
+            (probabilities, say), or (eagerly) images are not in [0, 1] or a label is no class.
+        InvalidArgumentError: in a tf.function, images are not in [0, 1].
+
+    Warns:
+        AttackWarning: (eagerly) the loss has no gradient at some of the images, or they look like another unit.
 
     Source: Madry et al. 2018, arXiv 1706.06083, section 2.1; details as in MadryLab/robustness (attacker.py).
     """
-    model, images, labels = checked_batch(model, images, labels, pixel_tolerance=_PIXEL_TOLERANCE)
+    check_threat_model(norm, epsilon, ("linf", "l2"))
     check_at_least(1, restarts=restarts)
-    find_loss(loss)
+    check_at_least(0, steps=steps)
+    model, images, labels = checked_batch(model, images, labels, loss=find_loss(loss), targeted=targeted)
     if isinstance(epsilon, tf.Tensor):
-        check_threat_model(norm, epsilon, ("linf", "l2"))
         check_at_least(1, steps=steps)
     else:
         size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size

@@ -38,7 +38,7 @@ def square(
         model: any callable from images to logits; a Keras model is run in inference mode. Normalisation belongs
             inside it.
         images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) integers.
+        labels: (batch,) or (batch, 1) integers.
         norm: "linf", "l2" or "l1" (of which the patches are those of Croce and Hein 2021, arXiv 2103.01208).
         epsilon: radius of the ball, in [0, 1] pixel units; a number or a scalar tensor.
         queries: patches tried for each image in each run. Their size does not depend on this number, as in AutoAttack.
@@ -51,14 +51,18 @@ def square(
             smallest margin met, the image itself included.
 
     Raises:
-        UserError: an argument is out of its range, or (eagerly) images are clearly not in [0, 1], or a label is not
-            a class.
+        UserError: an argument is out of its range, or the model gives something else than (batch, classes), or
+            (eagerly) images are not in [0, 1] or a label is no class.
+        InvalidArgumentError: in a tf.function, images are not in [0, 1].
+
+    Warns:
+        AttackWarning: the outputs look like probabilities, or the images look like another unit.
 
     Source: Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3.
     """
-    model, images, labels = checked_batch(model, images, labels)
     check_threat_model(norm, epsilon)
     check_at_least(1, queries=queries, restarts=restarts)
+    model, images, labels = checked_batch(model, images, labels)
     clean = logits_of(model, images)
     height, width, channels = images.shape[1:]
     sizes = _sizes(queries, height, width, smallest=1 if norm == "linf" else 3)

@@ -82,8 +82,17 @@ PASSES = {
     "apgd-dlr-rand": 20 * _APGD,
 }
 
+# How PGD counts here: an image has fallen when any of its iterates is wrong. The test of a training job looks at the
+# iterate of highest loss alone ("highest-loss iterate"), so that on the same images its figure is never the lower one.
+_TITLES = {"pgd": "PGD-20 (any wrong iterate)", "pgd-100x10": "PGD-100x10 (any wrong iterate)"}
+
 # These have no L1 version.
 _LINF_AND_L2 = {"fgsm", "pgd", "pgd-100x10"}
+
+
+def title_of(names: str) -> str:
+    """What an attack, or a cascade such as pgd+square, is called in tables and pictures."""
+    return "+".join(_TITLES.get(name, name) for name in names.split("+"))
 
 
 def check_attacks(names: Sequence[str], norm: str) -> None:

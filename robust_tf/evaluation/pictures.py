@@ -1,11 +1,14 @@
 """What an evaluation looks like: the robustness curve, the reliability plot, the sheet of examples."""
 
+import collections
 import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from robust_tf.attacks.cascade import CLEAN
+from robust_tf.attacks.table import title_of
 from robust_tf.evaluation.attacking import Robustness, unattacked
 from robust_tf.evaluation.calibration import Calibration
 from robust_tf.evaluation.figures import Curve, magnified, save_curve, save_reliability, save_sheet
@@ -51,17 +54,64 @@ def curve_of(attack: str, label: str, measured: Measured) -> Curve:
     hits = [int(result.robust.sum()) for result in points.values()]
     total = len(measured.images.ids)
     return Curve(
-        f"{label}, {attack}", list(points), [hit / total for hit in hits], [wilson_interval(hit, total) for hit in hits]
+        f"{label}, {title_of(attack)}",
+        list(points),
+        [hit / total for hit in hits],
+        [wilson_interval(hit, total) for hit in hits],
     )
 
 
+def kept_examples(labels: np.ndarray, correct: np.ndarray, *, count: int) -> np.ndarray:
+    """Positions of images for the sheet of examples whose adversarial images are worth keeping, in many classes.
+
+    Which of them will fall isn't known before the attack, so they are twice as many as will be drawn.
+
+    Args:
+        labels: (num_images,) int.
+        correct: (num_images,) bool, right without an attack.
+    """
+    return np.array(_spread([np.flatnonzero(correct).tolist()], labels, count=2 * count), int)
+
+
+def drawn_examples(images: Images, result: Robustness, *, count: int) -> list[int]:
+    """Positions of the images to draw: fallen, resisting and wrong unattacked ones, in many classes."""
+    kept = [position for position, number in enumerate(images.ids.tolist()) if number in result.kept]
+    fallen = [position for position in kept if result.felled_by[position] not in ("", CLEAN)]
+    resisting = [position for position in kept if not result.felled_by[position]]
+    wrong = [position for position, name in enumerate(result.felled_by) if name == CLEAN]
+    chosen = _spread([fallen, resisting, wrong], images.labels, count=count)
+    return [position for group in (fallen, resisting, wrong) for position in group if position in chosen]
+
+
+def _spread(groups: Sequence[list[int]], labels: np.ndarray, *, count: int) -> list[int]:
+    """Up to `count` positions, from each group in turn, of the class that has had the fewest so far."""
+    left = [list(group) for group in groups]
+    chosen: list[int] = []
+    seen: collections.Counter[int] = collections.Counter()
+    while any(left) and len(chosen) < count:
+        for group in left:
+            if group and len(chosen) < count:
+                position = min(group, key=lambda position: (seen[int(labels[position])], position))
+                group.remove(position)
+                chosen.append(position)
+                seen[int(labels[position])] += 1
+    return chosen
+
+
 def draw_examples(path: pathlib.Path, measured: Measured, result: Robustness, *, count: int) -> None:
-    """The first images, the adversarial image that each ended with, and the magnified perturbation."""
+    """Some images, the adversarial image that each ended with, and the magnified perturbation.
+
+    A third each has fallen to the attack, resists it, and was wrong before, as far as there are any, in many classes.
+    """
+    drawn = drawn_examples(measured.images, result, count=count)
+    if not drawn:
+        return
     names, images = measured.subject.task.class_names, measured.images
     clean = measured.logits.argmax(axis=1)
     rows: list[list[np.ndarray]] = [[], [], []]
     captions: list[list[str]] = [[], [], []]
-    for position, number in enumerate(images.ids[:count].tolist()):
+    for position in drawn:
+        number = int(images.ids[position])
         pixels = images.pixels[position]
         images_adv = result.kept.get(number, pixels)
         perturbation = images_adv - pixels
@@ -80,5 +130,5 @@ def draw_examples(path: pathlib.Path, measured: Measured, result: Robustness, *,
         rows,
         captions,
         row_names=("clean", "adversarial", "perturbation"),
-        title=f"{result.attack}, {result.norm} epsilon {result.epsilon:.4g}",
+        title=f"{title_of(result.attack)}, {result.norm} epsilon {result.epsilon:.4g}",
     )

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from robust_tf.attacks.outputs import logits_of
 from robust_tf.errors import UserError
 
 # (count, size, size, 3) float32 -> (count, num_classes) float32
@@ -15,10 +16,11 @@ Predict = Callable[[np.ndarray], np.ndarray]
 def batched_logits(classifier: keras.Model, *, batch_size: int) -> Predict:
     """A function from images to logits, in batches, traced once.
 
-    The function raises UserError when a logit is no finite number.
+    The function raises UserError when the classifier gives something else than one tensor, or a logit that is no finite
+    number.
     """
     signature = tf.TensorSpec([None, *classifier.input_shape[1:]], tf.float32)
-    forward = tf.function(lambda images: classifier(images, training=False), input_signature=[signature])
+    forward = tf.function(lambda images: logits_of(classifier, images), input_signature=[signature])
 
     def predict(images: np.ndarray) -> np.ndarray:
         parts = [forward(images[start : start + batch_size]).numpy() for start in range(0, len(images), batch_size)]

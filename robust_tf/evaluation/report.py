@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 import robust_tf
+from robust_tf.attacks.table import title_of
 from robust_tf.evaluation.attacking import Robustness
 from robust_tf.evaluation.calibration import Calibration
 from robust_tf.evaluation.subject import Images, Subject, short_names
@@ -53,6 +54,7 @@ def robustness_entry(result: Robustness, images: Images, class_names: Sequence[s
             fell.setdefault(f"{at:.9g}", {}).setdefault(by, []).append(number)
     return {
         "attack": result.attack,
+        "title": title_of(result.attack),
         "norm": result.norm,
         "epsilon": result.epsilon,
         **accuracy_entry(result.robust, images.labels, class_names),
@@ -112,7 +114,9 @@ def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
         table.add_row("data set", *(entry["dataset"] for entry in entries))
     table.add_row("clean accuracy", *(_with_interval(entry["clean"]) for entry in entries))
     for rows in zip(*(entry["attacks"] for entry in entries), strict=True):
-        name = f"{rows[0]['attack']}, {rows[0]['norm']} {rows[0]['epsilon']:.4g}"
+        if not rows[0]["epsilon"]:
+            continue  # the clean accuracy
+        name = f"{rows[0]['title']}, {rows[0]['norm']} {rows[0]['epsilon']:.4g}"
         flags = (" (!)" if row["warnings"] else "" for row in rows)
         table.add_row(name, *(_with_interval(row) + flag for row, flag in zip(rows, flags, strict=True)))
     calibration_errors = (f"{entry['calibration']['expected_calibration_error']:.1%}" for entry in entries)

@@ -30,7 +30,9 @@ class EvaluateConfig:
     compare: str = flag(
         "", "A second classifier, measured in the same way; the tasks may differ (before, after transfer)."
     )
-    output_dir: str = flag("", "Folder for what is written. Default: evaluation/ beside the classifier.")
+    output: str = flag(
+        "", "Folder for what is written. Default: evaluation/ beside the classifier.", formerly="output_dir"
+    )
     # Data
     dataset: str = flag("", "Data set. Default: that of the results.json beside each classifier.")
     classes: tuple[int, ...] = flag((), "Labels to keep. Default: those of the same results.json, else all.")
@@ -99,7 +101,7 @@ class EvaluateConfig:
         """Where everything goes."""
         path = pathlib.Path(self.classifier)
         beside = path.parent if path.suffix == ".keras" else pathlib.Path("runs") / self.classifier
-        return pathlib.Path(self.output_dir) if self.output_dir else beside / "evaluation"
+        return pathlib.Path(self.output) if self.output else beside / "evaluation"
 
 
 def attacks_of(name: str) -> tuple[str, ...]:

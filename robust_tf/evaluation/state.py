@@ -28,7 +28,7 @@ class StateFile:
             self._read()
 
     def _read(self) -> None:
-        way_out = f"Choose another --output_dir, or delete {self._path} to start anew."
+        way_out = f"Choose another --output, or delete {self._path} to start anew."
         try:
             content = json.loads(self._path.read_text(encoding="utf-8"))
             identity, self._finished = content["identity"], content["finished"]

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from robust_tf.attacks.checks import training_batch
+from robust_tf.attacks.checks import floating
 from robust_tf.errors import UserError
 
 Shape = tuple[int | None, ...]
@@ -64,7 +64,7 @@ def images_of(inputs: Any) -> tf.Tensor:
     images = tf.convert_to_tensor(images)
     if images.shape.rank is None:
         images = tf.ensure_shape(images, [None] * 4)
-    return training_batch(images, tf.zeros(tf.shape(images)[:1], tf.int32))[0]
+    return tf.cast(floating(images), tf.float32)
 
 
 def with_images(inputs: Any, images: tf.Tensor) -> Any:

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
+from robust_tf.attacks.checks import pixel_error
 from robust_tf.errors import UserError
-
-# The reference clamps inside the model and attacks images slightly outside of [0, 1] as well.
-PIXEL_TOLERANCE = 0.5
 
 _START, _END = "[robust_tf] ", " [/robust_tf]"
 
@@ -34,24 +32,15 @@ def checked(value: tf.Tensor, condition: tf.Tensor, message: str, *received: tf.
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turns the failure of `checked`, which TensorFlow buries in a page of text, into a UserError."""
+    """Turns the failure of `checked` and of `assert_pixels`, which TensorFlow buries in a page of text, into a UserError."""
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
+        if pixels := pixel_error(error):
+            raise pixels from None
         _, start, text = str(error.message).partition(_START)
         if not start:
             raise
         message, _, values = text.replace("\\'", "'").partition(_END)
         received = re.findall(r"-?(?:nan|inf|\d[\d.]*(?:e[+-]?\d+)?)", values)[: message.count("{}")]
         raise UserError(message.format(*(f"{float(value):g}" for value in received))) from None
-
-
-def checked_pixels(images: tf.Tensor) -> tf.Tensor:
-    """Returns images (batch, height, width, channels) once they are known to be in [0, 1]."""
-    low, high = tf.reduce_min(images), tf.reduce_max(images)
-    within = tf.logical_or(tf.equal(tf.size(images), 0), (low >= -PIXEL_TOLERANCE) & (high <= 1.0 + PIXEL_TOLERANCE))
-    message = (
-        "Images must be in [0, 1]. Received: values from {} to {}. Divide 0-255 images by 255, and put the "
-        "normalization inside the model."
-    )
-    return checked(images, within, message, low, high)

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks import AttackConfig, climb
+from robust_tf.attacks.checks import assert_pixels
 from robust_tf.errors import UserError
 from robust_tf.training.batchnorm import flat_layers, unbiased_statistics
 from robust_tf.training.compiled_loss import CompiledLoss
@@ -16,7 +17,7 @@ from robust_tf.training.image_input import check_has_images, images_of, input_sh
 from robust_tf.training.objectives import Batch, Outputs, Recipe, objective_of
 from robust_tf.training.optimizers import averages_of
 from robust_tf.training.replicas import ReplicatedModel
-from robust_tf.training.runtime_checks import checked_pixels, explained
+from robust_tf.training.runtime_checks import explained
 
 # Images of unknown size are tried at this one, to see what the classifier gives.
 _TRIAL_SIZE = 64
@@ -368,5 +369,5 @@ class AdversarialTrainer(ReplicatedModel):
 
     def _checked_images(self, inputs: Any, labels: Any) -> tf.Tensor:
         """The images of a batch as float32, once they are known to be in [0, 1] and their labels to be classes."""
-        images = checked_pixels(images_of(inputs))
+        images = assert_pixels(images_of(inputs))
         return self.compiled_loss.with_labels_checked(images, labels)

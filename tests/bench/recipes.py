@@ -85,7 +85,7 @@ def _row(workdir: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]
     output = workdir / f"autoattack_{num_images}"
     flags = [f"--classifier={workdir / 'classifier.keras'}", f"--data_dir={arguments.data_dir}"]
     flags += ["--attack=autoattack", f"--norm={arguments.norm}", f"--epsilon={arguments.epsilon}"]
-    flags += [f"--num_images={num_images}", f"--output_dir={output}"]
+    flags += [f"--num_images={num_images}", f"--output={output}"]
     if not (output / "evaluation.json").exists():
         _run("evaluate", flags)
     evaluation = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))["classifiers"][0]

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 
+import keras
 import numpy as np
 import pytest
 from small_jobs import small_classifier, write_job
@@ -33,7 +34,7 @@ def flags(jobs, data_dir, tmp_path):
     def make(name: str = "evaluation", *, classifier: str = "good", **changes) -> list[str]:
         values = {
             "classifier": jobs[classifier].classifier if classifier in jobs else classifier,
-            "output_dir": tmp_path / name,
+            "output": tmp_path / name,
             "data_dir": data_dir,
             "num_images": 60,
             "num_examples": 0,
@@ -46,7 +47,7 @@ def flags(jobs, data_dir, tmp_path):
 
 
 def results_of(arguments: list[str]) -> dict:
-    folder = next(argument for argument in arguments if argument.startswith("--output_dir=")).partition("=")[2]
+    folder = next(argument for argument in arguments if argument.startswith("--output=")).partition("=")[2]
     return json.loads((pathlib.Path(folder) / "evaluation.json").read_text())
 
 
@@ -87,7 +88,11 @@ def test_a_curve_of_two_attacks_with_all_its_files(flags, tmp_path, capsys):
     bins = entry["calibration"]["bins"]
     assert sum(row["num_images"] for row in bins) == 60
     out = capsys.readouterr().out
-    assert "pgd, l2 0.25" in out and f"({attacks[4]['interval'][0]:.1%} to " in out
+    assert (
+        "PGD-20 (any wrong iterate), l2 0.25" in out
+        and "l2 0 " not in out
+        and f"({attacks[4]['interval'][0]:.1%} to " in out
+    )
 
 
 def test_an_image_falls_as_the_attack_alone_would_have_it(flags, jobs):
@@ -311,3 +316,62 @@ def test_results_json_that_is_none_is_named(flags, tmp_path):
     (job.folder / "results.json").write_text("[]")
     with pytest.raises(UserError, match=r"results\.json is not what a training job writes"):
         evaluate.main(flags(classifier=job.classifier))
+
+
+def test_the_former_name_of_a_flag_still_works(capsys):
+    config, _ = parse_flags(EvaluateConfig, ["evaluate", "--classifier=x.keras", "--output_dir=there"])
+    assert config.output == "there"
+    assert capsys.readouterr().err == "--output_dir is now called --output; the old name still works.\n"
+    parse_flags(EvaluateConfig, ["evaluate", "--classifier=x.keras", "--output=there"])
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="now called --output. Received: both"):
+        parse_flags(EvaluateConfig, ["evaluate", "--classifier=x.keras", "--output_dir=a", "--output=b"])
+
+
+def changed_copy(job, folder: pathlib.Path, change):
+    """A job whose classifier is `change(classifier)`."""
+    return write_job(folder, change(keras.saving.load_model(job.classifier)))
+
+
+def test_a_sure_classifier_is_not_taken_for_a_robust_one(flags, jobs, tmp_path):
+    def make_sure(classifier):
+        last = classifier.get_layer("logits")
+        last.set_weights([1000 * weight for weight in last.get_weights()])
+        return classifier
+
+    sure = changed_copy(jobs["good"], tmp_path / "sure", make_sure)
+    rows = []
+    for name, classifier in (("one", "good"), ("other", sure.classifier)):
+        arguments = flags(name, classifier=classifier, attack="pgd", epsilon="1.5")
+        evaluate.main(arguments)
+        rows += results_of(arguments)["classifiers"][0]["attacks"]
+    assert rows[0]["title"] == "PGD-20 (any wrong iterate)"
+    assert rows[1]["warnings"] == {}
+    assert rows[1]["accuracy"] == pytest.approx(rows[0]["accuracy"], abs=0.07)
+
+
+def test_a_classifier_without_gradients_is_flagged_in_results_and_report(flags, jobs, tmp_path, capsys):
+    def rounded(classifier):
+        images = keras.Input((8, 8, 3))
+        return keras.Model(images, classifier(keras.ops.round(images * 8.0) / 8.0))
+
+    opaque = changed_copy(jobs["good"], tmp_path / "opaque", rounded)
+    arguments = flags(classifier=opaque.classifier, num_images=20)
+    evaluate.main(arguments)
+    row = results_of(arguments)["classifiers"][0]["attacks"][-1]
+    assert set(row["warnings"]) == {"zero_gradients"}
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(!)" in out and "The gradient is zero at" in out
+
+
+def test_probabilities_are_as_calibrated_as_their_logits(flags, jobs, tmp_path):
+    def with_softmax(classifier):
+        return keras.Model(classifier.input, keras.layers.Softmax()(classifier.output))
+
+    softmax = changed_copy(jobs["good"], tmp_path / "softmax", with_softmax)
+    errors = []
+    for name, classifier in (("one", "good"), ("other", softmax.classifier)):
+        arguments = flags(name, classifier=classifier, attack="none")
+        evaluate.main(arguments)
+        errors.append(results_of(arguments)["classifiers"][0]["calibration"]["expected_calibration_error"])
+    assert errors[1] == pytest.approx(errors[0], abs=1e-4)

@@ -1,0 +1,129 @@
+"""What a model gives: one tensor of logits; anything else is named, or made one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.errors import UserError
+
+Model = Callable[[tf.Tensor], tf.Tensor]
+
+# Ops that change the form of an output, not its meaning.
+_FORMS = {"Cast", "Identity", "Reshape", "EnsureShape", "StopGradient"}
+_PROBABILITIES = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
+
+
+def logits_of(model: Model, images: tf.Tensor) -> tf.Tensor:
+    """Logits in float32, the network in inference mode (BatchNorm uses and keeps its running statistics).
+
+    Raises:
+        UserError: the model gives something else than one tensor.
+    """
+    return tf.cast(output_of(model, images), tf.float32)
+
+
+def outputs_of(model: Model, images: tf.Tensor) -> Any:
+    """`logits_of`, or for a model with several outputs all of them in float32, in the structure that it has."""
+    outputs = _raw_output(model, images)
+    if isinstance(outputs, Mapping | list | tuple):
+        return keras.tree.map_structure(lambda output: tf.cast(output, tf.float32), outputs)
+    return tf.cast(_one_output(outputs), tf.float32)
+
+
+def output_of(model: Model, images: tf.Tensor) -> tf.Tensor:
+    """`logits_of` in the precision of the model."""
+    return _one_output(_raw_output(model, images))
+
+
+def _one_output(output: Any) -> tf.Tensor:
+    if tf.is_tensor(output):
+        return output
+    if _is_array(output):  # NumPy's, or that of another framework
+        return tf.convert_to_tensor(np.asarray(output))
+    if isinstance(output, Mapping):
+        received, way_out = f"a dict with the keys {list(output)}", f"model(images)[{next(iter(output), '')!r}]"
+    elif isinstance(output, list | tuple):
+        received, way_out = f"a {type(output).__name__} of {len(output)} outputs", "model(images)[0]"
+    else:
+        name = "None" if output is None else type(output).__name__
+        raise UserError(f"A classifier gives one tensor of logits, (batch, classes). Received: {name}.")
+    raise UserError(
+        f"A classifier gives one tensor of logits, (batch, classes). Received: {received}. Choose one of them, e.g. "
+        f"lambda images: {way_out}."
+    )
+
+
+def _raw_output(model: Model, images: tf.Tensor) -> Any:
+    # keras.Model and keras.Layer take `training`; a plain callable is what it is.
+    return model(images, training=False) if isinstance(model, keras.Layer) else model(images)
+
+
+def _is_array(output: Any) -> bool:
+    return hasattr(output, "__array__") and hasattr(output, "dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedModel:
+    """A model whose outputs were looked at: its logits have a known shape (batch, num_classes), also in graphs.
+
+    Some callables, such as a tf.numpy_function, don't say their shape there.
+    """
+
+    model: Model
+    num_classes: int
+
+    def __call__(self, images: tf.Tensor) -> tf.Tensor:
+        return tf.ensure_shape(output_of(self.model, images), [None, self.num_classes])
+
+
+def with_classes(model: Model, count: int) -> CheckedModel:
+    """The same model with logits of a known shape (batch, count), also in graphs."""
+    return model if isinstance(model, CheckedModel) else CheckedModel(model, count)
+
+
+def callable_in_graphs(model: Model, images: tf.Tensor) -> Model:
+    """The same model where it gives tensors; one that gives arrays is called from graphs as Python code.
+
+    That is `model.predict`, a function of NumPy, or a model of another framework. It has no gradient.
+
+    Args:
+        images: to call it on, eagerly.
+    """
+    if isinstance(model, CheckedModel):
+        return model
+    output = _raw_output(model, images)
+    if tf.is_tensor(output) or not _is_array(output):
+        return model
+
+    def call(images: tf.Tensor) -> np.ndarray:
+        return np.asarray(_raw_output(model, images), np.float32)
+
+    return lambda images: tf.stop_gradient(tf.py_function(call, [images], tf.float32))
+
+
+def looks_like_probabilities(outputs: np.ndarray) -> bool:
+    """Whether all rows (batch, classes) are in [0, 1] and sum to 1, as exactly as their precision has it."""
+    tolerance = 1e-5 if outputs.dtype in (np.float32, np.float64) else 1e-2
+    outputs = outputs.astype(np.float32)
+    inside = outputs.min() > -1e-5 and outputs.max() < 1 + 1e-5
+    return bool(inside and np.all(np.abs(outputs.sum(axis=1) - 1) < tolerance))
+
+
+def kind_of_probabilities(model: Model, outputs: tf.Tensor) -> str:
+    """ "softmax" or "sigmoid" where the outputs are probabilities, as far as values, Keras or a graph tell; else ""."""
+    if tf.is_symbolic_tensor(outputs):
+        op = outputs.op
+        while op.type in _FORMS:
+            op = op.inputs[0].op
+        return _PROBABILITIES.get(op.type, "")
+    if looks_like_probabilities(outputs.numpy()):
+        return "softmax"
+    while isinstance(model, CheckedModel):
+        model = model.model
+    layers = getattr(model, "layers", None) if isinstance(model, keras.Model) else None
+    last = getattr(layers[-1], "activation", None) if layers else None
+    return "sigmoid" if last is keras.activations.sigmoid else ""
