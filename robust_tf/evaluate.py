@@ -47,6 +47,7 @@ from robust_tf.evaluation.settings import (  # noqa: E402
 from robust_tf.evaluation.state import StateFile  # noqa: E402
 from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject  # noqa: E402
 from robust_tf.files import write_json  # noqa: E402
+from robust_tf.models import pixel_warning  # noqa: E402
 from robust_tf.training.progress import console, meter  # noqa: E402
 
 
@@ -63,6 +64,9 @@ def main(argv: Sequence[str]) -> None:
 def run(config: EvaluateConfig) -> None:
     """Measures one or two classifiers, from where the folder's state file has it, and writes everything."""
     subjects = [load(config, name) for name in (config.classifier, config.compare) if name]
+    for subject in subjects:
+        if warning := pixel_warning(subject.classifier):
+            console.print(f"WARNING for {subject.name}: {warning}")
     config = with_threat_model(config, subjects)
     images = [draw_images(subject.task, count=count_of(config, subject), seed=config.seed) for subject in subjects]
     state_file = StateFile(config.folder / "state.json", identity(config, subjects, images))

@@ -20,6 +20,7 @@ from robust_tf.config import JobConfig, read_flag_file
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import replaced_atomically, write_json
+from robust_tf.job_record import FILE_NAME, read_results
 
 set_tensorflow_defaults()
 
@@ -86,7 +87,7 @@ def run(config: JobConfig) -> None:
 def finish(config: JobConfig, results: Results) -> None:
     """What comes after all figures are there: the table, the export, the commands that may come next."""
     if config.baseline:
-        write_json(pathlib.Path(config.workdir) / "results.json", results)
+        write_json(pathlib.Path(config.workdir) / FILE_NAME, results)
     console.print(closing_table(results))
     if config.export_dir:
         export(config, results)
@@ -164,13 +165,12 @@ def write_job(
         confusion=evaluation.confusion,
         class_names=task.class_names,
     )
-    write_json(workdir / "results.json", results)  # last: its presence says that the job is finished
+    write_json(workdir / FILE_NAME, results)  # last: its presence says that the job is finished
 
 
 def finished_results(workdir: pathlib.Path) -> Results | None:
     """The results of a workdir whose job is finished, or None."""
-    path = workdir / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_results(workdir / FILE_NAME) or None
 
 
 def build_job(config: JobConfig) -> tuple[keras.Model, TaskData]:
