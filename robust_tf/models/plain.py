@@ -38,16 +38,16 @@ def plain_classifier(model: keras.Model) -> keras.Model:
         return model
     images, outputs = _one_to_one(model)
     flat = _flat_copy(keras.Model(images, outputs, name=model.name))
-    removed, logits = _without_probabilities(flat)
+    removed, left, logits = _without_probabilities(flat)
     units = logits.shape[-1]
     if units == 1:
-        if removed not in ("", "sigmoid"):
+        if removed == "softmax" or left:
             raise UserError(
                 "A classifier with one output gives a logit or its sigmoid, for class 1 of two. Received: "
-                f"{model.name!r}, whose one output ends in {removed}. Use a sigmoid, or one output for each class."
+                f"{model.name!r}, whose output ends in {removed or left}. Use a sigmoid, or one output for each class."
             )
         logits = keras.ops.pad(logits, [[0, 0], [1, 0]])
-    elif removed == "sigmoid":
+    elif "sigmoid" in (removed, left):
         raise UserError(
             f"A classifier chooses one of its classes. Received: {model.name!r}, whose {units} sigmoid outputs are "
             "independent labels. If just one of them is right for each image, build it again without the sigmoid."
@@ -319,22 +319,24 @@ def _activation(operation: keras.Operation) -> str:
     return getattr(getattr(operation, "activation", None), "__name__", "")
 
 
-def _without_probabilities(classifier: keras.Model) -> tuple[str, keras.KerasTensor]:
-    """The softmax or sigmoid that was taken from the end of a copy, changed in place, and the tensor before it.
+def _without_probabilities(classifier: keras.Model) -> tuple[str, str, keras.KerasTensor]:
+    """Takes a softmax or sigmoid from the end of a copy, which is changed in place.
 
-    For other ends the name of an activation that is left there, or "".
+    Returns:
+        The name of what was taken, or ""; where nothing was, the name of an activation that is left after the head, or
+        ""; and the tensor before what was taken.
     """
     tail = list(_tail(classifier))
     kept = [one for one in tail if not (isinstance(one, keras.layers.Identity) or _is_linear(one))]
-    for_all = [_activation(one) for one in kept]
-    last, name = (kept[0], for_all[0]) if kept else (None, "")
+    activations = [_activation(one) for one in kept]
+    last, name = (kept[0], activations[0]) if kept else (None, "")
     if last is None or name not in _PROBABILITIES:
-        left = [one for one in for_all if one not in ("", "linear")]
-        return (left[0] if left else ""), classifier.outputs[0]
+        left = [one for one in activations if one not in ("", "linear")]
+        return "", (left[0] if left else ""), classifier.outputs[0]
     if hasattr(last, "kernel"):
         last.activation = keras.activations.linear
-        return name, last.output
-    return name, last.input
+        return name, "", last.output
+    return name, "", last.input
 
 
 def _is_linear(operation: keras.Operation) -> bool:

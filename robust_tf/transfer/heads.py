@@ -10,6 +10,7 @@ import keras
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models.plain import copy_weights
 from robust_tf.models.representation import features_layer
+from robust_tf.transfer.stages import shortened
 
 HeadInitializer = Literal["pytorch", "keras", "zeros"]
 
@@ -84,7 +85,7 @@ def with_normalization(classifier: keras.Model, mean: Sequence[float], std: Sequ
             "`mean` and `std` hold one number for each of the three channels, those of `std` above 0. "
             f"Received: mean={tuple(mean)}, std={tuple(std)}."
         )
-    _layer(classifier, "normalization")
+    _check_has_normalization(classifier)
     variance = [value**2 for value in std]
     changed = {"mean": list(mean), "variance": variance}
     return _copy(classifier, lambda layer: changed if layer.name == "normalization" else {})
@@ -158,14 +159,13 @@ def _is_input(layer: keras.layers.Layer) -> bool:
     return isinstance(layer, keras.layers.InputLayer)
 
 
-def _layer(classifier: keras.Model, name: str) -> keras.layers.Layer:
+def _check_has_normalization(classifier: keras.Model) -> None:
     names = [layer.name for layer in classifier.layers]
-    if name not in names:
+    if "normalization" not in names:
         raise UserError(
-            f"The classifier needs a layer called {name!r}. Received one whose layers are "
-            f"{', '.join(names[:3])}, ..., {', '.join(names[-3:])}."
+            "Another normalization needs a classifier with a layer called 'normalization'. Received one with the "
+            f"layers {shortened(names)}. Keep the classifier's own: --normalization=source."
         )
-    return classifier.get_layer(name)
 
 
 def _pytorch_start(fan_in: int, rng: random.Random) -> dict[str, Any]:

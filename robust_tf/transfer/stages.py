@@ -54,7 +54,7 @@ def stages(classifier: keras.Model) -> dict[str, list[keras.layers.Layer]]:
         raise UserError(
             "Every layer with weights must belong to a stage: its name must start with 'stem_', 'stage1_', 'stage2_', "
             "... or 'head_', or be 'logits', as in the architectures of this package. Received layers of no stage: "
-            f"{_shortened(homeless)}; stages found: {', '.join(sorted(by_stage, key=_depth)) or 'none'}. Use the "
+            f"{shortened(homeless)}; stages found: {', '.join(sorted(by_stage, key=_depth)) or 'none'}. Use the "
             "transfer mode fixed_feature or full_network, or build the model with such names."
         )
     return {stage: by_stage[stage] for stage in sorted(by_stage, key=_depth)}
@@ -101,7 +101,7 @@ def freeze(
     if quantized and mode != "fixed_feature":
         raise UserError(
             "Quantized weights do not train. Received: "
-            f"mode={mode!r} for a classifier with quantized layers: {_shortened(quantized)}. Use fixed_feature, or the "
+            f"mode={mode!r} for a classifier with quantized layers: {shortened(quantized)}. Use fixed_feature, or the "
             "classifier as it was before its quantization."
         )
     frozen: list[keras.layers.Layer] = []
@@ -133,6 +133,11 @@ def parameter_counts(classifier: keras.Model) -> tuple[int, int]:
     return trainable, total
 
 
+def shortened(names: list[str]) -> str:
+    """Names for a message; of many, the first and the last."""
+    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
+
+
 def _depth(stage: str) -> tuple[int, int]:
     """Sorts "stem" first, "stage10" after "stage9", "head" last."""
     number = stage.removeprefix("stage")
@@ -147,10 +152,6 @@ def _layers_before_features(classifier: keras.Model) -> list[keras.layers.Layer]
             f"Received a model without it; its last layers: {', '.join(names[-4:])}. Give that layer this name."
         )
     return classifier.layers[: names.index("features")]
-
-
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
 
 
 def _unfreeze(layer: keras.layers.Layer) -> None:
