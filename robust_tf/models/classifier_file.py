@@ -1,6 +1,7 @@
 """Writing a `.keras` file, atomically, and reading one that may be anything."""
 
 import pathlib
+import re
 import tempfile
 import zipfile
 
@@ -51,10 +52,15 @@ def read_model(path: pathlib.Path) -> keras.Model:
         model = keras.saving.load_model(path, compile=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        if unknown := re.match(r"Could not locate (?:class|function) '(.*?)'", reason):
+            raise UserError(
+                f"A classifier is made of Keras's own layers. Received: {path}, which needs the Python code of "
+                f"{unknown[1]!r}. Save keras.Model(images, model.call(images)) instead, with images = "
+                "keras.Input((size, size, 3)), where all inside is Keras's own."
+            ) from error
         raise UserError(
-            f"Cannot read the classifier {path} ({path.stat().st_size} bytes): {reason}. It is damaged, not a "
-            ".keras file, or needs custom code. Train or export it again; a model of a class of yours can be saved as "
-            "keras.Model(images, model.call(images))."
+            f"Cannot read the classifier {path} ({path.stat().st_size} bytes): {reason[:300]}. It is damaged, not a "
+            ".keras file, or needs custom code. Train or export it again."
         ) from error
     shape = image_shape(model)
     if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:

@@ -6,7 +6,14 @@ import pytest
 import tensorflow as tf
 
 from robust_tf.errors import UserError
-from robust_tf.models import ARCHITECTURES, build_classifier, outputs_of, pixel_warning, plain_classifier
+from robust_tf.models import (
+    ARCHITECTURES,
+    build_classifier,
+    load_classifier,
+    outputs_of,
+    pixel_warning,
+    plain_classifier,
+)
 from tests.model_forms import Subclassed, called, functional, image_input, lora, nested
 
 layers = keras.layers
@@ -109,6 +116,18 @@ def test_a_name_that_means_something_else_here_is_changed():
     x = layers.Dense(3, name="logits")(layers.Flatten()(layers.Conv2D(2, 3, name="features")(images)))
     classifier = plain_classifier(keras.Model(images, layers.Dense(2, name="out")(x)))
     assert [layer.name for layer in classifier.layers] == ["images", "features_1", "flatten", "logits_1", "out"]
+
+
+def test_a_file_that_needs_the_users_code_says_of_which_class(tmp_path):
+    class Unknown(Subclassed):
+        pass
+
+    called(Unknown()).save(tmp_path / "mine.keras")
+    with pytest.raises(
+        UserError, match=r"mine.keras, which needs the Python code of 'Unknown'\. Save keras.Model\("
+    ) as error:
+        load_classifier(tmp_path / "mine.keras")
+    assert len(str(error.value)) < 400
 
 
 def test_what_a_model_itself_gives():
