@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from robust_tf.attacks.cascade import CompiledAttacks  # noqa: E402
+from robust_tf.attacks.warning_flags import looks_like_probabilities  # noqa: E402
 from robust_tf.evaluation import report  # noqa: E402
 from robust_tf.evaluation.attacking import Robustness, attack_epsilons, unattacked  # noqa: E402
 from robust_tf.evaluation.calibration import calibration  # noqa: E402
@@ -128,6 +129,11 @@ def measure(config: EvaluateConfig, subject: Subject, images: Images, state_file
     """Everything about one classifier."""
     predict = batched_logits(subject.classifier, batch_size=config.batch_size)
     logits = predict(images.pixels)
+    if looks_like_probabilities(logits):
+        console.print(
+            f"WARNING for {subject.name}: its outputs look like probabilities, and are taken for logits: every figure "
+            "but the clean accuracy is wrong. Save the model with its logits as output."
+        )
     robustness = attacked(config, subject, images, logits, state_file)
     source, errors = corruption_errors(config, subject, images, predict, state_file) if config.corruptions else ("", {})
     return Measured(

@@ -28,7 +28,7 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
-from robust_tf.models import PUBLISHED, load_classifier, save_classifier  # noqa: E402
+from robust_tf.models import PUBLISHED, load_classifier, pixel_warning, save_classifier  # noqa: E402
 from robust_tf.serving.model_card import card_from_results  # noqa: E402
 from robust_tf.serving.publish import export_classifier, model_folder  # noqa: E402
 from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
@@ -204,7 +204,10 @@ def load_source_classifier(config: JobConfig) -> keras.Model:
         run_job(source_job)
         path = str(pathlib.Path(source_job.workdir) / "classifier.keras")
     with start_distribution(config.distribution).chief_first():  # which fetches a published one
-        return sources.load_source(path, architecture=config.architecture, image_size=config.image_size)
+        source = sources.load_source(path, architecture=config.architecture, image_size=config.image_size)
+    if warning := pixel_warning(source):
+        console.print(f"WARNING for {path}: {warning}")
+    return source
 
 
 def source_config(config: JobConfig) -> JobConfig:

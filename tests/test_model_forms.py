@@ -4,6 +4,7 @@ Each cell either works, with the probabilities that the user's own model gives, 
 found and what to do.
 """
 
+import json
 import pathlib
 
 import keras
@@ -143,3 +144,46 @@ def test_the_loaded_classifier_has_the_probabilities_of_the_users_model(saved):
     logits = load_classifier(saved.path)(IMAGES).numpy()
     assert logits.dtype == np.float32
     np.testing.assert_allclose(softmax(logits), saved.probabilities, atol=1e-6)
+
+
+def test_a_transfer_from_a_users_model_names_what_it_cannot_do(tmp_path, data_dir, capsys):
+    layers = keras.layers
+    model = keras.Sequential(
+        [keras.Input((SIZE, SIZE, 3)), layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(4), layers.Dense(2)]
+    )
+    model.save(tmp_path / "mine.keras")
+    job = {"task": "transfer", "source": str(tmp_path / "mine.keras"), "data_dir": str(data_dir), "classes": (0, 1)}
+    for changes, message in (
+        ({"transfer_mode": "partial", "freeze_through": "stage1"}, "of no stage: dense.*; stages found: head. Use the"),
+        ({"learning_rate_multipliers": ("stem=0.1",)}, "Received layers of no stage: dense"),
+        ({"image_size": 16}, "image_size=16, built for 8"),
+        ({"normalization": "dataset"}, "called 'normalization'.*--normalization=source"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.build_job(JobConfig(workdir=str(tmp_path / "job"), **job, **changes))
+    assert "WARNING for" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", ["nested", "convolution head"], indirect=True)
+@pytest.mark.parametrize("settings", [{"transfer_mode": "full_network"}, {"features": "cached", "head": "ridge"}])
+def test_a_whole_transfer_and_what_follows_it(saved, settings, data_dir, tmp_path):
+    """The figures of the training job are those of evaluation, and the result can be published."""
+    config = JobConfig(
+        task="transfer",
+        source=str(saved.path),
+        workdir=str(tmp_path / "job"),
+        data_dir=str(data_dir),
+        cache_dir=str(tmp_path / "cache"),
+        classes=saved.classes,
+        epochs=1,
+        export_dir=str(tmp_path / "exports"),
+        **settings,
+    )
+    train.run(config)
+    job = tmp_path / "job"
+    flags = [f"--classifier={job / 'classifier.keras'}", f"--data_dir={data_dir}", "--num_images=0", "--num_examples=0"]
+    evaluate.main(["evaluate", *flags, "--attack=none"])
+    (entry,) = json.loads((job / "evaluation" / "evaluation.json").read_text())["classifiers"]
+    assert entry["clean"]["accuracy"] == json.loads((job / "results.json").read_text())["clean_accuracy"]
+    assert (tmp_path / "exports" / "job" / "1" / "saved_model.pb").exists()

@@ -334,6 +334,14 @@ def test_a_classifier_of_reduced_images_is_measured_on_reduced_images(jobs, data
     assert entry["clean"]["accuracy"] < results_of(whole)["classifiers"][0]["clean"]["accuracy"]
 
 
+def test_probabilities_that_are_taken_for_logits_are_warned_of(flags, tmp_path, capsys):
+    images = keras.Input((8, 8, 3))
+    x = keras.layers.Dense(5, activation="softmax")(keras.layers.Flatten()(images))
+    job = write_job(tmp_path / "probabilities", keras.Model(images, keras.layers.Reshape((5,))(x)))
+    evaluate.main(flags(classifier=job.classifier, attack="none"))
+    assert "its outputs look like probabilities" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_first_layer_for_pixels_up_to_255_is_warned_of(flags, tmp_path, capsys):
     model = keras.Sequential(
         [keras.Input((8, 8, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(5)]
