@@ -48,6 +48,7 @@ from robust_tf.evaluation.settings import (  # noqa: E402
 from robust_tf.evaluation.state import StateFile  # noqa: E402
 from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject  # noqa: E402
 from robust_tf.files import check_output_folder, write_json  # noqa: E402
+from robust_tf.models import pixel_warning  # noqa: E402
 from robust_tf.training.progress import console, meter  # noqa: E402
 
 
@@ -63,8 +64,11 @@ def main(argv: Sequence[str]) -> None:
 
 def run(config: EvaluateConfig) -> None:
     """Measures one or two classifiers, from where the folder's state file has it, and writes everything."""
-    check_output_folder(config.folder, "--output_dir")
+    check_output_folder(config.folder, "--output")
     subjects = [load(config, name) for name in (config.classifier, config.compare) if name]
+    for subject in subjects:
+        if warning := pixel_warning(subject.classifier):
+            console.print(f"WARNING for {subject.name}: {warning}")
     config = with_threat_model(config, subjects)
     images = [draw_images(subject.task, count=count_of(config, subject), seed=config.seed) for subject in subjects]
     state_file = StateFile(config.folder / "state.json", identity(config, subjects, images))
@@ -126,6 +130,11 @@ def measure(config: EvaluateConfig, subject: Subject, images: Images, state_file
     """Everything about one classifier."""
     predict = batched_logits(subject.classifier, batch_size=config.batch_size)
     logits = predict(images.pixels)
+    if looks_like_probabilities(logits):
+        console.print(
+            f"WARNING for {subject.name}: its outputs look like probabilities, and are taken for logits: every figure "
+            "but the clean accuracy is wrong. Save the model with its logits as output."
+        )
     robustness = attacked(config, subject, images, logits, state_file)
     source, errors = corruption_errors(config, subject, images, predict, state_file) if config.corruptions else ("", {})
     return Measured(

@@ -15,6 +15,7 @@ from robust_tf.command_line import flag, parse_flags
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_folder
+from robust_tf.job_record import FILE_NAME, job_record, read_results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,24 +50,36 @@ def main(argv: Sequence[str]) -> None:
     path = pathlib.Path(config.classifier)
 
     # TensorFlow takes seconds to import: not for a mistyped flag.
-    from robust_tf.models import load_classifier
-    from robust_tf.serving.model_card import card_from_results, probe_from_results, read_results
+    from robust_tf.models import image_shape, pixel_warning, plain_classifier, read_model
+    from robust_tf.serving.model_card import card_from_results, probe_from_results
     from robust_tf.serving.publish import export_classifier, model_folder
 
     check_output_folder(model_folder(pathlib.Path(config.export_dir), config.model_name), "--export_dir")
-    results = read_results(path.with_name("results.json"))
+    results = read_results(path.with_name(FILE_NAME))
+    record = job_record(results, path.with_name(FILE_NAME))
+    if record.downscale is not None:
+        raise UserError(
+            "A served model takes images as they are, and would not reduce them first, as this classifier's training "
+            f"did. Received: {path}, trained with --downscale={record.downscale}. Train it without."
+        )
     probe = None
     if config.attack_probe:
         probe = probe_from_results(results, norm=config.norm, steps=config.attack_steps)
+    model = read_model(path)
+    record.check_image_size(image_shape(model)[1], path)
+    classifier = plain_classifier(model)
+    if warning := pixel_warning(classifier):
+        print(f"WARNING: {warning}")
     version_dir = export_classifier(
-        load_classifier(path),
+        classifier,
         config.export_dir,
         config.model_name,
         version=config.version,
-        labels=_read_labels(config.labels) if config.labels else results.get("class_names"),
-        resize_size=results.get("resize_size") if config.resize_size is None else config.resize_size,
+        labels=_read_labels(config.labels) if config.labels else record.class_names or None,
+        resize_size=record.resize_size if config.resize_size is None else config.resize_size,
         model_card=card_from_results(results, licence=config.license),
         attack_probe=probe,
+        original=model,
     )
     print(f"Published {version_dir}")
 

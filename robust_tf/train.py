@@ -22,6 +22,7 @@ from robust_tf.config import JobConfig, read_flag_file
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_folder, replaced_atomically, write_json
+from robust_tf.job_record import FILE_NAME, read_results
 
 set_tensorflow_defaults()
 
@@ -29,7 +30,7 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
-from robust_tf.models import PUBLISHED, load_classifier, save_classifier  # noqa: E402
+from robust_tf.models import PUBLISHED, load_classifier, pixel_warning, save_classifier  # noqa: E402
 from robust_tf.serving.model_card import card_from_results  # noqa: E402
 from robust_tf.serving.publish import export_classifier, model_folder  # noqa: E402
 from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
@@ -110,7 +111,7 @@ def finish(config: JobConfig, results: Results) -> None:
     """What comes after all figures are there: the table, the export, the commands that may come next."""
     workdir = pathlib.Path(config.workdir)
     if config.baseline and results != finished_results(workdir):  # a finished job may lie where nothing can be written
-        write_json(workdir / "results.json", results)
+        write_json(workdir / FILE_NAME, results)
     console.print(closing_table(results))
     if config.export_dir:
         export(config, results)
@@ -188,13 +189,12 @@ def write_job(
         confusion=evaluation.confusion,
         class_names=task.class_names,
     )
-    write_json(workdir / "results.json", results)  # last: its presence says that the job is finished
+    write_json(workdir / FILE_NAME, results)  # last: its presence says that the job is finished
 
 
 def finished_results(workdir: pathlib.Path) -> Results | None:
     """The results of a workdir whose job is finished, or None."""
-    path = workdir / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_results(workdir / FILE_NAME) or None
 
 
 def build_job(config: JobConfig) -> tuple[keras.Model, TaskData]:
@@ -228,7 +228,10 @@ def load_source_classifier(config: JobConfig) -> keras.Model:
         run_job(source_job)
         path = str(pathlib.Path(source_job.workdir) / "classifier.keras")
     with start_distribution(config.distribution).chief_first():  # which fetches a published one
-        return sources.load_source(path, architecture=config.architecture, image_size=config.image_size)
+        source = sources.load_source(path, architecture=config.architecture, image_size=config.image_size)
+    if warning := pixel_warning(source):
+        console.print(f"WARNING for {path}: {warning}")
+    return source
 
 
 def source_config(config: JobConfig) -> JobConfig:

@@ -14,10 +14,10 @@ LAYERS = [
     {"serving", "evaluation"},
     {"training"},
     {"transfer"},
-    {"attacks", "data", "models"},
+    {"attacks", "data", "models", "job_record"},
     {"config", "config_checks"},
     {"command_line"},
-    {"errors", "files", "environment"},
+    {"errors", "files", "environment", "keras_backend"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -1,5 +1,6 @@
 """Attacks on any callable from [0, 1] images to logits."""
 
+import robust_tf.keras_backend  # noqa: F401  # before Keras is imported
 from robust_tf.attacks.apgd import apgd
 from robust_tf.attacks.autoattack import VERSIONS, AutoAttackResult, attacks_of, autoattack
 from robust_tf.attacks.cascade import CascadeState, CompiledAttacks, cascade

@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.attacks.losses import find_loss, slope_of
+from robust_tf.models import features_of
 
 # Keeps the small gradients of a confident network above the smallest number of its precision.
 _GRADIENT_SCALE = 256.0
@@ -72,13 +73,6 @@ def edge_alignment(gradients: np.ndarray, images: np.ndarray) -> float:
     magnitudes = magnitudes - magnitudes.mean(axis=1, keepdims=True)
     norms = np.sqrt((edges**2).sum(axis=1) * (magnitudes**2).sum(axis=1))
     return float(np.mean((edges * magnitudes).sum(axis=1) / np.maximum(norms, 1e-30)))
-
-
-def features_of(classifier: keras.Model) -> keras.Model:
-    """The representation: images to what the layer "features" gives, or the input of the last layer without one."""
-    names = [layer.name for layer in classifier.layers]
-    features = classifier.get_layer("features").output if "features" in names else classifier.layers[-1].input
-    return keras.Model(classifier.input, features)
 
 
 def inverted(

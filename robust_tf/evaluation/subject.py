@@ -2,10 +2,8 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +12,7 @@ import tensorflow as tf
 from robust_tf.data import TaskData, load_task
 from robust_tf.data.opening import data_folder
 from robust_tf.errors import UserError, unknown_name
+from robust_tf.job_record import FILE_NAME, JobRecord, read_job_record
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
 
 _PUBLISHED_DATASETS = {"imagenet": "imagenet2012", "fashion_mnist": "fashion_mnist"}
@@ -95,21 +94,27 @@ def load_subject(
         )
     classifier = load_classifier(fetch_published(name) if name in PUBLISHED else path)
     job = _job_of(path, name)
-    dataset_given = bool(dataset)
+    job.check_image_size(classifier.input_shape[1], path)
     if dataset:
         kept = tuple(classes)
-    elif job.get("dataset"):
-        dataset, kept = job["dataset"], tuple(classes or job.get("classes") or ())
+    elif job.dataset:
+        dataset, kept = job.dataset, tuple(classes or job.classes)
     else:
-        raise UserError(f"No results.json beside {name} tells its data set. Received: no --dataset. Add it.")
+        raise UserError(f"No {FILE_NAME} beside {name} tells its data set. Received: no --dataset. Add it.")
+    same_data = dataset == job.dataset
     task = load_task(
         dataset,
         classes=kept or None,
-        image_size=classifier.input_shape[1],
-        downscale=None if dataset_given else job.get("downscale"),
+        image_size=classifier.input_shape[1] or job.image_size,
+        downscale=job.downscale,  # the classifier was made for such images, whatever the data
+        split_seed=job.split_seed if same_data else 0,  # or some of the training images would be among the others
+        skip_bad_images=same_data and job.skip_bad_images,
         batch_size=batch_size,
         data_dir=data_folder(data_dir),
     )
+    if same_data and job.resize_size is not None:
+        preprocessing = dataclasses.replace(task.preprocessing, resize_size=job.resize_size)
+        task = dataclasses.replace(task, preprocessing=preprocessing)
     logits = classifier.output_shape[-1]
     if logits != len(task.class_names):
         raise UserError(
@@ -122,8 +127,8 @@ def load_subject(
         dataset=dataset,
         classes=kept,
         task=task,
-        norm=job.get("norm"),
-        epsilon=job.get("epsilon"),
+        norm=job.norm,
+        epsilon=job.epsilon,
     )
 
 
@@ -173,26 +178,10 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else [f"{name} ({number})" for number, name in enumerate(short, 1)]
 
 
-def _job_of(path: pathlib.Path, name: str) -> dict[str, Any]:
-    """What is known about how a classifier was made: data set, classes, norm and epsilon, as far as it is."""
-    if name in PUBLISHED:
-        model = PUBLISHED[name]
-        threat = {"norm": model.norm, "epsilon": model.epsilon} if model.epsilon else {}
-        return {"dataset": _PUBLISHED_DATASETS[model.dataset], **threat}
-    results = path.parent / "results.json"
-    if not results.is_file():
-        return {}
-    try:
-        job = json.loads(results.read_text(encoding="utf-8"))
-        attack = job.get("robust_accuracy_attack") or {}
-        return {
-            "dataset": job["dataset"],
-            "classes": job["classes"],
-            "norm": attack.get("norm"),
-            "epsilon": attack.get("epsilon"),
-        }
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{results} is not what a training job writes. Received: {type(error).__name__}: {error}. Remove it, or "
-            "name --dataset."
-        ) from error
+def _job_of(path: pathlib.Path, name: str) -> JobRecord:
+    """What is known about how a classifier was made."""
+    if name not in PUBLISHED:
+        return read_job_record(path.parent / FILE_NAME)
+    model = PUBLISHED[name]
+    threat_model = (model.norm, model.epsilon) if model.epsilon else (None, None)
+    return JobRecord(dataset=_PUBLISHED_DATASETS[model.dataset], norm=threat_model[0], epsilon=threat_model[1])

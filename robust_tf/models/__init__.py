@@ -1,8 +1,10 @@
 """Architectures, and the way between their weights and the reference's checkpoints."""
 
+import robust_tf.keras_backend  # noqa: F401  # before Keras is imported
 from robust_tf.models.architectures import ARCHITECTURES, Architecture, build_classifier
-from robust_tf.models.classifier_file import load_classifier, save_classifier
+from robust_tf.models.classifier_file import load_classifier, read_model, save_classifier
 from robust_tf.models.conversion import classifier_from_checkpoint
+from robust_tf.models.plain import image_shape, outputs_of, pixel_warning, plain_classifier
 from robust_tf.models.published import PUBLISHED, PublishedModel, fetch_published, standard_twin
 from robust_tf.models.reference_checkpoint import ReferenceCheckpoint, read_reference_checkpoint
 from robust_tf.models.reference_state import (
@@ -12,6 +14,7 @@ from robust_tf.models.reference_state import (
     reference_num_classes,
     to_reference_state,
 )
+from robust_tf.models.representation import features_of
 
 __all__ = [
     "ARCHITECTURES",
@@ -22,8 +25,14 @@ __all__ = [
     "build_classifier",
     "classifier_from_checkpoint",
     "fetch_published",
+    "features_of",
+    "image_shape",
     "load_classifier",
     "load_reference_state",
+    "outputs_of",
+    "pixel_warning",
+    "plain_classifier",
+    "read_model",
     "read_reference_checkpoint",
     "reference_architecture",
     "reference_normalization",

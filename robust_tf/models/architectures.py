@@ -166,6 +166,12 @@ def build_classifier(
     """
     if architecture not in ARCHITECTURES:
         raise unknown_name("architecture", architecture, ARCHITECTURES)
+    if keras.config.image_data_format() != "channels_last":
+        raise UserError(
+            "The architectures have the channels last. Received: image_data_format='channels_first' from Keras's "
+            "settings. Change it to 'channels_last' in ~/.keras/keras.json, or call "
+            "keras.config.set_image_data_format('channels_last') first."
+        )
     entry = ARCHITECTURES[architecture]
     if num_classes < 2:
         raise UserError(f"A classifier needs at least 2 classes. Received: num_classes={num_classes}.")

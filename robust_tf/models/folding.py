@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from robust_tf.models.plain import copy_weights
+
 _CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)
 
 
@@ -42,7 +44,7 @@ def fold_batch_norm(classifier: keras.Model) -> keras.Model:
         if layer.name in folded:
             layer.set_weights(_folded_weights(layers[layer.name], layers[folded[layer.name]]))
         elif layer.weights:
-            layer.set_weights(layers[layer.name].get_weights())
+            copy_weights(layers[layer.name], layer)
     result.trainable = False
     return result
 
@@ -61,9 +63,20 @@ def _folded_pairs(classifier: keras.Model) -> dict[str, str]:
         conv, norm = layers.get(name), layers.get(first)  # operations such as a sum are no layers
         if others or not isinstance(conv, _CONVOLUTIONS) or not isinstance(norm, keras.layers.BatchNormalization):
             continue
-        if conv.compute_dtype == norm.compute_dtype == "float32" and conv.activation is keras.activations.linear:
+        if _is_foldable(conv) and norm.compute_dtype == "float32" and norm.axis in _channel_axes(conv):
             pairs[name] = first
-    return pairs
+    # A norm that is called on something else as well stays.
+    calls = collections.Counter(consumer for found in consumers.values() for consumer in found)
+    return {conv: norm for conv, norm in pairs.items() if calls[norm] == 1}
+
+
+def _is_foldable(conv: keras.layers.Layer) -> bool:
+    own_kernel = conv.quantization_mode is None and not getattr(conv, "lora_enabled", False)
+    return own_kernel and conv.compute_dtype == "float32" and conv.activation is keras.activations.linear
+
+
+def _channel_axes(conv: keras.layers.Layer) -> tuple[int, ...]:
+    return (-1, 3) if conv.data_format == "channels_last" else (1, -3)
 
 
 def _inputs(nodes: Any) -> list[str]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from robust_tf.attacks.losses import margin_of
+from robust_tf.attacks.pgd import ascend
 from robust_tf.attacks.threat_models import NORMS
 from robust_tf.errors import UserError, unknown_name
 
@@ -48,14 +50,6 @@ class ProbeResult(NamedTuple):
     margin: tf.Tensor
 
 
-def margin_of(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Logit of the label minus the best other logit, (batch,) float32."""
-    is_label = tf.one_hot(labels, tf.shape(logits)[-1], on_value=True, off_value=False)
-    own = tf.reduce_max(tf.where(is_label, logits, -float("inf")), axis=-1)
-    best_other = tf.reduce_max(tf.where(is_label, -float("inf"), logits), axis=-1)
-    return own - best_other
-
-
 def run_probe(
     logits_of: Callable[[tf.Tensor], tf.Tensor],
     images: tf.Tensor,
@@ -66,8 +60,6 @@ def run_probe(
 ) -> ProbeResult:
     """PGD with a radius of its own for each image, keeping the point of smallest margin, the start included.
 
-    `robust_tf.attacks.pgd` takes one epsilon that is known when the graph is built; a request brings its own.
-
     Args:
         logits_of: (batch, height, width, 3) float32 in [0, 1] -> (batch, classes) float32, in inference mode.
         images: (batch, height, width, 3) float32 in [0, 1].
@@ -77,29 +69,30 @@ def run_probe(
 
     Source: Madry et al. 2018, arXiv 1706.06083, section 2.1.
     """
-    norm = NORMS[probe.norm]
+    labels = tf.cast(labels, tf.int32)
     radius = epsilon[:, None, None, None]
-    step_size = 2.5 * radius / probe.steps
+    images_adv = ascend(
+        logits_of,
+        images,
+        labels,
+        images,
+        norm=NORMS[probe.norm],
+        epsilon=radius,
+        step_size=2.5 * radius / probe.steps,
+        steps=probe.steps,
+        loss=_margin_with_the_slope_of_cross_entropy,
+    )["images_adv"]
+    logits = logits_of(images_adv)
+    return ProbeResult(images_adv, logits, margin_of(logits, labels))
 
-    def step(i: tf.Tensor, points: tf.Tensor, worst: ProbeResult) -> tuple[tf.Tensor, tf.Tensor, ProbeResult]:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(points)
-            logits = logits_of(points)
-            loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
-        worst = worse_of(ProbeResult(points, logits, margin_of(logits, labels)), worst)
-        moved = points + norm.step(tape.gradient(loss, points), step_size)
-        return i + 1, norm.project(moved, images, radius), worst
 
-    def worse_of(new: ProbeResult, worst: ProbeResult) -> ProbeResult:
-        lower = new.margin < worst.margin
-        return ProbeResult(
-            tf.where(lower[:, None, None, None], new.images_adv, worst.images_adv),
-            tf.where(lower[:, None], new.logits, worst.logits),
-            tf.where(lower, new.margin, worst.margin),
-        )
+def _margin_with_the_slope_of_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """The attack climbs the cross-entropy, as in the source, but an iterate is worse where the margin is smaller."""
+    del targets
 
-    clean = logits_of(images)
-    start = ProbeResult(images, clean, margin_of(clean, labels))
-    _, points, worst = tf.while_loop(lambda i, *_: i < probe.steps, step, (0, images, start))
-    last = logits_of(points)
-    return worse_of(ProbeResult(points, last, margin_of(last, labels)), worst)
+    @tf.custom_gradient
+    def loss(logits: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        _, slope = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits, labels=labels)
+        return -margin_of(logits, labels), lambda upstream: upstream[:, None] * slope
+
+    return loss(logits)

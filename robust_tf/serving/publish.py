@@ -18,6 +18,7 @@ import tensorflow as tf
 import robust_tf
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
+from robust_tf.models import plain_classifier
 from robust_tf.models.folding import fold_batch_norm
 from robust_tf.serving.folders import MAX_VERSION, version_folders
 from robust_tf.serving.probe import AttackProbe
@@ -38,6 +39,7 @@ def export_classifier(
     version: int | None = None,
     resize_size: int | None = None,
     attack_probe: AttackProbe | None = None,
+    original: keras.Model | None = None,
 ) -> pathlib.Path:
     """Publishes a classifier as `export_dir/model_name/version`, ready for TensorFlow Serving.
 
@@ -47,7 +49,7 @@ def export_classifier(
     publishes nothing. BatchNorm after a convolution is folded into it (float32): the SavedModel is for inference.
 
     Args:
-        classifier: images (batch, H, W, 3) float32 in [0, 1], H = W -> logits; the last layer is the head.
+        classifier: any Keras model that `plain_classifier` takes, for images (batch, H, W, 3) in [0, 1], H = W.
         export_dir: the folder of all models.
         model_name: the name in requests, and of the folder; without "/" and ":".
         model_card: facts to publish as `model_card.json` (data, metric, accuracies, licence, ...). What the classifier
@@ -57,6 +59,7 @@ def export_classifier(
         resize_size: what encoded images' shorter side is resized to before the centre crop; None takes the size of
             the classifier's images.
         attack_probe: serve this attack as the signature `attack_probe`.
+        original: the model that `classifier` was made from. What is served must have its probabilities, too.
 
     Returns:
         The folder of the new version.
@@ -65,6 +68,8 @@ def export_classifier(
         UserError: an argument is at fault, the version exists, the folder cannot be written, or the export does not
             answer as the classifier does.
     """
+    original = original or classifier
+    classifier = plain_classifier(classifier)
     image_size, num_classes = _sizes(classifier)
     labels = _checked_labels(labels, num_classes)
     resize_size = image_size if resize_size is None else resize_size
@@ -109,7 +114,7 @@ def export_classifier(
             },
         )
         write_warmup(staging, warmup_logs(model_name, requests))
-        verify_export(staging, classifier, requests, labels=labels, resize_size=resize_size)
+        verify_export(staging, classifier, requests, labels=labels, resize_size=resize_size, original=original)
         _sync(staging)
         return _rename_into_place(staging, base, version)
 

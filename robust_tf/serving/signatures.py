@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from robust_tf.data.transforms import decode, evaluation_transform
+from robust_tf.models import features_of
 from robust_tf.serving.probe import AttackProbe, run_probe
 
 TOP_K = 5  # class names in a reply, or as many as there are classes
@@ -68,7 +69,7 @@ def build_signatures(
         serving_default  image_bytes (batch,) string           -> probabilities, logits, classes, top_k
         predict_pixels   images (batch, H, W, 3) float32, [0, 1] -> the same
         predict_uint8    images (batch, H, W, 3) uint8           -> the same
-        features         images (batch, H, W, 3) float32, [0, 1] -> features (batch, feature_dim)
+        features         images (batch, H, W, 3) float32, [0, 1] -> features (batch, feature_dim), see `features_of`
         classify         inputs (batch,) serialised tf.Example with `image/encoded` -> classes, scores
         attack_probe     image_bytes, label, epsilon (batch,) each -> see below; only with `attack_probe`
 
@@ -79,7 +80,7 @@ def build_signatures(
     that the classifier sees: `clean_image_bytes` and `adversarial_image_bytes`.
 
     Args:
-        classifier: images (batch, H, W, 3) float32 in [0, 1] -> logits.
+        classifier: images (batch, H, W, 3) float32 in [0, 1] -> logits, as of `plain_classifier`.
         labels: class names in the order of the logits.
         resize_size: of the evaluation transform.
         attack_probe: the attack to serve beside the predictions.
@@ -88,7 +89,7 @@ def build_signatures(
     image_shape = [None, height, width, channels]
     pixels = tf.TensorSpec(image_shape, tf.float32, name="images")
     encoded = tf.TensorSpec([None], tf.string, name="image_bytes")
-    feature_model = keras.Model(classifier.input, classifier.layers[-1].input)
+    feature_model = features_of(classifier)
     names = tf.constant(list(labels))
     top_k = min(TOP_K, len(labels))
 

@@ -8,7 +8,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
+from robust_tf.attacks.warning_flags import looks_like_probabilities
 from robust_tf.errors import UserError
+from robust_tf.models import features_of, outputs_of
 from robust_tf.serving import inference, warmup
 from robust_tf.serving.probe import AttackProbe
 from robust_tf.serving.session import LoadedModel
@@ -65,8 +67,11 @@ def verify_export(
     *,
     labels: Sequence[str],
     resize_size: int,
+    original: keras.Model,
 ) -> None:
     """Runs every signature and the warm-up as TensorFlow Serving would, and compares with `classifier.predict`.
+
+    The probabilities are also compared with those of `original`, the model that the user knows.
 
     Raises:
         UserError: the export cannot be loaded or run, or answers something else.
@@ -75,6 +80,7 @@ def verify_export(
         model = LoadedModel(version_dir)
         try:
             _compare(model, classifier, requests, labels=labels, resize_size=resize_size)
+            _compare_probabilities(model, classifier, original, requests["predict_pixels"])
             warmup.replay_warmup(model)
         finally:
             model.close()
@@ -103,7 +109,7 @@ def _compare(
         raise UserError(
             f"The classifier's logits must be finite. Received: {from_pixels.tolist()}. It has diverged in training."
         )
-    tolerance = max(_TOLERANCES[layer.compute_dtype] for layer in classifier.layers)
+    tolerance = _tolerance(classifier)
     for name, logits in [
         ("serving_default", from_bytes),
         ("predict_pixels", from_pixels),
@@ -115,15 +121,41 @@ def _compare(
         named = [[labels[index].encode() for index in row] for row in answer["top_k"]]
         if answer["classes"].tolist() != named:
             raise UserError(f"{name}/classes must be the labels of top_k. Received: {answer['classes'].tolist()}.")
-    feature_model = keras.Model(classifier.input, classifier.layers[-1].input)
     features = model.run("features", requests["features"])["features"]
-    _expect_close("features", features, _predict(feature_model, pixels), tolerance)
+    _expect_close("features", features, _predict(features_of(classifier), pixels), tolerance)
     scores = np.asarray(inference.classify(model, _examples(image_bytes), signature_name="classify").scores)
     best = np.sort(_softmax(from_bytes))[:, ::-1][:, : scores.shape[1]]
     _expect_close("classify/scores", scores, best, tolerance)
     if "attack_probe" in requests:  # the first sample's epsilon is 0: nothing is attacked
         probed = model.run("attack_probe", requests["attack_probe"])["adversarial_probabilities"]
         _expect_close("attack_probe at epsilon 0", probed[:1], _softmax(from_bytes[:1]), tolerance)
+
+
+def _compare_probabilities(
+    model: LoadedModel, classifier: keras.Model, original: keras.Model, request: Mapping[str, np.ndarray]
+) -> None:
+    """Against the outputs of the user's own model: probabilities as they are, or the softmax or sigmoid of logits."""
+    answer = model.run("predict_pixels", request)
+    outputs = outputs_of(original, request["images"]).numpy().astype(np.float32)
+    if outputs.shape[1] == 1:
+        # One output is a logit where it is served as one; otherwise it is the sigmoid that was taken off.
+        is_logit = np.allclose(outputs[:, 0], answer["logits"][:, 1], rtol=1e-3, atol=1e-3)
+        of_class_1 = tf.sigmoid(outputs).numpy() if is_logit else outputs
+        expected = np.concatenate([1.0 - of_class_1, of_class_1], axis=1)
+    else:
+        expected = outputs if looks_like_probabilities(outputs) else _softmax(outputs)
+    difference = float(np.max(np.abs(answer["probabilities"] - expected)))
+    if not difference <= _tolerance(classifier):
+        ending = "probabilities" if expected is outputs else "outputs"
+        raise UserError(
+            f"The served probabilities must be those of the classifier. Received: {original.name!r}, whose {ending} "
+            f"differ from them by {difference:g}. Nothing was published. Its end is none that can be turned into "
+            "logits: build it again with keras.Model(inputs, logits), the numbers that a softmax would take."
+        )
+
+
+def _tolerance(classifier: keras.Model) -> float:
+    return max(_TOLERANCES.get(layer.compute_dtype, _TOLERANCES["float32"]) for layer in classifier.layers)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

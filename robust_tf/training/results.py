@@ -43,6 +43,8 @@ def job_results(
         "image_size": task.image_size,
         "resize_size": task.resize_size,
         "downscale": config.downscale,
+        "split_seed": config.split_seed,
+        "skip_bad_images": config.skip_bad_images,
         "source": config.source if transfer else None,
         "transfer_mode": config.transfer_mode if transfer else None,
         "head": config.head if transfer else None,

@@ -1,5 +1,6 @@
 """Transfer of a trained backbone: which stages train, and copies of a classifier for another task."""
 
+import robust_tf.keras_backend  # noqa: F401  # before Keras is imported
 from robust_tf.transfer.heads import replace_head, with_dtype_policy, with_image_size, with_normalization
 from robust_tf.transfer.stages import freeze, parameter_counts, stages
 

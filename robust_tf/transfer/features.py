@@ -26,6 +26,7 @@ from huggingface_hub.utils import WeakFileLock
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
+from robust_tf.models import features_of
 
 Batches = Iterable[tuple[Any, Any]]
 _FORMAT = 1
@@ -62,11 +63,6 @@ class _File:
     batches_from: Callable[[int], tf.data.Dataset]
 
 
-def backbone_of(classifier: keras.Model) -> keras.Model:
-    """The classifier up to its layer "features": images to (batch, feature_dim)."""
-    return keras.Model(classifier.input, classifier.get_layer("features").output, name="backbone")
-
-
 def stored_features(
     classifier: keras.Model,
     task: TaskData,
@@ -82,7 +78,7 @@ def stored_features(
     Interrupted, it goes on where it stopped when it is called again.
 
     Args:
-        classifier: has a layer "features"; run in inference mode.
+        classifier: its features are those of `features_of`; run in inference mode.
         task: whose images.
         views: of each training image, at least 1.
         folder: of all stores.
@@ -93,7 +89,7 @@ def stored_features(
         UserError: the store there holds other features or is damaged, `max_bytes` or the disk is too small, or the
             folder can't be written. What has been computed is kept.
     """
-    backbone = backbone_of(classifier)
+    backbone = features_of(classifier, name="backbone")
     key = store_key(backbone, task, views)
     store = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     row_bytes = 4 * backbone.output_shape[-1]
@@ -101,7 +97,7 @@ def stored_features(
 
     # Traced once for all files.
     @tf.function(input_signature=[tf.TensorSpec([None, *backbone.input_shape[1:]], tf.float32)])
-    def features_of(images: tf.Tensor) -> tf.Tensor:
+    def compute(images: tf.Tensor) -> tf.Tensor:
         return tf.cast(backbone(images, training=False), tf.float32)
 
     try:
@@ -114,7 +110,7 @@ def stored_features(
             if not (store / _KEY).exists():
                 write_json(store / _KEY, key)
             os.utime(store / _KEY)  # of the last use: the oldest go first
-            computed = sum(_complete_file(store, file, row_bytes, features_of, track) for file in files)
+            computed = sum(_complete_file(store, file, row_bytes, compute, track) for file in files)
             _check_or_seal(store, files, row_bytes)
     except OSError as error:
         raise UserError(
@@ -180,7 +176,7 @@ def _complete_file(
     store: pathlib.Path,
     file: _File,
     row_bytes: int,
-    features_of: Callable[[tf.Tensor], tf.Tensor],
+    compute: Callable[[tf.Tensor], tf.Tensor],
     track: Callable[..., Iterator[tuple[Any, Any]]],
 ) -> int:
     """Appends the missing rows to a file, and returns their number."""
@@ -193,7 +189,7 @@ def _complete_file(
         target.truncate(done * row_bytes)  # a row that was half written
         for images, _ in track(file.batches_from(done), path.stem, num_images=missing):
             # write(), not a memory map: on a full disk the one is an error, the other kills the process.
-            target.write(features_of(images).numpy().tobytes())
+            target.write(compute(images).numpy().tobytes())
             target.flush()
         os.fsync(target.fileno())
     return missing

@@ -8,12 +8,15 @@ from typing import Any, Literal
 import keras
 
 from robust_tf.errors import UserError, unknown_name
+from robust_tf.models.plain import copy_weights
+from robust_tf.models.representation import features_layer
+from robust_tf.transfer.stages import shortened
 
 HeadInitializer = Literal["pytorch", "keras", "zeros"]
 
 HEAD_INITIALIZERS: tuple[HeadInitializer, ...] = ("pytorch", "keras", "zeros")
 DTYPE_POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
-ALWAYS_FLOAT32 = ("images", "normalization", "logits")
+ALWAYS_FLOAT32 = ("normalization", "logits")
 
 
 def replace_head(
@@ -29,7 +32,7 @@ def replace_head(
     The backbone is shared, not copied: training one classifier changes the other.
 
     Args:
-        classifier: a functional model whose head starts after a layer called "features", (batch, feature_dim).
+        classifier: as of `plain_classifier`; the head goes on its `features_layer`.
         num_classes: number of logits, at least 2.
         hidden_layers: number of layers Dense(feature_dim) with ReLU before the logits, called "head_hidden1", ...
         initializer: "pytorch": kernels and biases uniform within 1 / sqrt(fan_in), as PyTorch's Linear starts;
@@ -41,7 +44,7 @@ def replace_head(
         A functional model of the same name, from the same input to logits (batch, num_classes) in float32.
 
     Raises:
-        UserError: no layer "features", an unknown initializer, or a number outside its range.
+        UserError: an unknown initializer, or a number outside its range.
     """
     if num_classes < 2:
         raise UserError(f"A classifier needs at least 2 classes. Received: num_classes={num_classes}.")
@@ -49,7 +52,7 @@ def replace_head(
         raise UserError(f"`hidden_layers` must be at least 0. Received: hidden_layers={hidden_layers}.")
     if initializer not in HEAD_INITIALIZERS:
         raise unknown_name("head initializer", initializer, HEAD_INITIALIZERS)
-    features = _layer(classifier, "features")
+    features = features_layer(classifier)
     x = features.output
     feature_dim = x.shape[-1]
     rng = random.Random(seed)
@@ -63,7 +66,7 @@ def replace_head(
             **start(feature_dim, rng),
         )(x)
     logits = keras.layers.Dense(num_classes, dtype="float32", name="logits", **_STARTS[initializer](feature_dim, rng))
-    return keras.Model(classifier.input, logits(x), name=classifier.name)
+    return keras.Model(classifier.inputs[0], logits(x), name=classifier.name)
 
 
 def with_normalization(classifier: keras.Model, mean: Sequence[float], std: Sequence[float]) -> keras.Model:
@@ -82,24 +85,25 @@ def with_normalization(classifier: keras.Model, mean: Sequence[float], std: Sequ
             "`mean` and `std` hold one number for each of the three channels, those of `std` above 0. "
             f"Received: mean={tuple(mean)}, std={tuple(std)}."
         )
-    _layer(classifier, "normalization")
+    _check_has_normalization(classifier)
     variance = [value**2 for value in std]
-    return _copy(classifier, lambda name: {"mean": list(mean), "variance": variance} if name == "normalization" else {})
+    changed = {"mean": list(mean), "variance": variance}
+    return _copy(classifier, lambda layer: changed if layer.name == "normalization" else {})
 
 
 def with_image_size(classifier: keras.Model, image_size: int) -> keras.Model:
     """A copy of the classifier, with the same weights, for square images of another size.
 
     Args:
-        classifier: a functional model with an input called "images".
+        classifier: as of `plain_classifier`.
         image_size: height and width, in pixels.
 
     Raises:
         UserError: the network does not allow this size, or its weights belong to the size that it was built for.
     """
-    shape = (None, image_size, image_size, _layer(classifier, "images").output.shape[-1])
+    shape = (None, image_size, image_size, classifier.input_shape[-1])
     try:
-        return _copy(classifier, lambda name: {"batch_shape": shape} if name == "images" else {})
+        return _copy(classifier, lambda layer: {"batch_shape": shape} if _is_input(layer) else {})
     except ValueError as error:
         raise UserError(
             f"The weights of {classifier.name!r} do not fit images of this size. Received: image_size={image_size}, "
@@ -115,7 +119,7 @@ def with_dtype_policy(classifier: keras.Model, policy: str) -> keras.Model:
     that is compiled is made.
 
     Args:
-        classifier: a flat functional model.
+        classifier: as of `plain_classifier`. Its quantized layers stay as they are.
         policy: "float32", "mixed_bfloat16" or "mixed_float16"; the weights are float32 under each of them.
 
     Raises:
@@ -123,34 +127,45 @@ def with_dtype_policy(classifier: keras.Model, policy: str) -> keras.Model:
     """
     if policy not in DTYPE_POLICIES:
         raise unknown_name("dtype policy", policy, DTYPE_POLICIES)
-    return _copy(classifier, lambda name: {"dtype": "float32" if name in ALWAYS_FLOAT32 else policy})
+
+    def changes(layer: keras.layers.Layer) -> dict[str, Any]:
+        if _is_input(layer) or layer.quantization_mode is not None:
+            return {}
+        return {"dtype": "float32" if layer.name in ALWAYS_FLOAT32 else policy}
+
+    return _copy(classifier, changes)
 
 
-def _copy(classifier: keras.Model, changes: Callable[[str], dict[str, Any]]) -> keras.Model:
-    """A copy with the same weights and the same ones frozen; `changes` gives the changed options of a named layer."""
+def _copy(classifier: keras.Model, changes: Callable[[keras.layers.Layer], dict[str, Any]]) -> keras.Model:
+    """A copy with the same weights and the same ones frozen; `changes` gives the changed options of a layer."""
     if isinstance(classifier, keras.Sequential):  # its layers have no connections to keep
         raise UserError(
-            f"The classifier must be a functional model with a layer called 'features'. Received: {classifier.name!r}, "
-            "a Sequential one. Build it with robust_tf.models.build_classifier, or with keras.Model(inputs, outputs)."
+            f"The classifier must be a functional model. Received: {classifier.name!r}, a Sequential one. Pass it "
+            "through robust_tf.models.plain_classifier, or build it with keras.Model(inputs, outputs)."
         )
     config = classifier.get_config()
-    for layer in config["layers"]:
-        layer["config"] |= {key: value for key, value in changes(layer["name"]).items() if key in layer["config"]}
+    layers = {layer.name: layer for layer in classifier.layers}  # operations such as a sum have nothing to change
+    for entry in config["layers"]:
+        changed = changes(layers[entry["name"]]) if entry["name"] in layers else {}
+        entry["config"] |= {key: value for key, value in changed.items() if key in entry["config"]}
     copy = type(classifier).from_config(config)
-    copy.set_weights(classifier.get_weights())
+    copy_weights(classifier, copy)
     for ours, theirs in zip(copy.weights, classifier.weights, strict=True):
         ours.trainable = theirs.trainable
     return copy
 
 
-def _layer(classifier: keras.Model, name: str) -> keras.layers.Layer:
+def _is_input(layer: keras.layers.Layer) -> bool:
+    return isinstance(layer, keras.layers.InputLayer)
+
+
+def _check_has_normalization(classifier: keras.Model) -> None:
     names = [layer.name for layer in classifier.layers]
-    if name not in names:
+    if "normalization" not in names:
         raise UserError(
-            f"The classifier needs a layer called {name!r}. Received one whose layers are "
-            f"{', '.join(names[:3])}, ..., {', '.join(names[-3:])}."
+            "Another normalization needs a classifier with a layer called 'normalization'. Received one with the "
+            f"layers {shortened(names)}. Keep the classifier's own: --normalization=source."
         )
-    return classifier.get_layer(name)
 
 
 def _pytorch_start(fan_in: int, rng: random.Random) -> dict[str, Any]:

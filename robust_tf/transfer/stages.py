@@ -53,8 +53,9 @@ def stages(classifier: keras.Model) -> dict[str, list[keras.layers.Layer]]:
     if homeless:
         raise UserError(
             "Every layer with weights must belong to a stage: its name must start with 'stem_', 'stage1_', 'stage2_', "
-            f"... or 'head_', or be 'logits'. Received layers of no stage: {', '.join(homeless)}. Build the model with "
-            "such names, or set `trainable` of its layers yourself."
+            "... or 'head_', or be 'logits', as in the architectures of this package. Received layers of no stage: "
+            f"{shortened(homeless)}; stages found: {', '.join(sorted(by_stage, key=_depth)) or 'none'}. Use the "
+            "transfer mode fixed_feature or full_network, or build the model with such names."
         )
     return {stage: by_stage[stage] for stage in sorted(by_stage, key=_depth)}
 
@@ -83,7 +84,7 @@ def freeze(
 
     Raises:
         UserError: an unknown mode or stage, `through` missing or given where it has no meaning, no layer "features",
-            or a layer that belongs to no stage.
+            a layer that belongs to no stage, or quantized layers that should train.
 
     Source: Salman et al. 2020, arXiv 2007.08489, section 2 (fixed-feature and full-network transfer).
     """
@@ -95,6 +96,13 @@ def freeze(
         raise UserError(
             "`through` names the last frozen stage of mode='partial', and of no other mode. "
             f"Received: mode={mode!r}, through={through!r}."
+        )
+    quantized = [layer.name for layer in _without_nesting(classifier.layers) if layer.quantization_mode is not None]
+    if quantized and mode != "fixed_feature":
+        raise UserError(
+            "Quantized weights do not train. Received: "
+            f"mode={mode!r} for a classifier with quantized layers: {shortened(quantized)}. Use fixed_feature, or the "
+            "classifier as it was before its quantization."
         )
     frozen: list[keras.layers.Layer] = []
     if mode == "fixed_feature":
@@ -123,6 +131,11 @@ def parameter_counts(classifier: keras.Model) -> tuple[int, int]:
         for weights in (classifier.trainable_weights, classifier.weights)
     )
     return trainable, total
+
+
+def shortened(names: list[str]) -> str:
+    """Names for a message; of many, the first and the last."""
+    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
 
 
 def _depth(stage: str) -> tuple[int, int]:

@@ -19,9 +19,11 @@ from robust_tf import evaluate
 from robust_tf.attacks import CascadeState, pgd
 from robust_tf.attacks.table import PASSES
 from robust_tf.command_line import parse_flags
+from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.evaluation import attacking
 from robust_tf.evaluation.settings import EvaluateConfig
+from robust_tf.models import load_classifier
 from robust_tf.training.metrics import wilson_interval
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -375,3 +377,38 @@ def test_probabilities_are_as_calibrated_as_their_logits(flags, jobs, tmp_path):
         evaluate.main(arguments)
         errors.append(results_of(arguments)["classifiers"][0]["calibration"]["expected_calibration_error"])
     assert errors[1] == pytest.approx(errors[0], abs=1e-4)
+
+
+def test_a_classifier_of_reduced_images_is_measured_on_reduced_images(jobs, data_dir, tmp_path, flags, capsys):
+    """The figure is that of a training job, which reduces its test images too."""
+    job = write_job(tmp_path / "reduced", keras.saving.load_model(jobs["good"].classifier))
+    (job.folder / "results.json").write_text(
+        json.dumps({"dataset": "digits", "classes": [0, 1, 2, 3, 4], "downscale": 4})
+    )
+    task = load_task("digits", classes=range(5), image_size=8, batch_size=32, downscale=4, data_dir=data_dir)
+    images, labels = (np.concatenate(part) for part in zip(*task.test.as_numpy_iterator(), strict=True))
+    expected = float(np.mean(np.argmax(load_classifier(job.folder / "classifier.keras")(images), axis=1) == labels))
+    arguments = flags(classifier=job.classifier, attack="none", num_images=0)
+    evaluate.main(arguments)
+    (entry,) = results_of(arguments)["classifiers"]
+    whole = flags("whole", classifier="good", attack="none", num_images=0)
+    evaluate.main(whole)
+    assert entry["clean"]["accuracy"] == pytest.approx(expected)
+    assert entry["clean"]["accuracy"] < results_of(whole)["classifiers"][0]["clean"]["accuracy"]
+
+
+def test_probabilities_that_are_taken_for_logits_are_warned_of(flags, tmp_path, capsys):
+    images = keras.Input((8, 8, 3))
+    x = keras.layers.Dense(5, activation="softmax")(keras.layers.Flatten()(images))
+    job = write_job(tmp_path / "probabilities", keras.Model(images, keras.layers.Reshape((5,))(x)))
+    evaluate.main(flags(classifier=job.classifier, attack="none"))
+    assert "its outputs look like probabilities" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_first_layer_for_pixels_up_to_255_is_warned_of(flags, tmp_path, capsys):
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(5)]
+    )
+    job = write_job(tmp_path / "rescaled", model)
+    evaluate.main(flags(classifier=job.classifier, attack="none"))
+    assert "The layer 'rescaling' after the input" in " ".join(capsys.readouterr().out.split())

@@ -260,3 +260,12 @@ def test_bad_input_is_refused(changed, message):
     good = {"architecture": "resnet8", "num_classes": 3, "image_size": 8, "mean": MEAN, "std": STD}
     with pytest.raises(UserError, match=re.escape(message)):
         build_classifier(**(good | changed))
+
+
+def test_channels_first_in_keras_settings_is_named():
+    keras.config.set_image_data_format("channels_first")
+    try:
+        with pytest.raises(UserError, match="image_data_format='channels_first'.*keras.json"):
+            build_classifier("resnet8", 3, image_size=8, mean=(0.5,) * 3, std=(0.2,) * 3)
+    finally:
+        keras.config.set_image_data_format("channels_last")

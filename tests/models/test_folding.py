@@ -89,3 +89,22 @@ def test_without_a_pair_it_is_the_classifier_itself():
     inputs = keras.Input((4, 4, 3))
     functional = keras.Model(inputs, keras.layers.Flatten()(inputs))
     assert fold_batch_norm(functional) is functional
+
+
+def test_a_batchnorm_that_is_called_elsewhere_too_stays():
+    inputs = keras.Input((6, 6, 3))
+    norm = keras.layers.BatchNormalization()
+    x = keras.layers.Concatenate()([norm(keras.layers.Conv2D(3, 3, padding="same")(inputs)), norm(inputs)])
+    classifier = with_statistics(keras.Model(inputs, keras.layers.Flatten()(x)))
+    images = np.random.default_rng(1).uniform(0, 1, (2, 6, 6, 3)).astype(np.float32)
+    np.testing.assert_allclose(fold_batch_norm(classifier)(images), classifier(images), atol=1e-5)
+
+
+def test_other_axes_and_adapted_kernels_are_left_alone():
+    inputs = keras.Input((6, 6, 3))
+    adapted = keras.layers.Conv2D(4, 3)
+    x = keras.layers.BatchNormalization(axis=1)(keras.layers.Conv2D(4, 3)(inputs))
+    classifier = with_statistics(keras.Model(inputs, keras.layers.BatchNormalization()(adapted(x))))
+    adapted.enable_lora(2)
+    adapted.lora_kernel_b.assign(keras.random.normal(adapted.lora_kernel_b.shape, seed=1))
+    assert fold_batch_norm(classifier) is classifier

@@ -374,6 +374,49 @@ def test_the_program(tiny, tmp_path, capsys):
     assert json.loads((version.parent / "5" / "model_card.json").read_text())["labels"] == ["a", "b"]
 
 
+def probabilities_by_hand(images):
+    scores = keras.layers.Dense(3, activation="exponential")(keras.layers.Flatten()(images))
+    return scores / keras.ops.sum(scores, axis=-1, keepdims=True)
+
+
+def softmax_before_a_reshape(images):
+    return keras.layers.Reshape((3,))(keras.layers.Dense(3, activation="softmax")(keras.layers.Flatten()(images)))
+
+
+@pytest.mark.parametrize("end", [probabilities_by_hand, softmax_before_a_reshape])
+def test_probabilities_are_never_served_as_logits(end, tmp_path):
+    """Where nothing can be taken off the end, the check against the user's own model refuses."""
+    images = keras.Input((8, 8, 3))
+    with pytest.raises(UserError, match="'mine', whose probabilities differ from them by.*Nothing was published"):
+        export_classifier(keras.Model(images, end(images), name="mine"), tmp_path, "m", model_card={})
+    assert list((tmp_path / "m").iterdir()) == []
+
+
+def test_the_probabilities_are_compared_with_those_of_the_model_before(tiny, tmp_path):
+    other = keras.models.clone_model(tiny)
+    with pytest.raises(UserError, match="whose outputs differ from them by"):
+        export_classifier(tiny, tmp_path, "m", model_card={}, original=other)
+
+
+def test_the_program_looks_at_the_record_and_the_first_layer(tmp_path, capsys):
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(2)]
+    )
+    model.save(tmp_path / "classifier.keras")
+    flags = [f"--classifier={tmp_path / 'classifier.keras'}", f"--export_dir={tmp_path / 'E'}", "--model_name=m"]
+    for results, message in (
+        ({"downscale": 4}, "trained with --downscale=4"),
+        ({"image_size": 16}, "for images of 8 pixels a side, and a results.json that says 16"),
+        ({"class_names": "ab"}, "class_names='ab'"),
+    ):
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        with pytest.raises(UserError, match=message):
+            export.main(["export", *flags])
+    (tmp_path / "results.json").unlink()
+    export.main(["export", *flags])
+    assert "WARNING: The layer 'rescaling'" in capsys.readouterr().out
+
+
 def test_the_programs_errors(tmp_path):
     file = tmp_path / "classifier.keras"
     flags = ["--export_dir=E", "--model_name=m"]

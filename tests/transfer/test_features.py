@@ -10,9 +10,9 @@ from huggingface_hub.utils import WeakFileLock
 
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
-from robust_tf.models import build_classifier
+from robust_tf.models import build_classifier, features_of
 from robust_tf.transfer import features as features_module
-from robust_tf.transfer.features import backbone_of, stored_features
+from robust_tf.transfer.features import stored_features
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def the_store(tmp_path):
 
 def test_rows_are_what_the_backbone_says_in_the_order_of_the_part(stored, task, classifier):
     features = stored(views=3)
-    backbone = backbone_of(classifier)
+    backbone = features_of(classifier)
     for view in range(3):
         batches = list(task.train_view(view).as_numpy_iterator())
         expected = np.concatenate([backbone(images, training=False) for images, _ in batches])

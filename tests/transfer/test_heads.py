@@ -93,12 +93,13 @@ def test_a_wrong_head_is_refused(arguments, message):
         replace_head(build(), seed=0, **arguments)
 
 
-def test_a_model_without_features_is_refused():
+def test_a_model_without_features_gets_its_head_in_place_of_the_old_one():
     inputs = keras.Input((4,), name="images")
     hidden = keras.layers.Dense(3, name="hidden")(inputs)
     model = keras.Model(inputs, keras.layers.Dense(2, name="logits")(hidden))
-    with pytest.raises(UserError, match="'features'.*hidden, logits"):
-        replace_head(model, 3, seed=0)
+    other = replace_head(model, 3, seed=0)
+    assert [layer.name for layer in other.layers] == ["images", "hidden", "features", "logits"]
+    assert other.get_layer("hidden") is model.get_layer("hidden")
     with pytest.raises(UserError, match="'normalization'.*hidden, logits"):
         with_normalization(model, MEAN, STD)
 

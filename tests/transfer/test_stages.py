@@ -158,8 +158,19 @@ def test_layers_of_no_stage_are_named():
     images = keras.Input((4,), name="images")
     x = keras.layers.Dense(3, name="encoder")(keras.layers.Normalization(name="normalization")(images))
     classifier = keras.Model(images, keras.layers.Dense(2, name="logits")(keras.layers.Dense(3, name="stage0_fc")(x)))
-    with pytest.raises(UserError, match="encoder, stage0_fc"):
+    with pytest.raises(UserError, match="encoder, stage0_fc; stages found: head. Use .* fixed_feature or full_network"):
         stages(classifier)
     with pytest.raises(UserError, match="without it; its last layers: .*stage0_fc, logits"):
         freeze(classifier, mode="fixed_feature")
     freeze(classifier, mode="full_network")
+
+
+def test_quantized_weights_are_not_trained():
+    images = keras.Input((4,), name="images")
+    x = keras.layers.Dense(3, name="features")(images)
+    classifier = keras.Model(images, keras.layers.Dense(2, name="logits")(x))
+    classifier.get_layer("features").quantize("int8")
+    for mode, through in (("full_network", None), ("partial", "stem")):
+        with pytest.raises(UserError, match=f"mode='{mode}'.*quantized layers: features. Use fixed_feature"):
+            freeze(classifier, mode=mode, through=through)
+    freeze(classifier, mode="fixed_feature")

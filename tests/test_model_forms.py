@@ -1,0 +1,189 @@
+"""A table: the forms of a Keras classifier x the programs that read a `.keras` file.
+
+Each cell either works, with the probabilities that the user's own model gives, or ends in one line that says what was
+found and what to do.
+"""
+
+import json
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+
+from robust_tf import evaluate, export, train, visualize
+from robust_tf.config import JobConfig
+from robust_tf.errors import UserError
+from robust_tf.evaluation.settings import EvaluateConfig
+from robust_tf.models import features_of, load_classifier, save_classifier
+from robust_tf.serving.session import LoadedModel
+from tests.model_forms import FORMS, SIZE, Form, softmax
+
+IMAGES = np.random.default_rng(1).random((6, SIZE, SIZE, 3)).astype(np.float32)
+TAKEN = [name for name, form in FORMS.items() if not form.refusal]
+# In a program these forms are looked at every time, the others among the slow tests.
+USUAL = {"sequential", "nested", "sigmoid"}
+REFUSED = [name for name, form in FORMS.items() if form.refusal]
+
+
+class Saved:
+    """A form in a file, and what the model in memory gave before it was saved."""
+
+    def __init__(self, form: Form, folder: pathlib.Path) -> None:
+        keras.utils.set_random_seed(3)
+        model = form.build()
+        self.form, self.path = form, folder / "mine.keras"
+        if not form.refusal:
+            inputs = {"image": IMAGES} if isinstance(getattr(model, "input", None), dict) else IMAGES
+            self.probabilities = form.probabilities(keras.tree.map_structure(np.float32, model(inputs)))
+        model.save(self.path)
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        return tuple(range(self.form.num_classes))
+
+
+@pytest.fixture
+def saved(request, tmp_path) -> Saved:
+    return Saved(FORMS[request.param], tmp_path)
+
+
+def run_evaluate(saved: Saved, data_dir: pathlib.Path) -> None:
+    config = EvaluateConfig(
+        classifier=str(saved.path),
+        dataset="digits",
+        classes=saved.classes,
+        data_dir=str(data_dir),
+        num_images=12,
+        num_examples=0,
+        attack=("fgsm",),
+        norm="l2",
+        epsilon=(2.0,),
+    )
+    subject = evaluate.load(config, config.classifier)
+    images = evaluate.draw_images(subject.task, count=12, seed=0)
+    state_file = evaluate.StateFile(saved.path.with_name("state.json"), {})
+    measured = evaluate.measure(config, subject, images, state_file)
+    assert measured.logits.shape == (12, saved.form.num_classes)
+    (attacked,) = measured.robustness
+    assert not set(attacked.warnings) & {"zero_gradients", "probabilities"}
+
+
+def run_visualize(saved: Saved, data_dir: pathlib.Path) -> None:
+    visualize.run(
+        visualize.VisualizeConfig(
+            classifier=str(saved.path),
+            dataset="digits",
+            classes=saved.classes,
+            data_dir=str(data_dir),
+            kind="inversion",
+            num_images=2,
+            steps=2,
+        )
+    )
+    assert saved.path.with_name("inversion.png").exists()
+
+
+def run_export(saved: Saved, data_dir: pathlib.Path) -> None:
+    folder = saved.path.with_name("exports")
+    flags = [f"--classifier={saved.path}", f"--export_dir={folder}", "--model_name=m", "--attack_probe", "--norm=l2"]
+    export.main(["export", *flags, "--attack_steps=2"])
+    served = LoadedModel(folder / "m" / "1")
+    try:
+        answer = served.run("predict_pixels", {"images": IMAGES})
+        features = served.run("features", {"images": IMAGES})["features"]
+    finally:
+        served.close()
+    np.testing.assert_allclose(answer["probabilities"], saved.probabilities, atol=saved.form.tolerance)
+    assert features.ndim == 2
+
+
+def run_source(saved: Saved, data_dir: pathlib.Path) -> None:
+    config = JobConfig(
+        task="transfer",
+        source=str(saved.path),
+        workdir=str(saved.path.with_name("job")),
+        data_dir=str(data_dir),
+        classes=(0, 1, 2, 3),
+        hidden_layers=1,
+    )
+    before = load_classifier(saved.path)
+    classifier, _ = train.build_job(config)
+    assert [weight.path for weight in classifier.trainable_weights] == [
+        f"{layer}/{weight}" for layer in ("head_hidden1", "logits") for weight in ("kernel", "bias")
+    ]
+    # What a transfer leaves is a source again, and keeps the features that it started from.
+    save_classifier(classifier, saved.path.with_name("again.keras"))
+    again = load_classifier(saved.path.with_name("again.keras"))
+    assert again(IMAGES).shape == (6, 4)
+    np.testing.assert_allclose(features_of(again)(IMAGES), features_of(before)(IMAGES), atol=1e-6)
+
+
+# The columns of the table. COLUMNS STILL MISSING: "trainer" and "attacks", which take a model in memory.
+PROGRAMS = {"evaluate": run_evaluate, "visualize": run_visualize, "export": run_export, "--source": run_source}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "saved", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in TAKEN], indirect=True
+)
+def test_a_form_works_in_a_program(saved, program, data_dir):
+    PROGRAMS[program](saved, data_dir)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("saved", REFUSED, indirect=True)
+def test_a_form_is_refused_in_one_line(saved, program, data_dir):
+    with pytest.raises(UserError, match=saved.form.refusal) as raised:
+        PROGRAMS[program](saved, data_dir)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("saved", TAKEN, indirect=True)
+def test_the_loaded_classifier_has_the_probabilities_of_the_users_model(saved):
+    logits = load_classifier(saved.path)(IMAGES).numpy()
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(softmax(logits), saved.probabilities, atol=1e-6)
+
+
+def test_a_transfer_from_a_users_model_names_what_it_cannot_do(tmp_path, data_dir, capsys):
+    layers = keras.layers
+    model = keras.Sequential(
+        [keras.Input((SIZE, SIZE, 3)), layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(4), layers.Dense(2)]
+    )
+    model.save(tmp_path / "mine.keras")
+    job = {"task": "transfer", "source": str(tmp_path / "mine.keras"), "data_dir": str(data_dir), "classes": (0, 1)}
+    for changes, message in (
+        ({"transfer_mode": "partial", "freeze_through": "stage1"}, "of no stage: dense.*; stages found: head. Use the"),
+        ({"learning_rate_multipliers": ("stem=0.1",)}, "Received layers of no stage: dense"),
+        ({"image_size": 16}, "image_size=16, built for 8"),
+        ({"normalization": "dataset"}, "called 'normalization'.*--normalization=source"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.build_job(JobConfig(workdir=str(tmp_path / "job"), **job, **changes))
+    assert "WARNING for" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", ["nested", "convolution head"], indirect=True)
+@pytest.mark.parametrize("settings", [{"transfer_mode": "full_network"}, {"features": "cached", "head": "ridge"}])
+def test_a_whole_transfer_and_what_follows_it(saved, settings, data_dir, tmp_path):
+    """The figures of the training job are those of evaluation, and the result can be published."""
+    config = JobConfig(
+        task="transfer",
+        source=str(saved.path),
+        workdir=str(tmp_path / "job"),
+        data_dir=str(data_dir),
+        cache_dir=str(tmp_path / "cache"),
+        classes=saved.classes,
+        epochs=1,
+        export_dir=str(tmp_path / "exports"),
+        **settings,
+    )
+    train.run(config)
+    job = tmp_path / "job"
+    flags = [f"--classifier={job / 'classifier.keras'}", f"--data_dir={data_dir}", "--num_images=0", "--num_examples=0"]
+    evaluate.main(["evaluate", *flags, "--attack=none"])
+    (entry,) = json.loads((job / "evaluation" / "evaluation.json").read_text())["classifiers"]
+    assert entry["clean"]["accuracy"] == json.loads((job / "results.json").read_text())["clean_accuracy"]
+    assert (tmp_path / "exports" / "job" / "1" / "saved_model.pb").exists()
