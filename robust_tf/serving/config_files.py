@@ -13,8 +13,8 @@ from google.protobuf.message import Message
 from tensorflow_serving.config import model_server_config_pb2
 
 from robust_tf.errors import UserError
-from robust_tf.serving.folders import MAX_VERSION
-from robust_tf.serving.versions import ModelSettings
+from robust_tf.serving.folders import MAX_VERSION, is_remote
+from robust_tf.serving.model_settings import ModelSettings
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
 _PACKAGE = "robust_tf.serving"
@@ -130,6 +130,7 @@ def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[Mo
             raise UserError(f"Every model needs a name. Received: base_path: {model.base_path!r} without one.")
         if model.name in settings:
             raise UserError(f"Illegal to list model {model.name} multiple times in config list")
+        check_local(model.base_path, f"base_path of model {model.name}")
         if not pathlib.PurePath(model.base_path).is_absolute():
             raise UserError(
                 f"Expected model {model.name} to have an absolute path or URI; got base_path()={model.base_path}"
@@ -143,6 +144,19 @@ def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[Mo
             )
         settings[model.name] = _one_model(model)
     return list(settings.values())
+
+
+def check_local(path: str, what: str) -> None:
+    """Refuses gs:// and the like.
+
+    Raises:
+        UserError: the path is an address.
+    """
+    if is_remote(path):
+        raise UserError(
+            f"This server reads folders of this machine only. Received: {what}: {path}. Copy the model to a local "
+            "folder and name that, or run tensorflow_model_server."
+        )
 
 
 def _one_model(model: model_server_config_pb2.ModelConfig) -> ModelSettings:
