@@ -4,13 +4,17 @@ import email.utils
 import http.server
 import itertools
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import numpy as np
 import pytest
+from tensorflow_serving.apis import get_model_metadata_pb2, prediction_service_pb2_grpc
 
 from robust_tf.errors import UserError
 from robust_tf.serving.client import Retries, ServerError, connect, seconds_after
@@ -33,11 +37,11 @@ def test_both_transports_give_the_same_arrays(embedded):
             answers.append(client.predict({"images": pixels}, signature_name="predict_pixels"))
             assert client.signatures["predict_pixels"].inputs["images"] == ("DT_FLOAT", (None, 16, 16, 3))
             assert "__saved_model_init_op" not in client.signatures
-    rest, grpc = answers
-    assert rest.keys() == grpc.keys()
-    for name in rest:
-        assert rest[name].dtype == grpc[name].dtype
-        np.testing.assert_array_equal(rest[name], grpc[name])
+    over_rest, over_grpc = answers
+    assert over_rest.keys() == over_grpc.keys()
+    for name in over_rest:
+        assert over_rest[name].dtype == over_grpc[name].dtype
+        np.testing.assert_array_equal(over_rest[name], over_grpc[name])
 
 
 @pytest.mark.parametrize("as_list", [False, True])
@@ -111,6 +115,85 @@ def test_bad_addresses():
         connect("grpc://localhost:1")
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes in pauses only."""
+    now, pauses = [100.0], []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr("robust_tf.serving.client.time.sleep", sleep)
+    monkeypatch.setattr("robust_tf.serving.client.time.monotonic", lambda: now[0])
+    return pauses
+
+
+def test_what_a_scheme_cannot_carry_is_said():
+    for options, given in [
+        ({"token": "t"}, "with a token. Use grpcs://"),
+        ({"ca_file": "c"}, "with a CA file. Use grpcs://"),
+        ({"token": "t", "ca_file": "c"}, "with a token and a CA file. Use grpcs://"),
+    ]:
+        with pytest.raises(UserError, match=given):
+            connect("grpc://localhost:1", model_name="m", **options)
+    with pytest.raises(UserError, match="Use https://"):
+        connect("http://localhost", model_name="m", ca_file="c")
+    with pytest.raises(UserError, match="none.pem"):
+        connect("grpcs://localhost:1", model_name="m", ca_file="none.pem")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_grpcs_carries_the_token(tmp_path, clock):
+    key, certificate = tmp_path / "server.key", tmp_path / "server.crt"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key)]
+        + ["-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    seen = []
+
+    class Proxy(prediction_service_pb2_grpc.PredictionServiceServicer):
+        """Answers as a proxy with tokens and a limit does."""
+
+        def GetModelMetadata(self, request, context):
+            seen.append(dict(context.invocation_metadata()).get("authorization"))
+            if len(seen) == 1:
+                context.set_trailing_metadata([("retry-after", "7")])
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many requests")
+            if seen[-1] != "Bearer secret":
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+            reply = get_model_metadata_pb2.GetModelMetadataResponse()
+            reply.metadata["signature_def"].Pack(get_model_metadata_pb2.SignatureDefMap())
+            return reply
+
+        def Predict(self, request, context):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (9 vs. 4)")
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(Proxy(), server)
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+    address = f"grpcs://localhost:{server.add_secure_port('localhost:0', credentials)}"
+    server.start()
+    options = {"model_name": "m", "ca_file": str(certificate)}
+    with connect(address, **options, token="secret") as client:
+        assert client.signatures == {}
+        assert [int(pause) for pause in clock] == [7]
+        clock.clear()
+        with pytest.raises(ServerError) as raised:  # asked once: it stays too large
+            client.predict({"x": [1.0]})
+        assert (raised.value.code, clock) == ("INVALID_ARGUMENT", [])
+    with connect(address, **options) as client, pytest.raises(ServerError, match="UNAUTHENTICATED"):
+        client.signatures  # noqa: B018
+    assert seen == ["Bearer secret"] * 2 + [None]
+    with connect(address, model_name="m", token="secret") as client, pytest.raises(ServerError, match="UNAVAILABLE"):
+        client.signatures  # noqa: B018  # nobody vouches for the certificate
+    assert len(seen) == 3
+    server.stop(0)
+
+
 def test_an_absent_server_is_tried_again_and_then_named(monkeypatch):
     pauses = []
     monkeypatch.setattr("robust_tf.serving.client.time.sleep", pauses.append)
@@ -168,20 +251,6 @@ def test_only_what_has_no_room_is_asked_again(scripted, monkeypatch):
         with connect(scripted, model_name="m") as client, pytest.raises(ServerError):
             client.signatures  # noqa: B018
         assert len(_Script.seen) == 1
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that passes in pauses only."""
-    now, pauses = [100.0], []
-
-    def sleep(seconds):
-        pauses.append(seconds)
-        now[0] += seconds
-
-    monkeypatch.setattr("robust_tf.serving.client.time.sleep", sleep)
-    monkeypatch.setattr("robust_tf.serving.client.time.monotonic", lambda: now[0])
-    return pauses
 
 
 @pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "UNAVAILABLE"])

@@ -3,14 +3,18 @@
 import base64
 import json
 import pathlib
+import shutil
 
 import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow_serving.apis import classification_pb2
 
+from robust_tf.serving.model_settings import ModelSettings
 from robust_tf.serving.session import LoadedModel
 from robust_tf.serving.status import ServingError
+from robust_tf.serving.versions import ModelManager
 from tests.serving.conftest import LIMIT, running_server
 from tests.serving.fuzz import unfit_for_clients
 from tests.serving.test_grpc import predict_request, with_examples
@@ -99,15 +103,11 @@ def test_an_image_for_classify_is_no_example(asked):
     assert reply.status_code == 400
     assert reply.json()["error"].startswith(r"Could not parse example input, value: '\xff\xd8")
     with pytest.raises(grpc.RpcError) as raised:
-        asked.predict.Classify(with_examples(_classification(), "digits", "classify", {"x": 1.0}), timeout=LIMIT)
+        asked.predict.Classify(
+            with_examples(classification_pb2.ClassificationRequest(), "digits", "classify", {"x": 1.0}), timeout=LIMIT
+        )
     assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "Feature: image/encoded (data type: string) is required" in raised.value.details()
-
-
-def _classification():
-    from tensorflow_serving.apis import classification_pb2
-
-    return classification_pb2.ClassificationRequest()
 
 
 @pytest.mark.parametrize("signature", ["predict_pixels", "features"])
@@ -141,19 +141,19 @@ def test_the_check_of_the_pixels_is_in_the_graph(exported, outputs):
     model.close()
 
 
-def test_any_error_of_the_server_itself_is_one_line_without_a_trace(server_flags, monkeypatch, caplog):
+def test_any_error_of_the_server_itself_is_one_line_without_a_trace(half_plus_two, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise KeyError(f"secret in {__file__}")
 
-    with running_server(**server_flags) as running:
+    with running_server(model_name="m", model_base_path=str(half_plus_two)) as running:
         monkeypatch.setattr(LoadedModel, "run", broken)
-        reply = running.rest.post("/v1/models/half_plus_two:predict", json={"instances": [1.0]})
+        reply = running.rest.post("/v1/models/m:predict", json={"instances": [1.0]})
         assert (reply.status_code, reply.json()) == (
             500,
             {"error": "The server failed to answer this request. Its log says why."},
         )
         with pytest.raises(grpc.RpcError) as raised:
-            running.predict.Predict(predict_request(), timeout=LIMIT)
+            running.predict.Predict(predict_request("m"), timeout=LIMIT)
         assert raised.value.code() == grpc.StatusCode.INTERNAL
         assert "secret" not in raised.value.details()
     assert "secret in" in caplog.text
@@ -190,15 +190,10 @@ def test_python_errors_in_a_run_are_mapped(half_plus_two, batching, monkeypatch)
 
 
 def test_the_status_of_a_failed_version_does_not_say_where_it_lies(tmp_path, half_plus_two):
-    import shutil
-
     base = tmp_path / "m"
     shutil.copytree(half_plus_two, base)
     (base / "200").mkdir()
     (base / "200" / "saved_model.pb").write_bytes(b"broken")
-    from robust_tf.serving.model_settings import ModelSettings
-    from robust_tf.serving.versions import ModelManager
-
     manager = ModelManager(LoadedModel, poll_seconds=0)
     manager.configure([ModelSettings(name="m", base_path=base, latest=2)])
     (_, state, error), (_, other_state, _) = manager.states("m")
