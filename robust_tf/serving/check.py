@@ -1,8 +1,6 @@
 """What `robust_tf.serve --check` finds out without loading a model: files, folders, versions and labels."""
 
 import pathlib
-import ssl
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +39,7 @@ def check(config: ServeConfig) -> Report:
     for flag_name, read in (
         ("batching_parameters_file", config_files.read_batching),
         ("monitoring_config_file", config_files.read_monitoring),
-        ("ssl_config_file", _read_tls),
+        ("ssl_config_file", config_files.read_tls),
     ):
         _check_file(report, flag_name, getattr(config, flag_name), read)
     try:
@@ -67,33 +65,12 @@ def _check_file(report: Report, flag_name: str, path: str, read: Callable[[pathl
         report.note(f"--{flag_name}={path}: can be used")
 
 
-def _read_tls(path: pathlib.Path) -> None:
-    tls = config_files.read_tls(path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:  # readable for this user only
-        pem.write(f"{tls.server_key}\n{tls.server_cert}\n")
-        pem.flush()
-        try:
-            context.load_cert_chain(pem.name)
-            if tls.custom_ca:
-                context.load_verify_locations(cadata=tls.custom_ca)
-        except (ssl.SSLError, ValueError) as error:
-            raise UserError(
-                f"The key and the certificates must be PEM and belong together. Received: {path}: {error}."
-            ) from error
-
-
 def _check_model(report: Report, model: ModelSettings, labels_before_versions: bool) -> None:
-    try:
-        present = complete_versions(model.base_path)
-    except OSError as error:
-        report.fault(f"Model {model.name}: {model.base_path} can't be read: {error.strerror}.")
+    absence = why_no_version(model.base_path)
+    if absence is not None:
+        report.fault(f"Model {model.name} has no version. Received: {model.base_path}. {absence.reason}")
         return
-    if not present:
-        report.fault(
-            f"Model {model.name} has no version. Received: {model.base_path}. {why_no_version(model.base_path).reason}"
-        )
-        return
+    present = complete_versions(model.base_path)
     wanted = model.wanted(present)
     report.note(
         f"Model {model.name} in {model.base_path}: versions {_numbers(present)}; the policy {model.policy} serves "

@@ -6,6 +6,8 @@ declared here, by the same names.
 
 import dataclasses
 import pathlib
+import ssl
+import tempfile
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
@@ -207,7 +209,23 @@ def read_tls(path: pathlib.Path) -> Tls:
         raise UserError(f"TLS needs server_key and server_cert. Received: {path} without them.")
     if message.client_verify and not message.custom_ca:
         raise UserError(f"client_verify needs the custom_ca to verify with. Received: {path} without it.")
-    return Tls(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Tls)})
+    tls = Tls(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Tls)})
+    try:
+        _check_pem(tls)
+    except (ssl.SSLError, ValueError) as error:
+        raise UserError(f"TLS needs PEM texts, and the key of its certificate. Received: {path}: {error}.") from error
+    return tls
+
+
+def _check_pem(tls: Tls) -> None:
+    """Python takes a key from a file only; gRPC would say later, and in other words, that it has no port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:  # which only this user can read
+        pem.write(f"{tls.server_key}\n{tls.server_cert}\n")
+        pem.flush()
+        context.load_cert_chain(pem.name, password="")  # without one, OpenSSL would ask the terminal
+    if tls.custom_ca:
+        context.load_verify_locations(cadata=tls.custom_ca)
 
 
 def _parse(path: pathlib.Path, message: Message, name: str) -> Any:

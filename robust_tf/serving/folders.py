@@ -41,10 +41,10 @@ def is_remote(path: str) -> bool:
     return _URL.match(path) is not None
 
 
-def why_no_version(base: pathlib.Path) -> Absence:
-    """The reason why a folder has no complete version; call it when `complete_versions` is empty."""
+def why_no_version(base: pathlib.Path) -> Absence | None:
+    """The reason why a folder has no complete version, or None when it has one."""
     try:
-        return _why_no_version(base)
+        return None if complete_versions(base) else _why_no_version(base)
     except OSError as error:
         return Absence(f"{base} can't be read: {error.strerror}. Make it readable for this user.", False)
 

@@ -19,7 +19,7 @@ from robust_tf.errors import UserError
 from robust_tf.serving import config_files
 from robust_tf.serving.batching import BatchedModel
 from robust_tf.serving.config_files import Batching
-from robust_tf.serving.folders import complete_versions, why_no_version
+from robust_tf.serving.folders import why_no_version
 from robust_tf.serving.grpc_services import add_services
 from robust_tf.serving.metrics import Metrics
 from robust_tf.serving.model_settings import ModelSettings
@@ -245,9 +245,9 @@ class Server:
                 raise UserError(
                     "There is no version to serve, and --file_system_poll_wait_seconds=0 looks only once. Received: "
                     + " ".join(
-                        f"{model.name}: {model.base_path}. {why_no_version(model.base_path).reason}"
+                        f"{model.name}: {model.base_path}. {absence.reason}"
                         for model in self._models
-                        if not complete_versions(model.base_path)
+                        if (absence := why_no_version(model.base_path))
                     )
                 )
             self._stopping.wait(self._config.file_system_poll_wait_seconds)
@@ -264,8 +264,6 @@ class Server:
         )
         add_services(server, self._service)
         try:
-            if config.grpc_socket_path:
-                server.add_insecure_port(f"unix:{config.grpc_socket_path}")
             if config.port and config.ssl_config_file:
                 credentials = _credentials(config_files.read_tls(pathlib.Path(config.ssl_config_file)))
                 server.add_secure_port(f"{config.host}:{config.port}", credentials)
@@ -275,6 +273,15 @@ class Server:
             if self._listener is not None:
                 self._listener.close()
             raise _port_error(config, "port", str(error)) from error
+        if config.grpc_socket_path:
+            try:
+                server.add_insecure_port(f"unix:{config.grpc_socket_path}")
+            except RuntimeError as error:
+                if self._listener is not None:
+                    self._listener.close()
+                raise UserError(
+                    f"Cannot open the Unix socket. Received: --grpc_socket_path={config.grpc_socket_path}: {error}."
+                ) from error
         return server
 
     def _run_in_thread(self, name: str, target: Any) -> None:
@@ -314,7 +321,8 @@ def _credentials(tls: config_files.Tls) -> grpc.ServerCredentials:
 def _check_that_versions_can_come(models: Sequence[ModelSettings]) -> None:
     """Refuses folders in which no version can be, however long the server waits."""
     for model in models:
-        if not complete_versions(model.base_path) and (absence := why_no_version(model.base_path)).final:
+        absence = why_no_version(model.base_path)
+        if absence is not None and absence.final:
             raise UserError(
                 f"There is no version of model {model.name} to serve, and none can come. Received: "
                 f"{model.base_path}. {absence.reason}"

@@ -208,7 +208,9 @@ class ModelManager:
             wanted = model.wanted(complete_versions(model.base_path)) or model.wanted(
                 complete_versions(model.base_path)
             )
-            if not wanted:
+            if wanted:
+                self._warned.pop(model.name, None)
+            else:
                 self._warn(model.name, _why_nothing(model))
             for number, path in sorted(wanted.items()):
                 self._bring_in(model.name, number, path)
@@ -340,11 +342,11 @@ def _present(model: ModelSettings) -> dict[int, pathlib.Path]:
 
 def _why_nothing(model: ModelSettings) -> str:
     beginning = f"No version of model {model.name} to serve under {model.base_path}"
-    present = complete_versions(model.base_path)
-    if present:
-        there = ", ".join(map(str, sorted(present)))
-        return f"{beginning}: the policy {model.policy} asks for others than are there. Received: versions {there}."
-    return f"{beginning}. {why_no_version(model.base_path).reason}"
+    absence = why_no_version(model.base_path)
+    if absence is not None:
+        return f"{beginning}. {absence.reason}"
+    there = ", ".join(map(str, sorted(_present(model))))
+    return f"{beginning}: the policy {model.policy} asks for others than are there. Received: versions {there}."
 
 
 def _not_found(name: str, version: int | None) -> ServingError:

@@ -115,4 +115,4 @@ def test_tls_keys_must_belong_together(models, capsys):
         assert check(capsys, *flags)[0] == code
     (models / "ssl.config").write_text('server_key: "k" server_cert: "c"')
     code, lines = check(capsys, *flags)
-    assert (code, "must be PEM and belong together" in lines[0]) == (1, True)
+    assert (code, "TLS needs PEM texts, and the key of its certificate" in lines[0]) == (1, True)

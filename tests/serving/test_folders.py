@@ -28,7 +28,7 @@ def saved_model(folder):
 )
 def test_the_reason_and_the_way_out(tmp_path, make, name, said, final):
     make(tmp_path)
-    assert complete_versions(tmp_path / name) == {}
+    assert complete_versions(tmp_path / name) == {}  # so the server waits, or ends
     absence = why_no_version(tmp_path / name)
     assert said.format(tmp_path) in absence.reason
     assert absence.final is final
@@ -52,3 +52,9 @@ def test_addresses_are_refused_at_once():
         with pytest.raises(UserError, match=f"folders of this machine only. Received: --model_base_path: {path}"):
             ServeConfig(model_base_path=path)
     assert not is_remote("/a:/b") and not is_remote("a/b") and not is_remote("models")
+
+
+def test_a_folder_with_a_version_lacks_nothing(tmp_path):
+    saved_model(tmp_path / "1")
+    saved_model(tmp_path / "v2")
+    assert why_no_version(tmp_path) is None
