@@ -1,6 +1,7 @@
 """The client over gRPC: needs the official protos, which import TensorFlow."""
 
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from robust_tf.serving.client import (
 )
 
 _NO_LIMIT = -1  # gRPC refuses replies over 4 MB otherwise
+_TOO_LARGE = re.compile("larger than|too large")  # gRPC's words, and those of a proxy
 _NOT_REACHED = ("failed to connect", "DNS resolution failed", "name resolution")  # gRPC's words when nobody answers
 
 
@@ -122,7 +124,7 @@ class GrpcClient(Client):
 
 def _server_error(error: Any) -> ServerError:
     code, details = error.code().name, error.details() or ""
-    if code == "RESOURCE_EXHAUSTED" and "larger than" in details:
+    if code == "RESOURCE_EXHAUSTED" and _TOO_LARGE.search(details) and "too many" not in details:
         code = "INVALID_ARGUMENT"  # as over REST: the request is too large, and stays so however often it is sent
     reached = code != "UNAVAILABLE" or not any(words in details for words in _NOT_REACHED)
     headers = {key: value for key, value in [*(error.initial_metadata() or ()), *(error.trailing_metadata() or ())]}

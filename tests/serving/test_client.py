@@ -154,6 +154,7 @@ def test_grpcs_carries_the_token(tmp_path, clock):
         capture_output=True,
     )
     seen = []
+    too_large = ["The request is too large", "Received message larger than max (9 vs. 4)"]
 
     class Proxy(prediction_service_pb2_grpc.PredictionServiceServicer):
         """Answers as a proxy with tokens and a limit does."""
@@ -170,7 +171,7 @@ def test_grpcs_carries_the_token(tmp_path, clock):
             return reply
 
         def Predict(self, request, context):
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (9 vs. 4)")
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, too_large.pop())
 
     server = grpc.server(ThreadPoolExecutor(2))
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(Proxy(), server)
@@ -182,9 +183,10 @@ def test_grpcs_carries_the_token(tmp_path, clock):
         assert client.signatures == {}
         assert [int(pause) for pause in clock] == [7]
         clock.clear()
-        with pytest.raises(ServerError) as raised:  # asked once: it stays too large
-            client.predict({"x": [1.0]})
-        assert (raised.value.code, clock) == ("INVALID_ARGUMENT", [])
+        while too_large:
+            with pytest.raises(ServerError) as raised:  # asked once: it stays too large
+                client.predict({"x": [1.0]})
+            assert (raised.value.code, clock) == ("INVALID_ARGUMENT", [])
     with connect(address, **options) as client, pytest.raises(ServerError, match="UNAUTHENTICATED"):
         client.signatures  # noqa: B018
     assert seen == ["Bearer secret"] * 2 + [None]
