@@ -2,27 +2,29 @@
 
     python -m robust_tf.predict --server=http://localhost:8501 --model_name=pets cat.jpg photos/
 
-prints the most probable classes of each image; folders are searched for images. Needs no TensorFlow (except for grpc://).
+prints the most probable classes of each image; folders are searched for images. Needs no TensorFlow (except for gRPC).
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from robust_tf.command_line import flag, parse_flags
 from robust_tf.errors import UserError, exit_on_user_error
-from robust_tf.serving.client import Guess, ServerError, connect
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp"}
+from robust_tf.serving.client import RETRY_SECONDS, Guess, ServerError, connect
+from robust_tf.serving.pictures import find_pictures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictConfig:
     """The flags of this program."""
 
-    server: str = flag("http://localhost:8501", "http://host:port, https://host:port or grpc://host:port.")
+    server: str = flag(
+        "http://localhost:8501", "http://host:port, https://host:port, grpc://host:port or grpcs://host:port (TLS)."
+    )
     model_name: str = flag("", "Model to ask. Default: the only one of a `robust_tf.serve`.")
     version: int | None = flag(None, "Version to ask. Default: the latest.")
     label: str = flag("", "Label of the version to ask.")
@@ -30,14 +32,21 @@ class PredictConfig:
     batch_size: int = flag(16, "Images in a request.")
     concurrency: int = flag(4, "Requests at the same time.")
     timeout_seconds: float = flag(60.0, "Of each request.")
-    token: str = flag("", "Sent as `Authorization: Bearer`, for a proxy.")
-    ca_file: str = flag("", "PEM file of the authority behind the server's certificate.")
+    retry_seconds: float = flag(
+        RETRY_SECONDS, "Longest time to ask again when the server has no room (429, 503), for each request; 0: never."
+    )
+    token: str = flag("", "Sent as `Authorization: Bearer`, for a proxy; over gRPC with grpcs:// only.")
+    ca_file: str = flag("", "PEM file of the authority behind the server's certificate (https://, grpcs://).")
     json: bool = flag(False, "Print one JSON object a line.")
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size", "concurrency"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is at least 1. Received: {getattr(self, name)}.")
+        if not self.retry_seconds >= 0:
+            raise UserError(f"--retry_seconds is a time of 0 or more. Received: {self.retry_seconds}.")
+        if not self.timeout_seconds > 0:
+            raise UserError(f"--timeout_seconds is a time of more than 0. Received: {self.timeout_seconds}.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,7 +54,10 @@ def main(argv: Sequence[str]) -> int:
     config, names = parse_flags(PredictConfig, argv, __doc__ or "")
     if not names:
         raise UserError("Images or folders to classify are needed. Received: none.")
-    paths = [path for name in names for path in _images(pathlib.Path(name))]
+    pictures = find_pictures(names)
+    if line := pictures.left_out_line():
+        print(line, file=sys.stderr)
+    answers = _Answers(pictures.entries)
     failed = False
     try:
         with connect(
@@ -56,46 +68,69 @@ def main(argv: Sequence[str]) -> int:
             timeout_seconds=config.timeout_seconds,
             token=config.token,
             ca_file=config.ca_file,
+            retry_seconds=config.retry_seconds,
         ) as client:
             results = client.classify_many(
-                (path.read_bytes() for path in paths),
-                batch_size=config.batch_size,
-                concurrency=config.concurrency,
+                answers.contents(), batch_size=config.batch_size, concurrency=config.concurrency
             )
-            for path, result in zip(paths, results, strict=True):
-                failed |= isinstance(result, ServerError)
+            for path, result in answers.in_order(results):
+                failed |= isinstance(result, str)
                 print(_as_json(path, result, config.top) if config.json else _as_text(path, result, config.top))
     except ServerError as error:
-        raise UserError(f"The server refuses. Received: {error}.") from error
-    except OSError as error:
-        raise UserError(f"Cannot read an image. Received: {error}.") from error
+        busy = error.reached and error.code in ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
+        way_out = f" Try again later, or with more than --retry_seconds={config.retry_seconds:g}." if busy else ""
+        raise UserError(f"The server refuses. Received: {error}.{way_out}") from error
     return int(failed)
 
 
-def _images(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
-        if not found:
-            raise UserError(f"There is no image ({', '.join(sorted(_SUFFIXES))}) in the folder. Received: {path}.")
-        yield from found
-    elif path.is_file():
-        yield path
-    else:
-        raise UserError(f"There is no such file or folder. Received: {path}.")
+class _Answers:
+    """Reads pictures as they are asked for, and joins the answers with the reasons for those that can't be read."""
+
+    def __init__(self, entries: Sequence[tuple[pathlib.Path, str]]) -> None:
+        self._entries = entries
+        self._seen: collections.deque[tuple[pathlib.Path, str]] = collections.deque()
+
+    def contents(self) -> Iterator[bytes]:
+        """The pictures' bytes; what can't be read is left out and remembered."""
+        for path, reason in self._entries:
+            content = b""
+            if not reason:
+                try:
+                    content = path.read_bytes()
+                except OSError as error:  # it has gone since the folder was searched
+                    reason = f"can't be read: {error.strerror}"
+            self._seen.append((path, reason))
+            if not reason:
+                yield content
+
+    def in_order(
+        self, results: Iterable[list[Guess] | ServerError]
+    ) -> Iterator[tuple[pathlib.Path, list[Guess] | str]]:
+        """Each picture with its classes, or with the reason why there are none."""
+        for result in results:
+            yield from self._without_content()
+            path, _ = self._seen.popleft()
+            yield path, result.message if isinstance(result, ServerError) else result
+        yield from self._without_content()
+
+    def _without_content(self) -> Iterator[tuple[pathlib.Path, str]]:
+        while self._seen and self._seen[0][1]:
+            yield self._seen.popleft()
 
 
-def _as_text(path: pathlib.Path, result: list[Guess] | ServerError, top: int) -> str:
-    if isinstance(result, ServerError):
-        return f"{path}: refused: {result.message}"
+def _as_text(path: pathlib.Path, result: list[Guess] | str, top: int) -> str:
+    if isinstance(result, str):
+        return f"{path}: refused: {result}"
     return f"{path}: " + ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in result[:top])
 
 
-def _as_json(path: pathlib.Path, result: list[Guess] | ServerError, top: int) -> str:
-    if isinstance(result, ServerError):
-        return json.dumps({"image": str(path), "error": result.message})
+def _as_json(path: pathlib.Path, result: list[Guess] | str, top: int) -> str:
+    if isinstance(result, str):
+        return json.dumps({"image": str(path), "error": result})
     return json.dumps({"image": str(path), "predictions": [guess._asdict() for guess in result[:top]]})
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may be no text
         sys.exit(main(sys.argv))

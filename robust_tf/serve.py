@@ -2,8 +2,9 @@
 
     python -m robust_tf.serve --model_name=pets --model_base_path=E/pets
 
-then open http://localhost:8501/ in a browser. The flags are those of `tensorflow_model_server`; production runs the
-real one.
+then open http://localhost:8501/ in a browser. With --check it looks at the files, folders, versions and labels that the
+flags name, loads nothing, and ends with 1 when something is wrong. The flags are those of `tensorflow_model_server`;
+production runs the real one.
 """
 
 import logging
@@ -15,11 +16,12 @@ from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
 
 
-def main(argv: Sequence[str]) -> None:
-    """Serves until SIGTERM or Ctrl-C, then finishes what was accepted."""
+def main(argv: Sequence[str]) -> int:
+    """Serves until SIGTERM or Ctrl-C, then finishes what was accepted; gives the exit code."""
     set_tensorflow_defaults()
     try:
         from robust_tf.command_line import parse_flags
+        from robust_tf.serving.check import check
         from robust_tf.serving.server import ServeConfig, Server
     except ModuleNotFoundError as error:
         raise UserError(
@@ -30,6 +32,10 @@ def main(argv: Sequence[str]) -> None:
     config, rest = parse_flags(ServeConfig, argv, __doc__ or "")
     if rest:
         raise UserError(f"Everything is a flag, --name=value. Received: {rest[0]!r}.")
+    if config.check:
+        report = check(config)
+        print("\n".join(report.lines))
+        return int(report.failed)
     server = Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.ask_to_stop())
@@ -39,8 +45,9 @@ def main(argv: Sequence[str]) -> None:
         server.wait()
     finally:
         server.stop()
+    return 0
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(sys.argv)
+        sys.exit(main(sys.argv))

@@ -54,10 +54,10 @@ class BatchedModel(LoadedModel):
             try:
                 values = queue.run(*inputs.values(), deadline=deadline)
                 return {name: values[name] for name in wanted}
-            except tf.errors.UnknownError:
-                pass  # what a Python error inside the batch becomes: alone, each request gets its own answer
             except tf.errors.OpError as error:
-                raise from_tensorflow(error) from error
+                # An error of the Python function around the batch: alone, each request gets its own answer.
+                if not isinstance(error, tf.errors.UnknownError) and "Traceback" not in (error.message or ""):
+                    raise from_tensorflow(error, self.path) from error
         return super().run(signature_name, inputs, wanted, timeout_ms=_milliseconds_until(deadline))
 
     def close(self) -> None:

@@ -6,7 +6,12 @@ with connect("http://localhost:8501", model_name="pets") as client:
 """
 
 import abc
+import email.utils
 import itertools
+import logging
+import random
+import ssl
+import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +22,12 @@ import numpy as np
 
 from robust_tf.errors import UserError
 
-TRIES = 4
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
+RETRY_SECONDS = 120.0
+
+_LOG = logging.getLogger(__name__)
+_TRIES_TO_REACH = 4  # a server that never answered: a wrong address is named soon
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
+_SECONDS_BETWEEN_WORDS = 5.0  # several threads may wait at the same time
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -51,12 +60,16 @@ class ServerError(Exception):
     Attributes:
         code: canonical status name, e.g. "INVALID_ARGUMENT", "NOT_FOUND", "UNAVAILABLE".
         message: what the server says.
+        reached: whether a server, or a proxy in front of it, has said so; False when there was no connection.
+        retry_after: seconds that it asks to wait before the next try, or None.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, *, reached: bool = True, retry_after: float | None = None) -> None:
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
+        self.reached = reached
+        self.retry_after = retry_after
 
 
 class Client(abc.ABC):
@@ -164,33 +177,58 @@ def connect(
     timeout_seconds: float = 60.0,
     token: str = "",
     ca_file: str = "",
+    retry_seconds: float = RETRY_SECONDS,
 ) -> Client:
     """A client for one model.
 
     Args:
-        server: "http://host:8501", "https://host" or "grpc://host:8500" (needs TensorFlow and the serving extra).
+        server: "http://host:8501", "https://host", "grpc://host:8500" or "grpcs://host:8443" (gRPC over TLS). gRPC
+            needs TensorFlow and the serving extra.
         model_name: the model; may be left out when a `robust_tf.serve` has only one.
         version: this version; the latest when None.
         label: the version with this label instead.
         timeout_seconds: of each request.
-        token: sent as "Authorization: Bearer ...", for a proxy in front of the server.
+        token: sent as "Authorization: Bearer ...", for a proxy in front of the server; over gRPC with TLS only.
         ca_file: PEM file of the authority that signed the server's certificate, when it is your own.
+        retry_seconds: longest time that a request is asked again when the server has no room for it: RESOURCE_EXHAUSTED
+            or UNAVAILABLE (429 and 503 over REST). 0 asks once.
 
     Raises:
         UserError: the address makes no sense, or the model has to be named.
         ServerError: the server can't be asked which models it has.
     """
     scheme, separator, rest = server.partition("://")
-    if not separator or not rest or scheme not in ("http", "https", "grpc"):
-        raise UserError(f"A server is http://host:port, https://host:port or grpc://host:port. Received: {server!r}.")
+    if not separator or not rest or scheme not in ("http", "https", "grpc", "grpcs"):
+        raise UserError(
+            "A server is http://host:port, https://host:port, grpc://host:port or grpcs://host:port. Received: "
+            f"{server!r}."
+        )
     if version is not None and label:
         raise UserError(f"A version or a label chooses, not both. Received: version={version}, label={label!r}.")
-    if scheme == "grpc":
+    if scheme == "grpc" and (token or ca_file):
+        given = " and ".join(name for name, value in (("a token", token), ("a CA file", ca_file)) if value)
+        raise UserError(
+            f"gRPC takes a token or a CA file over TLS only. Received: {server} with {given}. Use grpcs://."
+        )
+    if scheme == "http" and ca_file:
+        raise UserError(f"A CA file is for a server with TLS. Received: {server} with {ca_file}. Use https://.")
+    retries = Retries(retry_seconds)
+    if scheme in ("grpc", "grpcs"):
         if not model_name:
             raise UserError("Over gRPC the model must be named. Received: model_name=''.")
         from robust_tf.serving.grpc_client import GrpcClient
 
-        return GrpcClient(rest, model_name=model_name, version=version, label=label, timeout_seconds=timeout_seconds)
+        return GrpcClient(
+            rest,
+            model_name=model_name,
+            version=version,
+            label=label,
+            timeout_seconds=timeout_seconds,
+            secure=scheme == "grpcs",
+            token=token,
+            ca_file=ca_file,
+            retries=retries,
+        )
     from robust_tf.serving.rest_client import RestClient
 
     return RestClient(
@@ -201,21 +239,87 @@ def connect(
         timeout_seconds=timeout_seconds,
         token=token,
         ca_file=ca_file,
+        retries=retries,
     )
 
 
-def retried(ask: Callable[[], Answer], *, tries: int = TRIES) -> Answer:
-    """Calls again, after growing pauses, what fails with UNAVAILABLE: the server is not there or has no room."""
-    pause = _FIRST_PAUSE
-    for attempt in itertools.count(1):
-        try:
-            return ask()
-        except ServerError as error:
-            if error.code != "UNAVAILABLE" or attempt >= tries:
-                raise
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-    raise AssertionError  # itertools.count never ends
+class Retries:
+    """Asks again, after growing pauses with jitter, what a server has no room for; may be used from several threads.
+
+    Args:
+        seconds: longest time from the first refusal of a request to its last try; 0 asks once.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._reached = False
+        self._last_word = -_SECONDS_BETWEEN_WORDS
+
+    def __call__(self, ask: Callable[[], Answer]) -> Answer:
+        """What `ask` returns.
+
+        Raises:
+            ServerError: of another kind at once, of this kind when the time is over.
+        """
+        started = 0.0
+        for attempt in itertools.count(1):
+            try:
+                answer = ask()
+            except ServerError as error:
+                started = started or time.monotonic()
+                pause = self._pause(error, attempt, left=self._seconds - (time.monotonic() - started))
+            else:
+                self._reached = True
+                return answer
+            time.sleep(pause)
+        raise AssertionError  # itertools.count never ends
+
+    def _pause(self, error: ServerError, attempt: int, *, left: float) -> float:
+        """Seconds until the next try; raises the error when there is none."""
+        self._reached |= error.reached
+        if error.code not in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
+            raise error
+        pause = min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+        if error.retry_after is not None:
+            # A little later than asked, so that those who were refused together do not come back together.
+            pause = error.retry_after + pause
+        if pause > left or (not self._reached and attempt >= _TRIES_TO_REACH):
+            raise error
+        with self._lock:
+            now = time.monotonic()
+            if self._reached and now - self._last_word >= _SECONDS_BETWEEN_WORDS:
+                self._last_word = now
+                _LOG.warning(
+                    "The server has no room (%s). Asking again in %.1f s, for %.0f s at most.", error, pause, left
+                )
+        return pause
+
+
+def seconds_after(header: str | None) -> float | None:
+    """The seconds that a Retry-After header asks for (a number or a date), or None."""
+    if not header:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def read_authority(ca_file: str) -> ssl.SSLContext:
+    """A context that trusts the certificates of a PEM file.
+
+    Raises:
+        UserError: it can't be read, or holds none.
+    """
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise UserError(f"The authority's certificate can't be read. Received: {ca_file}: {error}.") from error
 
 
 def _in_order(work: Callable[[Item], Answer], items: Iterator[Item], concurrency: int) -> Iterator[Answer]:

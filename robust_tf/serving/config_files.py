@@ -6,6 +6,8 @@ declared here, by the same names.
 
 import dataclasses
 import pathlib
+import ssl
+import tempfile
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
@@ -13,8 +15,8 @@ from google.protobuf.message import Message
 from tensorflow_serving.config import model_server_config_pb2
 
 from robust_tf.errors import UserError
-from robust_tf.serving.folders import MAX_VERSION
-from robust_tf.serving.versions import ModelSettings
+from robust_tf.serving.folders import MAX_VERSION, is_remote
+from robust_tf.serving.model_settings import ModelSettings
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
 _PACKAGE = "robust_tf.serving"
@@ -130,6 +132,7 @@ def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[Mo
             raise UserError(f"Every model needs a name. Received: base_path: {model.base_path!r} without one.")
         if model.name in settings:
             raise UserError(f"Illegal to list model {model.name} multiple times in config list")
+        check_local(model.base_path, f"base_path of model {model.name}")
         if not pathlib.PurePath(model.base_path).is_absolute():
             raise UserError(
                 f"Expected model {model.name} to have an absolute path or URI; got base_path()={model.base_path}"
@@ -143,6 +146,19 @@ def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[Mo
             )
         settings[model.name] = _one_model(model)
     return list(settings.values())
+
+
+def check_local(path: str, what: str) -> None:
+    """Refuses gs:// and the like.
+
+    Raises:
+        UserError: the path is an address.
+    """
+    if is_remote(path):
+        raise UserError(
+            f"This server reads folders of this machine only. Received: {what}: {path}. Copy the model to a local "
+            "folder and name that, or run tensorflow_model_server."
+        )
 
 
 def _one_model(model: model_server_config_pb2.ModelConfig) -> ModelSettings:
@@ -193,7 +209,23 @@ def read_tls(path: pathlib.Path) -> Tls:
         raise UserError(f"TLS needs server_key and server_cert. Received: {path} without them.")
     if message.client_verify and not message.custom_ca:
         raise UserError(f"client_verify needs the custom_ca to verify with. Received: {path} without it.")
-    return Tls(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Tls)})
+    tls = Tls(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Tls)})
+    try:
+        _check_pem(tls)
+    except (ssl.SSLError, ValueError) as error:
+        raise UserError(f"TLS needs PEM texts, and the key of its certificate. Received: {path}: {error}.") from error
+    return tls
+
+
+def _check_pem(tls: Tls) -> None:
+    """Python takes a key from a file only; gRPC would say later, and in other words, that it has no port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:  # which only this user can read
+        pem.write(f"{tls.server_key}\n{tls.server_cert}\n")
+        pem.flush()
+        context.load_cert_chain(pem.name, password="")  # without one, OpenSSL would ask the terminal
+    if tls.custom_ca:
+        context.load_verify_locations(cadata=tls.custom_ca)
 
 
 def _parse(path: pathlib.Path, message: Message, name: str) -> Any:

@@ -1,5 +1,7 @@
 """The client over gRPC: needs the official protos, which import TensorFlow."""
 
+import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +18,19 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from robust_tf.serving.client import Client, ServerError, Signature, TensorInfo, retried
+from robust_tf.serving.client import (
+    Client,
+    Retries,
+    ServerError,
+    Signature,
+    TensorInfo,
+    read_authority,
+    seconds_after,
+)
 
 _NO_LIMIT = -1  # gRPC refuses replies over 4 MB otherwise
+_TOO_LARGE = re.compile("larger than|too large")  # gRPC's words, and those of a proxy
+_NOT_REACHED = ("failed to connect", "DNS resolution failed", "name resolution")  # gRPC's words when nobody answers
 
 
 class GrpcClient(Client):
@@ -30,14 +42,32 @@ class GrpcClient(Client):
         version: this version; the latest when None.
         label: the version with this label instead.
         timeout_seconds: deadline of each request.
+        secure: over TLS.
+        token: sent with each call as "authorization: Bearer ..."; with TLS only.
+        ca_file: PEM file of the authority behind the server's certificate; "": those that gRPC brings along.
+        retries: how a request is asked again.
     """
 
     def __init__(
-        self, target: str, *, model_name: str, version: int | None, label: str, timeout_seconds: float
+        self,
+        target: str,
+        *,
+        model_name: str,
+        version: int | None,
+        label: str,
+        timeout_seconds: float,
+        secure: bool,
+        token: str,
+        ca_file: str,
+        retries: Retries,
     ) -> None:
         super().__init__()
+        self._retries = retries
         options = [("grpc.max_receive_message_length", _NO_LIMIT), ("grpc.max_send_message_length", _NO_LIMIT)]
-        self._channel = grpc.insecure_channel(target, options)
+        if secure:
+            self._channel = grpc.secure_channel(target, _credentials(token, ca_file), options)
+        else:
+            self._channel = grpc.insecure_channel(target, options)
         self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self._timeout_seconds = timeout_seconds
@@ -55,7 +85,7 @@ class GrpcClient(Client):
         for name, value in inputs.items():
             dtype = types_pb2.DataType.Value(types[name].dtype) if name in types else None
             request.inputs[name].CopyFrom(tf.make_tensor_proto(value, dtype=dtype))
-        reply = retried(lambda: self._call(self._prediction.Predict, request))
+        reply = self._retries(lambda: self._call(self._prediction.Predict, request))
         return {name: tf.make_ndarray(proto) for name, proto in reply.outputs.items()}
 
     def available(self) -> bool:
@@ -76,7 +106,7 @@ class GrpcClient(Client):
         request = get_model_metadata_pb2.GetModelMetadataRequest(
             model_spec=self._spec, metadata_field=["signature_def"]
         )
-        reply = retried(lambda: self._call(self._prediction.GetModelMetadata, request))
+        reply = self._retries(lambda: self._call(self._prediction.GetModelMetadata, request))
         signatures = get_model_metadata_pb2.SignatureDefMap()
         reply.metadata["signature_def"].Unpack(signatures)
         return {
@@ -89,7 +119,27 @@ class GrpcClient(Client):
         try:
             return method(request, timeout=self._timeout_seconds)
         except grpc.RpcError as error:
-            raise ServerError(error.code().name, error.details()) from error
+            raise _server_error(error) from error
+
+
+def _server_error(error: Any) -> ServerError:
+    code, details = error.code().name, error.details() or ""
+    if code == "RESOURCE_EXHAUSTED" and _TOO_LARGE.search(details) and "too many" not in details:
+        code = "INVALID_ARGUMENT"  # as over REST: the request is too large, and stays so however often it is sent
+    reached = code != "UNAVAILABLE" or not any(words in details for words in _NOT_REACHED)
+    headers = {key: value for key, value in [*(error.initial_metadata() or ()), *(error.trailing_metadata() or ())]}
+    return ServerError(code, details, reached=reached, retry_after=seconds_after(headers.get("retry-after")))
+
+
+def _credentials(token: str, ca_file: str) -> grpc.ChannelCredentials:
+    authority = None
+    if ca_file:
+        read_authority(ca_file)  # gRPC itself would only say that no server can be reached
+        authority = pathlib.Path(ca_file).read_bytes()
+    credentials = grpc.ssl_channel_credentials(authority)
+    if not token:
+        return credentials
+    return grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))
 
 
 def _tensor_infos(tensors: Mapping[str, Any]) -> dict[str, TensorInfo]:

@@ -22,7 +22,7 @@ from tensorflow_serving.apis import (
 from robust_tf.serving import inference
 from robust_tf.serving.service import Service
 from robust_tf.serving.session import DEFAULT_SIGNATURE, LoadedModel
-from robust_tf.serving.status import ServingError, invalid
+from robust_tf.serving.status import ServingError, invalid, only_serving_errors
 from robust_tf.serving.tensors import examples_of, to_array, to_proto
 
 _CLASSIFY = "tensorflow/serving/classify"
@@ -165,9 +165,10 @@ class _ModelService(model_service_pb2_grpc.ModelServiceServicer):
     ) -> Any:
         reply = model_management_pb2.ReloadConfigResponse()
         try:
-            if request.config.WhichOneof("config") is None:
-                raise invalid("ReloadConfigRequest does not contain a config.")
-            self._service.reload(request.config)
+            with only_serving_errors():
+                if request.config.WhichOneof("config") is None:
+                    raise invalid("ReloadConfigRequest does not contain a config.")
+                self._service.reload(request.config)
         except ServingError as error:  # the call as such succeeds: the status stands in the reply
             reply.status.error_code = error.number
             reply.status.error_message = error.message
@@ -177,9 +178,10 @@ class _ModelService(model_service_pb2_grpc.ModelServiceServicer):
 @contextlib.contextmanager
 def _errors_to(context: grpc.ServicerContext) -> Any:
     try:
-        yield
+        with only_serving_errors():
+            yield
     except ServingError as error:
-        context.abort(grpc.StatusCode[error.code], error.grpc_message)
+        context.abort(grpc.StatusCode[error.code], error.message)
 
 
 def _timeout_ms(context: grpc.ServicerContext) -> int:

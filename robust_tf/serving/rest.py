@@ -19,7 +19,7 @@ from robust_tf.serving.folders import MAX_VERSION
 from robust_tf.serving.page import page
 from robust_tf.serving.service import Service
 from robust_tf.serving.session import DEFAULT_SIGNATURE
-from robust_tf.serving.status import ServingError, invalid
+from robust_tf.serving.status import ServingError, invalid, only_serving_errors
 
 _CHOICE = r"(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
 _INFER = re.compile(
@@ -136,11 +136,11 @@ class RestApp:
         if packed:
             body = self._unpacked(body)
         try:
-            content, status = self._dispatch(method, path, body), 200
-        except _BadVersion:
-            content, status = b"", 400  # without a word, as TensorFlow Serving answers it
+            with only_serving_errors():
+                content, status = self._dispatch(method, path, body), 200
         except ServingError as error:
-            content, status = rest_replies.error_reply(error.message), error.http_status
+            content = rest_replies.error_reply(error.message) if error.message else b""
+            status = error.http_status
         return Response(content, status, media_type=_JSON)
 
     def _dispatch(self, method: str, path: str, body: bytes) -> bytes:
@@ -205,16 +205,12 @@ class _TooLarge(Exception):
     pass
 
 
-class _BadVersion(Exception):
-    """A version in the path that is no int64."""
-
-
 def _spec(match: re.Match[str]) -> model_pb2.ModelSpec:
     spec = model_pb2.ModelSpec(name=urllib.parse.unquote(match["name"] or "", errors="replace"))
     if match["version"]:
         digits = match["version"].lstrip("0") or "0"
         if len(digits) > 19 or int(digits) > MAX_VERSION:
-            raise _BadVersion
+            raise invalid("")  # without a word, as TensorFlow Serving answers it
         spec.version.value = int(digits)
     if match["label"]:
         spec.version_label = urllib.parse.unquote(match["label"], errors="replace")

@@ -3,7 +3,6 @@
 import base64
 import itertools
 import json
-import ssl
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,15 @@ import httpx
 import numpy as np
 
 from robust_tf.errors import UserError
-from robust_tf.serving.client import TRIES, Client, ServerError, Signature, TensorInfo, retried
+from robust_tf.serving.client import (
+    Client,
+    Retries,
+    ServerError,
+    Signature,
+    TensorInfo,
+    read_authority,
+    seconds_after,
+)
 from robust_tf.serving.json_arrays import dump_json
 
 _ARRAY_TYPES = {"DT_FLOAT": np.float32, "DT_DOUBLE": np.float64, "DT_INT64": np.int64, "DT_INT32": np.int32}
@@ -31,16 +38,18 @@ class RestClient(Client):
         timeout_seconds: float,
         token: str,
         ca_file: str,
+        retries: Retries,
     ) -> None:
         super().__init__()
+        self._retries = retries
         self._http = httpx.Client(
             base_url=server.rstrip("/"),
             timeout=timeout_seconds,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            verify=_ssl_context(ca_file) if ca_file else True,
+            verify=read_authority(ca_file) if ca_file else True,
         )
         try:
-            self._path = "/v1/models/" + _quote(model_name or _only_model(self._http))
+            self._path = "/v1/models/" + _quote(model_name or _only_model(self._http, retries))
         except (ServerError, UserError):
             self.close()
             raise
@@ -54,7 +63,8 @@ class RestClient(Client):
             "signature_name": signature_name,
             "inputs": {name: _to_json(value) for name, value in inputs.items()},
         }
-        reply = _ask(self._http, "POST", f"{self._path}:predict", dump_json(body))
+        content = dump_json(body)
+        reply = self._retries(lambda: _ask(self._http, "POST", f"{self._path}:predict", content))
         outputs = self.signatures[signature_name].outputs
         values = reply["outputs"]
         if len(outputs) == 1:
@@ -63,7 +73,7 @@ class RestClient(Client):
 
     def available(self) -> bool:
         try:
-            entries = _ask(self._http, "GET", self._path, tries=1)["model_version_status"]
+            entries = _ask(self._http, "GET", self._path)["model_version_status"]
         except ServerError as error:
             if error.code in ("NOT_FOUND", "UNAVAILABLE"):
                 return False
@@ -74,7 +84,7 @@ class RestClient(Client):
         self._http.close()
 
     def _read_signatures(self) -> dict[str, Signature]:
-        metadata = _ask(self._http, "GET", f"{self._path}/metadata")["metadata"]
+        metadata = self._retries(lambda: _ask(self._http, "GET", f"{self._path}/metadata"))["metadata"]
         return {
             name: Signature(_tensor_infos(definition["inputs"]), _tensor_infos(definition["outputs"]))
             for name, definition in metadata["signature_def"]["signature_def"].items()
@@ -82,28 +92,27 @@ class RestClient(Client):
         }
 
 
-def _ask(http: httpx.Client, method: str, path: str, body: bytes = b"", *, tries: int = TRIES) -> Any:
+def _ask(http: httpx.Client, method: str, path: str, body: bytes = b"") -> Any:
     """A JSON reply of the server; its error as `ServerError`."""
-
-    def once() -> Any:
-        try:
-            reply = http.request(method, path, content=body, headers={"Content-Type": "application/json"})
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise ServerError("UNAVAILABLE", f"Cannot reach {http.base_url}: {error}") from error
-        except httpx.TimeoutException as error:
-            raise ServerError("DEADLINE_EXCEEDED", f"No answer from {http.base_url} in time") from error
-        except httpx.HTTPError as error:  # it may have been worked on: not asked again
-            raise ServerError("UNKNOWN", f"The connection to {http.base_url} broke: {error}") from error
-        try:
-            document = json.loads(reply.content)
-        except ValueError:
-            document = {"error": f"HTTP {reply.status_code} without JSON from {http.base_url}{path}"}
-        if reply.status_code != 200 or "error" in document:
-            code = _CODES.get(reply.status_code, "UNKNOWN")
-            raise ServerError(code, str(document.get("error", f"HTTP {reply.status_code}")))
-        return document
-
-    return retried(once, tries=tries)
+    try:
+        reply = http.request(method, path, content=body, headers={"Content-Type": "application/json"})
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise ServerError("UNAVAILABLE", f"Cannot reach {http.base_url}: {error}", reached=False) from error
+    except httpx.TimeoutException as error:
+        raise ServerError("DEADLINE_EXCEEDED", f"No answer from {http.base_url} in time") from error
+    except httpx.HTTPError as error:  # it may have been worked on: not asked again
+        raise ServerError("UNKNOWN", f"The connection to {http.base_url} broke: {error}") from error
+    try:
+        document = json.loads(reply.content)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        document = {"error": f"HTTP {reply.status_code} without JSON from {http.base_url}{path}"}
+    if reply.status_code != 200 or "error" in document:
+        code = _CODES.get(reply.status_code, "UNKNOWN")
+        message = str(document.get("error", f"HTTP {reply.status_code}"))
+        raise ServerError(code, message, retry_after=seconds_after(reply.headers.get("Retry-After")))
+    return document
 
 
 _CODES = {
@@ -114,16 +123,17 @@ _CODES = {
     413: "INVALID_ARGUMENT",
     429: "RESOURCE_EXHAUSTED",
     501: "UNIMPLEMENTED",
+    502: "UNAVAILABLE",  # a proxy whose server is being started again
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
 
 
-def _only_model(http: httpx.Client) -> str:
+def _only_model(http: httpx.Client, retries: Retries) -> str:
     try:
-        names = _ask(http, "GET", "/healthz").get("models", [])
+        names = retries(lambda: _ask(http, "GET", "/healthz")).get("models", [])
     except ServerError as error:
-        if error.code == "UNAVAILABLE":
+        if error.code in ("UNAVAILABLE", "UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"):
             raise
         names = []  # not a server of ours
     if len(names) != 1:
@@ -182,10 +192,3 @@ def _tensor_infos(tensors: Mapping[str, Any]) -> dict[str, TensorInfo]:
 
 def _quote(name: str) -> str:
     return urllib.parse.quote(name, safe="")
-
-
-def _ssl_context(ca_file: str) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except (OSError, ssl.SSLError) as error:
-        raise UserError(f"The authority's certificate can't be read. Received: {ca_file}: {error}.") from error

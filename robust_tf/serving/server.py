@@ -6,6 +6,7 @@ import os
 import pathlib
 import socket
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,13 +19,15 @@ from robust_tf.errors import UserError
 from robust_tf.serving import config_files
 from robust_tf.serving.batching import BatchedModel
 from robust_tf.serving.config_files import Batching
+from robust_tf.serving.folders import why_no_version
 from robust_tf.serving.grpc_services import add_services
 from robust_tf.serving.metrics import Metrics
+from robust_tf.serving.model_settings import ModelSettings
 from robust_tf.serving.rest import RestApp
 from robust_tf.serving.service import Service
 from robust_tf.serving.session import LoadedModel
 from robust_tf.serving.status import ServingError
-from robust_tf.serving.versions import ModelManager, ModelSettings
+from robust_tf.serving.versions import ModelManager
 
 _LOG = logging.getLogger(__name__)
 # Enough waiting requests to fill a batch; the model's own work is spread by TensorFlow's threads.
@@ -57,8 +60,10 @@ class ServeConfig:
     tensorflow_intra_op_parallelism: int = flag(0, "Threads within an operation; 0: TensorFlow's choice.")
     tensorflow_inter_op_parallelism: int = flag(0, "Operations at the same time; 0: TensorFlow's choice.")
     bind_address: str = flag("127.0.0.1", "Address of both ports; 0.0.0.0 lets other machines in.")
+    enable_profiler: bool = flag(False, "Accepted for the command lines of tensorflow_model_server: no profiler here.")
     max_request_bytes: int = flag(100 * 2**20, "Larger requests are refused.")
     shutdown_grace_seconds: float = flag(30.0, "How long requests may take to end after SIGTERM.")
+    check: bool = flag(False, "Check the files, folders, versions and labels that the flags name; serve nothing.")
 
     def __post_init__(self) -> None:
         if bool(self.model_base_path) == bool(self.model_config_file):
@@ -66,6 +71,8 @@ class ServeConfig:
                 "Either --model_base_path or --model_config_file is needed. Received: "
                 f"--model_base_path={self.model_base_path!r} --model_config_file={self.model_config_file!r}."
             )
+        if self.model_base_path:
+            config_files.check_local(self.model_base_path, "--model_base_path")
         if self.batching_parameters_file and not self.enable_batching:
             raise UserError(
                 "--batching_parameters_file needs --enable_batching. Received: "
@@ -76,6 +83,10 @@ class ServeConfig:
         for name in ("port", "rest_api_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise UserError(f"--{name} is a number from 0 to 65535. Received: {getattr(self, name)}.")
+        if self.port and self.port == self.rest_api_port:
+            raise UserError(
+                f"gRPC and REST need a port each. Received: --port={self.port} --rest_api_port={self.port}."
+            )
         for name in ("rest_api_num_threads", "grpc_max_threads", "max_request_bytes", "rest_api_timeout_in_ms"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is at least 1. Received: {getattr(self, name)}.")
@@ -100,17 +111,19 @@ class ServeConfig:
 
 
 class Server:
-    """One embedded server.
+    """One embedded server; it takes its ports at once, and loads nothing before `start`.
 
     Args:
         config: the flags.
 
     Raises:
-        UserError: a file that the flags name is at fault.
+        UserError: a file that the flags name is at fault, or a port is taken.
     """
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
+        if config.enable_profiler:
+            _LOG.warning("--enable_profiler=true has no effect: there is no profiler in this server")
         self._models = config.models()
         self._batching = _batching(config)
         monitoring = config.monitoring_config_file
@@ -126,6 +139,7 @@ class Server:
         self._service = Service(self._manager, metrics)
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._listener = _bind(config) if config.rest_api_port else None
         self._grpc = self._grpc_server() if config.port or config.grpc_socket_path else None
         self._workers = ThreadPoolExecutor(config.rest_api_num_threads, thread_name_prefix="rest")
         app = RestApp(
@@ -150,21 +164,25 @@ class Server:
         )
 
     def start(self) -> bool:
-        """Loads the models, then opens the ports; waits for a first version where there is none yet.
+        """Loads the models, then answers on the ports; waits for a first version where there is none yet.
 
         Returns:
             Whether it serves now; False when it was asked to stop before that.
 
         Raises:
-            UserError: a version can't be loaded, a label has no version, or a port is taken.
+            UserError: a version can't be loaded, none can come, or a label has no version.
         """
         self._load_first_versions()
         if self._stopping.is_set():
             return False
         if self._grpc is not None:
             self._grpc.start()
-        if self._config.rest_api_port:
-            listener = _listen(self._config.bind_address, self._config.rest_api_port)
+        if self._listener is not None:
+            listener = self._listener
+            try:
+                listener.listen(2048)
+            except OSError as error:  # another server took the port while this one loaded
+                raise _port_error(self._config, "rest_api_port", error.strerror or str(error)) from error
             self._run_in_thread("rest-server", lambda: self._rest.run(sockets=[listener]))
         self._manager.start_polling()
         if self._config.model_config_file and self._config.model_config_file_poll_wait_seconds > 0:
@@ -191,6 +209,8 @@ class Server:
             self._grpc.stop(self._config.shutdown_grace_seconds).wait()
         for thread in self._threads:
             thread.join()
+        if self._listener is not None:
+            self._listener.close()
         self._manager.stop()
         self._workers.shutdown()
 
@@ -208,6 +228,7 @@ class Server:
 
     def _load_first_versions(self) -> None:
         while not self._stopping.is_set():
+            _check_that_versions_can_come(self._models)
             label_error = None
             try:
                 self._manager.configure(self._models)
@@ -223,7 +244,11 @@ class Server:
             if self._config.file_system_poll_wait_seconds <= 0:
                 raise UserError(
                     "There is no version to serve, and --file_system_poll_wait_seconds=0 looks only once. Received: "
-                    + ", ".join(str(model.base_path) for model in self._models)
+                    + " ".join(
+                        f"{model.name}: {model.base_path}. {absence.reason}"
+                        for model in self._models
+                        if (absence := why_no_version(model.base_path))
+                    )
                 )
             self._stopping.wait(self._config.file_system_poll_wait_seconds)
 
@@ -239,17 +264,24 @@ class Server:
         )
         add_services(server, self._service)
         try:
-            if config.grpc_socket_path:
-                server.add_insecure_port(f"unix:{config.grpc_socket_path}")
             if config.port and config.ssl_config_file:
                 credentials = _credentials(config_files.read_tls(pathlib.Path(config.ssl_config_file)))
                 server.add_secure_port(f"{config.host}:{config.port}", credentials)
             elif config.port:
                 server.add_insecure_port(f"{config.host}:{config.port}")
         except RuntimeError as error:
-            raise UserError(
-                f"Cannot open the gRPC port. Received: --port={config.port} on {config.bind_address}: {error}."
-            ) from error
+            if self._listener is not None:
+                self._listener.close()
+            raise _port_error(config, "port", str(error)) from error
+        if config.grpc_socket_path:
+            try:
+                server.add_insecure_port(f"unix:{config.grpc_socket_path}")
+            except RuntimeError as error:
+                if self._listener is not None:
+                    self._listener.close()
+                raise UserError(
+                    f"Cannot open the Unix socket. Received: --grpc_socket_path={config.grpc_socket_path}: {error}."
+                ) from error
         return server
 
     def _run_in_thread(self, name: str, target: Any) -> None:
@@ -286,15 +318,36 @@ def _credentials(tls: config_files.Tls) -> grpc.ServerCredentials:
     )
 
 
-def _listen(address: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+def _check_that_versions_can_come(models: Sequence[ModelSettings]) -> None:
+    """Refuses folders in which no version can be, however long the server waits."""
+    for model in models:
+        absence = why_no_version(model.base_path)
+        if absence is not None and absence.final:
+            raise UserError(
+                f"There is no version of model {model.name} to serve, and none can come. Received: "
+                f"{model.base_path}. {absence.reason}"
+            )
+
+
+def _bind(config: ServeConfig) -> socket.socket:
+    """A socket that holds the REST port, but refuses connections until it listens."""
+    listener = socket.socket(socket.AF_INET6 if ":" in config.bind_address else socket.AF_INET)
     try:
-        listener = socket.create_server((address, port), family=family, backlog=2048)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.bind_address, config.rest_api_port))
     except OSError as error:
-        raise UserError(
-            f"Cannot open the REST port. Received: --rest_api_port={port} on {address}: {error.strerror}."
-        ) from error
+        listener.close()
+        raise _port_error(config, "rest_api_port", error.strerror or str(error)) from error
     # Accepted connections take this over; else the body of a reply waits for the client's acknowledgement of its
     # headers, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
+
+
+def _port_error(config: ServeConfig, flag_name: str, reason: str) -> UserError:
+    port = getattr(config, flag_name)
+    kind = "gRPC" if flag_name == "port" else "REST"
+    return UserError(
+        f"Cannot open the {kind} port. Received: --{flag_name}={port} on {config.bind_address}: {reason}. Choose "
+        f"another one, for example --{flag_name}={port + 10 if port <= 65525 else port - 10}, or 0 for none."
+    )

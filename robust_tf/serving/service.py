@@ -11,7 +11,7 @@ from robust_tf.errors import UserError
 from robust_tf.serving.config_files import model_settings
 from robust_tf.serving.metrics import Metrics
 from robust_tf.serving.session import LoadedModel
-from robust_tf.serving.status import ServingError, invalid
+from robust_tf.serving.status import ServingError, invalid, only_serving_errors
 from robust_tf.serving.versions import ModelManager
 
 _STATES = get_model_status_pb2.ModelVersionStatus.State
@@ -36,7 +36,8 @@ class Service:
         name = model_name if model_name in self.manager.names() else "unknown"
         start = time.perf_counter()
         try:
-            yield
+            with only_serving_errors():
+                yield
         except ServingError as error:
             self.metrics.count_request(name, error.code)
             raise

@@ -7,6 +7,7 @@ and here names, types and shapes are compared with the signature before anything
 
 import contextlib
 import pathlib
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from robust_tf.serving.status import ServingError, code_name, invalid
 
 DEFAULT_SIGNATURE = "serving_default"
 _INIT_OP = "__saved_model_init_op"
+_LONGEST_KERNEL_MESSAGE = 300
 
 
 class LoadedModel:
@@ -83,7 +85,17 @@ class LoadedModel:
         try:
             values = self._callable(signature_name, wanted)(*inputs.values(), options=options)
         except tf.errors.OpError as error:
-            raise from_tensorflow(error) from error
+            raise from_tensorflow(error, self.path) from error
+        except UnicodeDecodeError as error:
+            # TensorFlow's own message, which quotes bytes of the request that are no text; the code is lost.
+            message = error.object.decode("utf-8", "backslashreplace")
+            raise invalid(_kernel_message(message, self.path)) from error
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise invalid(f"The values do not fit signature {signature_name!r}: {error}") from error
+        except MemoryError as error:
+            raise ServingError("RESOURCE_EXHAUSTED", "There is not enough memory for this request") from error
+        except RuntimeError as error:  # of a session that has been closed
+            raise ServingError("UNAVAILABLE", f"The model cannot run: {error}") from error
         return dict(zip(wanted, map(_as_array, values), strict=True))
 
     def checked(
@@ -132,13 +144,31 @@ def _without_deprecation_warning() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def from_tensorflow(error: tf.errors.OpError) -> ServingError:
-    """The same error with the kernel's own message only, without TensorFlow's account of where it stands."""
-    message = (error.message or type(error).__name__).split("\n\t [[")[0]
+def from_tensorflow(error: tf.errors.OpError, path: pathlib.Path | None = None) -> ServingError:
+    """The same error with the kernel's own message only, without TensorFlow's account of where it stands.
+
+    Args:
+        error: the error.
+        path: folder of the version, which clients read as "model/version".
+    """
+    return ServingError(code_name(error.error_code), _kernel_message(error.message or type(error).__name__, path))
+
+
+def without_path(message: str, path: pathlib.Path) -> str:
+    """The message with "model/version" in place of the version's folder: where it lies is no client's business."""
+    return message.replace(str(path), f"{path.parent.name}/{path.name}")
+
+
+def _kernel_message(message: str, path: pathlib.Path | None) -> str:
     message = message.removeprefix("Graph execution error:").strip()
     if "\nNode: " in message:
         message = message.rsplit("\nNode: ", 1)[1].partition("\n")[2]
-    return ServingError(code_name(error.error_code), message)
+    message = re.sub(r"^\d+ root error\(s\) found\.\s*\(0\) \w+: ", "", message)
+    message = re.split(r"\n\t \[\[|\n\s*Original stack trace for ", message)[0]
+    message = re.sub(r"^(\{\{\w+ [^}]*\}\}\s*)+", "", message).strip()
+    if len(message) > _LONGEST_KERNEL_MESSAGE:  # it may quote the whole request
+        message = message[:_LONGEST_KERNEL_MESSAGE] + "...TRUNCATED"
+    return message if path is None else without_path(message, path)
 
 
 def _as_array(value: Any) -> np.ndarray:

@@ -20,6 +20,9 @@ TOP_K = 5  # class names in a reply, or as many as there are classes
 _MAX_PIXELS = 50_000_000
 _MAX_SIDE_RATIO = 20
 
+# How far from [0, 1] pixels may be: a cubic resize overshoots a little, other units (0 to 255, -1 to 1) do so by far.
+_PIXEL_TOLERANCE = 0.05
+
 
 def decode_images(image_bytes: tf.Tensor, *, image_size: int, resize_size: int) -> tf.Tensor:
     """Encoded images to what the classifier was evaluated on.
@@ -116,7 +119,7 @@ def build_signatures(
 
     @tf.function(input_signature=[pixels])
     def predict_pixels(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return predict(tf.ensure_shape(images, image_shape))
+        return predict(_checked_pixels(tf.ensure_shape(images, image_shape)))
 
     @tf.function(input_signature=[tf.TensorSpec(image_shape, tf.uint8, name="images")])
     def predict_uint8(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -124,7 +127,7 @@ def build_signatures(
 
     @tf.function(input_signature=[pixels])
     def features(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        values = feature_model(tf.ensure_shape(images, image_shape), training=False)
+        values = feature_model(_checked_pixels(tf.ensure_shape(images, image_shape)), training=False)
         return {"features": tf.cast(values, tf.float32)}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
@@ -175,6 +178,17 @@ def build_signatures(
         }
 
     return signatures | {"attack_probe": probe}
+
+
+def _checked_pixels(images: tf.Tensor) -> tf.Tensor:
+    """The same images; running the graph with pixels clearly outside [0, 1], or NaN, ends with INVALID_ARGUMENT."""
+    low, high = tf.reduce_min(images), tf.reduce_max(images)
+    check = tf.debugging.Assert(  # a comparison with NaN is false
+        tf.reduce_all((images >= -_PIXEL_TOLERANCE) & (images <= 1.0 + _PIXEL_TOLERANCE)),
+        ["Pixels are numbers in [0, 1]. Received: from", low, "to", high],
+    )
+    with tf.control_dependencies([check]):
+        return tf.identity(images)
 
 
 def _encode_png(images: tf.Tensor) -> tf.Tensor:

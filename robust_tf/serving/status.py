@@ -1,5 +1,11 @@
 """The one error of the serving code: a canonical code and a message, with the two ways of sending them."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
+_LOG = logging.getLogger(__name__)
+
 # Canonical status codes by number (google.rpc.Code), with the HTTP status that TF Serving's REST interface gives them.
 _CODES = {
     "OK": (0, 200),
@@ -22,7 +28,7 @@ _CODES = {
 }
 _NAMES = {number: name for name, (number, _) in _CODES.items()}
 
-_LONGEST_GRPC_MESSAGE = 1024  # gRPC puts the message into a header; TF Serving cuts at the same length
+_LONGEST_MESSAGE = 1024  # gRPC puts the message into a header; TF Serving cuts at the same length
 
 
 class ServingError(Exception):
@@ -30,13 +36,13 @@ class ServingError(Exception):
 
     Attributes:
         code: canonical name, e.g. "INVALID_ARGUMENT".
-        message: what the client reads.
+        message: what the client reads; always one line without control characters.
     """
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
         self.code = code
-        self.message = message
+        self.message = _one_line(message)
+        super().__init__(f"{code}: {self.message}")
 
     @property
     def number(self) -> int:
@@ -48,13 +54,6 @@ class ServingError(Exception):
         """The HTTP status of the REST interface."""
         return _CODES[self.code][1]
 
-    @property
-    def grpc_message(self) -> str:
-        """The message, short enough for a gRPC status."""
-        if len(self.message) <= _LONGEST_GRPC_MESSAGE:
-            return self.message
-        return self.message[:_LONGEST_GRPC_MESSAGE] + "...TRUNCATED"
-
 
 def code_name(number: int) -> str:
     """Name of a canonical code's number; numbers that don't exist are "UNKNOWN"."""
@@ -64,3 +63,29 @@ def code_name(number: int) -> str:
 def invalid(message: str) -> ServingError:
     """The commonest error: the request itself is at fault."""
     return ServingError("INVALID_ARGUMENT", message)
+
+
+@contextlib.contextmanager
+def only_serving_errors() -> Iterator[None]:
+    """Turns any other exception of the block into INTERNAL, so that a client never reads Python's account of it.
+
+    Raises:
+        ServingError: what the block raises.
+    """
+    try:
+        yield
+    except ServingError:
+        raise
+    except Exception as error:
+        _LOG.exception("A request has met an error in the server itself")
+        raise ServingError("INTERNAL", "The server failed to answer this request. Its log says why.") from error
+
+
+def _one_line(message: str) -> str:
+    """The message without line breaks and control characters, cut where it gets long."""
+    lines = message.splitlines()
+    text = message if len(lines) == 1 else " ".join(line.strip() for line in lines)
+    if len(text) > _LONGEST_MESSAGE:
+        text = text[:_LONGEST_MESSAGE] + "...TRUNCATED"
+    # What a client sent may stand in it, half a surrogate pair included.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

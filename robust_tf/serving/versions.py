@@ -13,40 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from robust_tf.serving.folders import version_folders
+from robust_tf.serving.folders import complete_versions, why_no_version
 from robust_tf.serving.metrics import Metrics
-from robust_tf.serving.session import LoadedModel
+from robust_tf.serving.model_settings import ModelSettings
+from robust_tf.serving.session import LoadedModel, without_path
 from robust_tf.serving.status import ServingError
 from robust_tf.serving.warmup import replay_warmup
 
 _LOG = logging.getLogger(__name__)
 _ENDED_KEPT = 16  # versions that have ended and still show in the status, per model
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """One model as configured.
-
-    Attributes:
-        name: in requests.
-        base_path: folder of its versions.
-        latest: so many of the highest versions are served; 0 serves all.
-        specific: exactly these versions instead; empty: as `latest` says.
-        labels: names for versions.
-    """
-
-    name: str
-    base_path: pathlib.Path
-    latest: int = 1
-    specific: tuple[int, ...] = ()
-    labels: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    def wanted(self, present: Mapping[int, pathlib.Path]) -> dict[int, pathlib.Path]:
-        """Those of the present versions that should be served."""
-        if self.specific:
-            return {number: present[number] for number in self.specific if number in present}
-        highest = sorted(present, reverse=True)
-        return {number: present[number] for number in (highest[: self.latest] if self.latest else highest)}
+_SECONDS_BETWEEN_WARNINGS = 30.0  # of the same kind
 
 
 @dataclasses.dataclass
@@ -60,6 +36,11 @@ class Version:
     model: LoadedModel | None = None
     in_flight: int = 0
     fingerprint: tuple = ()
+
+    @property
+    def client_error(self) -> ServingError | None:
+        """The error without the folder's place on this machine."""
+        return self.error and ServingError(self.error.code, without_path(self.error.message, self.path))
 
 
 class ModelManager:
@@ -92,6 +73,7 @@ class ModelManager:
         self._settings: dict[str, ModelSettings] = {}
         self._versions: dict[str, dict[int, Version]] = {}
         self._labels: dict[str, dict[str, int]] = {}
+        self._warned: dict[str, tuple[str, float]] = {}
         self._stopping = threading.Event()
         self._poller = threading.Thread(target=self._poll, name="version-poller", daemon=True)
 
@@ -114,8 +96,17 @@ class ModelManager:
                     self._versions.setdefault(model.name, {})
                     self._labels.setdefault(model.name, {})
             self._close_unused(gone)
-            self._update()
-            self._assign_labels(models)
+            wanted = {model.name: self._bring_in_wanted(model) for model in models}
+            try:
+                # Labels move between the coming and the going: a label never stands at a version that has gone.
+                self._assign_labels(models, wanted)
+            finally:
+                for name, versions in wanted.items():
+                    self._let_go(name, versions)
+            for model in models:
+                for finding in model.label_findings(_present(model)):
+                    if finding.due:
+                        self._warn(f"label {finding.text}", finding.text)
 
     def start_polling(self) -> None:
         """Watches the folders from now on, unless `poll_seconds` is 0."""
@@ -195,7 +186,7 @@ class ModelManager:
             if version is not None and version not in versions:
                 raise ServingError("NOT_FOUND", f"Could not find version {version} of model {name}")
             chosen = sorted(versions, reverse=True) if version is None else [version]
-            return [(number, versions[number].state, versions[number].error) for number in chosen]
+            return [(number, versions[number].state, versions[number].client_error) for number in chosen]
 
     def _poll(self) -> None:
         while not self._stopping.wait(self._poll_seconds):
@@ -207,20 +198,34 @@ class ModelManager:
         with self._lock:
             settings = list(self._settings.values())
         for model in settings:
-            try:
-                self._update_model(model)
-            except OSError as error:  # a folder that can't be read now may be readable the next time
-                _LOG.warning("Cannot look for versions of model %s: %s", model.name, error)
+            self._let_go(model.name, self._bring_in_wanted(model))
 
-    def _update_model(self, model: ModelSettings) -> None:
-        # A look misses a version that comes, and one that goes, while it reads the folder. When one replaced the other
-        # it finds nothing, and the next look finds the new one.
-        wanted = _versions_to_serve(model) or _versions_to_serve(model)
-        if not wanted:
-            _LOG.warning("No version of model %s to serve under %s", model.name, model.base_path)
-        for number, path in sorted(wanted.items()):
-            self._bring_in(model.name, number, path)
-        self._let_go(model.name, wanted)
+    def _bring_in_wanted(self, model: ModelSettings) -> dict[int, pathlib.Path] | None:
+        """Loads what is new of a model; gives what is wanted, None when the folder can't be read."""
+        try:
+            # A look misses a version that comes, and one that goes, while it reads the folder. When one replaced the
+            # other it finds nothing, and the next look finds the new one.
+            wanted = model.wanted(complete_versions(model.base_path)) or model.wanted(
+                complete_versions(model.base_path)
+            )
+            if wanted:
+                self._warned.pop(model.name, None)
+            else:
+                self._warn(model.name, _why_nothing(model))
+            for number, path in sorted(wanted.items()):
+                self._bring_in(model.name, number, path)
+        except OSError as error:  # a folder that can't be read now may be readable the next time
+            self._warn(model.name, f"Cannot look for versions of model {model.name}: {error}")
+            return None
+        return wanted
+
+    def _warn(self, subject: str, message: str) -> None:
+        """Warns at once of what is new, and from time to time of what stays."""
+        said, when = self._warned.get(subject, ("", 0.0))
+        now = time.monotonic()
+        if message != said or now - when >= _SECONDS_BETWEEN_WARNINGS:
+            self._warned[subject] = message, now
+            _LOG.warning("%s", message)
 
     def _bring_in(self, name: str, number: int, path: pathlib.Path) -> None:
         with self._lock:
@@ -262,14 +267,18 @@ class ModelManager:
                 microseconds = (time.perf_counter() - start) * 1e6
                 self._metrics.observe_warmup(str(model.path), status, microseconds=microseconds)
 
-    def _let_go(self, name: str, wanted: Mapping[int, pathlib.Path]) -> None:
-        """Unloads what is not wanted, unless nothing that is wanted answers yet."""
+    def _leaving(self, name: str, wanted: Mapping[int, pathlib.Path] | None) -> list[Version]:
+        """What is not wanted, unless nothing that is wanted answers yet; the lock is held."""
+        available = self._available(name)
+        if wanted is None or (wanted and not available.keys() & wanted.keys()):
+            return []
+        return [version for number, version in available.items() if number not in wanted]
+
+    def _let_go(self, name: str, wanted: Mapping[int, pathlib.Path] | None) -> None:
+        """Unloads what leaves."""
         with self._lock:
             versions = self._versions[name]
-            available = self._available(name)
-            if wanted and not available.keys() & wanted.keys():
-                return
-            leaving = [version for number, version in available.items() if number not in wanted]
+            leaving = self._leaving(name, wanted)
             for version in leaving:
                 version.state = "UNLOADING"
             ended = sorted(number for number, version in versions.items() if version.state == "END")
@@ -304,13 +313,17 @@ class ModelManager:
             number: version for number, version in self._versions.get(name, {}).items() if version.state == "AVAILABLE"
         }
 
-    def _assign_labels(self, models: Sequence[ModelSettings]) -> None:
+    def _assign_labels(
+        self, models: Sequence[ModelSettings], wanted: Mapping[str, Mapping[int, pathlib.Path] | None]
+    ) -> None:
         with self._lock:
             for model in models:
                 known = self._labels[model.name]
+                leaving = {version.number for version in self._leaving(model.name, wanted[model.name])}
+                staying = self._available(model.name).keys() - leaving
                 for label, number in model.labels.items():
                     new_and_allowed = self._labels_before_versions and label not in known
-                    if number not in self._available(model.name) and not new_and_allowed:
+                    if number not in staying and not new_and_allowed:
                         raise ServingError(
                             "FAILED_PRECONDITION",
                             f"Request to assign label to version {number} of model {model.name}, which is not "
@@ -320,10 +333,20 @@ class ModelManager:
                 self._labels[model.name] = dict(model.labels)
 
 
-def _versions_to_serve(model: ModelSettings) -> dict[int, pathlib.Path]:
-    # Without this file a folder is no version yet: somebody is copying it.
-    complete = {n: path for n, path in version_folders(model.base_path).items() if (path / "saved_model.pb").is_file()}
-    return model.wanted(complete)
+def _present(model: ModelSettings) -> dict[int, pathlib.Path]:
+    try:
+        return complete_versions(model.base_path)
+    except OSError:  # a look at the folder has said so already
+        return {}
+
+
+def _why_nothing(model: ModelSettings) -> str:
+    beginning = f"No version of model {model.name} to serve under {model.base_path}"
+    absence = why_no_version(model.base_path)
+    if absence is not None:
+        return f"{beginning}. {absence.reason}"
+    there = ", ".join(map(str, sorted(_present(model))))
+    return f"{beginning}: the policy {model.policy} asks for others than are there. Received: versions {there}."
 
 
 def _not_found(name: str, version: int | None) -> ServingError:

@@ -35,6 +35,7 @@ _JSON = st.recursive(
 )
 _SIGNATURES = ["", "predict_pixels", "predict_uint8", "features", "classify", "attack_probe", "pair", "echo_string"]
 _SIGNATURES += ["echo_float32", "echo_int64", "echo_bool", "echo_half", "serving_default", "?", "__saved_model_init_op"]
+_LOCAL = (tempfile.gettempdir() + "/", sys.prefix + "/", str(pathlib.Path(__file__).parents[2]) + "/")
 _SECONDS = 120  # an answer that takes longer counts as a hang, on a machine with other work too
 
 
@@ -50,6 +51,7 @@ def _rest_seeds() -> list[tuple[str, dict]]:
         ("echo:predict", {"signature_name": "echo_uint8", "inputs": [1, 2]}),
         ("digits:predict", {"instances": [image]}),
         ("digits:predict", {"signature_name": "features", "instances": [[[[0.5] * 3] * 16] * 16]}),
+        *(("digits:predict", {"signature_name": name, "instances": [image]}) for name in _SIGNATURES[1:6]),
         (
             "digits:predict",
             {"signature_name": "attack_probe", "inputs": {"image_bytes": [image], "label": [-1], "epsilon": [0.1]}},
@@ -68,6 +70,10 @@ def _grpc_seeds() -> list[tuple[str, bytes]]:
     pixels.model_spec.name = "digits"
     pixels.model_spec.signature_name = "predict_pixels"
     pixels.inputs["images"].CopyFrom(tf.make_tensor_proto(np.zeros((1, 16, 16, 3), np.float32)))
+    example = predict_pb2.PredictRequest()
+    example.model_spec.name = "digits"
+    example.model_spec.signature_name = "classify"
+    example.inputs["inputs"].CopyFrom(image.inputs["image_bytes"])
     classify = classification_pb2.ClassificationRequest()
     classify.model_spec.name = "half_plus_two"
     classify.model_spec.signature_name = "classify_x_to_y"
@@ -78,6 +84,7 @@ def _grpc_seeds() -> list[tuple[str, bytes]]:
         ("Predict", predict),
         ("Predict", image),
         ("Predict", pixels),
+        ("Predict", example),
         ("Classify", classify),
         ("MultiInference", multi),
     ]
@@ -138,6 +145,15 @@ def _twisted(rng: random.Random, value: object, odd: object) -> object:
     return value
 
 
+def unfit_for_clients(message: str) -> str:
+    """What is wrong with an error's text: it is one line, and neither Python's trace nor a place on this machine."""
+    if message.splitlines() not in ([message], []):
+        return "more than one line"
+    if "Traceback" in message:
+        return "a trace of Python"
+    return next((f"the path {place}" for place in _LOCAL if place in message), "")
+
+
 def run(rest_url: str, grpc_target: str, *, requests: int, seed: int) -> dict:
     """Sends so many requests over each transport; what came back, and the smallest that should not have come back so.
 
@@ -174,13 +190,17 @@ def run(rest_url: str, grpc_target: str, *, requests: int, seed: int) -> dict:
                 path = _damaged(rng, path.encode()).decode("latin-1")
             start = time.monotonic()
             try:
-                status = client.post("/v1/models/" + path, content=body).status_code
+                reply = client.post("/v1/models/" + path, content=body)
             except httpx.InvalidURL:
                 seen["HTTP not sent"] += 1
                 return
             slowest = max(slowest, time.monotonic() - start)
+            status = reply.status_code
             seen[f"HTTP {status}"] += 1
             assert status < 500 or status == 501, f"{status} for {path} {body[:300]!r}"
+            if status != 200 and reply.headers["content-type"] == "application/json" and reply.content:
+                fault = unfit_for_clients(reply.json()["error"])
+                assert not fault, f"{fault} in the answer to {path} {body[:300]!r}"
 
         @hypothesis.seed(seed)
         @generated
@@ -203,6 +223,8 @@ def run(rest_url: str, grpc_target: str, *, requests: int, seed: int) -> dict:
             # gRPC itself answers INTERNAL to bytes that are no message.
             harmless = code not in ("UNKNOWN", "UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL")
             assert harmless or "deserializing" in details, f"{code} {details} for {method} {damaged[:300]!r}"
+            fault = unfit_for_clients(details)
+            assert not fault, f"{fault} in the answer to {method} {damaged[:300]!r}"
 
         wrong = [*_failure_of(ask_rest), *_failure_of(ask_grpc)]
         alive = client.post("/v1/models/half_plus_two:predict", json={"instances": [2.0]}).json()

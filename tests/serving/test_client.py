@@ -1,19 +1,23 @@
 """The client over REST and gRPC, and the program around it."""
 
+import email.utils
 import http.server
-import json
+import itertools
 import pathlib
 import shutil
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import numpy as np
 import pytest
+from tensorflow_serving.apis import get_model_metadata_pb2, prediction_service_pb2_grpc
 
-from robust_tf import predict
 from robust_tf.errors import UserError
-from robust_tf.serving.client import ServerError, connect
+from robust_tf.serving.client import Retries, ServerError, connect, seconds_after
 from tests.serving.conftest import LIMIT, free_port
 from tests.serving.models import LABELS
 
@@ -33,11 +37,11 @@ def test_both_transports_give_the_same_arrays(embedded):
             answers.append(client.predict({"images": pixels}, signature_name="predict_pixels"))
             assert client.signatures["predict_pixels"].inputs["images"] == ("DT_FLOAT", (None, 16, 16, 3))
             assert "__saved_model_init_op" not in client.signatures
-    rest, grpc = answers
-    assert rest.keys() == grpc.keys()
-    for name in rest:
-        assert rest[name].dtype == grpc[name].dtype
-        np.testing.assert_array_equal(rest[name], grpc[name])
+    over_rest, over_grpc = answers
+    assert over_rest.keys() == over_grpc.keys()
+    for name in over_rest:
+        assert over_rest[name].dtype == over_grpc[name].dtype
+        np.testing.assert_array_equal(over_rest[name], over_grpc[name])
 
 
 @pytest.mark.parametrize("as_list", [False, True])
@@ -111,6 +115,87 @@ def test_bad_addresses():
         connect("grpc://localhost:1")
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes in pauses only."""
+    now, pauses = [100.0], []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr("robust_tf.serving.client.time.sleep", sleep)
+    monkeypatch.setattr("robust_tf.serving.client.time.monotonic", lambda: now[0])
+    return pauses
+
+
+def test_what_a_scheme_cannot_carry_is_said():
+    for options, given in [
+        ({"token": "t"}, "with a token. Use grpcs://"),
+        ({"ca_file": "c"}, "with a CA file. Use grpcs://"),
+        ({"token": "t", "ca_file": "c"}, "with a token and a CA file. Use grpcs://"),
+    ]:
+        with pytest.raises(UserError, match=given):
+            connect("grpc://localhost:1", model_name="m", **options)
+    with pytest.raises(UserError, match="Use https://"):
+        connect("http://localhost", model_name="m", ca_file="c")
+    with pytest.raises(UserError, match="none.pem"):
+        connect("grpcs://localhost:1", model_name="m", ca_file="none.pem")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_grpcs_carries_the_token(tmp_path, clock):
+    key, certificate = tmp_path / "server.key", tmp_path / "server.crt"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key)]
+        + ["-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    seen = []
+    too_large = ["The request is too large", "Received message larger than max (9 vs. 4)"]
+
+    class Proxy(prediction_service_pb2_grpc.PredictionServiceServicer):
+        """Answers as a proxy with tokens and a limit does."""
+
+        def GetModelMetadata(self, request, context):
+            seen.append(dict(context.invocation_metadata()).get("authorization"))
+            if len(seen) == 1:
+                context.set_trailing_metadata([("retry-after", "7")])
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many requests")
+            if seen[-1] != "Bearer secret":
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+            reply = get_model_metadata_pb2.GetModelMetadataResponse()
+            reply.metadata["signature_def"].Pack(get_model_metadata_pb2.SignatureDefMap())
+            return reply
+
+        def Predict(self, request, context):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, too_large.pop())
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(Proxy(), server)
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+    address = f"grpcs://localhost:{server.add_secure_port('localhost:0', credentials)}"
+    server.start()
+    options = {"model_name": "m", "ca_file": str(certificate)}
+    with connect(address, **options, token="secret") as client:
+        assert client.signatures == {}
+        assert [int(pause) for pause in clock] == [7]
+        clock.clear()
+        while too_large:
+            with pytest.raises(ServerError) as raised:  # asked once: it stays too large
+                client.predict({"x": [1.0]})
+            assert (raised.value.code, clock) == ("INVALID_ARGUMENT", [])
+    with connect(address, **options) as client, pytest.raises(ServerError, match="UNAUTHENTICATED"):
+        client.signatures  # noqa: B018
+    assert seen == ["Bearer secret"] * 2 + [None]
+    with connect(address, model_name="m", token="secret") as client, pytest.raises(ServerError, match="UNAVAILABLE"):
+        client.signatures  # noqa: B018  # nobody vouches for the certificate
+    assert len(seen) == 3
+    server.stop(0)
+
+
 def test_an_absent_server_is_tried_again_and_then_named(monkeypatch):
     pauses = []
     monkeypatch.setattr("robust_tf.serving.client.time.sleep", pauses.append)
@@ -122,18 +207,23 @@ def test_an_absent_server_is_tried_again_and_then_named(monkeypatch):
                 client.classify([b""])
             assert not client.available()
         assert raised.value.code == "UNAVAILABLE"
-        assert pauses == [0.1, 0.2, 0.4]
+        assert len(pauses) == 3
+        for pause, longest in zip(pauses, [0.1, 0.2, 0.4], strict=True):
+            assert longest / 2 <= pause <= longest
 
 
 class _Script(http.server.BaseHTTPRequestHandler):
     """Answers with one status after the other."""
 
     statuses: list[int] = []
+    headers_sent: dict[str, str] = {}
     seen: list[tuple[str, str]] = []
 
     def do_GET(self):
         self.seen.append((self.path, self.headers.get("Authorization", "")))
         self.send_response(self.statuses.pop(0))
+        for name, value in self.headers_sent.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b'{"metadata": {"signature_def": {"signature_def": {}}}}')
 
@@ -146,17 +236,18 @@ def scripted():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Script) as listener:
         threading.Thread(target=listener.serve_forever, daemon=True).start()
         _Script.seen.clear()
+        _Script.headers_sent.clear()
         yield f"http://127.0.0.1:{listener.server_port}"
         listener.shutdown()
 
 
-def test_only_503_is_asked_again(scripted, monkeypatch):
+def test_only_what_has_no_room_is_asked_again(scripted, monkeypatch):
     monkeypatch.setattr("robust_tf.serving.client.time.sleep", lambda _: None)
     with connect(scripted, model_name="a b", label="x", token="secret") as client:
-        _Script.statuses[:] = [503, 503, 200]
+        _Script.statuses[:] = [503, 429, 502, 503, 429, 200]
         assert client.signatures == {}
-        assert _Script.seen == [("/v1/models/a%20b/labels/x/metadata", "Bearer secret")] * 3
-    for status in (500, 502, 429, 401):
+        assert _Script.seen == [("/v1/models/a%20b/labels/x/metadata", "Bearer secret")] * 6
+    for status in (500, 413, 404, 401):
         _Script.seen.clear()
         _Script.statuses[:] = [status]
         with connect(scripted, model_name="m") as client, pytest.raises(ServerError):
@@ -164,41 +255,65 @@ def test_only_503_is_asked_again(scripted, monkeypatch):
         assert len(_Script.seen) == 1
 
 
+@pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "UNAVAILABLE"])
+def test_pauses_grow_and_end_with_the_time_that_was_given(clock, caplog, code):
+    asked = []
+
+    def ask():
+        asked.append(1)
+        raise ServerError(code, "no room")
+
+    with pytest.raises(ServerError, match="no room"):
+        Retries(60.0)(ask)
+    assert len(asked) == len(clock) + 1
+    assert 40 < sum(clock) <= 60
+    assert all(earlier < later for earlier, later in itertools.pairwise(clock[::2][:4]))
+    assert max(clock) <= 10
+    assert f"The server has no room ({code}: no room). Asking again in " in caplog.text
+    assert 2 <= len(caplog.records) <= 13  # at most one in five seconds
+    assert len({round(pause, 6) for pause in clock}) == len(clock)  # jitter
+    asked.clear()
+    with pytest.raises(ServerError):
+        Retries(0.0)(ask)
+    assert len(asked) == 1
+
+
+def test_the_server_says_how_long_to_wait(scripted, clock):
+    _Script.headers_sent["Retry-After"] = "7"
+    _Script.statuses[:] = [429, 503, 200]
+    with connect(scripted, model_name="m") as client:
+        assert client.signatures == {}
+    assert [int(pause) for pause in clock] == [7, 7]
+    clock.clear()
+    _Script.headers_sent["Retry-After"] = "3600"
+    _Script.statuses[:] = [429]
+    with connect(scripted, model_name="m", retry_seconds=60) as client, pytest.raises(ServerError) as raised:
+        client.signatures  # noqa: B018
+    assert (raised.value.retry_after, clock) == (3600, [])
+
+
+def test_retry_after_is_a_number_or_a_date():
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 0 < seconds_after(in_a_minute) <= 60
+    assert seconds_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0
+    assert [seconds_after(text) for text in ("3", "-1", "soon", "", None)] == [3, 0, None, None, None]
+
+
+def test_a_server_that_has_answered_is_waited_for_when_it_goes(clock):
+    answers = [ServerError("UNAVAILABLE", "nobody there", reached=False)] * 8 + ["at last"]
+
+    def ask():
+        answer = answers.pop(0)
+        if isinstance(answer, ServerError):
+            raise answer
+        return answer
+
+    retries = Retries(60.0)
+    assert retries(lambda: "first") == "first"
+    assert retries(ask) == "at last"
+    assert len(clock) == 8
+
+
 def test_the_client_does_not_import_tensorflow():
     script = "import sys, robust_tf.predict; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
-
-
-def test_the_program(embedded, tmp_path, capsys):
-    shutil.copytree(IMAGES, tmp_path / "photos" / "more")
-    (tmp_path / "photos" / "notes.txt").write_text("no image")
-    flags = ["predict", f"--server={embedded.url}", "--model_name=digits"]
-    assert predict.main([*flags, str(tmp_path / "photos"), str(IMAGES / "a.png"), "--top=2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
-    assert lines[0].startswith(f"{tmp_path}/photos/more/a.png: ")
-    assert lines[0].count("%") == 2
-
-    (tmp_path / "broken.jpg").write_bytes(b"broken")
-    assert predict.main([*flags, "--json", str(tmp_path / "broken.jpg"), str(IMAGES / "a.png")]) == 1
-    bad, good = map(json.loads, capsys.readouterr().out.splitlines())
-    assert "Unknown image file format" in bad["error"]
-    assert good["image"] == str(IMAGES / "a.png")
-    assert [set(guess) for guess in good["predictions"]] == [{"label", "probability"}] * 3
-
-
-def test_the_programs_errors(embedded, tmp_path):
-    flags = ["predict", f"--server={embedded.url}"]
-    image = str(IMAGES / "a.png")
-    for arguments, message in [
-        ([*flags], "Received: none"),
-        ([*flags, image], "It has: digits, echo, half_plus_two"),
-        ([*flags, "--model_name=nobody", image], "Servable not found for request: Latest(nobody)"),
-        ([*flags, "--model_name=digits", "nothing.jpg"], "nothing.jpg"),
-        ([*flags, "--model_name=digits", str(tmp_path)], str(tmp_path)),
-        ([*flags, "--top=0", image], "--top is at least 1. Received: 0"),
-        (["predict", "--ca_file=none.pem", "--server=https://x", "--model_name=m", image], "none.pem"),
-    ]:
-        with pytest.raises(UserError) as raised:
-            predict.main(arguments)
-        assert message in str(raised.value)

@@ -17,11 +17,12 @@ import tensorflow as tf
 from tensorflow_serving.apis import model_management_pb2, predict_pb2, prediction_service_pb2_grpc
 
 from robust_tf.errors import UserError
-from robust_tf.serving import versions
+from robust_tf.serving import folders
 from robust_tf.serving.config_files import Batching, read_batching, read_tls
+from robust_tf.serving.model_settings import ModelSettings
 from robust_tf.serving.server import ServeConfig, Server
 from robust_tf.serving.session import LoadedModel
-from robust_tf.serving.versions import ModelManager, ModelSettings
+from robust_tf.serving.versions import ModelManager
 from tests.serving.conftest import LIMIT, Gate, accepts_connections, free_port, running_server, until
 from tests.serving.models import model_entry, save_gate, save_half_plus_two
 
@@ -100,12 +101,12 @@ def test_a_version_that_replaces_another_during_a_look_leaves_no_gap(tmp_path, m
 
     def slow_look(base):
         monkeypatch.undo()
-        seen = versions.version_folders(base)
+        seen = folders.version_folders(base)
         save_half_plus_two(tmp_path / "2")
         shutil.move(tmp_path / "1", tmp_path / "1.withdrawn")
         return seen
 
-    monkeypatch.setattr(versions, "version_folders", slow_look)
+    monkeypatch.setattr(folders, "version_folders", slow_look)
     unloaded = []
     close_unused = manager._close_unused
     manager._close_unused = lambda leaving: (unloaded.append(manager.ready()), close_unused(leaving))

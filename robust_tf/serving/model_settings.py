@@ -1,0 +1,79 @@
+"""What the configuration says about one model: where it lies, which versions are served, and their labels."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class LabelFinding(NamedTuple):
+    """A label whose version is not there, or does not stay.
+
+    Attributes:
+        label: the label.
+        text: one sentence, with the way out.
+        due: a request meets it now or after the next export; else it is some exports away.
+        absent: the version is not in the folder.
+    """
+
+    label: str
+    text: str
+    due: bool
+    absent: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """One model as configured.
+
+    Attributes:
+        name: in requests.
+        base_path: folder of its versions.
+        latest: so many of the highest versions are served; 0 serves all.
+        specific: exactly these versions instead; empty: as `latest` says.
+        labels: names for versions.
+    """
+
+    name: str
+    base_path: pathlib.Path
+    latest: int = 1
+    specific: tuple[int, ...] = ()
+    labels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def policy(self) -> str:
+        """The policy as a config file writes it, e.g. "latest {num_versions: 2}"."""
+        if self.specific:
+            return "specific {" + " ".join(f"versions: {number}" for number in self.specific) + "}"
+        return f"latest {{num_versions: {self.latest}}}" if self.latest else "all {}"
+
+    def wanted(self, present: Mapping[int, pathlib.Path]) -> dict[int, pathlib.Path]:
+        """Those of the present versions that should be served."""
+        if self.specific:
+            return {number: present[number] for number in self.specific if number in present}
+        highest = sorted(present, reverse=True)
+        return {number: present[number] for number in (highest[: self.latest] if self.latest else highest)}
+
+    def label_findings(self, present: Mapping[int, pathlib.Path]) -> list[LabelFinding]:
+        """The labels that point to versions which the policy does not keep."""
+        return [
+            finding for label, number in self.labels.items() if (finding := self._label_finding(label, number, present))
+        ]
+
+    def _label_finding(self, label: str, number: int, present: Mapping[int, pathlib.Path]) -> LabelFinding | None:
+        points = f"Model {self.name}: label {label} points to version {number}, which"
+        if number not in present:
+            there = ", ".join(map(str, sorted(present))) or "none"
+            return LabelFinding(
+                label, f"{points} is not in {self.base_path}. Versions there: {there}.", due=True, absent=True
+            )
+        pinned = " ".join(f"versions: {version}" for version in sorted(set(self.labels.values())))
+        way_out = f"Keep it with model_version_policy {{ specific {{ {pinned} }} }}."
+        if number not in self.wanted(present):
+            return LabelFinding(label, f"{points} the policy {self.policy} does not keep. {way_out}", due=True)
+        if self.specific or not self.latest:
+            return None
+        newer = sum(other > number for other in present)
+        exports = self.latest - newer
+        when = "at the next export" if exports == 1 else f"in {exports} exports from now"
+        return LabelFinding(label, f"{points} the policy {self.policy} will unload {when}. {way_out}", due=exports == 1)

@@ -1,0 +1,203 @@
+"""Values of the wrong kind or shape for each signature: the client's error in one line, over REST and gRPC."""
+
+import base64
+import json
+import pathlib
+import shutil
+
+import grpc
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow_serving.apis import classification_pb2
+
+from robust_tf.serving.model_settings import ModelSettings
+from robust_tf.serving.session import LoadedModel
+from robust_tf.serving.status import ServingError
+from robust_tf.serving.versions import ModelManager
+from tests.serving.conftest import LIMIT, running_server
+from tests.serving.fuzz import unfit_for_clients
+from tests.serving.test_grpc import predict_request, with_examples
+
+JPEG = (pathlib.Path(__file__).parent / "images" / "d.jpg").read_bytes()
+SIGNATURES = {
+    "serving_default": "image_bytes",
+    "predict_pixels": "images",
+    "predict_uint8": "images",
+    "features": "images",
+    "classify": "inputs",
+    "attack_probe": "image_bytes",
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["alone", "batched"])
+def asked(request, server_flags, embedded):
+    if not request.param:
+        yield embedded
+        return
+    with running_server(**server_flags, enable_batching=True) as running:
+        yield running
+
+
+def pixels(value):
+    return np.full((1, 16, 16, 3), value, np.float32)
+
+
+JSON_VALUES = [
+    {"b64": base64.b64encode(JPEG).decode()},
+    {"b64": base64.b64encode(b"\xff\xfe\x00\x1b\n").decode()},
+    {"b64": ""},
+    "text\nwith a line break and \ud800",
+    5,
+    True,
+    None,
+    [],
+    [[1.5] * 16],
+    pixels(0.5).tolist(),
+    pixels(-0.5)[0].tolist(),
+    pixels(200)[0].tolist(),
+    pixels(np.nan)[0].tolist(),
+]
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_rest(asked, signature):
+    refused = 0
+    for value in JSON_VALUES:
+        instance = value
+        if signature == "attack_probe":
+            instance = {"image_bytes": value, "label": 0, "epsilon": 0.1}
+        body = json.dumps({"signature_name": signature, "instances": [instance]})
+        reply = asked.rest.post("/v1/models/digits:predict", content=body)
+        assert reply.status_code in (200, 400), (value, reply.text)
+        if reply.status_code == 400:
+            refused += 1
+            assert not unfit_for_clients(reply.json()["error"]), reply.text
+    # Only an image is right for the first and the last, and for uint8 none of these is.
+    assert len(JSON_VALUES) - refused == (1 if signature in ("serving_default", "attack_probe") else 0)
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_grpc(asked, signature):
+    more = {"label": np.int64([0]), "epsilon": np.float32([0.1])} if signature == "attack_probe" else {}
+    values = [np.array([JPEG], object), np.array(JPEG, object), np.float16([1]), np.int64([[1]]), np.bool_([True])]
+    values += [pixels(0.5)[:, :8], pixels(0.5)[0], pixels(255.0), np.array([[JPEG]], object), np.zeros(0, object)]
+    for value in values:
+        request = predict_request("digits", signature, {SIGNATURES[signature]: value, **more})
+        try:
+            asked.predict.Predict(request, timeout=LIMIT)
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.INVALID_ARGUMENT, (value, error.details())
+            assert not unfit_for_clients(error.details()), error.details()
+        else:
+            assert signature in ("serving_default", "attack_probe")
+            assert value.shape == (1,)
+
+
+def test_an_image_for_classify_is_no_example(asked):
+    """TensorFlow quotes the bytes, which are no text, and Python can't decode its message."""
+    instance = {"b64": base64.b64encode(JPEG).decode()}
+    reply = asked.rest.post(
+        "/v1/models/digits:predict", content=json.dumps({"signature_name": "classify", "instances": [instance]})
+    )
+    assert reply.status_code == 400
+    assert reply.json()["error"].startswith(r"Could not parse example input, value: '\xff\xd8")
+    with pytest.raises(grpc.RpcError) as raised:
+        asked.predict.Classify(
+            with_examples(classification_pb2.ClassificationRequest(), "digits", "classify", {"x": 1.0}), timeout=LIMIT
+        )
+    assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "Feature: image/encoded (data type: string) is required" in raised.value.details()
+
+
+@pytest.mark.parametrize("signature", ["predict_pixels", "features"])
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0, 255, "[0] [to] [255]"), (-1, 1, "[-1] [to] [1]"), (-0.5, 0.5, "[-0.5] [to] [0.5]"), (0, np.nan, "nan")],
+)
+def test_pixels_in_other_units_are_refused(asked, signature, low, high, said):
+    images = np.linspace(low, high, 768).astype(np.float32).reshape(1, 16, 16, 3)
+    if np.isnan(high):
+        images = pixels(0.5)
+        images[0, 3, 4, 1] = np.nan
+    with pytest.raises(grpc.RpcError) as raised:
+        asked.predict.Predict(predict_request("digits", signature, {"images": images}), timeout=LIMIT)
+    assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "Pixels are numbers in [0, 1]. Received: from" in raised.value.details()
+    assert said in raised.value.details()
+
+
+def test_pixels_that_a_resize_left_a_little_outside_are_taken(asked):
+    images = np.concatenate([pixels(1.02), pixels(-0.02)])
+    asked.predict.Predict(predict_request("digits", "predict_pixels", {"images": images}), timeout=LIMIT)
+
+
+@pytest.mark.parametrize("outputs", [(), ("logits",), ("top_k",)])
+def test_the_check_of_the_pixels_is_in_the_graph(exported, outputs):
+    """TensorFlow Serving runs this Session too, with the outputs that a request names."""
+    model = LoadedModel(exported)
+    with pytest.raises(ServingError, match=r"Pixels are numbers in \[0, 1\]"):
+        model.run("predict_pixels", {"images": pixels(255.0)}, outputs)
+    model.close()
+
+
+def test_any_error_of_the_server_itself_is_one_line_without_a_trace(half_plus_two, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise KeyError(f"secret in {__file__}")
+
+    with running_server(model_name="m", model_base_path=str(half_plus_two)) as running:
+        monkeypatch.setattr(LoadedModel, "run", broken)
+        reply = running.rest.post("/v1/models/m:predict", json={"instances": [1.0]})
+        assert (reply.status_code, reply.json()) == (
+            500,
+            {"error": "The server failed to answer this request. Its log says why."},
+        )
+        with pytest.raises(grpc.RpcError) as raised:
+            running.predict.Predict(predict_request("m"), timeout=LIMIT)
+        assert raised.value.code() == grpc.StatusCode.INTERNAL
+        assert "secret" not in raised.value.details()
+    assert "secret in" in caplog.text
+    assert 'status="INTERNAL"} 2' in running.server._service.metrics.render()
+
+
+def test_messages_are_one_line():
+    message = ServingError("INTERNAL", "a\n\n  b\x00\x1b[31m \ud800" + 3000 * "x").message
+    assert message.startswith(r"a  b\x00\x1b[31m \ud800xxx")
+    assert message.endswith("x...TRUNCATED")
+    assert len(message) < 1100
+
+
+@pytest.mark.parametrize("batching", [False, True])
+def test_python_errors_in_a_run_are_mapped(half_plus_two, batching, monkeypatch):
+    errors = {
+        ValueError("first\nsecond"): "INVALID_ARGUMENT",
+        MemoryError(): "RESOURCE_EXHAUSTED",
+        RuntimeError("closed"): "UNAVAILABLE",
+        tf.errors.InternalError(None, None, "a\n\t [[{{node b}}]]"): "INTERNAL",
+    }
+    with running_server(model_name="m", model_base_path=str(half_plus_two), enable_batching=batching) as running:
+        (version,) = running.server._manager._versions["m"].values()
+        for error, code in errors.items():
+
+            def call(*args, error=error, **kwargs):
+                raise error
+
+            monkeypatch.setattr(version.model, "_callable", lambda *args, call=call: call)
+            with pytest.raises(grpc.RpcError) as raised:
+                running.predict.Predict(predict_request("m"), timeout=LIMIT)
+            assert raised.value.code().name == code
+            assert not unfit_for_clients(raised.value.details())
+
+
+def test_the_status_of_a_failed_version_does_not_say_where_it_lies(tmp_path, half_plus_two):
+    base = tmp_path / "m"
+    shutil.copytree(half_plus_two, base)
+    (base / "200").mkdir()
+    (base / "200" / "saved_model.pb").write_bytes(b"broken")
+    manager = ModelManager(LoadedModel, poll_seconds=0)
+    manager.configure([ModelSettings(name="m", base_path=base, latest=2)])
+    (_, state, error), (_, other_state, _) = manager.states("m")
+    assert (state, other_state) == ("END", "AVAILABLE")
+    assert "m/200" in error.message
+    assert not unfit_for_clients(error.message)
+    manager.stop()
