@@ -32,6 +32,9 @@ class ExportConfig:
     attack_probe: bool = flag(False, "Serve the signature attack_probe too.")
     norm: str = flag("", "Norm of the attack probe, l2 or linf. Default: as in results.json.")
     attack_steps: int = flag(20, "Steps of the attack probe.")
+    world_readable: bool = flag(
+        True, "Let every user read the version (modes 0755 and 0644), as a server needs; false keeps the umask."
+    )
 
     def __post_init__(self) -> None:
         for name in ("classifier", "export_dir", "model_name"):
@@ -50,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     # TensorFlow takes seconds to import: not for a mistyped flag.
     from robust_tf.models import load_classifier
     from robust_tf.serving.model_card import card_from_results, probe_from_results, read_results
-    from robust_tf.serving.publish import export_classifier
+    from robust_tf.serving.publish import export_classifier, readers_of
 
     results = read_results(path.with_name("results.json"))
     probe = None
@@ -65,8 +68,9 @@ def main(argv: Sequence[str]) -> None:
         resize_size=results.get("resize_size") if config.resize_size is None else config.resize_size,
         model_card=card_from_results(results, licence=config.license),
         attack_probe=probe,
+        world_readable=config.world_readable,
     )
-    print(f"Published {version_dir}")
+    print(f"Published {version_dir} ({readers_of(version_dir)})")
 
 
 def _read_labels(path: str) -> list[str]:
