@@ -107,7 +107,7 @@ def test_nginx_starts_with_what_readme_makes(prepared):
         assert (secret.stat().st_uid, stat.S_IMODE(secret.stat().st_mode)) == (101, 0o600)
     assert stat.S_IMODE((folder / "serving" / ".env").stat().st_mode) == 0o600
     assert (folder / "docker.log").read_text() == "compose up --detach\n"
-    # Where other users cannot enter the test's own folder, what is mounted is copied to where they can.
+    # In the container the files lie where everybody can enter; here user 101 has to get into pytest's folders.
     writable = folder / "tmp"
     writable.mkdir()
     shutil.chown(writable, 101, 101)
