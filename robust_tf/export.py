@@ -34,6 +34,9 @@ class ExportConfig:
     attack_probe: bool = flag(False, "Serve the signature attack_probe too.")
     norm: str = flag("", "Norm of the attack probe, l2 or linf. Default: as in results.json.")
     attack_steps: int = flag(20, "Steps of the attack probe.")
+    world_readable: bool = flag(
+        True, "Let every user read the version (modes 0755 and 0644), as a server needs; false keeps the umask."
+    )
 
     def __post_init__(self) -> None:
         for name in ("classifier", "export_dir", "model_name"):
@@ -52,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     # TensorFlow takes seconds to import: not for a mistyped flag.
     from robust_tf.models import image_shape, pixel_warning, plain_classifier, read_model
     from robust_tf.serving.model_card import card_from_results, probe_from_results
-    from robust_tf.serving.publish import export_classifier, model_folder
+    from robust_tf.serving.publish import export_classifier, model_folder, readers_of
 
     check_output_folder(model_folder(pathlib.Path(config.export_dir), config.model_name), "--export_dir")
     results = read_results(path.with_name(FILE_NAME))
@@ -80,8 +83,9 @@ def main(argv: Sequence[str]) -> None:
         model_card=card_from_results(results, licence=config.license),
         attack_probe=probe,
         original=model,
+        world_readable=config.world_readable,
     )
-    print(f"Published {version_dir}")
+    print(f"Published {version_dir} ({readers_of(version_dir)})")
 
 
 def _read_labels(path: str) -> list[str]:

@@ -32,7 +32,7 @@ import tensorflow as tf  # noqa: E402
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
 from robust_tf.models import PUBLISHED, load_classifier, pixel_warning, save_classifier  # noqa: E402
 from robust_tf.serving.model_card import card_from_results  # noqa: E402
-from robust_tf.serving.publish import export_classifier, model_folder  # noqa: E402
+from robust_tf.serving.publish import export_classifier, model_folder, readers_of  # noqa: E402
 from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
 from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
 from robust_tf.training.device_plan import device_plan, job_work  # noqa: E402
@@ -301,7 +301,7 @@ def export(config: JobConfig, results: Results) -> None:
         labels=results["class_names"],
         resize_size=results["resize_size"],
     )
-    console.print(f"Published {version_dir}.")
+    console.print(f"Published {version_dir} ({readers_of(version_dir)}).")
 
 
 def print_plan(config: JobConfig) -> None:

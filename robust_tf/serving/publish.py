@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from robust_tf.serving.verify import sample_requests, verify_export, warmup_logs
 from robust_tf.serving.warmup import write_warmup
 
 _ABANDONED_AFTER_SECONDS = 60
+_FOLDER_MODE, _FILE_MODE = 0o755, 0o644
 
 
 def export_classifier(
@@ -40,6 +42,7 @@ def export_classifier(
     resize_size: int | None = None,
     attack_probe: AttackProbe | None = None,
     original: keras.Model | None = None,
+    world_readable: bool = True,
 ) -> pathlib.Path:
     """Publishes a classifier as `export_dir/model_name/version`, ready for TensorFlow Serving.
 
@@ -60,6 +63,8 @@ def export_classifier(
             the classifier's images.
         attack_probe: serve this attack as the signature `attack_probe`.
         original: the model that `classifier` was made from. What is served must have its probabilities, too.
+        world_readable: give the version, and the folders made for it, the modes 0755 and 0644, whatever the umask
+            is: a server usually runs as a user who could not read them under umask 077. False keeps the umask.
 
     Returns:
         The folder of the new version.
@@ -84,7 +89,7 @@ def export_classifier(
     served = fold_batch_norm(classifier)
     signatures = build_signatures(served, labels=labels, resize_size=resize_size, attack_probe=attack_probe)
     requests = sample_requests(image_size, attack_probe)
-    with _staging_folder(base) as staging:
+    with _staging_folder(base, world_readable) as staging:
         module = tf.Module()
         # The tf.Variables themselves: a Keras model (or Keras variables) here would be stored twice over, or not be
         # found again by TensorFlow Serving's loader.
@@ -115,6 +120,8 @@ def export_classifier(
         )
         write_warmup(staging, warmup_logs(model_name, requests))
         verify_export(staging, classifier, requests, labels=labels, resize_size=resize_size, original=original)
+        if world_readable:
+            _make_readable(staging)
         _sync(staging)
         return _rename_into_place(staging, base, version)
 
@@ -168,11 +175,15 @@ def _check_version(base: pathlib.Path, version: int) -> None:
 
 
 @contextlib.contextmanager
-def _staging_folder(base: pathlib.Path) -> Iterator[pathlib.Path]:
+def _staging_folder(base: pathlib.Path, world_readable: bool) -> Iterator[pathlib.Path]:
     """A folder beside the versions whose name is no number, so no server looks into it; gone after the block."""
     staging = base / f".export-{uuid.uuid4().hex[:12]}"
     try:
+        missing = [folder for folder in (base, *base.parents) if not folder.exists()]
         staging.mkdir(parents=True)
+        if world_readable:
+            for folder in missing:
+                folder.chmod(_FOLDER_MODE)
         _remove_abandoned(base)
         with _locked(staging):
             yield staging
@@ -209,6 +220,21 @@ def _remove_abandoned(base: pathlib.Path) -> None:
             if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                 with _locked(folder):
                     shutil.rmtree(folder)
+
+
+def _make_readable(folder: pathlib.Path) -> None:
+    """Lets every user read a folder and what is in it, and its owner alone write."""
+    for path in [*folder.rglob("*"), folder]:
+        path.chmod(_FOLDER_MODE if path.is_dir() else _FILE_MODE)
+
+
+def readers_of(version_dir: pathlib.Path) -> str:
+    """Says who can read a published version, and names the folder that keeps other users from it."""
+    for folder in (version_dir, *version_dir.resolve().parents):
+        mode = folder.stat().st_mode
+        if not mode & stat.S_IXOTH:
+            return f"other users cannot read it: {folder} has mode {stat.S_IMODE(mode):04o}"
+    return "every user of this machine can read it"
 
 
 def _sync(folder: pathlib.Path) -> None:

@@ -1,28 +1,19 @@
-"""The files of serving/: parsed by what reads them, and the proxy run in front of the embedded server."""
+"""The files of serving/: read by the programs that they are for."""
 
 import json
+import os
 import pathlib
 import re
-import shutil
-import ssl
 import subprocess
 
-import grpc
-import httpx
 import kubernetes_validate
 import pytest
 import yaml
-from tensorflow_serving.apis import (
-    get_model_status_pb2,
-    model_service_pb2_grpc,
-    predict_pb2,
-    prediction_service_pb2_grpc,
-)
 
 from robust_tf.serving.config_files import model_settings, read_batching, read_model_config, read_monitoring
-from tests.serving.conftest import LIMIT, accepts_connections, free_port, until
+from tests.serving.conftest import LIMIT
+from tests.serving.proxy import SERVING, tool
 
-SERVING = pathlib.Path(__file__).parents[2] / "serving"
 MANIFESTS = sorted((SERVING / "kubernetes").glob("*.yaml"))
 
 
@@ -32,8 +23,9 @@ def read_yaml(path):
 
 def test_text_protos_are_what_the_server_reads():
     (pets,) = model_settings(read_model_config(SERVING / "config" / "models.config"))
-    assert (pets.name, str(pets.base_path), pets.latest) == ("pets", "/models/pets", 2)
+    assert (pets.name, str(pets.base_path)) == ("pets", "/models/pets")
     assert pets.labels == {"stable": 1, "canary": 1}
+    assert set(pets.labels.values()) <= set(pets.specific)  # another policy would unload them one day
     assert read_batching(SERVING / "config" / "batching.config").max_batch_size == 32
     assert read_monitoring(SERVING / "config" / "monitoring.config") == "/monitoring/prometheus/metrics"
 
@@ -88,12 +80,14 @@ def test_compose_mounts_files_that_exist():
 def test_the_probe_reads_the_state(embedded):
     """The shell line of the readiness probe, against a server with and without the model."""
     line = container()["readinessProbe"]["exec"]["command"][-1]
-    assert line == read_yaml("compose.yaml")["services"]["tensorflow-serving"]["healthcheck"]["test"][-1]
+    assert line == read_yaml("compose.yaml")["services"]["tensorflow-serving"]["healthcheck"]["test"][-1].replace(
+        "$$", "$"
+    )
     for model, code in [("digits", 0), ("nobody", 1)]:
-        here = line.replace("127.0.0.1/8501", f"127.0.0.1/{embedded.rest_port}").replace(
-            "models/pets", f"models/{model}"
-        )
-        assert subprocess.run(["bash", "-c", here], capture_output=True, timeout=LIMIT, check=False).returncode == code
+        here = line.replace("127.0.0.1/8501", f"127.0.0.1/{embedded.rest_port}")
+        environment = os.environ | {"MODEL_NAME": model}
+        run = subprocess.run(["bash", "-c", here], env=environment, capture_output=True, timeout=LIMIT, check=False)
+        assert run.returncode == code
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_exist(embedded):
@@ -116,131 +110,95 @@ def test_dashboard_and_alerts_ask_for_metrics_that_exist(embedded):
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     scrape = read_yaml("monitoring/prometheus.yaml")["scrape_configs"][0]
     assert scrape["metrics_path"] == read_monitoring(SERVING / "config" / "monitoring.config")
-    assert any(f'job="{scrape["job_name"]}"' in query for query in queries)
+    assert scrape["job_name"] == "tensorflow_serving"  # as tests/serving/alerts.test.yaml has it
 
 
-@pytest.fixture(scope="module")
-def proxy(embedded, tmp_path_factory):
-    """nginx with the shipped configuration, its names and paths replaced by ours."""
-    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-    if nginx is None or shutil.which("openssl") is None:
-        pytest.skip("needs nginx and openssl (Debian: nginx-light, openssl)")
-    folder = tmp_path_factory.mktemp("nginx")
-    key, certificate = folder / "server.key", folder / "server.crt"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-        + ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)],
-        check=True,
-        capture_output=True,
-    )
-    example = (SERVING / "nginx" / "tokens.example.map").read_text()
-    (folder / "tokens.map").write_text(example.replace("replace-this-token", "secret") + '"Bearer busy" 1;\n')
-    rest, grpc_port = free_port(), free_port()
-    text = (SERVING / "nginx" / "nginx.conf").read_text()
-    for old, new in [
-        ("/tmp", str(folder)),  # first: the other folders may lie in there too
-        ("tensorflow-serving:8501", f"127.0.0.1:{embedded.rest_port}"),
-        ("tensorflow-serving:8500", embedded.target),
-        ("/etc/nginx/tokens.map", str(folder / "tokens.map")),
-        ("/etc/nginx/tls", str(folder)),
-        ("listen 8443", f"listen 127.0.0.1:{rest}"),
-        ("listen 8444", f"listen 127.0.0.1:{grpc_port}"),
-        ("rate=50r/s", "rate=1r/m"),  # so that what a test sends beyond the burst is too much, however slowly it does
-        ("/dev/stdout", str(folder / "access.log")),
-        ("/dev/stderr", str(folder / "error.log")),
-    ]:
-        assert old in text
-        text = text.replace(old, new)
-    (folder / "nginx.conf").write_text(text)
-    command = [nginx, "-c", str(folder / "nginx.conf"), "-p", str(folder)]
-    check = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
-    assert check.returncode == 0, check.stderr
-    process = subprocess.Popen([*command, "-g", "daemon off;"])
-    context = ssl.create_default_context(cafile=str(certificate))
-    try:
-        with httpx.Client(base_url=f"https://localhost:{rest}", verify=context, timeout=LIMIT) as client:
-            until(lambda: accepts_connections(rest))
-            yield client, f"localhost:{grpc_port}", certificate
-    finally:
-        process.terminate()
-        process.wait(10)
+def test_readme_and_setup_say_what_the_pin_was_tried_with():
+    pinned = container()["image"].split(":")[1]
+    setup = (SERVING.parent / "setup.py").read_text()
+    exporter = re.search(r'"tensorflow>=([\d.]+)"', setup)[1]
+    readme = " ".join((SERVING / "README.md").read_text().split())
+    assert set(re.findall(r"TensorFlow Serving ([\d.]+\d)", readme)) == {pinned}
+    assert set(re.findall(r"tensorflow/serving:([\d.]+)", readme)) == {pinned}
+    assert f"exports of TensorFlow {exporter} were tried on this server" in readme
 
 
-TOKEN = {"Authorization": "Bearer secret"}
-PREDICT = "/v1/models/half_plus_two:predict"
+@pytest.mark.parametrize("name", ["tensorflow-serving", "nginx", "prometheus", "grafana"])
+def test_every_service_of_compose_is_locked_down(name):
+    service = read_yaml("compose.yaml")["services"][name]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert "mem_limit" in service
 
 
-def test_the_proxy_lets_good_requests_through(proxy):
-    client, _, _ = proxy
-    reply = client.post(PREDICT, json={"instances": [2.0]}, headers=TOKEN)
-    assert (reply.status_code, reply.json()) == (200, {"predictions": [3.0]})
-    for path in ("", "/versions/123", "/labels/stable/metadata"):
-        assert client.get(f"/v1/models/half_plus_two{path}", headers=TOKEN).status_code == 200
-    refused = client.post(PREDICT, json={"instances": []}, headers=TOKEN)
-    assert (refused.status_code, refused.json()) == (400, {"error": "No values in 'instances' array"})
+def test_compose_waits_as_long_as_kubernetes():
+    startup = container()["startupProbe"]
+    check = read_yaml("compose.yaml")["services"]["tensorflow-serving"]["healthcheck"]
+    assert int(check["start_period"].rstrip("s")) >= startup["periodSeconds"] * startup["failureThreshold"] == 300
+
+
+def compose_config(**environment):
+    command = [tool("docker-compose"), "-f", str(SERVING / "compose.yaml"), "config"]
+    environment = {"PATH": os.environ["PATH"]} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
+
+
+def test_compose_takes_the_model_and_a_password_from_the_environment():
+    found = compose_config(MODELS="/exports", MODEL_NAME="cars", GRAFANA_PASSWORD="p")
+    assert found.returncode == 0, found.stderr
+    services = yaml.safe_load(found.stdout)["services"]
+    assert services["tensorflow-serving"]["environment"]["MODEL_NAME"] == "cars"
+    assert services["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "p"
+    refused = compose_config(MODELS="/exports")
+    assert refused.returncode != 0
+    assert "GRAFANA_PASSWORD" in refused.stderr
+
+
+def test_the_autoscaler_alone_sets_the_number_of_pods():
+    assert read_yaml("kubernetes/autoscaler.yaml")["spec"]["scaleTargetRef"]["kind"] == "Deployment"
+    assert "replicas" not in read_yaml("kubernetes/deployment.yaml")["spec"]
+
+
+def test_a_moved_label_restarts_no_pod():
+    """The pods' template is the same after a change of models.config, as kustomize renders it."""
+    rendered = subprocess.run([tool("kubectl"), "kustomize", str(SERVING)], capture_output=True, text=True, check=True)
+    manifests = list(yaml.safe_load_all(rendered.stdout))
+    config = next(manifest for manifest in manifests if manifest["kind"] == "ConfigMap")
+    assert config["metadata"]["name"] == "tensorflow-serving-config"  # no hash of what is in it
+    assert config["data"]["models.config"] == (SERVING / "config" / "models.config").read_text()
+
+
+def test_the_network_policy_admits_clients_and_prometheus():
+    clients, prometheus = read_yaml("kubernetes/network_policy.yaml")["spec"]["ingress"]
+    (label,) = clients["from"][0]["podSelector"]["matchLabels"].items()
+    readme = (SERVING / "README.md").read_text()
+    assert '{}: "{}"'.format(*label) in readme
+    (peer,) = prometheus["from"]
+    assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}
+    assert [port["port"] for port in prometheus["ports"]] == [8501]  # 8500 can reload the models
+
+
+def test_the_namespace_admits_kserves_pod():
+    labels = read_yaml("kubernetes/namespace.yaml")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    service = read_yaml("kserve/inference_service.yaml")
+    assert service["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "Standard"
+    predictor = service["spec"]["predictor"]
+    assert predictor["securityContext"]["runAsNonRoot"] is True
+    for context in (predictor["securityContext"], predictor["model"]["securityContext"]):
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert predictor["model"]["securityContext"]["allowPrivilegeEscalation"] is False
+    assert predictor["model"]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "headers", "status"),
+    "command",
     [
-        ("POST", PREDICT, {}, 401),
-        ("POST", PREDICT, {"Authorization": "Bearer replace-this-token"}, 401),
-        ("POST", PREDICT, TOKEN | {"Content-Encoding": "gzip"}, 415),
-        ("DELETE", PREDICT, TOKEN, 403),
-        ("GET", "/monitoring/prometheus/metrics", TOKEN, 404),
-        ("GET", "/", TOKEN, 404),
-        ("GET", "/v1/models/a/b", TOKEN, 404),
+        ["test", "rules", str(pathlib.Path(__file__).with_name("alerts.test.yaml"))],
+        ["check", "config", str(SERVING / "monitoring" / "prometheus.yaml")],
     ],
+    ids=["alerts", "config"],
 )
-def test_the_proxy_keeps_the_rest_out(proxy, method, path, headers, status):
-    client, _, _ = proxy
-    assert client.request(method, path, headers=headers, content=b"{}").status_code == status
-
-
-def test_the_proxy_limits_size_and_rate(proxy):
-    client, _, _ = proxy
-    large = client.post(PREDICT, content=bytes(48 * 2**20 + 1), headers=TOKEN)
-    assert (large.status_code, large.json()) == (413, {"error": "The request is too large"})
-    busy = {"Authorization": "Bearer busy"}  # each token has its own rate
-    for sent in range(200):
-        reply = client.get("/v1/models/half_plus_two", headers=busy)
-        if reply.status_code != 200:
-            break
-    assert sent > 100  # the burst
-    assert (reply.status_code, reply.json()) == (429, {"error": "Too many requests"})
-
-
-def test_the_proxy_carries_grpc_but_no_reload(proxy):
-    _, target, certificate = proxy
-    credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
-    with grpc.secure_channel(target, credentials) as channel:
-        request = predict_pb2.PredictRequest()
-        request.model_spec.name = "half_plus_two"
-        request.inputs["x"].dtype = 1
-        request.inputs["x"].float_val.append(2.0)
-        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-        metadata = [("authorization", "Bearer secret")]
-        reply = stub.Predict(request, metadata=metadata, timeout=LIMIT)
-        assert list(reply.outputs["y"].float_val) == [3.0]
-        with pytest.raises(grpc.RpcError) as raised:
-            stub.Predict(request, timeout=LIMIT)
-        assert raised.value.code() == grpc.StatusCode.UNAUTHENTICATED
-        with pytest.raises(grpc.RpcError) as raised:
-            model_service_pb2_grpc.ModelServiceStub(channel).GetModelStatus(
-                get_model_status_pb2.GetModelStatusRequest(), metadata=metadata, timeout=LIMIT
-            )
-        assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
-
-
-def test_the_readmes_curl_lines_work(embedded, tmp_path):
-    """Every curl line of serving/README.md, sent to the embedded server."""
-    text = (SERVING / "README.md").read_text()
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    lines = [block for block in blocks if "curl" in block]
-    assert len(lines) >= 3
-    shutil.copy(pathlib.Path(__file__).parent / "images" / "d.jpg", tmp_path / "cat.jpg")
-    for line in lines:
-        here = line.replace("http://localhost:8501", embedded.url).replace("pets", "digits")
-        result = subprocess.run(["bash", "-c", here], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        assert "error" not in json.loads(result.stdout), result.stdout
+def test_promtool_agrees(command):
+    run = subprocess.run([tool("promtool"), *command], capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
