@@ -115,6 +115,8 @@ def run_job(config: JobConfig) -> Results:
         console.print(f"Training {classifier.name} on {config.dataset} ({task.num_train} images) in {workdir}.")
         if warning := emulation_warning(config.precision):
             console.print(warning)
+        for note in task.notes:
+            console.print(note, markup=False)
         if task.skipped:
             console.print(f"Left out {len(task.skipped)} images that cannot be decoded: {', '.join(task.skipped[:5])}")
         head_fit = None

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from robust_tf.data.records import Part
-from robust_tf.data.transforms import decode
+from robust_tf.data.transforms import FLOATS_OUT_OF_RANGE, decode
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
 
@@ -41,7 +42,10 @@ def remembered_broken_images(part: Part, fingerprint: str, folder: pathlib.Path)
         if isinstance(content, dict) and content.get("fingerprint") == fingerprint:
             return np.array(content["broken"], np.int64)
     broken = broken_images(part)
-    write_json(path, {"fingerprint": fingerprint, "broken": broken.tolist()})
+    try:
+        write_json(path, {"fingerprint": fingerprint, "broken": broken.tolist()})
+    except UserError as error:
+        logging.warning("%s Broken images are looked for anew at the next start.", error)
     return broken
 
 
@@ -63,6 +67,11 @@ def broken_images_named(parts: Sequence[Part]) -> Iterator[None]:
                     f"Cannot decode the image {part.name(int(broken[0]))}{others}: {reason_of(part, int(broken[0]))}. "
                     "Repair or remove it, or leave such images out with --skip_bad_images."
                 ) from error
+        if FLOATS_OUT_OF_RANGE in error.message:
+            rule = error.message[error.message.index(FLOATS_OUT_OF_RANGE) :].partition(" pictures.")[0]
+            raise UserError(
+                f"{rule} pictures. Received: others. Prepare the data set again, all in one range."
+            ) from error
         raise
 
 

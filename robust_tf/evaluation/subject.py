@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from robust_tf.data import TaskData, load_task
 from robust_tf.data.opening import data_folder
+from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
 
@@ -96,6 +97,7 @@ def load_subject(
     classifier = load_classifier(fetch_published(name) if name in PUBLISHED else path)
     job = _job_of(path, name)
     dataset_given = bool(dataset)
+    of_its_job = not dataset_given or dataset == job.get("dataset")
     if dataset:
         kept = tuple(classes)
     elif job.get("dataset"):
@@ -107,6 +109,9 @@ def load_subject(
         classes=kept or None,
         image_size=classifier.input_shape[1],
         downscale=None if dataset_given else job.get("downscale"),
+        decoding=Decoding(**job.get("decoding", {})),
+        split_seed=job.get("split_seed", 0) if of_its_job else 0,
+        skip_bad_images=job.get("skip_bad_images", False),
         batch_size=batch_size,
         data_dir=data_folder(data_dir),
     )
@@ -138,9 +143,9 @@ def draw_images(task: TaskData, *, count: int | None, seed: int) -> Images:
             f"--num_images is more than the test part has. Received: {count}; it has {task.num_test}. Use "
             "--num_images=0 for all."
         )
-    return chosen_images(
-        task.test_examples.in_order(), chosen_positions(task.num_test, count, seed), task.preprocessing.for_evaluation
-    )
+    chosen = chosen_positions(task.num_test, count, seed)
+    with task.broken_images_named():
+        return chosen_images(task.test_examples.in_order(), chosen, task.preprocessing.for_evaluation)
 
 
 def chosen_positions(total: int, count: int | None, seed: int) -> np.ndarray:
@@ -190,6 +195,9 @@ def _job_of(path: pathlib.Path, name: str) -> dict[str, Any]:
             "classes": job["classes"],
             "norm": attack.get("norm"),
             "epsilon": attack.get("epsilon"),
+            "decoding": {key: job[key] for key in ("exif", "alpha_background") if key in job},
+            "split_seed": job.get("split_seed", 0),
+            "skip_bad_images": job.get("skip_bad_images", False),
         }
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(

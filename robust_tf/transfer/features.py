@@ -141,6 +141,9 @@ def store_key(backbone: keras.Model, task: TaskData, views: int) -> dict[str, An
     for weight in backbone.get_weights():
         weights.update(f"{weight.shape} {weight.dtype}".encode() + weight.tobytes())
     preprocessing: dict[str, Any] = dataclasses.asdict(task.preprocessing)
+    for name in ("decoding", "highest_float"):
+        if getattr(task.preprocessing, name) == getattr(type(task.preprocessing), name):
+            del preprocessing[name]  # not in the keys of stores that are older than these settings
     if views == 1:  # nothing is augmented
         preprocessing |= {"augmentation": None, "rand_augment": None}
     return {
