@@ -49,7 +49,12 @@ def main(argv: Sequence[str]) -> None:
 
     # TensorFlow takes seconds to import: not for a mistyped flag.
     from robust_tf.models import load_classifier
-    from robust_tf.serving.model_card import card_from_results, probe_from_results, read_results
+    from robust_tf.serving.model_card import (
+        card_from_results,
+        decoding_from_results,
+        probe_from_results,
+        read_results,
+    )
     from robust_tf.serving.publish import export_classifier
 
     results = read_results(path.with_name("results.json"))
@@ -63,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
         version=config.version,
         labels=_read_labels(config.labels) if config.labels else results.get("class_names"),
         resize_size=results.get("resize_size") if config.resize_size is None else config.resize_size,
+        decoding=decoding_from_results(results),
         model_card=card_from_results(results, licence=config.license),
         attack_probe=probe,
     )

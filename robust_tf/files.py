@@ -12,9 +12,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from absl import logging
-
-from robust_tf.errors import UserError
+from robust_tf.errors import UserError, warn_user
 
 
 @contextlib.contextmanager
@@ -69,11 +67,9 @@ def temporary_cache(reason: OSError, folder: pathlib.Path) -> pathlib.Path:
     """
     temporary = tempfile.mkdtemp(prefix="robust_tf-")
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    logging.warning(
-        "Cannot write the cache folder %s: %s. What is made now is kept in %s until the program ends.",
-        folder,
-        reason.strerror or reason,
-        temporary,
+    warn_user(
+        f"Cannot write the cache folder {folder}: {reason.strerror or reason}. What is made now is kept in {temporary} "
+        "until the program ends."
     )
     return pathlib.Path(temporary)
 

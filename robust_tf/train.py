@@ -28,7 +28,7 @@ import tensorflow as tf  # noqa: E402
 
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
 from robust_tf.models import PUBLISHED, load_classifier, save_classifier  # noqa: E402
-from robust_tf.serving.model_card import card_from_results  # noqa: E402
+from robust_tf.serving.model_card import card_from_results, decoding_from_results  # noqa: E402
 from robust_tf.serving.publish import export_classifier, model_folder  # noqa: E402
 from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
 from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
@@ -270,6 +270,7 @@ def export(config: JobConfig, results: Results) -> None:
         model_card=card_from_results(results),
         labels=results["class_names"],
         resize_size=results["resize_size"],
+        decoding=decoding_from_results(results),
     )
     console.print(f"Published {version_dir}.")
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
 from robust_tf.data.records import Part
 from robust_tf.data.transforms import FLOATS_OUT_OF_RANGE, decode
-from robust_tf.errors import UserError
+from robust_tf.errors import UserError, warn_user
 from robust_tf.files import write_json
 
 
@@ -45,7 +44,7 @@ def remembered_broken_images(part: Part, fingerprint: str, folder: pathlib.Path)
     try:
         write_json(path, {"fingerprint": fingerprint, "broken": broken.tolist()})
     except UserError as error:
-        logging.warning("%s Broken images are looked for anew at the next start.", error)
+        warn_user(f"{error} The next start looks for broken images again.")
     return broken
 
 

@@ -9,10 +9,9 @@ from typing import Literal
 
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
 from robust_tf.data.records import Part
-from robust_tf.errors import UserError
+from robust_tf.errors import UserError, warn_user
 from robust_tf.files import replaced_atomically
 
 CacheMode = Literal["auto", "memory", "disk", "none"]
@@ -81,7 +80,7 @@ class Examples:
         try:
             self._write(self.file)
         except UserError as error:
-            logging.warning("%s The images are read from where they are.", error)
+            warn_user(f"{error} The images are read from where they are.")
             return dataclasses.replace(self, file=None)
         return self
 

@@ -8,6 +8,7 @@ import dataclasses
 import tensorflow as tf
 
 from robust_tf.config import AlphaBackground, Exif
+from robust_tf.config_checks import check_choices
 from robust_tf.data.orientation import jpeg_orientation, turned
 from robust_tf.data.transparency import on_background, opaque_gif
 
@@ -31,6 +32,9 @@ class Decoding:
 
     exif: Exif = "ignore"
     alpha_background: AlphaBackground = "none"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     @property
     def background(self) -> int | None:

@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 import huggingface_hub
-from absl import logging
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
-from robust_tf.errors import UserError, unknown_name
+from robust_tf.errors import UserError, unknown_name, warn_user
 from robust_tf.files import cache_folder, temporary_cache, write_json
 from robust_tf.models.architectures import ARCHITECTURES
 from robust_tf.models.classifier_file import save_classifier
@@ -302,7 +301,7 @@ def _check_or_record(path: pathlib.Path) -> None:
         try:
             write_json(record, found)
         except UserError as error:
-            logging.warning("%s A change of %s will not be noticed.", error, path.name)
+            warn_user(f"{error} A later change of {path.name} will not be noticed.")
         return
     try:
         expected = json.loads(record.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """From a classifier to a checked version in a folder that TF Serving watches, all of it or nothing."""
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import os
@@ -16,6 +17,7 @@ import keras
 import tensorflow as tf
 
 import robust_tf
+from robust_tf.data.transforms import AS_STORED, Decoding
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
 from robust_tf.models.folding import fold_batch_norm
@@ -37,6 +39,7 @@ def export_classifier(
     labels: Sequence[str] | None = None,
     version: int | None = None,
     resize_size: int | None = None,
+    decoding: Decoding = AS_STORED,
     attack_probe: AttackProbe | None = None,
 ) -> pathlib.Path:
     """Publishes a classifier as `export_dir/model_name/version`, ready for TensorFlow Serving.
@@ -56,6 +59,7 @@ def export_classifier(
         version: at least 1; None takes the next free one.
         resize_size: what encoded images' shorter side is resized to before the centre crop; None takes the size of
             the classifier's images.
+        decoding: what becomes of EXIF rotation and transparency of encoded images, as in training.
         attack_probe: serve this attack as the signature `attack_probe`.
 
     Returns:
@@ -77,7 +81,9 @@ def export_classifier(
         _check_version(base, version)
 
     served = fold_batch_norm(classifier)
-    signatures = build_signatures(served, labels=labels, resize_size=resize_size, attack_probe=attack_probe)
+    signatures = build_signatures(
+        served, labels=labels, resize_size=resize_size, decoding=decoding, attack_probe=attack_probe
+    )
     requests = sample_requests(image_size, attack_probe)
     with _staging_folder(base) as staging:
         module = tf.Module()
@@ -98,6 +104,7 @@ def export_classifier(
                 "image_size": image_size,
                 "resize_size": resize_size,
                 "pixel_range": [0.0, 1.0],
+                **dataclasses.asdict(decoding),
                 "attack_probe": None if attack_probe is None else vars(attack_probe),
                 "exported": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "export_versions": {
@@ -109,7 +116,7 @@ def export_classifier(
             },
         )
         write_warmup(staging, warmup_logs(model_name, requests))
-        verify_export(staging, classifier, requests, labels=labels, resize_size=resize_size)
+        verify_export(staging, classifier, requests, labels=labels, resize_size=resize_size, decoding=decoding)
         _sync(staging)
         return _rename_into_place(staging, base, version)
 

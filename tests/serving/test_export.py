@@ -60,6 +60,7 @@ def test_signatures_have_names_types_and_a_free_batch(model):
         "predict_uint8": ({"images": uint8}, answers),
         "features": ({"images": floats}, {"features": floats}),
         "classify": ({"inputs": strings}, {"classes": strings, "scores": floats}),
+        "preview": ({"image_bytes": strings}, {"preview_image_bytes": strings}),
         "attack_probe": (
             {"image_bytes": strings, "label": integers, "epsilon": floats},
             {
@@ -195,6 +196,7 @@ def test_files_of_a_version(exported, classifier, tmp_path):
     card = json.loads((exported / "model_card.json").read_text())
     assert card["dataset"] == "digits"
     assert (card["image_size"], card["resize_size"], card["pixel_range"]) == (16, 20, [0.0, 1.0])
+    assert (card["exif"], card["alpha_background"]) == ("ignore", "none")
     assert card["attack_probe"] == {"norm": "l2", "steps": 3, "epsilon": 0.5}
     weights = sum(np.asarray(weight).nbytes for weight in classifier.weights)
     stored = sum(path.stat().st_size for path in (exported / "variables").glob("*.data-*"))
@@ -202,7 +204,7 @@ def test_files_of_a_version(exported, classifier, tmp_path):
     records = tf.data.TFRecordDataset(str(exported / "assets.extra" / "tf_serving_warmup_requests"))
     logs = [prediction_log_pb2.PredictionLog.FromString(record) for record in records.as_numpy_iterator()]
     asked = [log.predict_log.request.model_spec.signature_name for log in logs if log.HasField("predict_log")]
-    assert asked == ["serving_default", "predict_pixels", "predict_uint8", "features", "attack_probe"]
+    assert asked == ["serving_default", "predict_pixels", "predict_uint8", "features", "preview", "attack_probe"]
     assert logs[-1].classify_log.request.model_spec.signature_name == "classify"
     assert [path.name for path in exported.parent.iterdir()] == ["1"]
 
