@@ -68,7 +68,8 @@ class FolderScan:
 
     def images(self, folder: pathlib.Path) -> list[ImageFile]:
         """The images in a class folder and its sub-folders, by name."""
-        found = self._images(folder, folder.name, ())
+        parents = {*folder.absolute().parents, *folder.resolve().parents}
+        found = self._images(folder, folder.name, tuple(_identity(path) for path in parents))
         if not found:
             self.without_images.append(str(folder))
         return found
@@ -78,8 +79,7 @@ class FolderScan:
         return tuple(LeftOut(what, tuple(paths)) for what, paths in self._left_out.items())
 
     def _images(self, folder: pathlib.Path, class_name: str, above: tuple[tuple[int, int], ...]) -> list[ImageFile]:
-        status = folder.stat()
-        identity = (status.st_dev, status.st_ino)
+        identity = _identity(folder)
         if identity in above:
             self.leave_out(_LOOPS, str(folder))
             return []
@@ -146,6 +146,12 @@ class FolderScan:
         else:
             self.leave_out(OTHER_FILES, str(path))
         return False
+
+
+def _identity(folder: pathlib.Path) -> tuple[int, int]:
+    """What a folder has in common with all links to it, and with nothing else."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _is_decodable(head: bytes) -> bool:

@@ -107,7 +107,7 @@ def _decode_to_rgb(encoded: tf.Tensor) -> tf.Tensor:
 def _decode_webp(encoded: tf.Tensor, background: int | None) -> tf.Tensor:
     # Asked for 3 channels, the decoder refuses an image with alpha. Asked for all, it writes beyond its buffer for an
     # animated one (TensorFlow 2.21), so that must stay refused: bit 1 of the extended header's flags.
-    header = tf.io.decode_raw(tf.strings.substr(encoded, 12, 9), tf.uint8)
+    header = tf.io.decode_raw(tf.strings.substr(encoded, 0, 24), tf.uint8, fixed_length=24)[12:21]
     extended = tf.reduce_all(header[:4] == tf.constant(list(b"VP8X"), tf.uint8))
 
     def still() -> tf.Tensor:
@@ -127,6 +127,7 @@ def _decode_bmp(encoded: tf.Tensor) -> tf.Tensor:
     def with_palette() -> tf.Tensor:
         # TensorFlow takes the numbers of the colours for shades of grey, without a word.
         start = 14 + header[14] + 256 * header[15]  # behind both headers; the second one says how long it is
+        start = tf.minimum(start, tf.strings.length(encoded))
         palette = tf.reshape(tf.io.decode_raw(tf.strings.substr(encoded, start, 4 * 256), tf.uint8), (-1, 4))
         numbers = tf.io.decode_bmp(encoded)[..., 0]
         return tf.gather(palette, tf.cast(numbers, tf.int32))[..., 2::-1]  # blue, green, red, unused

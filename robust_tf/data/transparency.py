@@ -73,7 +73,7 @@ def opaque_gif(encoded: tf.Tensor, value: int) -> tf.Tensor:
     is_transparent = (byte(frame) == 0x2C) & (control >= 0) & (flags % 2 == 1) & (transparent < colors)
 
     def replaced(text: tf.Tensor, position: tf.Tensor, new: tf.Tensor, count: int) -> tf.Tensor:
-        rest = position + count
+        rest = tf.minimum(position + count, tf.strings.length(text))
         return tf.strings.join(
             [tf.strings.substr(text, 0, position), new, tf.strings.substr(text, rest, tf.strings.length(text) - rest)]
         )
