@@ -99,14 +99,9 @@ class JobConfig:
     rand_augment: float = _flag(0.0, "RandAugment on top of --augmentation: its magnitude, up to 1; 0 is none.")
     mixing: Literal["none", "mixup", "cutmix"] = _flag("none", "Mixes the images, and the labels, of a training batch.")
     downscale: int | None = _flag(None, "Shorter side in pixels that every image is reduced to before all else.")
-    exif: Exif = _flag(
-        "ignore",
-        "Whether JPEG pictures are turned as their EXIF orientation says, as viewers do. The reference ignores it.",
-    )
+    exif: Exif = _flag("ignore", "EXIF orientation of JPEG images: apply it, as viewers do, or ignore it.")
     alpha_background: AlphaBackground = _flag(
-        "none",
-        "Color behind transparent pictures. With none, as in the reference, the network sees the colors that are "
-        "stored under transparent pixels.",
+        "none", "Color behind transparent images. none: the network sees the colors stored under transparent pixels."
     )
     examples_per_class: int | None = _flag(None, "Few-shot: train on so many examples of each class.")
     subset: str = _flag(

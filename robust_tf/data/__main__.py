@@ -15,6 +15,7 @@ from robust_tf.command_line import flag, parse_flags
 from robust_tf.data.datasets import DATASETS
 from robust_tf.data.doctor import Diagnosis, diagnose
 from robust_tf.data.opening import data_folder, open_dataset
+from robust_tf.data.records import shown
 from robust_tf.errors import UserError, exit_on_user_error
 
 
@@ -62,7 +63,7 @@ def _print_table(diagnoses: Iterable[Diagnosis]) -> None:
 
 def _text(diagnosis: Diagnosis) -> str:
     lines = [f"{diagnosis.name}: {diagnosis.state}", *(f"    {fact}" for fact in diagnosis.facts if fact)]
-    return "\n".join([*lines, *(f"  - {line}" for line in diagnosis.advice)])
+    return "\n".join(map(shown, [*lines, *(f"  - {line}" for line in diagnosis.advice)]))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def diagnose(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, th
     Raises:
         UserError: no such name.
     """
-    if name.startswith(FOLDER_PREFIX):
+    if name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX:
         return _diagnose_folder(name, thorough=thorough)
     info, builder = dataset_info(name), builder_of(name, data_dir)
     if not builder.is_prepared():

@@ -50,7 +50,7 @@ def open_dataset(
     Raises:
         UserError: unknown name, or a data set that is not there, cannot be prepared or is not in order.
     """
-    if name.startswith(FOLDER_PREFIX):
+    if name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX:
         root = pathlib.Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
         return open_folder(root, split_seed=split_seed, skip_bad_images=skip_bad_images)
     if split_seed:

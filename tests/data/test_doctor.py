@@ -1,5 +1,6 @@
 """`python -m robust_tf.data`: what it finds, and its exit codes."""
 
+import os
 import shutil
 
 import numpy as np
@@ -80,6 +81,12 @@ def test_faults_of_a_folder_are_named(tmp_path):
         in twice
     )
     assert len(diagnose(f"folder:{root}", thorough=False).advice) == 1
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path, capsys):
+    root = write_folder(tmp_path / os.fsdecode(b"x\xff\n"), {"cat": 1})
+    assert main(["data", "--check", f"folder:{root}"]) == 1
+    assert capsys.readouterr().out.startswith(f"folder:{tmp_path}/x\\udcff\\n: faulty\n  - A data set needs two")
 
 
 def test_many_faults_are_counted(tmp_path):
@@ -181,6 +188,7 @@ def test_program(data_dir, tmp_path, capsys):
         (["--check", "digit"], "Received: 'digit'. Did you mean 'digits'"),
         (["--prepare=digits", "pets"], "Received: digits pets"),
         (["--chek"], "chek"),
+        (["--check", "folder:"], "Received: 'folder:'"),
     ],
 )
 def test_wrong_command_lines(arguments, message, tmp_path):
