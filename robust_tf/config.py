@@ -19,6 +19,8 @@ Norm = Literal["l2", "linf"]
 _VALIDATION_STEPS = 3
 AttackMode = Literal["inference", "training"]
 TransferMode = Literal["fixed_feature", "full_network", "partial"]
+Exif = Literal["ignore", "apply"]
+AlphaBackground = Literal["none", "white", "black"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,11 +100,15 @@ class JobConfig:
     rand_augment: float = _flag(0.0, "RandAugment on top of --augmentation: its magnitude, up to 1; 0 is none.")
     mixing: Literal["none", "mixup", "cutmix"] = _flag("none", "Mixes the images, and the labels, of a training batch.")
     downscale: int | None = _flag(None, "Shorter side in pixels that every image is reduced to before all else.")
+    exif: Exif = _flag("ignore", "EXIF orientation of JPEG images: apply it, as viewers do, or ignore it.")
+    alpha_background: AlphaBackground = _flag(
+        "none", "Color behind transparent images. none: the network sees the colors stored under transparent pixels."
+    )
     examples_per_class: int | None = _flag(None, "Few-shot: train on so many examples of each class.")
     subset: str = _flag(
         "", "Train on so many images (1000) or such a share (0.1), as equally of all classes as can be."
     )
-    skip_bad_images: bool = _flag(False, "Leave out what cannot be decoded, instead of stopping there.")
+    skip_bad_images: bool = _flag(False, "Leave out images that cannot be decoded, instead of stopping there.")
     cache: Literal["auto", "memory", "disk", "none"] = _flag(
         "auto",
         "Where encoded images are kept between epochs; disk: those of training, below --cache_dir. auto: in memory if "

@@ -35,6 +35,11 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> UserError:
     return UserError(f"Unknown {kind}. Received: {name!r}.{suggestion} Valid: {', '.join(names)}.")
 
 
+def warn_user(message: str) -> None:
+    """Prints what the user should know, though the program goes on: one line on stderr."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """For the command-line programs: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""

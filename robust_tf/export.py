@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
     # TensorFlow takes seconds to import: not for a mistyped flag.
     from robust_tf.models import image_shape, pixel_warning, plain_classifier, read_model
-    from robust_tf.serving.model_card import card_from_results, probe_from_results
+    from robust_tf.serving.model_card import card_from_results, decoding_from_results, probe_from_results
     from robust_tf.serving.publish import export_classifier, model_folder, readers_of
 
     check_output_folder(model_folder(pathlib.Path(config.export_dir), config.model_name), "--export_dir")
@@ -80,6 +80,7 @@ def main(argv: Sequence[str]) -> None:
         version=config.version,
         labels=_read_labels(config.labels) if config.labels else record.class_names or None,
         resize_size=record.resize_size if config.resize_size is None else config.resize_size,
+        decoding=decoding_from_results(results),
         model_card=card_from_results(results, licence=config.license),
         attack_probe=probe,
         original=model,

@@ -1,6 +1,8 @@
 """Files that are either the old one or the whole new one, never half of it."""
 
+import atexit
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -10,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from robust_tf.errors import UserError
+from robust_tf.errors import UserError, warn_user
 
 
 @contextlib.contextmanager
@@ -85,7 +87,36 @@ def write_json(path: pathlib.Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+# What an operating system says of a folder that cannot be written at all, however much room there is.
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+
+def is_not_writable(error: OSError) -> bool:
+    """Whether an error says that a folder cannot be written at all; a full disk is another matter."""
+    return error.errno in _NOT_WRITABLE
+
+
+def temporary_cache(reason: OSError, folder: pathlib.Path) -> pathlib.Path:
+    """A folder to use in place of a cache folder that cannot be written; it goes when the process ends.
+
+    Args:
+        reason: why it cannot be.
+        folder: the cache folder, for the warning.
+    """
+    temporary = tempfile.mkdtemp(prefix="robust_tf-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    warn_user(
+        f"Cannot write the cache folder {folder}: {reason.strerror or reason}. What is made now is kept in {temporary} "
+        "until the program ends."
+    )
+    return pathlib.Path(temporary)
+
+
 def cache_folder(folder: str | pathlib.Path | None = None) -> pathlib.Path:
     """Where what can be made again is kept: `folder`, by default `robust_tf` in the user's cache folder."""
     users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(folder or pathlib.Path(users) / "robust_tf").expanduser()
+    path = pathlib.Path(folder or pathlib.Path(users) / "robust_tf")
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a user without a home folder, as in some containers
+        return pathlib.Path(tempfile.gettempdir()) / f"robust_tf-{os.getuid()}"

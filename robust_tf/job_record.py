@@ -30,6 +30,7 @@ class JobRecord:
         downscale: what the shorter side is reduced to before everything else.
         split_seed: which images of a folder without a test part are one.
         skip_bad_images: images that cannot be decoded were left out.
+        exif, alpha_background: what becomes of EXIF rotation and of transparency, as the flags of these names say.
         norm, epsilon: of the attack that it was evaluated under.
     """
 
@@ -41,6 +42,8 @@ class JobRecord:
     downscale: int | None = None
     split_seed: int = 0
     skip_bad_images: bool = False
+    exif: str = "ignore"
+    alpha_background: str = "none"
     norm: str | None = None
     epsilon: float | None = None
 
@@ -107,6 +110,8 @@ def job_record(results: Mapping[str, Any], path: pathlib.Path | str = FILE_NAME)
         downscale=value("downscale", _is_count),
         split_seed=value("split_seed", _is_count) or 0,
         skip_bad_images=bool(value("skip_bad_images", lambda found: isinstance(found, bool))),
+        exif=value("exif", _is_text) or "ignore",
+        alpha_background=value("alpha_background", _is_text) or "none",
         norm=norm,
         epsilon=epsilon,
     )

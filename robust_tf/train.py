@@ -31,7 +31,7 @@ import tensorflow as tf  # noqa: E402
 
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
 from robust_tf.models import PUBLISHED, load_classifier, pixel_warning, save_classifier  # noqa: E402
-from robust_tf.serving.model_card import card_from_results  # noqa: E402
+from robust_tf.serving.model_card import card_from_results, decoding_from_results  # noqa: E402
 from robust_tf.serving.publish import export_classifier, model_folder, readers_of  # noqa: E402
 from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
 from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
@@ -140,6 +140,8 @@ def run_job(config: JobConfig) -> Results:
         console.print(f"Training {classifier.name} on {config.dataset} ({task.num_train} images) in {workdir}.")
         if warning := emulation_warning(config.precision):
             console.print(warning)
+        for note in task.notes:
+            console.print(note, markup=False)
         if task.skipped:
             console.print(f"Left out {len(task.skipped)} images that cannot be decoded: {', '.join(task.skipped[:5])}")
         head_fit = None
@@ -300,6 +302,7 @@ def export(config: JobConfig, results: Results) -> None:
         model_card=card_from_results(results),
         labels=results["class_names"],
         resize_size=results["resize_size"],
+        decoding=decoding_from_results(results),
     )
     console.print(f"Published {version_dir} ({readers_of(version_dir)}).")
 

@@ -20,7 +20,11 @@ from robust_tf.command_line import to_flag_file
 from robust_tf.config import JobConfig, read_flag_file
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
+from robust_tf.evaluation.subject import load_subject
 from robust_tf.models import build_classifier, fetch_published, load_classifier, to_reference_state
+from robust_tf.serving.model_card import decoding_from_results
+from robust_tf.train import build_job
+from robust_tf.training.building import task_of
 from robust_tf.training.callbacks import SaveProgress
 from robust_tf.training.checkpoint import Checkpoints
 from robust_tf.transfer import sources
@@ -526,11 +530,25 @@ def test_a_broken_image_is_named_or_skipped_and_counted(job, tmp_path, capsys):
     options |= {"cache_dir": str(tmp_path / "cache"), "augmentation": "none", "epsilon": 0.0}
     with pytest.raises(UserError, match=f"Cannot decode the image {broken}.*--skip_bad_images"):
         train.run(job("stops", **options))
-    train.run(job("goes_on", **options, skip_bad_images=True))
+    options |= {"skip_bad_images": True, "exif": "apply", "alpha_background": "white", "split_seed": 3}
+    notes = tmp_path / "images" / "dark" / "notes.txt"
+    notes.write_text("left out")
+    train.run(job("goes_on", **options))
     results = results_of(job("goes_on"))
     assert results["skipped_images"] == [str(broken)]
     assert results["num_train_images"] + results["num_validation_images"] + results["num_test_images"] == 59
-    assert f"Left out 1 images that cannot be decoded: {broken}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Left out: 1 files that are no images: {notes}." in out
+    assert f"Left out 1 images that cannot be decoded: {broken}" in out
+    assert (results["exif"], results["alpha_background"], results["split_seed"]) == ("apply", "white", 3)
+
+    # The evaluation looks at the same images, and reads them in the same way.
+    subject = load_subject(f"{job('goes_on').workdir}/classifier.keras")
+    of_training = task_of(job("goes_on", **options))
+    assert subject.task.preprocessing.decoding == of_training.preprocessing.decoding
+    assert subject.task.preprocessing.decoding == decoding_from_results(results)
+    assert subject.task.test_examples.part.paths == of_training.test_examples.part.paths
+    assert subject.task.num_test == results["num_test_images"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(job):

@@ -1,12 +1,13 @@
 """Data sets on this machine: what is there and in order, and getting what is not.
 
-python -m robust_tf.data --check                      # all in the table, in short
-python -m robust_tf.data --check pets folder:photos   # these, with exit code 1 if one is not ready
+python -m robust_tf.data --check                      # a table of all that have a name
+python -m robust_tf.data --check pets folder:photos   # these in detail, with exit code 1 if one is not ready
 python -m robust_tf.data --prepare=pets               # download and prepare
 """
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 
 from absl import logging
 
@@ -14,6 +15,7 @@ from robust_tf.command_line import flag, parse_flags
 from robust_tf.data.datasets import DATASETS
 from robust_tf.data.doctor import Diagnosis, diagnose
 from robust_tf.data.opening import data_folder, open_dataset
+from robust_tf.data.records import shown
 from robust_tf.errors import UserError, exit_on_user_error
 
 
@@ -39,17 +41,29 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--prepare takes one data set. Received: {' '.join([flags.prepare, *names])}.")
         open_dataset(flags.prepare, data_dir)
         names = [flags.prepare]
+    if not names:
+        _print_table(diagnose(name, data_dir, thorough=False) for name in DATASETS)
+        return 0
     ready = True
-    for name in names or DATASETS:
-        diagnosis = diagnose(name, data_dir, thorough=bool(names))
+    for name in names:
+        diagnosis = diagnose(name, data_dir)
         print(_text(diagnosis), flush=True)  # some take their time
         ready = ready and diagnosis.state == "ready"
-    return 0 if ready or not names else 1
+    return 0 if ready else 1
+
+
+def _print_table(diagnoses: Iterable[Diagnosis]) -> None:
+    """One line for each data set; what to do about it is told for a name."""
+    width = max(map(len, DATASETS)) + 2
+    print(f"{'name':{width}}{'state':14}size")
+    for diagnosis in diagnoses:
+        print(f"{diagnosis.name:{width}}{diagnosis.state:14}{diagnosis.size}".rstrip(), flush=True)
+    print("\nDetails and what to do: python -m robust_tf.data --check NAME ...")
 
 
 def _text(diagnosis: Diagnosis) -> str:
     lines = [f"{diagnosis.name}: {diagnosis.state}", *(f"    {fact}" for fact in diagnosis.facts if fact)]
-    return "\n".join([*lines, *(f"  - {line}" for line in diagnosis.advice)])
+    return "\n".join(map(shown, [*lines, *(f"  - {line}" for line in diagnosis.advice)]))
 
 
 if __name__ == "__main__":

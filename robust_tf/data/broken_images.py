@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.data.records import Part
-from robust_tf.data.transforms import decode
-from robust_tf.errors import UserError
+from robust_tf.data.transforms import FLOATS_OUT_OF_RANGE, decode
+from robust_tf.errors import UserError, warn_user
 from robust_tf.files import write_json
 
 
@@ -41,7 +41,10 @@ def remembered_broken_images(part: Part, fingerprint: str, folder: pathlib.Path)
         if isinstance(content, dict) and content.get("fingerprint") == fingerprint:
             return np.array(content["broken"], np.int64)
     broken = broken_images(part)
-    write_json(path, {"fingerprint": fingerprint, "broken": broken.tolist()})
+    try:
+        write_json(path, {"fingerprint": fingerprint, "broken": broken.tolist()})
+    except UserError as error:
+        warn_user(f"{error} The next start looks for broken images again.")
     return broken
 
 
@@ -63,6 +66,11 @@ def broken_images_named(parts: Sequence[Part]) -> Iterator[None]:
                     f"Cannot decode the image {part.name(int(broken[0]))}{others}: {reason_of(part, int(broken[0]))}. "
                     "Repair or remove it, or leave such images out with --skip_bad_images."
                 ) from error
+        if FLOATS_OUT_OF_RANGE in error.message:
+            rule = error.message[error.message.index(FLOATS_OUT_OF_RANGE) :].partition(" pictures.")[0]
+            raise UserError(
+                f"{rule} pictures. Received: others. Prepare the data set again, all in one range."
+            ) from error
         raise
 
 

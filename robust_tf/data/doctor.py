@@ -10,15 +10,16 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
+from robust_tf.config import AlphaBackground
 from robust_tf.data.datasets import FOLDER_PREFIX, DatasetInfo, dataset_info
 from robust_tf.data.opening import open_dataset
+from robust_tf.data.orientation import jpeg_orientation
 from robust_tf.data.preparing import builder_of, ways_to_prepare
-from robust_tf.data.records import LabelledImages, Part, check_classes_present, check_labels
-from robust_tf.data.transforms import decode
+from robust_tf.data.records import LabelledImages, Part, check_classes_present, check_labels, few
+from robust_tf.data.transforms import Decoding, decode
 from robust_tf.errors import UserError
 
-# So many faults of one kind are named, the others counted.
-_NAMED = 3
+_REPAIR = "Convert, repair or remove them, or train with --skip_bad_images."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Diagnosis:
     Attributes:
         name: of the data set.
         state: "ready"; "not prepared"; or "faulty", if something is there but not in order.
+        size: on the disk, or what there is to download; "" if that is not known.
         facts: one line each: where, how large, how many, licence.
         advice: one line each: what is wrong, and what to do.
     """
@@ -36,22 +38,26 @@ class Diagnosis:
     state: str
     facts: tuple[str, ...]
     advice: tuple[str, ...] = ()
+    size: str = ""
 
 
 def diagnose(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, thorough: bool = True) -> Diagnosis:
     """Examines a row of DATASETS, `tfds:NAME` or `folder:/path`; downloads and changes nothing.
 
     Of a prepared TFDS data set the files and counts are checked; `thorough` also reads all of it: whether every class
-    has images in both parts, and of a folder whether each image can be decoded and none is in both parts.
+    has images in both parts, and of a folder whether each image can be decoded and none is in both parts, and how many
+    are rotated or transparent.
 
     Raises:
         UserError: no such name.
     """
-    if name.startswith(FOLDER_PREFIX):
+    if name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX:
         return _diagnose_folder(name, thorough=thorough)
     info, builder = dataset_info(name), builder_of(name, data_dir)
     if not builder.is_prepared():
-        return Diagnosis(name, "not prepared", tuple(_known_facts(info)), ways_to_prepare(name, builder))
+        advice = ways_to_prepare(name, builder)
+        size = f"download: {info.download_size}" if info.download_size else ""
+        return Diagnosis(name, "not prepared", tuple(_known_facts(info)), advice, size)
     faults = _missing_files(builder)
     if faults:
         advice = (*faults, f"Delete {builder.data_path}.", *ways_to_prepare(name, builder))
@@ -60,21 +66,75 @@ def diagnose(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, th
         images = open_dataset(name, data_dir)
     except UserError as error:
         return Diagnosis(name, "faulty", (f"in {builder.data_path}",), (str(error),))
-    facts = [f"in {builder.data_path}, {_size(images.num_bytes)}", _counts(images), *_known_facts(info)[1:]]
+    size = _size(images.num_bytes)
+    facts = [f"in {builder.data_path}, {size}", _counts(images), *_known_facts(info)[1:], *images.notes]
     faults = [*_differences(images, info), *(_label_faults(images, name) if thorough else ())]
-    return Diagnosis(name, "faulty" if faults else "ready", tuple(facts), tuple(faults))
+    return Diagnosis(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), size)
 
 
 def _diagnose_folder(name: str, *, thorough: bool) -> Diagnosis:
     try:
-        images = open_dataset(name)
-    except UserError as error:
+        images = open_dataset(name, skip_bad_images=True)  # so that one look finds all of them
+    except (UserError, OSError) as error:
         return Diagnosis(name, "faulty", (), (str(error),))
     faults = [*_label_faults(images, name)]  # the names of the files say these
+    faults += _few(images.bad_images, f"cannot be read: {{}}. {_REPAIR}")
+    facts = [_size(images.num_bytes), _counts(images), *map(str, images.left_out)]
     if thorough:
-        faults += [*_broken_images(images), *_in_both_parts(images)]
-    facts = (_size(images.num_bytes), _counts(images))
-    return Diagnosis(name, "faulty" if faults else "ready", facts, tuple(faults))
+        looks = {where: list(_looks(part)) for where, part in (("train", images.train), ("test", images.test))}
+        broken = [look.name for part in looks.values() for look in part if not look.decodable]
+        faults += [*_few(broken, f"cannot be decoded: {{}}. {_REPAIR}"), *_in_both_parts(looks["train"], looks["test"])]
+        facts += _peculiarities([look for part in looks.values() for look in part])
+    return Diagnosis(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), facts[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """What one image is like: its name, the digest of its bytes, and what the flags of a job can do about it."""
+
+    name: str
+    digest: bytes
+    decodable: bool
+    rotated: bool = False
+    transparent: bool = False
+
+
+def _looks(part: Part) -> Iterator[_Look]:
+    """One look at each image of a folder; a file that has gone meanwhile cannot be decoded."""
+    for index in range(part.num_examples):
+        name, encoded = part.name(index), b""
+        try:
+            encoded = part.record(tf.constant(index))[1].numpy()  # type: ignore[attr-defined]
+            decode(encoded)
+        except tf.errors.OpError:
+            yield _Look(name, hashlib.sha256(encoded).digest(), decodable=False)
+            continue
+        # What is transparent takes the color of the background.
+        backgrounds: tuple[AlphaBackground, ...] = ("white", "black")
+        white, black = (decode(encoded, Decoding(alpha_background=color)) for color in backgrounds)
+        rotated = int(jpeg_orientation(tf.constant(encoded))) != 1
+        transparent = bool(tf.reduce_any(white != black))
+        yield _Look(name, hashlib.sha256(encoded).digest(), True, rotated, transparent)
+
+
+def _peculiarities(looks: Sequence[_Look]) -> list[str]:
+    """What is no fault, but may not be as people expect it."""
+    without_suffix = collections.defaultdict(list)
+    for look in looks:
+        without_suffix[str(pathlib.PurePath(look.name).with_suffix("")).casefold()].append(look.name)
+    namesakes = [" = ".join(names) for names in without_suffix.values() if len(names) > 1]
+    return [
+        *_few(
+            [look.name for look in looks if look.rotated],
+            "are stored rotated or mirrored (EXIF), and are used as they are stored: {}. --exif=apply turns them.",
+        ),
+        *_few(
+            [look.name for look in looks if look.transparent],
+            "have transparency: {}. The network sees the colors stored under it; --alpha_background=white or black "
+            "puts the images on a background.",
+        ),
+        *_few(namesakes, "or more differ in the suffix alone, and count as different images: {}."),
+    ]
 
 
 def _known_facts(info: DatasetInfo) -> list[str]:
@@ -124,37 +184,15 @@ def _label_faults(images: LabelledImages, name: str) -> Iterator[str]:
             yield f"The {where} part cannot be read: {error.message}. Delete the folder and prepare it again."
 
 
-def _broken_images(images: LabelledImages) -> list[str]:
-    broken = [path for part in (images.train, images.test) for path in _undecodable(part)]
-    return _few(broken, "cannot be decoded: {}. Repair or remove them, or train with --skip_bad_images.")
-
-
-def _undecodable(part: Part) -> Iterator[str]:
-    for index, encoded, _ in part.records():
-        try:
-            decode(encoded)
-        except tf.errors.InvalidArgumentError:
-            yield part.name(int(index))
-
-
-def _in_both_parts(images: LabelledImages) -> list[str]:
+def _in_both_parts(train: Sequence[_Look], test: Sequence[_Look]) -> list[str]:
     """Test images that are training images too, byte for byte."""
-    of_digest = collections.defaultdict(list)
-    for index, encoded, _ in images.train.records().as_numpy_iterator():
-        of_digest[hashlib.sha256(encoded).digest()].append(int(index))
-    pairs = []
-    for index, encoded, _ in images.test.records().as_numpy_iterator():
-        same = of_digest.get(hashlib.sha256(encoded).digest())
-        if same:
-            pairs.append(f"{images.test.name(int(index))} = {images.train.name(same[0])}")
+    of_digest = {look.digest: look.name for look in reversed(train)}
+    pairs = [f"{look.name} = {of_digest[look.digest]}" for look in test if look.digest in of_digest]
     return _few(pairs, "of the test part are in the training part too: {}. The accuracy would be too high.")
 
 
-def _few(items: Sequence[str], sentence: str) -> list[str]:
-    if not items:
-        return []
-    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-    return [f"{len(items)} images " + sentence.format(", ".join(items[:_NAMED]) + more)]
+def _few(names: Sequence[str], sentence: str) -> list[str]:
+    return [f"{len(names)} images " + sentence.format(few(names))] if names else []
 
 
 def _size(num_bytes: int) -> str:

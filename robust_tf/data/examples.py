@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.data.records import Part
+from robust_tf.errors import UserError, warn_user
 from robust_tf.files import replaced_atomically
 
 CacheMode = Literal["auto", "memory", "disk", "none"]
@@ -33,7 +34,7 @@ class Examples:
         new_labels: int32, label of the part -> label here; None keeps them.
         example_bytes: mean size of an encoded image.
         in_memory: keep the encoded images in memory, from the first time that they are read.
-        file: a copy on disk that `write_file` makes and `shuffled` reads.
+        file: a copy on disk that `written` makes and `shuffled` reads.
     """
 
     part: Part
@@ -60,7 +61,7 @@ class Examples:
         """All of them, in an order decided by `seed`, an int64 scalar that may be a graph tensor."""
         if self.in_memory:
             return self._shuffled_within(self._in_order, seed, self.count)  # the buffer copies no image
-        # A moving window shuffles enough: TFDS has shuffled the whole when it was prepared, and so has `write_file`.
+        # A moving window shuffles enough: TFDS has shuffled the whole when it was prepared, and so has `written`.
         window = int(_SHUFFLE_BYTES / max(self.example_bytes, 1.0))
         if self.file is not None:
             return self._shuffled_within(self._from_file(self.file), seed, window)
@@ -69,16 +70,23 @@ class Examples:
         order = tf.random.experimental.stateless_shuffle(np.flatnonzero(self.mask), tf.stack([seed, 0]))
         return self._single_files(tf.data.Dataset.from_tensor_slices(order))
 
-    def write_file(self) -> None:
-        """Makes the copy on disk, unless it is there.
+    def written(self) -> "Examples":
+        """These examples with their copy on disk, which is made unless it is there.
 
-        Raises:
-            UserError: it can't be written (disk full); nothing is left behind.
+        Without one, and with a warning, where it can't be written; nothing is left behind then.
         """
         if self.file is None or self.file.exists():
-            return
+            return self
+        try:
+            self._write(self.file)
+        except UserError as error:
+            warn_user(f"{error} The images are read from where they are.")
+            return dataclasses.replace(self, file=None)
+        return self
+
+    def _write(self, path: pathlib.Path) -> None:
         records = dataclasses.replace(self, file=None).shuffled(tf.constant(_WRITING_SEED, tf.int64))
-        with replaced_atomically(self.file) as temporary:
+        with replaced_atomically(path) as temporary:
             writer = tf.io.TFRecordWriter(str(temporary))
             for record in records.map(_to_bytes, num_parallel_calls=tf.data.AUTOTUNE).as_numpy_iterator():
                 with _os_errors():

@@ -11,26 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from robust_tf.data.records import LabelledImages
+from robust_tf.data.folder_scan import OUTSIDE_FOLDERS, FolderScan, ImageFile
+from robust_tf.data.records import LabelledImages, check_class_names, few, shown
 from robust_tf.errors import UserError
 
-# What `decode` reads.
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
-# Images all the same: to leave them out in silence would change the data set.
-_OTHER_SUFFIXES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg")
-_VALIDATION_FOLDERS = ("val", "valid", "validation")
+# Spellings of a part's folder, whatever the case of their letters.
+_PARTS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("val", "valid", "validation"),
+}
 # Share of each class that becomes the test part where there is no test folder.
 _TEST_FRACTION = 0.2
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFile:
-    """One image: its path, size in bytes, time of the last change in ns, and the name of its class."""
-
-    path: str
-    num_bytes: int
-    changed: int
-    class_name: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +46,8 @@ class FolderPart:
     @functools.cached_property
     def _path_table(self) -> tf.Tensor:
         with tf.init_scope():  # made once, not in the graph of the function that happens to ask first
-            return tf.constant(self.paths)
+            # As bytes: a name need not be text.
+            return tf.constant([os.fsencode(path) for path in self.paths], tf.string)
 
     @functools.cached_property
     def _label_table(self) -> tf.Tensor:
@@ -65,45 +58,61 @@ class FolderPart:
         return np.array(self.targets, np.int64)
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return shown(self.paths[index])
 
 
-def open_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabelledImages:
-    """Reads the names of the images below `root`, in one of these layouts (hidden and other files don't count):
+def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: bool = False) -> LabelledImages:
+    """Finds the images below `root`, in one of these layouts. An image may lie in sub-folders of its class's folder.
 
     * root/{train,test}/<class>/<image>, and root/val/<class>/<image> if there is a validation part;
     * root/{train,val}/<class>/<image>, as ImageNet comes: val is the test part;
     * root/<class>/<image> or root/train/<class>/<image>: a fifth of each class becomes the test part. An image's
       part is decided by its name and `split_seed`, so that it hardly changes when images are added.
 
+    The parts may be written with capitals, or training, testing, valid and validation. A file is an image by its suffix
+    or, if that says nothing, by its first bytes. Every other file is counted in `left_out`.
+
+    Args:
+        root: the folder.
+        split_seed: of the test part where there is none.
+        skip_bad_images: leave out images that are empty or unreadable or of a kind that TensorFlow does not read.
+
     Raises:
-        UserError: no such folder, fewer than two classes, a class without images, an image that is empty or unreadable
-            or of a kind that TensorFlow does not read, two images of a class with one name, or a `split_seed` for a
-            folder that is split already.
+        UserError: no such folder, fewer than two classes, a class without images or with a name of several lines, an
+            image to skip without `skip_bad_images`, or a `split_seed` for a folder that is split already.
     """
     if not root.is_dir():
-        raise UserError(f"--dataset=folder: needs the path of a folder of images. Received: {root}, which is none.")
-    train_root = root / "train" if (root / "train").is_dir() else root
-    validation_root = next((root / name for name in _VALIDATION_FOLDERS if (root / name).is_dir()), None)
-    test_root = root / "test" if (root / "test").is_dir() else None
-    other_part = test_root or validation_root
-    if train_root == root and other_part:
-        raise UserError(f"A folder with parts needs train. Received: {root} with {other_part.name}, but without train.")
-    if test_root is None:
-        test_root, validation_root = validation_root, None
-    train = _files(train_root)
-    validation = _files(validation_root) if validation_root else []
+        raise UserError(
+            f"--dataset=folder: needs the path of a folder of images. Received: {shown(str(root))}, which is none."
+        )
+    scan = FolderScan()
+    train_root, test_root, validation_root = _part_roots(root, scan)
+    train = _files(train_root, scan)
+    validation = _files(validation_root, scan) if validation_root else []
     if test_root is None:
         train, test = _split(train, train_root, split_seed)
     elif split_seed:
         raise UserError(f"--split_seed is for a folder without a test part. Received: {split_seed}, and {test_root}.")
     else:
-        test = _files(test_root)
-
+        test = _files(test_root, scan)
+    if scan.bad and not skip_bad_images:
+        first, reason = next(iter(scan.bad.items()))
+        raise UserError(
+            "Images must be JPEG, PNG, GIF, BMP or WebP files that can be read. Received: "
+            f"{shown(first)} ({reason}) and {len(scan.bad) - 1} more. Convert or repair them, take them out, or "
+            "leave such images out with --skip_bad_images."
+        )
+    if scan.without_images:
+        bad = f", and {len(scan.bad)} images there or elsewhere that cannot be read" if scan.bad else ""
+        raise UserError(
+            f"Every class needs images in its folder or below. Received: none in {few(scan.without_images)}{bad}."
+        )
     everything = [*train, *validation, *test]
     class_names = tuple(sorted({file.class_name for file in everything}))
     if len(class_names) < 2:
-        raise UserError(f"A data set needs two or more classes. Received: only {class_names[0]!r} in {train_root}.")
+        raise UserError(
+            f"A data set needs two or more classes. Received: only {class_names[0]!r} in {shown(str(train_root))}."
+        )
     number = {name: label for label, name in enumerate(class_names)}
 
     def part(files: Sequence[ImageFile]) -> FolderPart:
@@ -117,59 +126,70 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabelledImages:
         num_bytes=sum(file.num_bytes for file in everything),
         fingerprint=_fingerprint(everything, root, split_seed),
         trusted=False,
+        left_out=scan.left_out(),
+        bad_images=tuple(f"{shown(path)} ({reason})" for path, reason in scan.bad.items()),
     )
 
 
-def _files(folder: pathlib.Path) -> list[ImageFile]:
-    """The images of all classes, sorted by class and name."""
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise UserError(f"A folder of images holds one folder for each class. Received: {folder}, which holds none.")
-    return [file for name in classes for file in _files_of_class(folder / name)]
-
-
-def _files_of_class(folder: pathlib.Path) -> list[ImageFile]:
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    names = [entry.name for entry in entries if not entry.name.startswith(".")]
-    other = [name for name in names if name.lower().endswith(_OTHER_SUFFIXES)]
-    if other:
-        raise UserError(
-            f"TensorFlow reads {', '.join(_SUFFIXES)} images. Received: {folder / other[0]} and {len(other) - 1} more "
-            "of another kind in this folder. Convert them, or take them out."
-        )
-    files = [_file(folder, name) for name in names if name.lower().endswith(_SUFFIXES)]
-    if not files:
-        raise UserError(f"Every class needs images directly in its folder. Received: none in {folder}.")
-    stems = collections.defaultdict(list)
-    for file in files:
-        stems[pathlib.Path(file.path).stem.casefold()].append(file.path)
-    for same in stems.values():
-        if len(same) > 1:
+def _part_roots(root: pathlib.Path, scan: FolderScan) -> tuple[pathlib.Path, pathlib.Path | None, pathlib.Path | None]:
+    """The folders that hold the classes of training, test and validation; the last two may be missing."""
+    folders = scan.class_folders(root)
+    part_of = {name: part for part, names in _PARTS.items() for name in names}
+    parts: dict[str, pathlib.Path] = {}
+    others = []
+    for folder in folders:
+        part = part_of.get(folder.name.casefold())
+        if part is None:
+            others.append(folder)
+        elif part in parts:
             raise UserError(
-                "Two images of a class must not have one name (the suffix and capital letters aside): such pairs are "
-                f"mostly one image twice, and some file systems keep only one. Received: {same[0]} and {same[1]}."
+                f"A folder of images has one folder for each part. Received: {parts[part].name} and {folder.name} in "
+                f"{shown(str(root))}. Put them together, or take one of them out."
             )
-    return files
+        else:
+            parts[part] = folder
+    if others and not any(_has_folders(folder) for folder in parts.values()):
+        return root, None, None  # classes that happen to be called train, test or valid
+    if parts and "train" not in parts:
+        names = " and ".join(folder.name for folder in parts.values())
+        raise UserError(
+            f"A folder with parts needs train. Received: {shown(str(root))} with {names}, but without train."
+        )
+    if not parts:
+        return root, None, None
+    if list(parts) == ["train"] and any(FolderScan().images(folder) for folder in others):
+        raise UserError(
+            "A folder of images holds either its parts or its classes. Received: "
+            f"{parts['train'].name} and {few([folder.name for folder in others])} in {shown(str(root))}. Name the part "
+            f"itself, --dataset=folder:{shown(str(parts['train']))}, or rename the class."
+        )
+    for folder in others:
+        scan.leave_out(OUTSIDE_FOLDERS, str(folder))
+    if "test" not in parts:
+        return parts["train"], parts.get("validation"), None
+    return parts["train"], parts["test"], parts.get("validation")
 
 
-def _file(folder: pathlib.Path, name: str) -> ImageFile:
-    path = folder / name
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"Cannot read the image {path}: {error.strerror}. Repair it, or take it out.") from error
-    if not status.st_size:
-        raise UserError(f"The image {path} is empty (0 bytes). Repair it, or take it out.")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"Cannot read the image {path}: permission denied. Repair it, or take it out.")
-    return ImageFile(str(path), status.st_size, status.st_mtime_ns, folder.name)
+def _has_folders(folder: pathlib.Path) -> bool:
+    return bool(FolderScan().class_folders(folder))
+
+
+def _files(folder: pathlib.Path, scan: FolderScan) -> list[ImageFile]:
+    """The images of all classes, sorted by class and name."""
+    classes = scan.class_folders(folder)
+    if not classes:
+        raise UserError(
+            f"A folder of images holds one folder for each class. Received: {shown(str(folder))}, which holds none."
+        )
+    check_class_names((path.name for path in classes), where=str(folder))
+    return [file for path in classes for file in scan.images(path)]
 
 
 def _split(files: list[ImageFile], folder: pathlib.Path, seed: int) -> tuple[list[ImageFile], list[ImageFile]]:
     """Train and test, in the order of the files."""
 
     def rank(file: ImageFile) -> bytes:
-        return hashlib.sha256(f"{seed}/{pathlib.Path(file.path).relative_to(folder)}".encode()).digest()
+        return hashlib.sha256(os.fsencode(f"{seed}/{pathlib.Path(file.path).relative_to(folder)}")).digest()
 
     of_class = collections.defaultdict(list)
     for file in files:
@@ -183,5 +203,5 @@ def _split(files: list[ImageFile], folder: pathlib.Path, seed: int) -> tuple[lis
 def _fingerprint(files: Sequence[ImageFile], root: pathlib.Path, split_seed: int) -> str:
     digest = hashlib.sha256(str(split_seed).encode())
     for file in files:
-        digest.update(f"{os.path.relpath(file.path, root)}\t{file.num_bytes}\t{file.changed}\n".encode())
+        digest.update(os.fsencode(f"{os.path.relpath(file.path, root)}\t{file.num_bytes}\t{file.changed}\n"))
     return digest.hexdigest()

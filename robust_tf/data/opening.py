@@ -33,7 +33,11 @@ def data_folder(name: str) -> epath.Path | None:
 
 
 def open_dataset(
-    name: str, data_dir: epath.Path | pathlib.Path | None = None, *, split_seed: int = 0
+    name: str,
+    data_dir: epath.Path | pathlib.Path | None = None,
+    *,
+    split_seed: int = 0,
+    skip_bad_images: bool = False,
 ) -> LabelledImages:
     """Opens a row of DATASETS, `tfds:NAME[/config][:version]` or `folder:/path`.
 
@@ -41,12 +45,14 @@ def open_dataset(
         name: the value of --dataset.
         data_dir: TFDS folder; None takes TFDS's default.
         split_seed: of the test part of a folder that has none.
+        skip_bad_images: leave out images of a folder that are of a kind that cannot be decoded.
 
     Raises:
         UserError: unknown name, or a data set that is not there, cannot be prepared or is not in order.
     """
-    if name.startswith(FOLDER_PREFIX):
-        return open_folder(pathlib.Path(name.removeprefix(FOLDER_PREFIX)).expanduser(), split_seed=split_seed)
+    if name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX:
+        root = pathlib.Path(name.removeprefix(FOLDER_PREFIX)).expanduser()
+        return open_folder(root, split_seed=split_seed, skip_bad_images=skip_bad_images)
     if split_seed:
         raise UserError(
             f"--split_seed is for a folder of images without a test part. Received: {split_seed} for {name}."

@@ -23,6 +23,7 @@ from robust_tf.data.keras_cv_layers import Mix, mix
 from robust_tf.data.opening import open_dataset
 from robust_tf.data.preprocessing import Preprocessing
 from robust_tf.data.selection import checked_classes, part_masks
+from robust_tf.data.transforms import AS_STORED, Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.files import cache_folder
 
@@ -44,6 +45,7 @@ class TaskData:
         seed: of the order and the augmentation.
         fingerprint: changes when other images or labels are in use.
         skipped: names of the broken images that were left out.
+        notes: sentences about the data that whoever uses them has to know.
         worker, num_workers: which share of every training batch is made here.
         drop_remainder: leave out the last batch of an epoch where it is smaller, as those must that share batches.
     """
@@ -59,6 +61,7 @@ class TaskData:
     seed: int
     fingerprint: str
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     worker: int = 0
     num_workers: int = 1
     drop_remainder: bool = False
@@ -234,6 +237,7 @@ def load_task(
     rand_augment: float = 0.0,
     mixing: Mix = "none",
     downscale: int | None = None,
+    decoding: Decoding = AS_STORED,
     validation_fraction: float = 0.1,
     examples_per_class: int | None = None,
     subset: str = "",
@@ -260,11 +264,12 @@ def load_task(
         rand_augment: magnitude in (0, 1] of RandAugment on top of it, 0 for none.
         mixing: "mixup" and "cutmix" mix the images of a training batch; its labels are then (batch, classes) float32.
         downscale: shorter side in pixels that every image is reduced to before anything else.
+        decoding: whether EXIF rotation is applied, and what transparent images are put on.
         validation_fraction: share of the training split held out for choosing the epoch, in (0, 1); where the data
             set is not of the table and has a validation part of its own, that counts instead.
         examples_per_class: train on so many of each class only (chosen by `seed`); None trains on all.
         subset: train on so many ("1000") or such a share ("0.1"), balanced, chosen by `seed`; "" trains on all.
-        skip_bad_images: decode everything once, and leave out what can't be.
+        skip_bad_images: decode everything once, and leave out images that can't be.
         seed: of the order, the augmentation and the choice of examples.
         split_seed: of the test part of a folder of images that has none.
         data_dir: TFDS folder; None takes TFDS's default.
@@ -287,7 +292,7 @@ def load_task(
             "Workers are numbered from 0, and share every batch equally. Received: "
             f"worker={worker}, num_workers={num_workers}, batch_size={batch_size}."
         )
-    images = open_dataset(name, data_dir, split_seed=split_seed)
+    images = open_dataset(name, data_dir, split_seed=split_seed, skip_bad_images=skip_bad_images)
     names = images.class_names
     if classes is not None:
         classes = checked_classes(classes, len(names), name)
@@ -324,7 +329,7 @@ def load_task(
     )
     file = folder / "records" / f"{fingerprint[:20]}.tfrecord" if cache == "disk" else None
     train_examples = examples(part=images.train, mask=train_mask, in_memory=in_memory, file=file)
-    train_examples.write_file()
+    train_examples = train_examples.written()
 
     size = image_size or info.image_size
     return TaskData(
@@ -338,6 +343,8 @@ def load_task(
             augmentation=augmentation or info.augmentation,
             rand_augment=rand_augment,
             downscale=downscale,
+            decoding=decoding,
+            highest_float=images.highest_float,
         ),
         class_names=tuple(names[label] for label in classes or range(len(names))),
         metric=info.metric,
@@ -345,7 +352,11 @@ def load_task(
         mixing=mixing,
         seed=seed,
         fingerprint=fingerprint,
-        skipped=tuple(getattr(images, part).name(int(index)) for part in broken for index in broken[part]),
+        skipped=(
+            *images.bad_images,
+            *(getattr(images, part).name(int(index)) for part in broken for index in broken[part]),
+        ),
+        notes=(*images.notes, *map(str, images.left_out)),
         worker=worker,
         num_workers=num_workers,
         drop_remainder=drop_remainder or num_workers > 1,

@@ -1,7 +1,8 @@
 """What a data set is to the pipeline, wherever it is stored: numbered records in a training and a test part."""
 
 import dataclasses
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,21 @@ class Part(Protocol):
         """The file or the TFDS id of an example, for messages about it."""
 
 
+# So many files or faults of one kind are named, the others counted.
+_NAMED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Files that lie among the images and are not part of the data set: what they are, and their paths."""
+
+    what: str
+    paths: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"Left out: {len(self.paths)} {self.what}: {few(self.paths)}."
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledImages:
     """A data set that is there to be read.
@@ -39,6 +55,10 @@ class LabelledImages:
         num_bytes: size of all encoded images, about.
         fingerprint: changes when the content does.
         trusted: a known data set, whose labels need no check.
+        left_out: files that are not part of it.
+        bad_images: names of images among those, which cannot be read.
+        highest_float: pixels are float32 in [0, highest_float]; None for encoded images, whose pixels are integers.
+        notes: sentences that whoever uses it has to know.
     """
 
     class_names: tuple[str, ...]
@@ -48,6 +68,39 @@ class LabelledImages:
     num_bytes: int
     fingerprint: str
     trusted: bool
+    left_out: tuple[LeftOut, ...] = ()
+    bad_images: tuple[str, ...] = ()
+    highest_float: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(shown, names[:_NAMED])) + more
+
+
+def shown(name: str) -> str:
+    """A name as one line that can be printed everywhere: control characters and bytes that are no text are escaped."""
+    return "".join(char.encode("unicode_escape").decode() if _breaks_a_line(char) else char for char in name)
+
+
+def _breaks_a_line(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
+
+
+def check_class_names(names: Iterable[str], *, where: str) -> None:
+    """Every class name must be one line of text: an exported model lists them in a file, one a line.
+
+    Raises:
+        UserError: one is not; shows it escaped.
+    """
+    for name in names:
+        if not name.strip() or any(map(_breaks_a_line, name)):
+            raise UserError(
+                "A class name is one line of text that is not blank, without tabs and other control characters. "
+                f"Received: '{shown(name)}' in {shown(where)}. Rename the class."
+            )
 
 
 def check_labels(labels: np.ndarray, part: Part, class_names: Sequence[str], *, name: str) -> None:
@@ -80,8 +133,9 @@ def check_classes_present(
     """
     missing = sorted(set(classes) - set(labels.tolist()))
     if missing:
-        rest = ",".join(str(label) for label in classes if label not in missing)
+        rest = [str(label) for label in classes if label not in missing]
+        way_out = f", or leave the class out with --classes={','.join(rest)}" if len(rest) > 1 else ""
         raise UserError(
             f"Every class needs images in {where}. Received: none of {', '.join(class_names[c] for c in missing)}. "
-            f"Add some, or leave the class out with --classes={rest}."
+            f"Add some{way_out}."
         )

@@ -11,12 +11,14 @@ from etils import epath
 
 from robust_tf.data.datasets import dataset_info, is_row
 from robust_tf.data.preparing import prepared_builder
-from robust_tf.data.records import LabelledImages
+from robust_tf.data.records import LabelledImages, check_class_names
 from robust_tf.errors import UserError
 
 # Names that data sets in TFDS give these parts; the first that is there counts.
 _TEST_SPLITS = ("test", "validation", "val")
 _VALIDATION_SPLITS = ("validation", "val")
+# So many images show which range float32 pixels lie in.
+_IMAGES_LOOKED_AT = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +70,47 @@ def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> Labelled
     def part(split: str) -> TfdsPart:
         return TfdsPart(builder, split, image_key, label_key)
 
+    class_names = tuple(builder.info.features[label_key].names)
+    check_class_names(class_names, where=name)
+    highest_float = _highest_float(part(train), name)
+    notes: tuple[str, ...] = ()
+    if highest_float == 255.0:
+        notes = (f"The float32 images of {name} have pixels from 0 to 255: they are scaled to [0, 1].",)
     own_validation = None
     if validation is not None:
         counts = part(train).num_examples, part(validation).num_examples
         own_validation = np.repeat([False, True], counts)
         train = f"{train}+{validation}"
     return LabelledImages(
-        class_names=tuple(builder.info.features[label_key].names),
+        class_names=class_names,
         train=part(train),
         test=part(test),
         validation=own_validation,
         num_bytes=int(builder.info.dataset_size or 0),
         fingerprint=f"{builder.info.full_name} {train} {test} {_sizes(builder)}",
         trusted=is_row(name),
+        highest_float=highest_float,
+        notes=notes,
+    )
+
+
+def _highest_float(part: TfdsPart, name: str) -> float | None:
+    """1 or 255, the upper end of the range of float32 pixels as the first images show it; None for integers.
+
+    Raises:
+        UserError: the pixels of the first images lie in neither range.
+    """
+    if np.dtype(part.builder.info.features[part.image_key].np_dtype) != np.float32:
+        return None
+    examples = part._read({part.image_key}).take(_IMAGES_LOOKED_AT).as_numpy_iterator()
+    ends = np.array([(image.min(), image.max()) for image in (example[part.image_key] for example in examples)])
+    lowest, highest = ends[:, 0].min(), ends[:, 1].max()
+    for limit in (1.0, 255.0):
+        if 0.0 <= lowest and highest <= limit:  # neither holds for NaN
+            return limit
+    raise UserError(
+        f"float32 images must have pixels in [0, 1], or from 0 to 255. Received: pixels from {lowest:g} to {highest:g} "
+        f"in the first {len(ends)} images of {name}. Prepare the data set in one of these ranges."
     )
 
 

@@ -3,31 +3,100 @@
 All functions are TensorFlow graph functions. Serving uses `decode` and `evaluation_transform` too.
 """
 
+import dataclasses
+
 import tensorflow as tf
+
+from robust_tf.config import AlphaBackground, Exif
+from robust_tf.config_checks import check_choices
+from robust_tf.data.orientation import jpeg_orientation, turned
+from robust_tf.data.transparency import on_background, opaque_gif
 
 # libjpeg's exact inverse DCT, as Pillow takes it. TensorFlow's default differs from that by one grey level on average.
 _DCT = "INTEGER_ACCURATE"
 
 
-def decode(encoded: tf.Tensor) -> tf.Tensor:
+# The color of a background, the same in all channels.
+_BACKGROUNDS: dict[str, int] = {"white": 255, "black": 0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """What of an encoded picture counts besides its colors. The defaults are the reference's.
+
+    Attributes:
+        exif: "apply" turns a JPEG as its EXIF orientation says; "ignore" leaves it as it is stored.
+        alpha_background: what transparent pictures are put on; "none" drops the opacity, so that the colors count that
+            are stored under transparent pixels.
+    """
+
+    exif: Exif = "ignore"
+    alpha_background: AlphaBackground = "none"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    @property
+    def background(self) -> int | None:
+        """Value of the background in all channels; None without one."""
+        return _BACKGROUNDS.get(self.alpha_background)
+
+
+AS_STORED = Decoding()
+
+
+def decode(encoded: tf.Tensor, decoding: Decoding = AS_STORED) -> tf.Tensor:
     """JPEG, PNG, GIF (first frame), BMP or WebP (not animated) bytes, a scalar string -> (height, width, 3) uint8.
 
-    Grey is repeated to RGB, alpha dropped, CMYK converted, 16 bits reduced to 8; EXIF rotation is left alone.
+    Grey is repeated to RGB, CMYK converted, 16 bits reduced to 8; what becomes of transparency and of EXIF rotation is
+    for `decoding` to say. A BMP has no transparency: most programs ignore its fourth channel.
     """
     image = tf.cond(
         tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT),
-        lambda: _decode_other(encoded),
+        lambda: _decode_jpeg(encoded, decoding),
+        lambda: _decode_other(encoded, decoding.background),
     )
     return tf.ensure_shape(image, (None, None, 3))
 
 
-def _decode_other(encoded: tf.Tensor) -> tf.Tensor:
+def decode_floats(encoded: tf.Tensor, highest: float) -> tf.Tensor:
+    """A picture that TFDS has stored as float32 -> (height, width, 3) float32, 0 to 255 like the pixels of `decode`.
+
+    TFDS stores the four bytes of each number as the four channels of a PNG.
+
+    Args:
+        encoded: such a PNG, a scalar string.
+        highest: the pixels are meant to lie in [0, highest].
+    """
+    pixels = tf.bitcast(tf.io.decode_png(encoded, channels=4), tf.float32)
+    in_range = tf.reduce_all((pixels >= 0.0) & (pixels <= highest))  # nor is NaN
+    message = f"{FLOATS_OUT_OF_RANGE} [0, {highest:g}] like those of the first pictures."
+    with tf.control_dependencies([tf.debugging.Assert(in_range, [message])]):
+        return tf.repeat(pixels[..., None] * (255.0 / highest), 3, axis=-1)
+
+
+# By which the error of `decode_floats` is known.
+FLOATS_OUT_OF_RANGE = "The float32 pixels of all pictures must lie in"
+
+
+def _decode_jpeg(encoded: tf.Tensor, decoding: Decoding) -> tf.Tensor:
+    image = tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT)
+    return turned(image, jpeg_orientation(encoded)) if decoding.exif == "apply" else image
+
+
+def _decode_other(encoded: tf.Tensor, background: int | None) -> tf.Tensor:
     """The formats besides JPEG. Two of them need more than TensorFlow's decoder."""
     signature = tf.strings.substr(encoded, 0, 2)
+    cases = [
+        (signature == b"RI", lambda: _decode_webp(encoded, background)),
+        (signature == b"BM", lambda: _decode_bmp(encoded)),
+    ]
+    if background is None:
+        return tf.case(cases, default=lambda: _decode_to_rgb(encoded))
+    cases.append((signature == b"GI", lambda: _decode_to_rgb(opaque_gif(encoded, background))))
     return tf.case(
-        [(signature == b"RI", lambda: _decode_webp(encoded)), (signature == b"BM", lambda: _decode_bmp(encoded))],
-        default=lambda: _decode_to_rgb(encoded),
+        cases,
+        default=lambda: on_background(tf.io.decode_image(encoded, channels=4, expand_animations=False), background),
     )
 
 
@@ -35,15 +104,20 @@ def _decode_to_rgb(encoded: tf.Tensor) -> tf.Tensor:
     return tf.io.decode_image(encoded, channels=3, expand_animations=False)
 
 
-def _decode_webp(encoded: tf.Tensor) -> tf.Tensor:
+def _decode_webp(encoded: tf.Tensor, background: int | None) -> tf.Tensor:
     # Asked for 3 channels, the decoder refuses an image with alpha. Asked for all, it writes beyond its buffer for an
     # animated one (TensorFlow 2.21), so that must stay refused: bit 1 of the extended header's flags.
-    header = tf.io.decode_raw(tf.strings.substr(encoded, 12, 9), tf.uint8)
+    header = tf.io.decode_raw(tf.strings.substr(encoded, 0, 24), tf.uint8, fixed_length=24)[12:21]
     extended = tf.reduce_all(header[:4] == tf.constant(list(b"VP8X"), tf.uint8))
+
+    def still() -> tf.Tensor:
+        image = tf.io.decode_image(encoded, channels=0, expand_animations=False)
+        return image[..., :3] if background is None else on_background(image, background)
+
     return tf.cond(
         extended & (tf.bitwise.bitwise_and(header[8], 2) != 0),
         lambda: _decode_to_rgb(encoded),
-        lambda: tf.io.decode_image(encoded, channels=0, expand_animations=False)[..., :3],
+        still,
     )
 
 
@@ -53,6 +127,7 @@ def _decode_bmp(encoded: tf.Tensor) -> tf.Tensor:
     def with_palette() -> tf.Tensor:
         # TensorFlow takes the numbers of the colours for shades of grey, without a word.
         start = 14 + header[14] + 256 * header[15]  # behind both headers; the second one says how long it is
+        start = tf.minimum(start, tf.strings.length(encoded))
         palette = tf.reshape(tf.io.decode_raw(tf.strings.substr(encoded, start, 4 * 256), tf.uint8), (-1, 4))
         numbers = tf.io.decode_bmp(encoded)[..., 0]
         return tf.gather(palette, tf.cast(numbers, tf.int32))[..., 2::-1]  # blue, green, red, unused
@@ -73,15 +148,15 @@ class Picture:
         height, width: int32 scalars, in pixels.
     """
 
-    def __init__(self, encoded: tf.Tensor) -> None:
-        """Args: `encoded`: bytes as `decode` takes them."""
+    def __init__(self, encoded: tf.Tensor, background: int | None = None) -> None:
+        """Args: `encoded`: bytes as `decode` takes them; `background`: as in `Decoding`."""
         self._encoded = encoded
         self._is_jpeg = tf.io.is_jpeg(encoded)
         # The other formats are decoded here, once; for a JPEG there are no pixels yet.
         self._pixels, shape = tf.cond(
             self._is_jpeg,
             lambda: (tf.zeros([0, 0, 3], tf.uint8), tf.image.extract_jpeg_shape(encoded)),
-            lambda: _with_shape(_decode_other(encoded)),
+            lambda: _with_shape(_decode_other(encoded, background)),
         )
         self.height, self.width = shape[0], shape[1]
 
@@ -110,7 +185,7 @@ class DecodedPicture(Picture):
     """A picture whose pixels are there already."""
 
     def __init__(self, pixels: tf.Tensor) -> None:
-        """Args: `pixels`: (height, width, 3) uint8."""
+        """Args: `pixels`: (height, width, 3) uint8, or float32 in the same range."""
         self._pixels = pixels
         self.height, self.width = tf.shape(pixels)[0], tf.shape(pixels)[1]
 
@@ -125,7 +200,7 @@ def resize(image: tf.Tensor, height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
     """Antialiased bilinear, as Pillow does it and tf.image.resize by default does not: a point of ImageNet accuracy.
 
     Args:
-        image: (any, any, 3) uint8.
+        image: (any, any, 3) uint8, or float32 in the same range.
         height, width: of the result, in pixels.
 
     Returns:

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from robust_tf.data import TaskData, load_task
 from robust_tf.data.opening import data_folder
+from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.job_record import FILE_NAME, JobRecord, read_job_record
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
@@ -107,6 +108,7 @@ def load_subject(
         classes=kept or None,
         image_size=classifier.input_shape[1] or job.image_size,
         downscale=job.downscale,  # the classifier was made for such images, whatever the data
+        decoding=Decoding(exif=job.exif, alpha_background=job.alpha_background),
         split_seed=job.split_seed if same_data else 0,  # or some of the training images would be among the others
         skip_bad_images=same_data and job.skip_bad_images,
         batch_size=batch_size,
@@ -143,9 +145,9 @@ def draw_images(task: TaskData, *, count: int | None, seed: int) -> Images:
             f"--num_images is more than the test part has. Received: {count}; it has {task.num_test}. Use "
             "--num_images=0 for all."
         )
-    return chosen_images(
-        task.test_examples.in_order(), chosen_positions(task.num_test, count, seed), task.preprocessing.for_evaluation
-    )
+    chosen = chosen_positions(task.num_test, count, seed)
+    with task.broken_images_named():
+        return chosen_images(task.test_examples.in_order(), chosen, task.preprocessing.for_evaluation)
 
 
 def chosen_positions(total: int, count: int | None, seed: int) -> np.ndarray:

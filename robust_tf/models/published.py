@@ -19,8 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
-from robust_tf.errors import UserError, unknown_name
-from robust_tf.files import cache_folder, write_json
+from robust_tf.errors import UserError, unknown_name, warn_user
+from robust_tf.files import cache_folder, temporary_cache, write_json
 from robust_tf.models.architectures import ARCHITECTURES
 from robust_tf.models.classifier_file import save_classifier
 from robust_tf.models.conversion import classifier_from_checkpoint
@@ -172,11 +172,11 @@ def fetch_published(
             )
         return classifier_path
 
-    folder = cache_folder(cache_dir)
-    classifier_path = folder / f"{name}.keras"
+    classifier_path = cache_folder(cache_dir) / f"{name}.keras"
     if not classifier_path.exists():
-        with _exclusive(folder, name):
-            checkpoint_path = _checkpoint_in(folder, model, endpoint)
+        with _exclusive(cache_folder(cache_dir), name) as folder:
+            checkpoint_path = _checkpoint_in(folder, model, endpoint, there=cache_folder(cache_dir))
+            classifier_path = folder / classifier_path.name
             if not classifier_path.exists():  # no other process made it while this one waited
                 classifier = classifier_from_checkpoint(read_reference_checkpoint(checkpoint_path), model.architecture)
                 _record_path(classifier_path).unlink(missing_ok=True)
@@ -195,28 +195,36 @@ def fetch_checkpoint(
             f"The classifier {name} comes with robust_tf and has no PyTorch checkpoint. It is at "
             f"{PACKAGED / model.filename}."
         )
-    folder = cache_folder(cache_dir)
-    with _exclusive(folder, name):
-        return _checkpoint_in(folder, model, endpoint)
+    there = cache_folder(cache_dir)
+    if (there / model.filename).exists():
+        _check_or_record(there / model.filename)
+        return there / model.filename
+    with _exclusive(there, name) as folder:
+        return _checkpoint_in(folder, model, endpoint, there=there)
 
 
 @contextlib.contextmanager
-def _exclusive(folder: pathlib.Path, name: str) -> Iterator[None]:
-    """Lets one process at a time work on a model's files in the cache folder; the others wait."""
+def _exclusive(folder: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
+    """Lets one process at a time work on a model's files in the cache folder; the others wait.
+
+    Yields the folder to write to: a temporary one, with a warning, where the cache folder cannot be written.
+    """
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(WeakFileLock(folder / f".{name}.lock"))
         except OSError as error:
-            raise UserError(
-                f"Cannot write into the cache folder {folder}: {error.strerror}. Choose another one."
-            ) from error
-        yield
+            folder = temporary_cache(error, folder)
+        yield folder
 
 
-def _checkpoint_in(folder: pathlib.Path, model: PublishedModel, endpoint: str | None) -> pathlib.Path:
-    path = folder / model.filename
+def _checkpoint_in(
+    folder: pathlib.Path, model: PublishedModel, endpoint: str | None, *, there: pathlib.Path
+) -> pathlib.Path:
+    """The checkpoint in the cache folder `there`, which may be read-only, or downloaded into `folder`."""
+    path = there / model.filename
     if not path.exists():
+        path = folder / model.filename
         _download(path, model, endpoint)
     _check_or_record(path)
     return path
@@ -290,7 +298,10 @@ def _check_or_record(path: pathlib.Path) -> None:
     found = {"size": path.stat().st_size, "sha256": _sha256(path)}
     record = _record_path(path)
     if not record.exists():
-        write_json(record, found)
+        try:
+            write_json(record, found)
+        except UserError as error:
+            warn_user(f"{error} A later change of {path.name} will not be noticed.")
         return
     try:
         expected = json.loads(record.read_text(encoding="utf-8"))

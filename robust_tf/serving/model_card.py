@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError
 from robust_tf.job_record import job_record
 from robust_tf.serving.probe import AttackProbe
@@ -26,6 +27,11 @@ _CARD_KEYS = (
 def card_from_results(results: Mapping[str, Any], *, licence: str = "") -> dict[str, Any]:
     """Data, metric and accuracies for the model card, and the licence ("not stated" when empty)."""
     return {key: results[key] for key in _CARD_KEYS if key in results} | {"license": licence or "not stated"}
+
+
+def decoding_from_results(results: Mapping[str, Any]) -> Decoding:
+    """How encoded images were read in training; jobs of before these flags read them as they are stored."""
+    return Decoding(**{key: results[key] for key in ("exif", "alpha_background") if key in results})
 
 
 def probe_from_results(results: Mapping[str, Any], *, norm: str = "", steps: int = 20) -> AttackProbe:

@@ -1,6 +1,7 @@
 """From a classifier to a checked version in a folder that TF Serving watches, all of it or nothing."""
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import os
@@ -17,6 +18,7 @@ import keras
 import tensorflow as tf
 
 import robust_tf
+from robust_tf.data.transforms import AS_STORED, Decoding
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
 from robust_tf.models import plain_classifier
@@ -40,6 +42,7 @@ def export_classifier(
     labels: Sequence[str] | None = None,
     version: int | None = None,
     resize_size: int | None = None,
+    decoding: Decoding = AS_STORED,
     attack_probe: AttackProbe | None = None,
     original: keras.Model | None = None,
     world_readable: bool = True,
@@ -61,6 +64,7 @@ def export_classifier(
         version: at least 1; None takes the next free one.
         resize_size: what encoded images' shorter side is resized to before the centre crop; None takes the size of
             the classifier's images.
+        decoding: what becomes of EXIF rotation and transparency of encoded images, as in training.
         attack_probe: serve this attack as the signature `attack_probe`.
         original: the model that `classifier` was made from. What is served must have its probabilities, too.
         world_readable: give the version, and the folders made for it, the modes 0755 and 0644, whatever the umask
@@ -87,7 +91,9 @@ def export_classifier(
         _check_version(base, version)
 
     served = fold_batch_norm(classifier)
-    signatures = build_signatures(served, labels=labels, resize_size=resize_size, attack_probe=attack_probe)
+    signatures = build_signatures(
+        served, labels=labels, resize_size=resize_size, decoding=decoding, attack_probe=attack_probe
+    )
     requests = sample_requests(image_size, attack_probe)
     with _staging_folder(base, world_readable) as staging:
         module = tf.Module()
@@ -108,6 +114,7 @@ def export_classifier(
                 "image_size": image_size,
                 "resize_size": resize_size,
                 "pixel_range": [0.0, 1.0],
+                **dataclasses.asdict(decoding),
                 "attack_probe": None if attack_probe is None else vars(attack_probe),
                 "exported": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "export_versions": {
@@ -119,7 +126,15 @@ def export_classifier(
             },
         )
         write_warmup(staging, warmup_logs(model_name, requests))
-        verify_export(staging, classifier, requests, labels=labels, resize_size=resize_size, original=original)
+        verify_export(
+            staging,
+            classifier,
+            requests,
+            labels=labels,
+            resize_size=resize_size,
+            decoding=decoding,
+            original=original,
+        )
         if world_readable:
             _make_readable(staging)
         _sync(staging)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import keras
 import tensorflow as tf
 
-from robust_tf.data.transforms import decode, evaluation_transform
+from robust_tf.data.transforms import AS_STORED, Decoding, decode, evaluation_transform
 from robust_tf.models import features_of
 from robust_tf.serving.probe import AttackProbe, run_probe
 
@@ -24,21 +24,23 @@ _MAX_SIDE_RATIO = 20
 _PIXEL_TOLERANCE = 0.05
 
 
-def decode_images(image_bytes: tf.Tensor, *, image_size: int, resize_size: int) -> tf.Tensor:
+def decode_images(
+    image_bytes: tf.Tensor, *, image_size: int, resize_size: int, decoding: Decoding = AS_STORED
+) -> tf.Tensor:
     """Encoded images to what the classifier was evaluated on.
 
     Args:
-        image_bytes: (batch,) string; JPEG, PNG, GIF (first frame), BMP or WebP of any size; grey becomes RGB and an
-            alpha channel is dropped.
+        image_bytes: (batch,) string; JPEG, PNG, GIF (first frame), BMP or WebP of any size; grey becomes RGB.
         image_size: side of the images that come out.
         resize_size: what the shorter side is resized to before the centre crop.
+        decoding: what becomes of EXIF rotation and of transparency, as in training.
 
     Returns:
         (batch, image_size, image_size, 3) float32 in [0, 1].
     """
 
     def prepare(encoded: tf.Tensor) -> tf.Tensor:
-        image = decode(encoded)
+        image = decode(encoded, decoding)
         size = tf.shape(image, out_type=tf.int64)[:2]
         checks = [
             tf.debugging.assert_less_equal(
@@ -62,6 +64,7 @@ def build_signatures(
     *,
     labels: Sequence[str],
     resize_size: int,
+    decoding: Decoding = AS_STORED,
     attack_probe: AttackProbe | None = None,
 ) -> dict[str, Callable[..., dict[str, tf.Tensor]]]:
     """The serving functions of a classifier, by signature name, ready for `tf.saved_model.save`.
@@ -74,8 +77,10 @@ def build_signatures(
         predict_uint8    images (batch, H, W, 3) uint8           -> the same
         features         images (batch, H, W, 3) float32, [0, 1] -> features (batch, feature_dim), see `features_of`
         classify         inputs (batch,) serialised tf.Example with `image/encoded` -> classes, scores
+        preview          image_bytes (batch,) string           -> preview_image_bytes (batch,) string, PNG
         attack_probe     image_bytes, label, epsilon (batch,) each -> see below; only with `attack_probe`
 
+    `preview` shows what the classifier sees of an encoded image: decoded, resized and cropped, at its own size.
     `probabilities` and `logits` are (batch, classes) in the order of the labels. `top_k` holds the k most probable
     classes as int64 indices, best first, and `classes` their names. `attack_probe` takes the class index in `label`
     (-1: whatever the classifier predicts) and answers `robust` (1 or 0), `margin` (label's logit minus the best
@@ -86,6 +91,7 @@ def build_signatures(
         classifier: images (batch, H, W, 3) float32 in [0, 1] -> logits, as of `plain_classifier`.
         labels: class names in the order of the logits.
         resize_size: of the evaluation transform.
+        decoding: of encoded images, as in training.
         attack_probe: the attack to serve beside the predictions.
     """
     _, height, width, channels = classifier.input_shape
@@ -97,7 +103,7 @@ def build_signatures(
     top_k = min(TOP_K, len(labels))
 
     def images_of(image_bytes: tf.Tensor) -> tf.Tensor:
-        return decode_images(image_bytes, image_size=height, resize_size=resize_size)
+        return decode_images(image_bytes, image_size=height, resize_size=resize_size, decoding=decoding)
 
     def logits_of(images: tf.Tensor) -> tf.Tensor:
         return tf.cast(classifier(images, training=False), tf.float32)
@@ -139,12 +145,17 @@ def build_signatures(
         # TF Serving's Classify accepts exactly these two names.
         return {"classes": tf.gather(names, best.indices), "scores": best.values}
 
+    @tf.function(input_signature=[encoded])
+    def preview(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"preview_image_bytes": _encode_png(images_of(tf.ensure_shape(image_bytes, [None])))}
+
     signatures = {
         "serving_default": serving_default,
         "predict_pixels": predict_pixels,
         "predict_uint8": predict_uint8,
         "features": features,
         "classify": classify,
+        "preview": preview,
     }
     if attack_probe is None:
         return signatures

@@ -8,7 +8,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
-from robust_tf.attacks.warning_flags import looks_like_probabilities
+from robust_tf.attacks.outputs import looks_like_probabilities
+from robust_tf.data.transforms import AS_STORED, Decoding
 from robust_tf.errors import UserError
 from robust_tf.models import features_of, outputs_of
 from robust_tf.serving import inference, warmup
@@ -33,6 +34,7 @@ def sample_requests(image_size: int, attack_probe: AttackProbe | None) -> dict[s
         "predict_pixels": {"images": pixels},
         "predict_uint8": {"images": images},
         "features": {"images": pixels},
+        "preview": {"image_bytes": image_bytes},
     }
     if attack_probe is not None:
         requests["attack_probe"] = {
@@ -67,6 +69,7 @@ def verify_export(
     *,
     labels: Sequence[str],
     resize_size: int,
+    decoding: Decoding = AS_STORED,
     original: keras.Model,
 ) -> None:
     """Runs every signature and the warm-up as TensorFlow Serving would, and compares with `classifier.predict`.
@@ -79,7 +82,7 @@ def verify_export(
     try:
         model = LoadedModel(version_dir)
         try:
-            _compare(model, classifier, requests, labels=labels, resize_size=resize_size)
+            _compare(model, classifier, requests, labels=labels, resize_size=resize_size, decoding=decoding)
             _compare_probabilities(model, classifier, original, requests["predict_pixels"])
             warmup.replay_warmup(model)
         finally:
@@ -98,11 +101,15 @@ def _compare(
     *,
     labels: Sequence[str],
     resize_size: int,
+    decoding: Decoding,
 ) -> None:
     pixels = requests["predict_pixels"]["images"]
     image_bytes = requests["serving_default"]["image_bytes"]
     decoded = decode_images(
-        tf.constant(image_bytes), image_size=classifier.input_shape[1], resize_size=resize_size
+        tf.constant(image_bytes),
+        image_size=classifier.input_shape[1],
+        resize_size=resize_size,
+        decoding=decoding,
     ).numpy()
     from_pixels, from_bytes = np.split(_predict(classifier, np.concatenate([pixels, decoded])), 2)
     if not (np.isfinite(from_pixels).all() and np.isfinite(from_bytes).all()):
@@ -126,6 +133,9 @@ def _compare(
     scores = np.asarray(inference.classify(model, _examples(image_bytes), signature_name="classify").scores)
     best = np.sort(_softmax(from_bytes))[:, ::-1][:, : scores.shape[1]]
     _expect_close("classify/scores", scores, best, tolerance)
+    pictures = model.run("preview", requests["preview"])["preview_image_bytes"]
+    shown = np.stack([tf.io.decode_png(picture).numpy() for picture in pictures]).astype(np.float32) / 255.0
+    _expect_close("preview", shown, decoded, 1.0 / 255.0)  # rounded to 8 bits
     if "attack_probe" in requests:  # the first sample's epsilon is 0: nothing is attacked
         probed = model.run("attack_probe", requests["attack_probe"])["adversarial_probabilities"]
         _expect_close("attack_probe at epsilon 0", probed[:1], _softmax(from_bytes[:1]), tolerance)

@@ -12,6 +12,7 @@ from robust_tf.config import JobConfig
 from robust_tf.data import TaskData, dataset_info, load_task
 from robust_tf.data.opening import data_folder
 from robust_tf.data.selection import held_out
+from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import build_classifier
 from robust_tf.training.metrics import CrossEntropy, balanced_class_weights
@@ -99,6 +100,7 @@ def task_of(
         rand_augment=config.rand_augment,
         mixing=config.mixing,
         downscale=config.downscale,
+        decoding=Decoding(exif=config.exif, alpha_background=config.alpha_background),
         validation_fraction=config.validation_fraction,
         examples_per_class=config.examples_per_class,
         subset=config.subset,

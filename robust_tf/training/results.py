@@ -43,6 +43,8 @@ def job_results(
         "image_size": task.image_size,
         "resize_size": task.resize_size,
         "downscale": config.downscale,
+        "exif": config.exif,
+        "alpha_background": config.alpha_background,
         "split_seed": config.split_seed,
         "skip_bad_images": config.skip_bad_images,
         "source": config.source if transfer else None,

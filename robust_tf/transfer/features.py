@@ -25,7 +25,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
-from robust_tf.files import write_json
+from robust_tf.files import is_not_writable, temporary_cache, write_json
 from robust_tf.models import features_of
 
 Batches = Iterable[tuple[Any, Any]]
@@ -86,8 +86,10 @@ def stored_features(
         track: passes batches on and shows the progress; called with them, a name and `num_images`.
 
     Raises:
-        UserError: the store there holds other features or is damaged, `max_bytes` or the disk is too small, or the
-            folder can't be written. What has been computed is kept.
+        UserError: the store there holds other features or is damaged, or `max_bytes` or the disk is too small. What
+            has been computed is kept.
+
+    A folder that can't be written is read where it holds all features; otherwise a temporary one takes its place.
     """
     backbone = features_of(classifier, name="backbone")
     key = store_key(backbone, task, views)
@@ -100,18 +102,36 @@ def stored_features(
     def compute(images: tf.Tensor) -> tf.Tensor:
         return tf.cast(backbone(images, training=False), tf.float32)
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(_lock_of(store)):
+    def fill(store: pathlib.Path) -> int:
+        """Completes a store, and returns the number of rows that were computed."""
+        with contextlib.ExitStack() as stack:
+            try:
+                store.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(WeakFileLock(_lock_of(store)))
+            except OSError as error:
+                if not (is_not_writable(error) and os.path.exists(store / _COMPLETE)):
+                    raise
+            else:
+                # For an interrupted store too: others may have taken the room that it still needs.
+                _make_room(store, row_bytes * sum(file.rows for file in files), max_bytes)
             if (store / _KEY).exists():
                 _check_key(store, key)
-            # For an interrupted store too: others may have taken the room that it still needs.
-            _make_room(folder, store, row_bytes * sum(file.rows for file in files), max_bytes)
-            if not (store / _KEY).exists():
+            else:
                 write_json(store / _KEY, key)
-            os.utime(store / _KEY)  # of the last use: the oldest go first
+            with contextlib.suppress(OSError):  # it may be another user's, or on a read-only disk
+                os.utime(store / _KEY)  # of the last use: the oldest go first
             computed = sum(_complete_file(store, file, row_bytes, compute, track) for file in files)
             _check_or_seal(store, files, row_bytes)
+            return computed
+
+    try:
+        try:
+            computed = fill(store)
+        except OSError as error:
+            if not is_not_writable(error):
+                raise
+            store = temporary_cache(error, folder) / store.name
+            computed = fill(store)
     except OSError as error:
         raise UserError(
             f"Cannot write features into {store}: {error.strerror or error}. What has been computed is kept: free "
@@ -137,6 +157,9 @@ def store_key(backbone: keras.Model, task: TaskData, views: int) -> dict[str, An
     for weight in backbone.get_weights():
         weights.update(f"{weight.shape} {weight.dtype}".encode() + weight.tobytes())
     preprocessing: dict[str, Any] = dataclasses.asdict(task.preprocessing)
+    for name in ("decoding", "highest_float"):
+        if getattr(task.preprocessing, name) == getattr(type(task.preprocessing), name):
+            del preprocessing[name]  # not in the keys of stores that are older than these settings
     if views == 1:  # nothing is augmented
         preprocessing |= {"augmentation": None, "rand_augment": None}
     return {
@@ -213,8 +236,9 @@ def _check_or_seal(store: pathlib.Path, files: list[_File], row_bytes: int) -> N
         write_json(complete, state)
 
 
-def _make_room(folder: pathlib.Path, store: pathlib.Path, needed: int, max_bytes: float) -> None:
+def _make_room(store: pathlib.Path, needed: int, max_bytes: float) -> None:
     """Deletes the other stores that were not used for longest until `store` may grow to `needed` bytes."""
+    folder = store.parent
     if needed > max_bytes:
         raise UserError(
             f"These features take {needed / 1e9:.3g} GB, and --features_cache_size_gb allows {max_bytes / 1e9:.3g}. "
@@ -226,9 +250,11 @@ def _make_room(folder: pathlib.Path, store: pathlib.Path, needed: int, max_bytes
     for oldest in others:
         if total + needed <= max_bytes:
             break
-        with contextlib.suppress(TimeoutError), WeakFileLock(_lock_of(oldest), timeout=0.1):  # none that is written to
-            total -= _num_bytes(oldest)
+        # None that is written to, or that belongs to another user.
+        with contextlib.suppress(TimeoutError, PermissionError), WeakFileLock(_lock_of(oldest), timeout=0.1):
+            num_bytes = _num_bytes(oldest)
             shutil.rmtree(oldest)
+            total -= num_bytes
     if total + needed > max_bytes:
         raise UserError(
             f"These features take {needed / 1e9:.3g} GB, other jobs are writing {total / 1e9:.3g} GB just now, and "

@@ -7,12 +7,17 @@ import numpy as np
 from PIL import Image
 
 
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    """The bytes of a file that Pillow writes."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def jpeg(number: int, *, grey: bool = False) -> bytes:
     """A JPEG of 12x16 pixels, another one for each number below 1,000."""
     pixels = np.random.default_rng(number).integers(0, 256, (12, 16) if grey else (12, 16, 3)).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels), "JPEG")
 
 
 def write(path: pathlib.Path, content: bytes | str) -> None:

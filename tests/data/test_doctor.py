@@ -1,15 +1,18 @@
 """`python -m robust_tf.data`: what it finds, and its exit codes."""
 
+import os
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from robust_tf.data import DATASETS
 from robust_tf.data.__main__ import main
 from robust_tf.data.datasets import DatasetInfo
 from robust_tf.data.doctor import diagnose
 from robust_tf.errors import UserError
-from tests.data.images import jpeg, write, write_folder
+from tests.data.images import encoded, jpeg, write, write_folder
 
 WHOLE = {"train/cat": 8, "train/dog": 6, "test/cat": 3, "test/dog": 2}
 
@@ -69,6 +72,7 @@ def test_faults_of_a_folder_are_named(tmp_path):
     write(root / "test/dog/copy.jpg", jpeg(0))  # train/cat/000.jpg
     diagnosis = diagnose(f"folder:{root}")
     missing, broken, twice = diagnosis.advice
+    assert "Convert, repair or remove them, or train with --skip_bad_images." in broken
     assert diagnosis.state == "faulty"
     assert "none of emu" in missing
     assert f"1 images cannot be decoded: {root}/train/cat/003.jpg" in broken
@@ -79,11 +83,82 @@ def test_faults_of_a_folder_are_named(tmp_path):
     assert len(diagnose(f"folder:{root}", thorough=False).advice) == 1
 
 
+def test_a_name_that_is_no_text_can_be_printed(tmp_path, capsys):
+    root = write_folder(tmp_path / os.fsdecode(b"x\xff\n"), {"cat": 1})
+    assert main(["data", "--check", f"folder:{root}"]) == 1
+    assert capsys.readouterr().out.startswith(f"folder:{tmp_path}/x\\udcff\\n: faulty\n  - A data set needs two")
+
+
 def test_many_faults_are_counted(tmp_path):
     root = write_folder(tmp_path, WHOLE)
     for index in range(5):
         write(root / f"train/cat/{index:03d}.jpg", b"no image")
     assert "and 2 more" in diagnose(f"folder:{root}").advice[0]
+
+
+def test_one_image_a_class_is_told(tmp_path):
+    diagnosis = diagnose(f"folder:{write_folder(tmp_path, {'a': 1, 'b': 1})}")
+    assert diagnosis.state == "faulty"
+    (advice,) = diagnosis.advice
+    assert "training part" in advice and advice.endswith("Received: none of a, b. Add some.")
+
+
+def test_everything_that_is_left_out_is_told(tmp_path):
+    root = write_folder(tmp_path, WHOLE)
+    write(root / "train/cat/.DS_Store", "x")
+    write(root / "train/cat/drawing.svg", "<svg/>")
+    write(root / "train/dog/photo.heic", "x")
+    diagnosis = diagnose(f"folder:{root}")
+    assert f"Left out: 1 hidden and system files: {root}/train/cat/.DS_Store." in diagnosis.facts
+    assert diagnosis.advice == (
+        f"2 images cannot be read: {root}/train/cat/drawing.svg (another kind of image), {root}/train/dog/photo.heic "
+        "(another kind of image). Convert, repair or remove them, or train with --skip_bad_images.",
+    )
+
+
+def test_what_flags_can_change_is_counted(tmp_path):
+    root = write_folder(tmp_path, WHOLE)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGBA", (9, 9), (9, 9, 9, 128))
+    write(root / "train/cat/rotated", encoded(picture.convert("RGB"), "JPEG", exif=exif))
+    write(root / "train/cat/clear.png", encoded(picture, "PNG"))
+    write(root / "test/dog/clear.gif", encoded(picture.convert("RGB").quantize(2), "GIF", transparency=0))
+    write(root / "test/dog/opaque.png", encoded(picture.convert("L"), "PNG"))
+    write(root / "train/dog/001.png", encoded(picture.convert("RGB"), "PNG"))
+    diagnosis = diagnose(f"folder:{root}")
+    assert diagnosis.state == "ready"
+    rotated, transparent, namesakes = diagnosis.facts[2:]
+    assert rotated.startswith("1 images are stored rotated") and "train/cat/rotated. --exif=apply" in rotated
+    assert transparent.startswith("2 images have transparency: ") and "--alpha_background" in transparent
+    assert f"{root}/train/dog/001.jpg = {root}/train/dog/001.png" in namesakes or "001.png = " in namesakes
+
+
+def test_no_file_ends_in_a_traceback(tmp_path):
+    root = write_folder(tmp_path, WHOLE)
+    rng = np.random.default_rng(0)
+    rgba = Image.fromarray(rng.integers(0, 256, (30, 40, 4)).astype(np.uint8))
+    whole = {
+        "one.png": encoded(Image.new("L", (1, 1)), "PNG"),
+        "cmyk.jpg": encoded(rgba.convert("CMYK"), "JPEG"),
+        "16.png": encoded(Image.fromarray(rng.integers(0, 65536, (9, 9)).astype(np.uint16)), "PNG"),
+        "moving.gif": encoded(rgba.convert("P"), "GIF", save_all=True, append_images=[rgba.convert("P").rotate(180)]),
+        "la.png": encoded(rgba.convert("LA"), "PNG"),
+        "palette.png": encoded(rgba.convert("RGB").quantize(8), "PNG", transparency=2),
+        "bits.bmp": encoded(rgba.convert("1"), "BMP"),
+        "palette.bmp": encoded(rgba.convert("RGB").quantize(8), "BMP"),
+        "clear.webp": encoded(rgba, "WEBP"),
+    }
+    for name, data in whole.items():
+        write(root / "train/cat" / name, data)
+        for length in (1, 2, 5, 13, 30, 60, len(data) // 2, len(data) - 3):
+            write(root / "train/dog" / f"{length} bytes of {name}", data[:length])
+    write(root / "test/dog/text.jpg", "no image")
+    write(root / "test/dog/riff.webp", b"RIFF\xca")
+    write(root / "test/dog/random.png", rng.bytes(500))
+    diagnosis = diagnose(f"folder:{root}")
+    assert "cannot be decoded" in diagnosis.advice[0]
+    assert diagnose(f"folder:{root}/train/cat/one.png").state == diagnose("folder:/nowhere").state == "faulty"
 
 
 def test_program(data_dir, tmp_path, capsys):
@@ -94,7 +169,13 @@ def test_program(data_dir, tmp_path, capsys):
     assert "pets: not prepared" in capsys.readouterr().out
     assert main(["data", "--check", f"--data_dir={data_dir}"]) == 0
     out = capsys.readouterr().out
-    assert [name for name in DATASETS if f"{name}: " in out] == list(DATASETS)
+    header, *rows = out.partition("\n\n")[0].splitlines()
+    assert header.split() == ["name", "state", "size"]
+    table = {row.split()[0]: " ".join(row.split()[1:]) for row in rows}
+    assert list(table) == list(DATASETS)
+    assert table["digits"].startswith("ready 0.") and table["digits"].endswith(" MiB")
+    assert table["pets"] == "not prepared download: 774 MiB"
+    assert "--check NAME" in out
     assert main(["data", "--prepare=digits", f"--data_dir={tmp_path / 'new'}"]) == 0
     assert (tmp_path / "new" / "digits" / "1.0.0").is_dir()
 
@@ -107,6 +188,7 @@ def test_program(data_dir, tmp_path, capsys):
         (["--check", "digit"], "Received: 'digit'. Did you mean 'digits'"),
         (["--prepare=digits", "pets"], "Received: digits pets"),
         (["--chek"], "chek"),
+        (["--check", "folder:"], "Received: 'folder:'"),
     ],
 )
 def test_wrong_command_lines(arguments, message, tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -80,15 +81,25 @@ def test_a_change_of_the_files_makes_another_cache(load, folder, tmp_path):
     assert len(list((tmp_path / "cache" / "records").iterdir())) == 2
 
 
-def test_a_disk_that_is_full_leaves_nothing(load, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_is_a_warning_and_leaves_nothing(load, tmp_path, monkeypatch, capsys):
     class FullWriter(tf.io.TFRecordWriter):
         def write(self, record):
             raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
 
     monkeypatch.setattr(examples_module.tf.io, "TFRecordWriter", FullWriter)
-    with pytest.raises(UserError, match="No space left on device; nothing was left behind"):
-        load(cache="disk")
+    task = load(cache="disk")
+    assert re.search("warning: .*No space left on device; nothing was left behind", capsys.readouterr().err)
+    assert len(epoch(task)[0]) == task.num_train
     assert not list((tmp_path / "cache" / "records").iterdir())
+
+
+@pytest.mark.parametrize("options", [{"cache": "disk"}, {"skip_bad_images": True}], ids=str)
+def test_a_cache_folder_that_cannot_be_is_a_warning(load, tmp_path, options, capsys):
+    (tmp_path / "file").write_text("")
+    task = load(cache_dir=tmp_path / "file" / "cache", **options)
+    (warning,) = capsys.readouterr().err.splitlines()[:1]
+    assert warning.startswith(f"warning: Cannot write {tmp_path}/file/cache/")
+    assert len(epoch(task)[0]) == task.num_train == 2 * PER_CLASS - 4
 
 
 def test_bytes_of_any_kind_survive_the_cache_on_disk():

@@ -5,12 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from robust_tf.data import load_task
+from robust_tf.data import decode, load_task
 from robust_tf.data.opening import open_dataset
 from robust_tf.errors import UserError
-from tests.data.images import jpeg, write, write_folder
+from tests.data.images import encoded, jpeg, write, write_folder
 
+SVG = '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>'
 WHOLE = {"train/cat": 8, "train/dog": 6, "test/cat": 3, "test/dog": 2}
 
 
@@ -82,12 +84,115 @@ def test_the_fingerprint_changes_with_the_content(tmp_path):
     assert open_dataset(f"folder:{root}").fingerprint != before
 
 
+def left_out(images) -> dict[str, list[str]]:
+    """What was left out: the last parts of the paths."""
+    return {group.what: ["/".join(path.split("/")[-2:]) for path in group.paths] for group in images.left_out}
+
+
 def test_hidden_and_other_files_do_not_count(tmp_path):
-    root = write_folder(tmp_path, WHOLE)
-    for name in ("train/cat/.DS_Store", "train/cat/Thumbs.db", "train/.cache/x.jpg", "train/notes.txt", "readme.md"):
-        write(root / name, "")
+    root = write_folder(tmp_path / "photos", WHOLE)
+    for name in ("cat/.DS_Store", "cat/Thumbs.db", "cat/._x.jpg", ".cache/x.jpg", "cat/notes.txt"):
+        write(root / "train" / name, "x")
+    write(root / "readme.md", "BMW and others")
+    write(root / "train" / "cover.jpg", jpeg(51))
+    write(root / "logo.svg", SVG)
+    write(root / "other" / "deep" / "x.jpg", jpeg(52))
+    os.mkfifo(root / "train" / "cat" / "pipe")
+    (root / "train" / "dog" / "gone.jpg").symlink_to("nowhere.jpg")
+    (root / "train" / "dog" / "loop").symlink_to("loop")
+    (root / "train" / "dog" / "up").symlink_to("..")
     write(root / "train" / "cat" / "CAPITALS.JPEG", jpeg(50))
-    assert open_dataset(f"folder:{root}").train.num_examples == 15
+    images = open_dataset(f"folder:{root}")
+    assert images.train.num_examples == 15
+    assert load(root).notes == tuple(map(str, images.left_out))
+    assert left_out(images) == {
+        "files that are no images": ["photos/readme.md", "cat/notes.txt", "cat/pipe"],
+        "images outside of every class folder": ["photos/logo.svg", "train/cover.jpg"],
+        "folders beside those of the parts": ["photos/other"],
+        "hidden and system files": ["train/.cache", "cat/.DS_Store", "cat/._x.jpg", "cat/Thumbs.db"],
+        "links that lead nowhere": ["dog/gone.jpg", "dog/loop"],
+        "links to a folder that they lie in": ["dog/up"],
+    }
+    assert any(note.startswith("Left out: 3 files that are no images: ") for note in map(str, images.left_out))
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3)).astype(np.uint8))
+
+
+def test_images_are_known_by_their_content_and_found_in_subfolders(tmp_path):
+    root = write_folder(tmp_path, WHOLE)
+    names = ["a.jfif", "b.jpe", "noext", "deep/er/x.jpg", "of another.kind", "a.b", "é 猫 #1.PNG"]
+    for name in names:
+        write(root / "train" / "cat" / name, jpeg(60 + len(name)))
+    kinds = {"PNG": "p", "GIF": "g", "BMP": "b", "WEBP": "w"}
+    for kind, name in kinds.items():
+        write(root / "train" / "dog" / name, encoded(PICTURE, kind))
+    (root / "train" / "elk").symlink_to(root / "train" / "dog")
+    (root / "test" / "elk").symlink_to(root / "test" / "dog")
+    images = open_dataset(f"folder:{root}")
+    assert np.bincount(images.train.labels()).tolist() == [8 + len(names), 6 + len(kinds), 6 + len(kinds)]
+    assert images.left_out == () and images.bad_images == ()
+    for _, data, _ in images.train.records():
+        assert decode(data).shape == (12, 16, 3)
+
+
+def test_two_files_of_one_stem_are_two_images(tmp_path):
+    root = write_folder(tmp_path, WHOLE)
+    write(root / "train/cat/001.PNG", encoded(PICTURE, "PNG"))
+    write(root / "train/cat/deep/001.jpg", jpeg(61))
+    images = open_dataset(f"folder:{root}")
+    assert [name for name in names(images.train) if "001." in name][:3] == [
+        "train/cat/001.PNG",
+        "train/cat/001.jpg",
+        "cat/deep/001.jpg",
+    ]
+
+
+@pytest.mark.parametrize("parts", [("Train", "Test"), ("TRAINING", "Testing"), ("training", "VAL")])
+def test_parts_may_be_written_with_capitals(tmp_path, parts):
+    counts = {f"{part}/{name}": count for part, count in zip(parts, (4, 2), strict=True) for name in ("a", "b")}
+    images = open_dataset(f"folder:{write_folder(tmp_path, counts)}")
+    assert (images.class_names, images.train.num_examples, images.test.num_examples) == (("a", "b"), 8, 4)
+
+
+@pytest.mark.parametrize("classes", [("bus", "train"), ("valid", "invalid"), ("test", "train", "exam")])
+def test_classes_may_be_called_as_parts(tmp_path, classes):
+    images = open_dataset(f"folder:{write_folder(tmp_path, {name: 5 for name in classes})}")
+    assert images.class_names == tuple(sorted(classes))
+
+
+def test_bad_images_are_left_out_on_demand_and_named(tmp_path):
+    root = write_folder(tmp_path, WHOLE)
+    write(root / "train/cat/drawing.svg", SVG)
+    write(root / "train/cat/scan", b"II*\0" + bytes(20))
+    write(root / "test/dog/empty.png", b"")
+    write(root / "train/dog/broken.jpg", b"no image")
+    task = load(root, skip_bad_images=True, cache_dir=tmp_path / "cache")
+    assert (task.num_train + task.num_validation, task.num_test) == (14, 5)
+    assert [name.removeprefix(f"{root}/") for name in task.skipped] == [
+        "train/cat/drawing.svg (another kind of image)",
+        "train/cat/scan (another kind of image)",
+        "test/dog/empty.png (empty, 0 bytes)",
+        "train/dog/broken.jpg",
+    ]
+
+
+def test_a_class_of_bad_images_alone_does_not_vanish(tmp_path):
+    root = write_folder(tmp_path, {"a": 4, "b": 4})
+    write(root / "c" / "drawing.svg", SVG)
+    with pytest.raises(UserError, match="Every class needs images .*none in .*/c, and 1 images .*cannot be read"):
+        load(root, skip_bad_images=True, cache_dir=tmp_path / "cache")
+
+
+def test_names_that_are_no_text_are_read_and_shown_escaped(tmp_path):
+    root = write_folder(tmp_path, {"a": 9, "b": 9})
+    for name in (b"\xff\xfe.jpg", b"line\nbreak.jpg"):
+        write(root / "a" / os.fsdecode(name), jpeg(70 + len(name)))
+    images = open_dataset(f"folder:{root}")
+    shown = [*names(images.train), *names(images.test)]
+    assert any(name.endswith(r"a/\udcff\udcfe.jpg") for name in shown)
+    assert any(name.endswith(r"a/line\nbreak.jpg") for name in shown)
+    assert sum(len(labels) for _, labels in load(root).test.as_numpy_iterator()) == 4
 
 
 def test_leaving_out_the_class_that_the_message_names_works(tmp_path):
@@ -101,11 +206,6 @@ def empty(path):
     path.write_bytes(b"")
 
 
-def dangling(path):
-    path.unlink()
-    path.symlink_to("nowhere.jpg")
-
-
 @pytest.mark.parametrize(
     ("counts", "spoil", "message"),
     [
@@ -116,10 +216,22 @@ def dangling(path):
         ({"train/cat": 3, "train/dog": 3, "test/cat": 1}, None, r"test part of .*Received: none of dog"),
         ({"train/cat": 3, "test/cat": 3, "test/dog": 1}, None, r"training part of .*Received: none of dog"),
         ({"cat": 1, "dog": 3}, None, r"training part of .*Received: none of cat"),
-        (WHOLE, lambda root: empty(root / "train/cat/001.jpg"), r"train/cat/001.jpg is empty"),
-        (WHOLE, lambda root: dangling(root / "test/dog/001.jpg"), r"Cannot read the image .*test/dog/001.jpg: No such"),
-        (WHOLE, lambda root: write(root / "train/cat/001.PNG", "x"), r"Received: .*cat/001.PNG and .*cat/001.jpg"),
-        (WHOLE, lambda root: write(root / "train/cat/a.tiff", "x"), r"Received: .*train/cat/a.tiff and 0 more"),
+        (WHOLE, lambda root: empty(root / "train/cat/001.jpg"), r"train/cat/001.jpg \(empty, 0 bytes\) and 0 more"),
+        (WHOLE, lambda root: write(root / "train/cat/a.tiff", "x"), r"cat/a.tiff \(another kind of image\) and 0 more"),
+        (WHOLE, lambda root: write(root / "test/dog/a", SVG), r"dog/a \(another kind .*--skip_bad_images"),
+        (WHOLE, lambda root: write(root / "train/Cat/a.jpg", jpeg(0)), r"none of Cat\. Add some, or .*--classes=1,2"),
+        (WHOLE, lambda root: (root / "TRAIN").mkdir(), r"one folder for each part. Received: TRAIN and train in"),
+        ({"val/a": 1, "valid/a": 1}, None, r"one folder for each part. Received: val and valid in"),
+        (
+            {"train/steam": 1, "bus": 1},
+            None,
+            r"its parts or its classes. Received: train and bus .*photos/train",
+        ),
+        ({"a": 2, "b\nc": 2}, None, r"without tabs .* Received: 'b\\nc' in"),
+        ({"a": 2, "b\tc": 2}, None, r"Received: 'b\\tc' in"),
+        ({"a": 2, "b\u2028c": 2}, None, r"Received: 'b\\u2028c' in"),
+        ({"a": 2, "  ": 2}, None, r"not blank.* Received: '  ' in"),
+        ({"a": 2, os.fsdecode(b"b\xff"): 2}, None, r"Received: 'b\\udcff' in"),
         (WHOLE, lambda root: shutil.rmtree(root / "train/cat") or (root / "train/cat").mkdir(), r"none in .*train/cat"),
         (
             WHOLE,
@@ -141,7 +253,7 @@ def test_bad_folders_are_refused_by_name(tmp_path, counts, spoil, message):
 def test_a_file_without_permission_is_named(tmp_path):
     root = write_folder(tmp_path, WHOLE)
     (root / "train/cat/001.jpg").chmod(0)
-    with pytest.raises(UserError, match=r"train/cat/001.jpg: permission denied"):
+    with pytest.raises(UserError, match=r"train/cat/001.jpg \(permission denied\)"):
         load(root)
 
 

@@ -67,6 +67,92 @@ class SmallText(_Small):
         yield 0, {"text": "x", "kind": 0}
 
 
+class _SmallFloats(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Grey 4x4 float32 images, each of one shade."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SHADES: list[float]
+
+    def _info(self):
+        kind = tfds.features.Image(shape=(4, 4, 1), dtype=np.float32, encoding_format="png")
+        features = {"image": kind, "label": tfds.features.ClassLabel(num_classes=2)}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+    def _generate_examples(self):
+        for key, shade in enumerate(self.SHADES):
+            yield key, {"image": np.full((4, 4, 1), shade, np.float32), "label": key % 2}
+
+
+class SmallFloatsOne(_SmallFloats):
+    SHADES = [0.0, 0.123456, 0.5, 1.0]
+
+
+class SmallFloatsByte(_SmallFloats):
+    SHADES = [0.0, 31.48128, 127.5, 255.0]
+
+
+class SmallFloatsCentered(_SmallFloats):
+    SHADES = [-1.0, 0.0, 0.5, 1.0]
+
+
+class SmallFloatsNan(_SmallFloats):
+    SHADES = [0.0, np.nan, 0.5, 1.0]
+
+
+class SmallFloatsLate(_SmallFloats):
+    """The first hundred images do not show the range."""
+
+    SHADES = [0.5] * 300 + [0.5, 17.0]
+
+
+class SmallLines(SmallSingle):
+    def _info(self):
+        info = super()._info()
+        info.features["kind"].names = ["a", "b", "c\nd"]
+        return info
+
+
+@pytest.mark.parametrize("augmentation", ["none", "random_resized_crop"])
+@pytest.mark.parametrize("name", ["small_floats_one", "small_floats_byte"])
+def test_float_images_are_what_they_are(tmp_path, name, augmentation):
+    task = load_task(f"tfds:{name}", batch_size=4, image_size=4, augmentation=augmentation, data_dir=tmp_path)
+    trained = np.concatenate([images for images, _ in task.train(first_epoch=0, epochs=1).as_numpy_iterator()])
+    tested = np.concatenate([images for images, _ in task.test.as_numpy_iterator()])
+    assert trained.shape[1:] == tested.shape[1:] == (4, 4, 3) and tested.dtype == np.float32
+    expected = np.float32(SmallFloatsOne.SHADES)
+    np.testing.assert_allclose(sorted(tested.mean(axis=(1, 2, 3))), expected, atol=1e-6)
+    assert np.ptp(tested, axis=(1, 2, 3)).max() < 1e-6
+    for shade in trained.mean(axis=(1, 2, 3)):
+        assert np.abs(expected - shade).min() < 1e-6
+    scaled = f"The float32 images of tfds:{name} have pixels from 0 to 255: they are scaled to [0, 1]."
+    assert task.notes == ((scaled,) if name == "small_floats_byte" else ())
+
+
+def test_float_images_in_another_range_are_refused(tmp_path):
+    for name, lowest, highest in (("small_floats_centered", "-1", "1"), ("small_floats_nan", "nan", "nan")):
+        with pytest.raises(UserError, match=f"Received: pixels from {lowest} to {highest} in the first .*{name}"):
+            open_dataset(f"tfds:{name}", tmp_path)
+
+
+def test_a_float_image_that_leaves_the_range_later_is_an_error(tmp_path):
+    task = load_task("tfds:small_floats_late", batch_size=64, image_size=4, data_dir=tmp_path)
+    if task.preprocessing.highest_float == 255.0:  # TFDS has shuffled it to the front
+        pytest.skip("the image is among the first")
+    with pytest.raises(UserError, match=r"must lie in \[0, 1\] like those of the first pictures\. Received: others"):
+        with task.broken_images_named():
+            list(task.test.as_numpy_iterator())
+
+
+def test_a_class_name_of_two_lines_is_refused_when_it_is_opened(tmp_path):
+    with pytest.raises(UserError, match=r"one line of text.*Received: 'c\\nd' in tfds:small_lines"):
+        open_dataset("tfds:small_lines", tmp_path)
+
+
 def counts(name, data_dir):
     images = open_dataset(f"tfds:{name}", data_dir)
     own = None if images.validation is None else int(images.validation.sum())

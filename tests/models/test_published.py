@@ -1,6 +1,7 @@
 """Published models arrive whole or not at all, from a hub that is played by a server on this machine."""
 
 import concurrent.futures
+import errno
 import hashlib
 import http.server
 import json
@@ -274,10 +275,32 @@ def test_two_at_a_time_fetch_once(tmp_path, hub) -> None:
     assert hub.requests == ["HEAD from 0", "GET from 0"]
 
 
-def test_a_cache_folder_that_cannot_be(tmp_path, hub) -> None:
+def test_a_cache_folder_that_cannot_be_is_a_warning(tmp_path, hub, capsys) -> None:
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "folder"
-    assert str(folder) in refusal(lambda: fetch_published(NAME, cache_dir=folder, endpoint=hub.endpoint))
+    path = fetch_published(NAME, cache_dir=folder, endpoint=hub.endpoint)
+    assert f"warning: Cannot write the cache folder {folder}: Not a directory" in capsys.readouterr().err
+    assert path.name == f"{NAME}.keras" and path.is_file() and visible(path.parent) >= {path.name, FILE}
+
+
+def test_a_read_only_cache_that_holds_everything_is_enough(tmp_path, hub, monkeypatch, capsys) -> None:
+    for fetch in (fetch_published, fetch_checkpoint):
+        fetch(NAME, cache_dir=tmp_path, endpoint=hub.endpoint)
+
+    def read_only(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(published_module, "WeakFileLock", read_only)
+    with monkeypatch.context() as nothing_is_written:
+        nothing_is_written.setattr("robust_tf.files.replaced_atomically", read_only)
+        assert fetch_published(NAME, cache_dir=tmp_path) == tmp_path / f"{NAME}.keras"
+        assert fetch_checkpoint(NAME, cache_dir=tmp_path) == tmp_path / FILE
+    assert capsys.readouterr().err == ""
+    # The checkpoint alone: its classifier is made in a temporary folder.
+    (tmp_path / f"{NAME}.keras").unlink()
+    path = fetch_published(NAME, cache_dir=tmp_path)
+    assert path.is_file() and path.parent != tmp_path
+    assert "Read-only file system" in capsys.readouterr().err
 
 
 def test_the_table() -> None:

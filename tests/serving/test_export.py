@@ -10,10 +10,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 from tensorflow_serving.apis import prediction_log_pb2
 
 from robust_tf import export
-from robust_tf.data.transforms import decode, evaluation_transform
+from robust_tf.data.preprocessing import Preprocessing
+from robust_tf.data.transforms import Decoding, decode, evaluation_transform
 from robust_tf.errors import UserError
 from robust_tf.serving import publish, verify
 from robust_tf.serving.model_card import probe_from_results
@@ -21,6 +23,7 @@ from robust_tf.serving.probe import AttackProbe
 from robust_tf.serving.publish import export_classifier
 from robust_tf.serving.session import LoadedModel
 from robust_tf.serving.status import ServingError
+from tests.data.images import encoded as image_file
 from tests.serving.models import LABELS
 
 
@@ -60,6 +63,7 @@ def test_signatures_have_names_types_and_a_free_batch(model):
         "predict_uint8": ({"images": uint8}, answers),
         "features": ({"images": floats}, {"features": floats}),
         "classify": ({"inputs": strings}, {"classes": strings, "scores": floats}),
+        "preview": ({"image_bytes": strings}, {"preview_image_bytes": strings}),
         "attack_probe": (
             {"image_bytes": strings, "label": integers, "epsilon": floats},
             {
@@ -195,6 +199,7 @@ def test_files_of_a_version(exported, classifier, tmp_path):
     card = json.loads((exported / "model_card.json").read_text())
     assert card["dataset"] == "digits"
     assert (card["image_size"], card["resize_size"], card["pixel_range"]) == (16, 20, [0.0, 1.0])
+    assert (card["exif"], card["alpha_background"]) == ("ignore", "none")
     assert card["attack_probe"] == {"norm": "l2", "steps": 3, "epsilon": 0.5}
     weights = sum(np.asarray(weight).nbytes for weight in classifier.weights)
     stored = sum(path.stat().st_size for path in (exported / "variables").glob("*.data-*"))
@@ -202,7 +207,7 @@ def test_files_of_a_version(exported, classifier, tmp_path):
     records = tf.data.TFRecordDataset(str(exported / "assets.extra" / "tf_serving_warmup_requests"))
     logs = [prediction_log_pb2.PredictionLog.FromString(record) for record in records.as_numpy_iterator()]
     asked = [log.predict_log.request.model_spec.signature_name for log in logs if log.HasField("predict_log")]
-    assert asked == ["serving_default", "predict_pixels", "predict_uint8", "features", "attack_probe"]
+    assert asked == ["serving_default", "predict_pixels", "predict_uint8", "features", "preview", "attack_probe"]
     assert logs[-1].classify_log.request.model_spec.signature_name == "classify"
     assert [path.name for path in exported.parent.iterdir()] == ["1"]
 
@@ -352,6 +357,8 @@ def test_mixed_precision_is_float32_at_the_boundary(policy, tmp_path):
 def test_the_program(tiny, tmp_path, capsys):
     tiny.save(tmp_path / "classifier.keras")
     results = {
+        "exif": "apply",
+        "alpha_background": "black",
         "class_names": ["cat", "dog"],
         "dataset": "pets",
         "resize_size": 9,
@@ -367,6 +374,7 @@ def test_the_program(tiny, tmp_path, capsys):
     card = json.loads((version / "model_card.json").read_text())
     assert (card["labels"], card["resize_size"], card["license"]) == (["cat", "dog"], 9, "CC0")
     assert card["robust_accuracy"] == 0.25
+    assert (card["exif"], card["alpha_background"]) == ("apply", "black")
     assert card["attack_probe"] == {"norm": "linf", "steps": 2, "epsilon": 0.1}
 
     (tmp_path / "labels.txt").write_text("a\nb\n")
@@ -453,3 +461,27 @@ def test_all_formats_of_one_image_agree(model):
     assert len(logits) == 5
     for other in logits[1:]:
         np.testing.assert_allclose(other, logits[0], atol=0.05 * np.abs(logits[0]).max())
+
+
+def test_encoded_images_are_read_as_in_training(tiny, tmp_path):
+    """EXIF rotation and transparency."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(np.random.default_rng(5).integers(0, 256, (20, 30, 4)).astype(np.uint8))
+    files = [
+        image_file(picture.convert("RGB"), "JPEG", exif=exif),
+        image_file(picture, "PNG"),
+        image_file(picture.convert("RGB").quantize(8), "GIF", transparency=2),
+        image_file(picture, "WEBP", lossless=True),
+    ]
+    decoding = Decoding(exif="apply", alpha_background="white")
+    of_training = Preprocessing(image_size=8, resize_size=9, augmentation="none", decoding=decoding)
+    seen = np.stack([of_training.for_evaluation(tf.constant(data)) for data in files])
+    version = export_classifier(tiny, tmp_path, "m", model_card={}, resize_size=9, decoding=decoding)
+    loaded = LoadedModel(version)
+    answer = loaded.run("serving_default", {"image_bytes": np.array(files, object)})
+    np.testing.assert_allclose(answer["logits"], tiny.predict(seen, verbose=0), atol=1e-5)
+    previews = loaded.run("preview", {"image_bytes": np.array(files, object)})["preview_image_bytes"]
+    shown = np.stack([tf.io.decode_png(preview).numpy() for preview in previews])
+    np.testing.assert_allclose(shown / 255, seen, atol=0.501 / 255)
+    loaded.close()

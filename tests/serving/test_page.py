@@ -55,6 +55,7 @@ def test_an_image_is_predicted_and_attacked(embedded, browser, tmp_path):
     chooser.send_keys(str(IMAGES / "d.jpg"))
     wait.until(lambda _: text("bars").count("%") == 5)
     wait.until(lambda _: text("verdict"))
+    assert text("seen-size") == ", 16 x 16 pixels"
     shown = [float(part) for part in re.findall(r"([\d.]+) %", text("bars"))]
     assert shown == sorted(shown, reverse=True)
     assert sum(shown) == pytest.approx(100, abs=0.5)
@@ -69,7 +70,7 @@ def test_an_image_is_predicted_and_attacked(embedded, browser, tmp_path):
     move_slider(0)
     wait.until(lambda _: "holds" in text("verdict"))
     clean, adversarial = (browser.find_element(By.ID, name).get_attribute("src") for name in ("clean", "adversarial"))
-    assert clean == adversarial
+    assert clean == adversarial == browser.find_element(By.ID, "seen").get_attribute("src")
     move_slider(60)
     wait.until(lambda _: "broken" in text("verdict"))
     assert browser.find_element(By.ID, "adversarial").get_attribute("src") != clean

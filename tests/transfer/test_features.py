@@ -1,6 +1,7 @@
 """Stored features: computed once, complete, resumed, bounded, and never those of something else."""
 
 import dataclasses
+import errno
 import json
 import os
 
@@ -180,3 +181,26 @@ def test_a_full_disk_keeps_what_was_computed(stored, tmp_path, monkeypatch):
         stored(track=full_after_one)
     again = stored()
     assert again.hits == len(again.train[0]) and again.computed == len(again.validation)
+
+
+def test_a_read_only_store_that_is_complete_is_enough(stored, tmp_path, monkeypatch, capsys):
+    expected = stored().train[0].copy()
+
+    def read_only(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("WeakFileLock", "write_json", "_make_room", "os.utime"):
+        monkeypatch.setattr(f"robust_tf.transfer.features.{name}", read_only)
+    features = stored()
+    assert features.computed == 0
+    np.testing.assert_array_equal(features.train[0], expected)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_is_a_warning(stored, tmp_path, task, capsys):
+    (tmp_path / "features").write_text("")
+    features = stored()
+    assert (
+        features.computed == task.num_train + task.num_validation == len(features.train[0]) + len(features.validation)
+    )
+    assert f"warning: Cannot write the cache folder {tmp_path}/features: File exists." in capsys.readouterr().err
