@@ -6,11 +6,12 @@ Started again on the same workdir, it goes on where it stopped.
 """
 
 import base64
+import contextlib
 import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import logging
@@ -28,6 +29,7 @@ import tensorflow as tf  # noqa: E402
 
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
 from robust_tf.models import PUBLISHED, load_classifier, save_classifier  # noqa: E402
+from robust_tf.reporting import REPORT, write_examples, write_history, write_report  # noqa: E402
 from robust_tf.serving.model_card import card_from_results  # noqa: E402
 from robust_tf.serving.publish import export_classifier, model_folder  # noqa: E402
 from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
@@ -42,7 +44,13 @@ from robust_tf.training.head_fitting import fit_head  # noqa: E402
 from robust_tf.training.interruption import Interrupted, signals_raise  # noqa: E402
 from robust_tf.training.plan import plan_table  # noqa: E402
 from robust_tf.training.progress import console  # noqa: E402
-from robust_tf.training.results import closing_table, job_results  # noqa: E402
+from robust_tf.training.results import (  # noqa: E402
+    BASELINE,
+    closing_table,
+    comparison_lines,
+    job_results,
+    with_baseline,
+)
 from robust_tf.training.tensorboard import write_result  # noqa: E402
 from robust_tf.transfer import sources  # noqa: E402
 
@@ -74,20 +82,27 @@ def run(config: JobConfig) -> None:
     distribution = start_distribution(config.distribution)
     try:
         results = run_job(config)
-        if config.baseline:
-            results = {**results, "baseline": run_baseline(config)}
-        distribution.on_chief(lambda: finish(config, results))
+        baseline = run_baseline(config) if config.baseline else None
+        distribution.on_chief(lambda: finish(config, results, baseline))
     except PEER_LOST as error:
         if distribution.num_workers == 1:
             raise
         begin_again(error, most=config.restarts)
 
 
-def finish(config: JobConfig, results: Results) -> None:
+def finish(config: JobConfig, results: Results, baseline: Results | None = None) -> None:
     """What comes after all figures are there: the table, the export, the commands that may come next."""
-    if config.baseline:
-        write_json(pathlib.Path(config.workdir) / "results.json", results)
+    workdir = pathlib.Path(config.workdir)
+    if baseline:
+        compared = with_baseline(results, baseline, workdir)
+        write_json(workdir / "results.json", compared)
+        if compared != results or not (workdir / REPORT).exists():
+            with only_a_warning(f"The report of {workdir}"):
+                write_report(workdir)
+        results = compared
     console.print(closing_table(results))
+    for line in comparison_lines(results):
+        console.print(line, soft_wrap=True)
     if config.export_dir:
         export(config, results)
     print_next_commands(config)
@@ -106,6 +121,9 @@ def run_job(config: JobConfig) -> Results:
     results = distribution.on_chief(lambda: finished_results(workdir))
     if distribution.any(results is not None):
         console.print(f"{workdir} is finished already.")
+        if distribution.is_chief and not config.baseline and not (workdir / REPORT).exists():
+            with only_a_warning(f"The report of {workdir}"):
+                write_report(workdir)
         return results or {}
 
     keras.config.set_dtype_policy(config.precision)  # also tells Keras whether to scale the loss
@@ -129,11 +147,11 @@ def run_job(config: JobConfig) -> Results:
                 classifier,
                 distribution.test_data(task),
                 attack=config.evaluation_attack,
-                num_images=task.num_test,
+                ids=distribution.test_ids(task),
                 strategy=distribution.strategy,
             )
         results = job_results(config, task, classifier, evaluation, progress, head_fit)
-        distribution.on_chief(lambda: write_job(config, task, classifier, evaluation, results))
+        distribution.on_chief(lambda: write_job(config, task, classifier, evaluation, progress, results))
         return results
     except UserError:
         if distribution.is_chief:
@@ -152,7 +170,12 @@ def run_job(config: JobConfig) -> Results:
 
 
 def write_job(
-    config: JobConfig, task: TaskData, classifier: keras.Model, evaluation: Evaluation, results: Results
+    config: JobConfig,
+    task: TaskData,
+    classifier: keras.Model,
+    evaluation: Evaluation,
+    progress: Progress,
+    results: Results,
 ) -> None:
     """The files of a finished job."""
     workdir = pathlib.Path(config.workdir)
@@ -164,7 +187,23 @@ def write_job(
         confusion=evaluation.confusion,
         class_names=task.class_names,
     )
+    evaluation.outcomes.write(workdir)
+    write_history(workdir, progress.history)
     write_json(workdir / "results.json", results)  # last: its presence says that the job is finished
+    with only_a_warning(f"The report of {workdir}"):
+        write_examples(workdir, evaluation.examples)
+        if not config.baseline:  # with a baseline the report has to wait for it
+            write_report(workdir)
+
+
+@contextlib.contextmanager
+def only_a_warning(what: str) -> Iterator[None]:
+    """Within it, whatever goes wrong is one line: the job is finished, and its figures are written."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # drawing can fail in many ways, and none may end a finished job
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        console.print(f"WARNING: {what} could not be written. Received: {reason[:300]}", markup=False, soft_wrap=True)
 
 
 def finished_results(workdir: pathlib.Path) -> Results | None:
@@ -229,7 +268,7 @@ def run_baseline(config: JobConfig) -> Results:
         twin = str(pathlib.Path(twin_job.workdir) / "classifier.keras")
     else:
         twin = sources.published_twin(config.source)
-    workdir = str(pathlib.Path(config.workdir) / "baseline")
+    workdir = str(pathlib.Path(config.workdir) / BASELINE)
     return run_job(dataclasses.replace(config, source=twin, workdir=workdir, baseline=False, export_dir=""))
 
 

@@ -13,7 +13,7 @@ import robust_tf
 from robust_tf.evaluation.attacking import Robustness
 from robust_tf.evaluation.calibration import Calibration
 from robust_tf.evaluation.subject import Images, Subject, short_names
-from robust_tf.training.metrics import wilson_interval
+from robust_tf.statistics import wilson_interval
 
 _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scipy")
 

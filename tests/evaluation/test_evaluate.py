@@ -21,7 +21,7 @@ from robust_tf.command_line import parse_flags
 from robust_tf.errors import UserError
 from robust_tf.evaluation import attacking
 from robust_tf.evaluation.settings import EvaluateConfig
-from robust_tf.training.metrics import wilson_interval
+from robust_tf.statistics import wilson_interval
 
 ROOT = pathlib.Path(__file__).parents[2]
 
