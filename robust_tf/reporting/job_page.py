@@ -35,6 +35,7 @@ figure svg { display: block; width: 100%; height: auto; max-height: 52rem; backg
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.numbers td { white-space: nowrap; }
 pre { background: var(--card); padding: 0.5rem 0.75rem; border-radius: 0.5rem; margin: 0.25rem 0 0.75rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print {
@@ -130,7 +131,7 @@ def _comparison(results: dict[str, Any]) -> str:
                 f"{_percent(row[figure])} {_within(row[f'{figure}_interval'])}" if row[figure] is not None else ""
             )
         rows.append(cells)
-    return _table(head, rows) + _list(comparison_lines(results))
+    return _table(head, rows, numbers=True) + _list(comparison_lines(results))
 
 
 def _figures(figures: dict[str, tuple[str, str]]) -> str:
@@ -183,7 +184,7 @@ def _classes(job: FinishedJob) -> str:
             [name, total, *(f"{_percent(hits / of)} {_within(wilson_interval(hits, of))}" for hits, of in shares)]
         )
     opened = " open" if len(rows) <= _OPEN_CLASSES else ""
-    return f"<details{opened}><summary>{len(rows)} classes</summary>{_table(head, rows)}</details>"
+    return f"<details{opened}><summary>{len(rows)} classes</summary>{_table(head, rows, numbers=True)}</details>"
 
 
 def _data(results: dict[str, Any]) -> str:
@@ -216,13 +217,16 @@ def _training_facts(results: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _commands(job: FinishedJob) -> str:
-    return "".join(f"{escape(what)}<pre>{escape(command)}</pre>" for what, command in commands(job))
+    return "".join(
+        f"{escape(what)}<pre>{escape(command)}</pre>" for what, command in commands(job, workdir=job.workdir)
+    )
 
 
-def _table(head: Sequence[str], rows: Any) -> str:
+def _table(head: Sequence[str], rows: Any, *, numbers: bool = False) -> str:
     top = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>" if head else ""
     lines = (f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{top}{"".join(lines)}</table></div>'
+    kind = ' class="numbers"' if numbers else ""
+    return f'<div class="scroll"><table{kind}>{top}{"".join(lines)}</table></div>'
 
 
 def _list(texts: Sequence[str], kind: str = "") -> str:
