@@ -112,7 +112,7 @@ def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
         table.add_row("data set", *(entry["dataset"] for entry in entries))
     table.add_row("clean accuracy", *(_with_interval(entry["clean"]) for entry in entries))
     for rows in zip(*(entry["attacks"] for entry in entries), strict=True):
-        name = f"{rows[0]['attack']}, {rows[0]['norm']} {rows[0]['epsilon']:.4g}"
+        name = title_of(rows[0])
         flags = (" (!)" if row["warnings"] else "" for row in rows)
         table.add_row(name, *(_with_interval(row) + flag for row, flag in zip(rows, flags, strict=True)))
     calibration_errors = (f"{entry['calibration']['expected_calibration_error']:.1%}" for entry in entries)
@@ -124,6 +124,15 @@ def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
             relative = (f"{error['relative_mean_corruption_error']:.1%}" for error in errors)
             table.add_row("mCE to the second", *relative)
     return table
+
+
+def title_of(row: dict[str, Any]) -> str:
+    """What an attack at one epsilon is called in tables.
+
+    The training job's PGD takes the iterate of the highest loss; here an image falls when any iterate is misclassified.
+    """
+    name = {"pgd": "PGD-20 (any iterate)"}.get(row["attack"], row["attack"])
+    return f"{name}, {row['norm']} {row['epsilon']:.4g}"
 
 
 def _images(entries: Sequence[dict[str, Any]]) -> str:

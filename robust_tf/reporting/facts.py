@@ -27,7 +27,8 @@ def training_of(job: FinishedJob) -> str:
         recipe = {"fgsm": "single-step FGSM", "free": "free adversarial training"}.get(
             config.fast, f"PGD-{attack.steps} adversarial training"
         )
-        how = f"{recipe} ({attack.norm}, epsilon {attack.epsilon:.4g}, objective {config.objective})"
+        objective = "" if config.objective == "adversarial" else f", objective {config.objective}"
+        how = f"{recipe} ({attack.norm}, epsilon {attack.epsilon:.4g}{objective})"
     else:
         how = "standard training, without an attack"
     if config.task == "pretrain":

@@ -1,6 +1,7 @@
 """The figures of a job's report. The colors are Okabe and Ito's, which color-blind readers can tell apart."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -61,19 +62,19 @@ def curves_figure(job: FinishedJob) -> Figure:
 def classes_figure(job: FinishedJob) -> Figure:
     """Accuracy of each class with its 95 % interval, the best on top; of many classes the worst."""
     accuracies = class_accuracies(job)
-    accuracies = sorted(accuracies, key=lambda each: each[1] / each[3])[:_MOST_CLASSES]
+    accuracies = sorted(accuracies, key=lambda each: each.right / each.total)[:_MOST_CLASSES]
     rows = np.arange(len(accuracies))
     figure, axes = pyplot.subplots(figsize=(_WIDTH, 1.2 + 0.3 * len(rows)), layout="constrained")
-    shown = [("clean", 1, _BLUE, "o", 0.12)]
+    shown = [("clean", [each.right for each in accuracies], _BLUE, "o", 0.12)]
     if job.attacked:
-        shown.append(("under attack", 2, _RED, "s", -0.12))
-    for label, column, color, marker, offset in shown:
-        hits = [(each[column], each[3]) for each in accuracies]
-        share = np.array([hit / total for hit, total in hits])
-        beside = np.abs(np.array([wilson_interval(*pair) for pair in hits]).T - share)
+        shown.append(("under attack", [each.robust for each in accuracies], _RED, "s", -0.12))
+    totals = [each.total for each in accuracies]
+    for label, hits, color, marker, offset in shown:
+        share = np.array(hits) / totals
+        beside = np.abs(np.array([wilson_interval(*pair) for pair in zip(hits, totals, strict=True)]).T - share)
         offset = offset if job.attacked else 0.0
         axes.errorbar(100 * share, rows + offset, xerr=100 * beside, fmt=marker, color=color, capsize=2, label=label)
-    axes.set_yticks(rows, [axis_name(each[0]) for each in accuracies])
+    axes.set_yticks(rows, [axis_name(each.name) for each in accuracies])
     axes.set_xlim(-2, 102)
     axes.set_xlabel("accuracy, % (line: 95 % interval)")
     if len(accuracies) < len(class_accuracies(job)):
@@ -84,15 +85,25 @@ def classes_figure(job: FinishedJob) -> Figure:
     return figure
 
 
-def class_accuracies(job: FinishedJob) -> list[tuple[str, int, int, int]]:
-    """For each class that occurs its name, the images that are right, those right under attack too, and all."""
+class ClassAccuracy(NamedTuple):
+    """How many test images of a class are right, how many are right under the attack too, and how many there are."""
+
+    name: str
+    right: int
+    robust: int
+    total: int
+
+
+def class_accuracies(job: FinishedJob) -> list[ClassAccuracy]:
+    """Of each class that occurs, in the order of the labels."""
     outcomes = job.outcomes
     robust = outcomes.right if outcomes.robust is None else outcomes.robust
     found = []
     for label, name in enumerate(job.results["class_names"]):
         chosen = outcomes.labels == label
         if chosen.any():
-            found.append((name, int(outcomes.right[chosen].sum()), int(robust[chosen].sum()), int(chosen.sum())))
+            counts = (int(hits.sum()) for hits in (outcomes.right[chosen], robust[chosen], chosen))
+            found.append(ClassAccuracy(name, *counts))
     return found
 
 

@@ -22,9 +22,10 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--text); back
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0; }
 h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem; border-bottom: 1px solid var(--line); }
 .soft, figcaption { color: var(--soft); font-size: 0.9rem; }
-.tiles, .figures, .examples { display: grid; gap: 1rem; }
+.tiles, .examples { display: grid; gap: 1rem; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); }
-.figures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); align-items: start; }
+.figures { columns: 2 28rem; }
+.figures figure { padding-bottom: 1rem; }
 .examples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
 .tile { background: var(--card); border-radius: 0.5rem; padding: 0.75rem 1rem; }
 .tile data { display: block; font-size: 2rem; font-weight: 600; line-height: 1.2; }

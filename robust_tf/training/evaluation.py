@@ -81,7 +81,7 @@ def evaluate_classifier(
         strategy: with several replicas, `dataset` is a distributed one, whose batches also have weights (batch,); what
             has weight 0 is there to fill a batch. Every process gets the whole result, but only examples of its own.
     """
-    replicated = strategy is not None and strategy.num_replicas_in_sync > 1
+    replicas: Any = strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
 
     def outcomes(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """For each image the label, the prediction, that under attack, and whether it counts; and the last image.
@@ -97,24 +97,24 @@ def evaluate_classifier(
         rows = tf.cast(tf.stack([labels, tf.cast(clean, labels.dtype), attacked, counts], axis=1), tf.int32)
         return rows, images_adv
 
-    if not replicated:
+    if replicas is None:
         # The signature has a free batch size: the last, smaller batch is no reason to trace again.
         outcomes_of = tf.function(outcomes, input_signature=dataset.element_spec)
     else:
 
         @tf.function(reduce_retracing=True, autograph=False)
         def outcomes_of(*batch: Any) -> tuple[tf.Tensor, Any, Any]:
-            rows, images_adv = strategy.run(outcomes, args=batch)
-            return strategy.gather(rows, axis=0), rows, images_adv
+            rows, images_adv = replicas.run(outcomes, args=batch)
+            return replicas.gather(rows, axis=0), rows, images_adv
 
     choice = ExampleChoice()
 
     def outcomes_by_batch() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for batch in dataset:
-            if replicated:
+            if replicas is not None:
                 gathered, *local = outcomes_of(*batch)
                 local_rows, local_adv, local_images = (
-                    strategy.experimental_local_results(each) for each in (*local, batch[0])
+                    replicas.experimental_local_results(each) for each in (*local, batch[0])
                 )
                 for rows, images, images_adv in zip(local_rows, local_images, local_adv, strict=True):
                     choice.look_at(rows.numpy(), images, images_adv)
