@@ -15,7 +15,7 @@ from robust_tf.training.tensorboard import axis_name, confusion_figure
 
 _BLUE, _RED, _GREEN = "#0072B2", "#D55E00", "#009E73"
 _WIDTH = 5.2  # inches: letters of 10 points are still legible when a phone shows the figure at half size
-_MOST_CLASSES = 40  # bars in the figure of the classes
+_MOST_CLASSES = 25  # bars in the figure of the classes
 
 
 def job_figures(job: FinishedJob) -> dict[str, tuple[Figure, str]]:
@@ -25,14 +25,14 @@ def job_figures(job: FinishedJob) -> dict[str, tuple[Figure, str]]:
     figures = {}
     if job.history:
         figures["curves"] = (curves_figure(job), _curves_text(job))
+    figures["classes"] = (
+        classes_figure(job),
+        "Accuracy of each class with its 95 % interval; the numbers are in the table below.",
+    )
     largest = _largest_confusions(confusion, names)
     figures["confusion"] = (
         confusion_figure(confusion, names),
         f"Confusion matrix of {len(names)} classes on clean test images. {largest}",
-    )
-    figures["classes"] = (
-        classes_figure(job),
-        "Accuracy of each class with its 95 % interval; the numbers are in the table below it.",
     )
     return figures
 

@@ -26,6 +26,7 @@ h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem; border-bottom: 1px solid var(--li
 .tiles { grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); }
 .figures { columns: 2 28rem; }
 .figures figure { padding-bottom: 1rem; }
+.figures .wide { column-span: all; }
 .examples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
 .tile { background: var(--card); border-radius: 0.5rem; padding: 0.75rem 1rem; }
 .tile data { display: block; font-size: 2rem; font-weight: 600; line-height: 1.2; }
@@ -46,7 +47,7 @@ pre { background: var(--card); padding: 0.5rem 0.75rem; border-radius: 0.5rem; m
   details > * { display: block; }
 }
 """
-_OPEN_CLASSES = 12  # a longer table of the classes is folded
+_OPEN_CLASSES = 12  # of more classes the table is folded and the confusion matrix wide
 _KINDS = {
     "resists": "Right, also under the attack",
     "falls": "Right, but wrong under the attack",
@@ -67,7 +68,7 @@ def job_page(job: FinishedJob, figures: dict[str, tuple[str, str]]) -> str:
         ("Figures on the test part", _tiles(job)),
         ("Beside the standard source", _comparison(results)),
         ("Warnings", _list(results["alarms"], "alarm")),
-        ("Training, mistakes, classes", _figures(figures)),
+        ("Training, mistakes, classes", _figures(figures, len(results["class_names"]))),
         ("Test images", _examples(job)),
         ("Accuracy of each class", _classes(job)),
         ("Data", _data(results)),
@@ -135,11 +136,12 @@ def _comparison(results: dict[str, Any]) -> str:
     return _table(head, rows, numbers=True) + _list(comparison_lines(results))
 
 
-def _figures(figures: dict[str, tuple[str, str]]) -> str:
+def _figures(figures: dict[str, tuple[str, str]], num_classes: int) -> str:
     parts = []
     for name, (svg, text) in figures.items():
         labelled = svg.replace("<svg", f'<svg role="img" aria-label="{escape(text)}"', 1)
-        parts.append(f'<figure id="{name}">{labelled}<figcaption>{escape(text)}</figcaption></figure>')
+        wide = ' class="wide"' if name == "confusion" and num_classes > _OPEN_CLASSES else ""
+        parts.append(f'<figure id="{name}"{wide}>{labelled}<figcaption>{escape(text)}</figcaption></figure>')
     return f'<div class="figures">{"".join(parts)}</div>'
 
 

@@ -29,9 +29,8 @@ def write_report(workdir: pathlib.Path) -> None:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the tables of the page have every letter
         with pyplot.rc_context({"font.size": 10}):
             for name, (figure, text) in job_figures(job).items():
-                figure.draw_without_rendering()
-                figure.set_layout_engine("none")  # its places are found once, not for each of the two files
                 drawn[name] = (svg_of(figure, name), text)
+                figure.set_layout_engine("none")  # its places are found once, not for each of the two files
                 save(workdir / FIGURES / f"{name}.png", figure)
     for path, content in ((workdir / REPORT, job_page(job, drawn)), (workdir / "README.md", readme(job))):
         with replaced_atomically(path) as temporary:
