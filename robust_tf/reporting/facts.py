@@ -117,5 +117,5 @@ def limits_of(job: FinishedJob) -> list[str]:
         limits.append("No attack was run: small, deliberate changes of an image may turn any prediction.")
     limits.append("It always names one of its classes, also for an image that shows none of them.")
     if results["skipped_images"]:
-        limits.append(f"{len(results['skipped_images'])} images that cannot be decoded were left out of the data.")
+        limits.append(f"Images left out of the data, since they cannot be decoded: {len(results['skipped_images'])}.")
     return limits

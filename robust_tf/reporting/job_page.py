@@ -37,7 +37,7 @@ figure svg { display: block; width: 100%; height: auto; max-height: 52rem; backg
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.numbers td { white-space: nowrap; }
+.numbers td:first-child { overflow-wrap: anywhere; min-width: 6rem; }
 pre { background: var(--card); padding: 0.5rem 0.75rem; border-radius: 0.5rem; margin: 0.25rem 0 0.75rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print {
@@ -200,7 +200,7 @@ def _data(results: dict[str, Any]) -> str:
     ]
     skipped = results["skipped_images"]
     left_out = (
-        f"<p>Left out, since they cannot be decoded: {len(skipped)} images.</p>{_list(skipped)}" if skipped else ""
+        f"<p>Images left out, since they cannot be decoded: {len(skipped)}</p>{_list(skipped)}" if skipped else ""
     )
     return _table((), rows) + left_out
 
@@ -248,4 +248,4 @@ def _interval(interval: Sequence[float] | None) -> str:
 
 
 def _within(interval: Sequence[float]) -> str:
-    return f"({interval[0]:.1%} to {interval[1]:.1%})"
+    return f"({interval[0]:.1%}\u00a0to\u00a0{interval[1]:.1%})"  # in one piece on the second line of a narrow cell
