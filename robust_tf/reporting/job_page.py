@@ -40,6 +40,10 @@ th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px sol
 .numbers td:first-child { overflow-wrap: anywhere; min-width: 6rem; }
 pre { background: var(--card); padding: 0.5rem 0.75rem; border-radius: 0.5rem; margin: 0.25rem 0 0.75rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 32rem) {
+  .numbers { font-size: 0.8rem; }
+  th, td { padding-right: 0.5rem; }
+}
 @media print {
   :root { color-scheme: light; --text: #000; --soft: #444; --ground: #fff; --card: #f4f5f7; --line: #bbb; }
   body { max-width: none; font-size: 10pt; }
