@@ -6,12 +6,11 @@ Started again on the same workdir, it goes on where it stopped.
 """
 
 import base64
-import contextlib
 import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
@@ -43,7 +42,7 @@ from robust_tf.training.half_precision import emulation_warning  # noqa: E402
 from robust_tf.training.head_fitting import fit_head  # noqa: E402
 from robust_tf.training.interruption import Interrupted, signals_raise  # noqa: E402
 from robust_tf.training.plan import plan_table  # noqa: E402
-from robust_tf.training.progress import console  # noqa: E402
+from robust_tf.training.progress import console, only_a_warning  # noqa: E402
 from robust_tf.training.results import (  # noqa: E402
     BASELINE,
     closing_table,
@@ -194,16 +193,6 @@ def write_job(
         write_examples(workdir, evaluation.examples)
         if not config.baseline:  # with a baseline the report has to wait for it
             write_report(workdir)
-
-
-@contextlib.contextmanager
-def only_a_warning(what: str) -> Iterator[None]:
-    """Within it, whatever goes wrong is one line: the job is finished, and its figures are written."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  # drawing can fail in many ways, and none may end a finished job
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        console.print(f"WARNING: {what} could not be written. Received: {reason[:300]}", markup=False, soft_wrap=True)
 
 
 def finished_results(workdir: pathlib.Path) -> Results | None:
