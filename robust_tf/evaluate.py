@@ -28,6 +28,7 @@ from robust_tf.attacks.outputs import looks_like_probabilities  # noqa: E402
 from robust_tf.evaluation import report  # noqa: E402
 from robust_tf.evaluation.attacking import Robustness, attack_epsilons, unattacked  # noqa: E402
 from robust_tf.evaluation.calibration import calibration  # noqa: E402
+from robust_tf.evaluation.compared import compared, comparison_lines  # noqa: E402
 from robust_tf.evaluation.corruption_error import (  # noqa: E402
     corrupted_images,
     error_of,
@@ -46,7 +47,7 @@ from robust_tf.evaluation.settings import (  # noqa: E402
     with_threat_model,
 )
 from robust_tf.evaluation.state import StateFile  # noqa: E402
-from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject  # noqa: E402
+from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject, short_names  # noqa: E402
 from robust_tf.files import check_output_folder, write_json  # noqa: E402
 from robust_tf.models import pixel_warning  # noqa: E402
 from robust_tf.training.progress import console, meter  # noqa: E402
@@ -79,15 +80,23 @@ def run(config: EvaluateConfig) -> None:
     except KeyboardInterrupt:
         console.print(f"Interrupted. What was done is saved in {config.folder}; the same command goes on there.")
         raise SystemExit(130) from None
+    comparison = compared(measured)
     entries = [entry_of(config, each, measured[-1]) for each in measured]
     for each in measured:
         print_warnings(each)
     draw_figures(config.folder, measured, num_examples=config.num_examples)
     write_json(
         config.folder / "evaluation.json",
-        {"classifiers": entries, "flags": flags_of(config), "versions": report.versions()},
+        {
+            "classifiers": entries,
+            "comparison": comparison,
+            "flags": flags_of(config),
+            "versions": report.versions(),
+        },
     )
     console.print(report.closing_table(entries))
+    for line in comparison_lines(comparison, short_names([each.subject.name for each in measured])):
+        console.print(line, soft_wrap=True)
     console.print(f"Wrote {config.folder}.")
 
 

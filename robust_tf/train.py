@@ -31,6 +31,7 @@ import tensorflow as tf  # noqa: E402
 
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
 from robust_tf.models import PUBLISHED, load_classifier, pixel_warning, save_classifier  # noqa: E402
+from robust_tf.reporting import REPORT, write_examples, write_history, write_report  # noqa: E402
 from robust_tf.serving.model_card import card_from_results, decoding_from_results  # noqa: E402
 from robust_tf.serving.publish import export_classifier, model_folder, readers_of  # noqa: E402
 from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
@@ -44,8 +45,14 @@ from robust_tf.training.half_precision import emulation_warning  # noqa: E402
 from robust_tf.training.head_fitting import fit_head  # noqa: E402
 from robust_tf.training.interruption import Interrupted, signals_raise  # noqa: E402
 from robust_tf.training.plan import plan_table  # noqa: E402
-from robust_tf.training.progress import console  # noqa: E402
-from robust_tf.training.results import closing_table, job_results  # noqa: E402
+from robust_tf.training.progress import console, only_a_warning  # noqa: E402
+from robust_tf.training.results import (  # noqa: E402
+    BASELINE,
+    closing_table,
+    comparison_lines,
+    job_results,
+    with_baseline,
+)
 from robust_tf.training.tensorboard import write_result  # noqa: E402
 from robust_tf.transfer import sources  # noqa: E402
 
@@ -82,9 +89,8 @@ def run(config: JobConfig) -> None:
     try:
         distribution.on_chief(lambda: check_outputs(config))
         results = run_job(config)
-        if config.baseline:
-            results = {**results, "baseline": run_baseline(config)}
-        distribution.on_chief(lambda: finish(config, results))
+        baseline = run_baseline(config) if config.baseline else None
+        distribution.on_chief(lambda: finish(config, results, baseline))
     except PEER_LOST as error:
         if distribution.num_workers == 1:
             raise
@@ -107,12 +113,20 @@ def check_outputs(config: JobConfig) -> None:
         check_output_folder(model_folder(pathlib.Path(config.export_dir), served_name(config)), "--export_dir")
 
 
-def finish(config: JobConfig, results: Results) -> None:
+def finish(config: JobConfig, results: Results, baseline: Results | None = None) -> None:
     """What comes after all figures are there: the table, the export, the commands that may come next."""
     workdir = pathlib.Path(config.workdir)
-    if config.baseline and results != finished_results(workdir):  # a finished job may lie where nothing can be written
-        write_json(workdir / FILE_NAME, results)
+    if baseline:
+        compared = with_baseline(results, baseline, workdir)
+        if compared != results:  # a finished job may lie where nothing can be written
+            write_json(workdir / FILE_NAME, compared)
+        if compared != results or not (workdir / REPORT).exists():
+            with only_a_warning(f"The report of {workdir}"):
+                write_report(workdir)
+        results = compared
     console.print(closing_table(results))
+    for line in comparison_lines(results):
+        console.print(line, soft_wrap=True)
     if config.export_dir:
         export(config, results)
     print_next_commands(config)
@@ -131,6 +145,9 @@ def run_job(config: JobConfig) -> Results:
     results = distribution.on_chief(lambda: finished_results(workdir))
     if distribution.any(results is not None):
         console.print(f"{workdir} is finished already.")
+        if distribution.is_chief and not config.baseline and not (workdir / REPORT).exists():
+            with only_a_warning(f"The report of {workdir}"):
+                write_report(workdir)
         return results or {}
 
     keras.config.set_dtype_policy(config.precision)  # also tells Keras whether to scale the loss
@@ -156,11 +173,11 @@ def run_job(config: JobConfig) -> Results:
                 classifier,
                 distribution.test_data(task),
                 attack=config.evaluation_attack,
-                num_images=task.num_test,
+                ids=distribution.test_ids(task),
                 strategy=distribution.strategy,
             )
         results = job_results(config, task, classifier, evaluation, progress, head_fit)
-        distribution.on_chief(lambda: write_job(config, task, classifier, evaluation, results))
+        distribution.on_chief(lambda: write_job(config, task, classifier, evaluation, progress, results))
         return results
     except UserError:
         if distribution.is_chief:
@@ -179,7 +196,12 @@ def run_job(config: JobConfig) -> Results:
 
 
 def write_job(
-    config: JobConfig, task: TaskData, classifier: keras.Model, evaluation: Evaluation, results: Results
+    config: JobConfig,
+    task: TaskData,
+    classifier: keras.Model,
+    evaluation: Evaluation,
+    progress: Progress,
+    results: Results,
 ) -> None:
     """The files of a finished job."""
     workdir = pathlib.Path(config.workdir)
@@ -191,7 +213,13 @@ def write_job(
         confusion=evaluation.confusion,
         class_names=task.class_names,
     )
+    evaluation.outcomes.write(workdir)
+    write_history(workdir, progress.history)
     write_json(workdir / FILE_NAME, results)  # last: its presence says that the job is finished
+    with only_a_warning(f"The report of {workdir}"):
+        write_examples(workdir, evaluation.examples)
+        if not config.baseline:  # with a baseline the report has to wait for it
+            write_report(workdir)
 
 
 def finished_results(workdir: pathlib.Path) -> Results | None:
@@ -263,7 +291,7 @@ def run_baseline(config: JobConfig) -> Results:
         twin = str(pathlib.Path(twin_job.workdir) / "classifier.keras")
     else:
         twin = sources.published_twin(config.source)
-    workdir = str(pathlib.Path(config.workdir) / "baseline")
+    workdir = str(pathlib.Path(config.workdir) / BASELINE)
     return run_job(dataclasses.replace(config, source=twin, workdir=workdir, baseline=False, export_dir=""))
 
 

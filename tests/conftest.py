@@ -2,6 +2,7 @@
 
 import gc
 import pathlib
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -64,3 +65,21 @@ def mocked_tfds() -> Callable[..., AbstractContextManager[None]]:
     import tensorflow_datasets as tfds
 
     return tfds.testing.mock_data
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium under Selenium, which keeps the messages of its console."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,1400"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()

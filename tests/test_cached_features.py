@@ -50,7 +50,8 @@ def weights_of(path) -> dict[str, np.ndarray]:
 def test_the_job_writes_the_same_files_with_the_head_put_in(job, data_dir):
     config = job("sgd", hidden_layers=1, views=2, augmentation="shift")
     results = run(config)
-    assert {"classifier.keras", "flags.cfg", "results.json", "tensorboard"} == {
+    reports = {"predictions.csv", "history.csv", "report.html", "README.md", "figures"}
+    assert {"classifier.keras", "flags.cfg", "results.json", "tensorboard"} | reports == {
         path.name for path in pathlib.Path(config.workdir).iterdir()
     }
     rows = 2 * results["num_train_images"] + results["num_validation_images"]

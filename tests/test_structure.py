@@ -11,13 +11,13 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "robust_tf"
 # Each layer may import itself and what stands below it.
 LAYERS = [
     {"train", "evaluate", "export", "convert", "serve", "predict", "visualize"},  # the programs
-    {"serving", "evaluation"},
+    {"serving", "evaluation", "reporting"},
     {"training"},
     {"transfer"},
     {"attacks", "data", "models", "job_record"},
     {"config", "config_checks"},
     {"command_line"},
-    {"errors", "files", "environment", "keras_backend"},
+    {"errors", "files", "environment", "keras_backend", "statistics"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -1,9 +1,11 @@
 """The job from flags to files, on the real digits with a small network."""
 
 import dataclasses
+import html
 import json
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +25,12 @@ from robust_tf.errors import UserError
 from robust_tf.evaluation.subject import load_subject
 from robust_tf.models import build_classifier, fetch_published, load_classifier, to_reference_state
 from robust_tf.serving.model_card import decoding_from_results
+from robust_tf.statistics import in_words, paired_difference
 from robust_tf.train import build_job
 from robust_tf.training.building import task_of
 from robust_tf.training.callbacks import SaveProgress
 from robust_tf.training.checkpoint import Checkpoints
+from robust_tf.training.outcomes import read_outcomes
 from robust_tf.transfer import sources
 from tests.data.images import write_folder
 from tests.training import kill
@@ -119,13 +123,27 @@ def test_pretraining_leaves_the_promised_files(trained):
         "flags.cfg",
         "classifier.keras",
         "results.json",
+        "predictions.csv",
+        "history.csv",
+        "report.html",
+        "README.md",
+        "figures",
         "tensorboard",
         "checkpoints",
     }
     assert read_flag_file(workdir / "flags.cfg") == config
     results = results_of(config)
     assert results["task"] == "pretrain" and results["class_names"] == ["0", "1", "2"]
-    assert results["robust_accuracy_attack"] == {"norm": "l2", "epsilon": 0.5, "step_size": 2.5 * 0.5 / 3, "steps": 3}
+    assert results["robust_accuracy_attack"] == {
+        "name": "PGD-3 (highest-loss iterate)",
+        "norm": "l2",
+        "epsilon": 0.5,
+        "step_size": 2.5 * 0.5 / 3,
+        "steps": 3,
+    }
+    outcomes = read_outcomes(workdir)
+    assert (outcomes.right.mean(), outcomes.robust.mean()) == (results["clean_accuracy"], results["robust_accuracy"])
+    assert len(list((workdir / "figures" / "examples").glob("*.png"))) > 6
     low, high = results["clean_accuracy_interval"]
     assert low < results["clean_accuracy"] < high
     assert results["robust_accuracy"] <= results["clean_accuracy"]
@@ -358,6 +376,66 @@ def test_a_finished_job_is_not_run_again(trained, capsys):
     train.run(trained)
     assert "is finished already" in capsys.readouterr().out
     assert (pathlib.Path(trained.workdir) / "classifier.keras").read_bytes() == first
+
+
+def test_a_finished_job_gets_the_report_that_it_lacks(trained, capsys):
+    """Also one of an older version: without predictions there is none, and not a word about that."""
+    workdir = pathlib.Path(trained.workdir)
+    report = (workdir / "report.html").read_bytes()
+    (workdir / "report.html").unlink()
+    train.run(trained)
+    assert (workdir / "report.html").read_bytes() == report
+    (workdir / "report.html").unlink()
+    predictions = (workdir / "predictions.csv").rename(workdir / "elsewhere.csv")
+    capsys.readouterr()
+    try:
+        train.run(trained)
+        assert not (workdir / "report.html").exists() and "report" not in capsys.readouterr().out
+    finally:
+        predictions.rename(workdir / "predictions.csv")
+    train.run(trained)
+    assert (workdir / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_drawn_is_one_line(trained, monkeypatch, capsys):
+    def fail(workdir):
+        raise RuntimeError("no fonts\nat all")
+
+    report = pathlib.Path(trained.workdir) / "report.html"
+    content = report.read_bytes()
+    report.unlink()
+    monkeypatch.setattr(train, "write_report", fail)
+    train.run(trained)
+    report.write_bytes(content)
+    out = capsys.readouterr().out
+    assert (
+        f"WARNING: The report of {trained.workdir} could not be written. Received: RuntimeError: no fonts at all" in out
+    )
+    assert "clean accuracy" in out
+
+
+def test_the_comparison_with_a_baseline_that_was_finished_before(trained, tmp_path, capsys):
+    """The figures are compared image by image, on the page too; without predictions a line says why not."""
+    workdir = tmp_path / "job"
+    shutil.copytree(trained.workdir, workdir)
+    shutil.copytree(trained.workdir, workdir / "baseline")
+    ours = read_outcomes(workdir)
+    worse = dataclasses.replace(ours, predictions=(ours.labels + (np.arange(len(ours.labels)) % 2)) % 3)
+    worse.write(workdir / "baseline")
+    config = dataclasses.replace(trained, workdir=str(workdir))
+    results, baseline = results_of(config), results_of(dataclasses.replace(config, workdir=str(workdir / "baseline")))
+    train.finish(config, results, baseline)
+    compared = results_of(config)["comparison"]
+    expected = paired_difference(ours.right, worse.right)
+    clean = compared["clean_accuracy"]
+    assert (clean["difference"], *clean["interval"], clean["p_value"]) == (expected[0], *expected[1], expected[2])
+    line = f"clean accuracy, robust minus standard source: {in_words(expected)}"
+    assert line in capsys.readouterr().out
+    assert html.escape(line) in (workdir / "report.html").read_text()
+    (workdir / "baseline" / "predictions.csv").unlink()
+    train.finish(config, results, baseline)
+    assert results_of(config)["comparison"] is None
+    assert "No paired difference between the two sources" in capsys.readouterr().out
 
 
 def test_best_epoch_is_chosen_on_the_validation_part(job, monkeypatch):

@@ -162,6 +162,20 @@ class TaskData:
         """The same of the test part."""
         return self._share(self.test_examples, replicas)
 
+    def test_ids(self, *, replicas: int = 0) -> np.ndarray:
+        """Positions of the test images in their part as it is stored, (num_test,) int64, in the order of `test`.
+
+        With `replicas`, so many of each worker, in the order in which their steps see them: at each step one batch of
+        every replica, those of the first worker before those of the next.
+        """
+        ids = np.flatnonzero(self.test_examples.mask)
+        if not replicas:
+            return ids
+        batch, padded = self._share_sizes(self.num_test, replicas)
+        # The k-th image is the (k // num_workers)-th of its worker, whose batches go to its replicas in turn.
+        order = np.arange(padded).reshape(-1, replicas, batch, self.num_workers).transpose(0, 3, 1, 2).ravel()
+        return ids[order[order < self.num_test]]
+
     def preview(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The first `count` validation images and labels, the same at every call."""
         images, labels = next(iter(self.validation.unbatch().batch(count)))
@@ -187,10 +201,14 @@ class TaskData:
         images = examples.in_order().skip(first).map(transform, num_parallel_calls=tf.data.AUTOTUNE)
         return _with_options(images.batch(self._evaluation_batch)).prefetch(2)
 
-    def _share(self, examples: Examples, replicas: int) -> tf.data.Dataset:
+    def _share_sizes(self, count: int, replicas: int) -> tuple[int, int]:
+        """Images in a batch of one replica, and those of all replicas together, repeated ones included."""
         batch_of_replica = -(-self._evaluation_batch // (self.num_workers * replicas))
         batch_of_all = batch_of_replica * self.num_workers * replicas
-        padded = -(-examples.count // batch_of_all) * batch_of_all
+        return batch_of_replica, -(-count // batch_of_all) * batch_of_all
+
+    def _share(self, examples: Examples, replicas: int) -> tf.data.Dataset:
+        batch_of_replica, padded = self._share_sizes(examples.count, replicas)
         records = examples.in_order()
         records = records.concatenate(records.repeat().take(padded - examples.count)).enumerate()
 

@@ -1,7 +1,9 @@
 """The pictures of an evaluation, drawn without a display."""
 
+import io
 import itertools
 import pathlib
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +13,7 @@ import numpy as np
 
 from robust_tf.evaluation.calibration import Calibration
 from robust_tf.files import replaced_atomically
-from robust_tf.training.metrics import wilson_interval
+from robust_tf.statistics import wilson_interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -125,6 +127,17 @@ def _wrapped(name: str, length: int) -> str:
 def magnified(perturbation: np.ndarray) -> np.ndarray:
     """A perturbation around grey, stretched so that its largest value reaches 0 or 1."""
     return 0.5 + 0.5 * perturbation / (np.abs(perturbation).max() or 1.0)
+
+
+def svg_of(figure: Figure, name: str) -> str:
+    """A figure as an SVG element to stand in a page: no prolog, no metadata, and ids that begin with `name`."""
+    buffer = io.StringIO()
+    with pyplot.rc_context({"svg.hashsalt": name}):  # equal figures give equal text
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' id="', f' id="{name}-', svg)
+    return re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)
 
 
 def save(path: pathlib.Path, figure: Figure) -> None:

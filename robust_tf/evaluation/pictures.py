@@ -13,7 +13,7 @@ from robust_tf.evaluation.attacking import Robustness, unattacked
 from robust_tf.evaluation.calibration import Calibration
 from robust_tf.evaluation.figures import Curve, magnified, save_curve, save_reliability, save_sheet
 from robust_tf.evaluation.subject import Images, Subject, short_names
-from robust_tf.training.metrics import wilson_interval
+from robust_tf.statistics import wilson_interval
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

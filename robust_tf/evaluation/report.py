@@ -14,7 +14,7 @@ from robust_tf.attacks.table import title_of
 from robust_tf.evaluation.attacking import Robustness
 from robust_tf.evaluation.calibration import Calibration
 from robust_tf.evaluation.subject import Images, Subject, short_names
-from robust_tf.training.metrics import wilson_interval
+from robust_tf.statistics import wilson_interval
 
 _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scipy")
 
@@ -116,7 +116,7 @@ def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
     for rows in zip(*(entry["attacks"] for entry in entries), strict=True):
         if not rows[0]["epsilon"]:
             continue  # the clean accuracy
-        name = f"{rows[0]['title']}, {rows[0]['norm']} {rows[0]['epsilon']:.4g}"
+        name = row_title(rows[0])
         flags = (" (!)" if row["warnings"] else "" for row in rows)
         table.add_row(name, *(_with_interval(row) + flag for row, flag in zip(rows, flags, strict=True)))
     calibration_errors = (f"{entry['calibration']['expected_calibration_error']:.1%}" for entry in entries)
@@ -128,6 +128,14 @@ def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
             relative = (f"{error['relative_mean_corruption_error']:.1%}" for error in errors)
             table.add_row("mCE to the second", *relative)
     return table
+
+
+def row_title(row: dict[str, Any]) -> str:
+    """What an attack at one epsilon is called in tables.
+
+    The training job's PGD takes the iterate of the highest loss; here an image falls when any iterate is misclassified.
+    """
+    return f"{title_of(row['attack'])}, {row['norm']} {row['epsilon']:.4g}"
 
 
 def _images(entries: Sequence[dict[str, Any]]) -> str:

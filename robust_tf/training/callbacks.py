@@ -127,7 +127,7 @@ class SaveProgress(keras.callbacks.Callback):
                 weights = named_arrays(self.model.classifier.variables)
             self._distribution.on_chief(lambda: self._checkpoints.save_best(epoch, weights))
         progress.epochs_done, progress.steps_done = epoch + 1, 0
-        progress.history.append(logs)
+        progress.history.append({**logs, "learning_rate": float(self.model.optimizer.learning_rate)})
         if self._rate():
             progress.rates.append(round(self._rate(), 3))
         self._save()

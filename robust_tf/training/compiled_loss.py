@@ -246,7 +246,7 @@ def _takes_integers(loss: Any) -> bool | None:
 def _is_softmax_crossentropy(loss: Any) -> bool:
     """Whether it is the loss of the reference, with class numbers as labels, which the attacks have already."""
     if type(loss) is CrossEntropy:
-        return True
+        return loss.class_weights is None
     plain = type(loss) is keras.losses.SparseCategoricalCrossentropy and loss.dtype == "float32"
     return plain and loss.from_logits and getattr(loss, "ignore_class", None) is None
 

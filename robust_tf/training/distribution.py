@@ -94,6 +94,10 @@ class Distribution:
             return task.test
         return self._shared(task.test_share(replicas=self.num_replicas // self.num_workers))
 
+    def test_ids(self, task: TaskData) -> np.ndarray:
+        """`task.test_ids` in the order in which the replicas' outcomes of `test_data` come, all workers together."""
+        return task.test_ids(replicas=0 if self.num_replicas == 1 else self.num_replicas // self.num_workers)
+
     def _shared(self, batches_of_a_replica: tf.data.Dataset) -> Any:
         """The batches of this process, handed to its replicas in turn."""
         return self.strategy.distribute_datasets_from_function(lambda _: batches_of_a_replica)

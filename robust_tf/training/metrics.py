@@ -1,6 +1,5 @@
 """Figures of classification that Keras lacks."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,26 +116,3 @@ class MeanPerClassAccuracy(keras.metrics.Metric):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "num_classes": self.num_classes}
-
-
-def wilson_interval(hits: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, e.g. an accuracy. Source: Wilson 1927, JASA 22(158), 209-212.
-
-    Args:
-        hits: how often it happened.
-        total: out of how many, at least 1.
-
-    Returns:
-        The lower and upper end, in [0, 1].
-    """
-    z = 1.959964  # 97.5 % quantile of the normal distribution
-    share = hits / total
-    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / (1 + z**2 / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def mean_per_class(confusion: np.ndarray) -> float:
-    """Mean accuracy over the classes (rows: true class) that occurred."""
-    totals = confusion.sum(axis=1)
-    return float((confusion.diagonal()[totals > 0] / totals[totals > 0]).mean())

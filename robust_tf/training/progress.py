@@ -106,6 +106,16 @@ def meter(name: str, *, total: float, unit: str = "images") -> Iterator[Meter]:
         yield Meter(name, bar, total=total, unit=unit)
 
 
+@contextlib.contextmanager
+def only_a_warning(what: str) -> Iterator[None]:
+    """Within it, whatever goes wrong is one line: for what comes after the figures of a finished job are written."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # drawing can fail in many ways, and none may end a finished job
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        console.print(f"WARNING: {what} could not be written. Received: {reason[:300]}", markup=False, soft_wrap=True)
+
+
 def track(batches: Iterable[Batch], name: str, *, num_images: int) -> Iterator[Batch]:
     """Passes the (images, labels) batches on, with a bar in images."""
     with meter(name, total=num_images) as bar:

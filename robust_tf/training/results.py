@@ -1,6 +1,7 @@
 """What a finished job leaves in writing: results.json, and the closing table."""
 
 import importlib.metadata
+import pathlib
 import platform
 import statistics
 from typing import Any
@@ -11,14 +12,17 @@ from rich.table import Table
 
 import robust_tf
 from robust_tf.command_line import to_flag_file
-from robust_tf.config import JobConfig
+from robust_tf.config import AttackConfig, JobConfig
 from robust_tf.data import TaskData
+from robust_tf.statistics import in_words
 from robust_tf.training.checkpoint import Progress
 from robust_tf.training.evaluation import Evaluation
 from robust_tf.training.head_fitting import HeadFit
 from robust_tf.training.patience import stopped_early
+from robust_tf.training.outcomes import comparison, from_json, read_outcomes
 from robust_tf.transfer.stages import parameter_counts
 
+BASELINE = "baseline"  # the sub-folder of a workdir with the same job from the standard source
 _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy")
 
 
@@ -66,6 +70,7 @@ def job_results(
         "robust_accuracy": evaluation.robust_accuracy,
         "robust_accuracy_interval": evaluation.robust_interval,
         "robust_accuracy_attack": {
+            "name": attack_name(attack),
             "norm": attack.norm,
             "epsilon": attack.epsilon,
             "step_size": attack.step_size,
@@ -99,7 +104,28 @@ def job_results(
         },
         "flags": to_flag_file(config).splitlines(),
         "baseline": None,
+        "comparison": None,
     }
+
+
+def attack_name(attack: AttackConfig) -> str:
+    """What the attack of the final figures is called.
+
+    `robust_tf.evaluate` counts an image as fallen when any iterate of PGD is misclassified, so its figure can be lower.
+    """
+    return f"PGD-{attack.steps} ({'highest-loss' if attack.use_best else 'last'} iterate)"
+
+
+def with_baseline(results: dict[str, Any], baseline: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """The results of a job with those of its baseline and the paired differences between the two.
+
+    Args:
+        results, baseline: of the two jobs.
+        workdir: of the job; the baseline's is the sub-folder baseline/ of it.
+    """
+    ours, theirs = read_outcomes(workdir), read_outcomes(workdir / BASELINE)
+    compared = comparison(ours, theirs, metric=results["metric"])
+    return {**results, "baseline": baseline, "comparison": compared}
 
 
 def closing_table(results: dict[str, Any]) -> Table:
@@ -113,7 +139,7 @@ def closing_table(results: dict[str, Any]) -> Table:
     if results["metric"] == "mean_per_class_accuracy":
         table.add_column("mean per class")
     if attack:
-        table.add_column(f"PGD-{attack['steps']}, {attack['norm']} {attack['epsilon']:.4g}")
+        table.add_column(attack_in_words(attack))
     rows = {results["architecture"]: results}
     if results["baseline"]:
         rows = {"from the robust source": results, "from the standard source": results["baseline"]}
@@ -125,6 +151,35 @@ def closing_table(results: dict[str, Any]) -> Table:
             cells.append(_share(row["robust_accuracy"], row["robust_accuracy_interval"]))
         table.add_row(name, *cells)
     return table
+
+
+def attack_in_words(attack: dict[str, Any]) -> str:
+    """The attack of the final figures, from results.json. Those of older versions do not name it: it was the same."""
+    name = attack.get("name", f"PGD-{attack['steps']} (highest-loss iterate)")
+    return f"{name}, {attack['norm']} {attack['epsilon']:.4g}"
+
+
+def comparison_lines(results: dict[str, Any]) -> list[str]:
+    """The paired differences between a job and its baseline, a line for each figure; nothing without a baseline."""
+    if not results["baseline"]:
+        return []
+    if not results.get("comparison"):
+        return [
+            "No paired difference between the two sources: one of the jobs has no predictions.csv (an older version "
+            "has run it), or their test images differ."
+        ]
+    return [
+        f"{figure_name(name, results)}, robust minus standard source: {in_words(from_json(compared))}"
+        for name, compared in results["comparison"].items()
+        if compared
+    ]
+
+
+def figure_name(name: str, results: dict[str, Any]) -> str:
+    """A figure of results.json in words."""
+    if name == "robust_accuracy":
+        return f"accuracy under {attack_in_words(results['robust_accuracy_attack'])}"
+    return {"clean_accuracy": "clean accuracy", "mean_per_class_accuracy": "mean-per-class accuracy"}[name]
 
 
 def _share(value: float, interval: tuple[float, float]) -> str:

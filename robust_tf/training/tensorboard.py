@@ -16,6 +16,7 @@ from robust_tf.training.callbacks import averages_in_place
 
 matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 # Names in the charts, from the names in Keras's logs: with an attack `loss` and `accuracy` are the adversarial ones.
 _ADVERSARIAL_NAMES = {"loss": "adversarial_loss", "accuracy": "adversarial_accuracy"}
@@ -179,24 +180,39 @@ def write_result(
         tf.summary.image("confusion", _confusion_picture(confusion, class_names)[None], step=0)
 
 
-def _confusion_picture(confusion: np.ndarray, class_names: tuple[str, ...]) -> np.ndarray:
-    """Share of each true class (row) that went to each prediction (column), as (height, width, 4) uint8."""
+def axis_name(name: str, length: int = 24) -> str:
+    """A class name as matplotlib writes it along an axis: not too long, and without formulas."""
+    name = " ".join(name.split())
+    name = name if len(name) <= length else f"{name[: length - 1]}…"
+    return name.replace("$", r"\$")
+
+
+def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Share of each true class (row) that went to each prediction (column); the caller closes the figure."""
     count = len(class_names)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    side = min(4 + 0.25 * count, 14)
-    figure, axes = pyplot.subplots(figsize=(side + 1, side), layout="constrained")
+    names = [axis_name(name) for name in class_names]
+    # Small for few classes: a page or a board enlarges the figure with its letters.
+    side = min(max(2.5, 1.0 + 0.3 * count) + 0.08 * max(map(len, names)), 14)
+    figure, axes = pyplot.subplots(figsize=(side + 0.9, side), layout="constrained")
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(picture, ax=axes, label="share of the true class")
+    figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
     axes.set_xlabel("prediction")
     axes.set_ylabel("true class")
     if count <= 50:  # more names than that can't be read
-        axes.set_xticks(range(count), class_names, rotation=90)
-        axes.set_yticks(range(count), class_names)
+        axes.set_xticks(range(count), names, rotation=90)
+        axes.set_yticks(range(count), names)
     if count <= 20:
         for row, column in np.ndindex(count, count):
             if confusion[row, column]:
                 color = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(confusion[row, column]), ha="center", va="center", color=color)
+    return figure
+
+
+def _confusion_picture(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """The same as (height, width, 4) uint8."""
+    figure = confusion_figure(confusion, class_names)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     pyplot.close(figure)

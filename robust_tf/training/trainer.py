@@ -15,7 +15,7 @@ from robust_tf.training.batchnorm import flat_layers, unbiased_statistics
 from robust_tf.training.compiled_loss import CompiledLoss
 from robust_tf.training.image_input import check_has_images, images_of, input_shapes, map_shapes, with_images
 from robust_tf.training.objectives import Batch, Outputs, Recipe, objective_of
-from robust_tf.training.optimizers import averages_of
+from robust_tf.training.optimizers import average_statistics, averages_of
 from robust_tf.training.replicas import ReplicatedModel
 from robust_tf.training.runtime_checks import explained
 
@@ -230,6 +230,7 @@ class AdversarialTrainer(ReplicatedModel):
             # replicas it can't be made there at all.
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
+                average_statistics(self.optimizer, self.classifier)
                 loss = self._compiled_loss
                 if loss is not None and (loss.integer_labels is not None or self.num_replicas > 1):
                     self.build_metrics()

@@ -24,7 +24,7 @@ from robust_tf.errors import UserError
 from robust_tf.evaluation import attacking
 from robust_tf.evaluation.settings import EvaluateConfig
 from robust_tf.models import load_classifier
-from robust_tf.training.metrics import wilson_interval
+from robust_tf.statistics import in_words, paired_difference, wilson_interval
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -139,16 +139,30 @@ def test_two_classifiers_side_by_side_with_corruptions(flags, jobs, tmp_path, ca
     assert poor["corruptions"]["relative_mean_corruption_error"] == pytest.approx(1.0)
     assert good["corruptions"]["relative_mean_corruption_error"] < 1.0
     assert (tmp_path / "evaluation" / "examples_compare.png").exists()
-    assert "mCE to the second" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "mCE to the second" in out
+    assert (good["attacks"][1]["epsilon"], len(good["attacks"])) == (0.5, 2)
+    evaluation = results_of(arguments)
+    right = [~np.isin(entry["image_ids"], entry["clean"]["wrong"]) for entry in (good, poor)]
+    robust = [~np.isin(entry["image_ids"], list(fallen(entry["attacks"][1]))) for entry in (good, poor)]
+    expected = {name: paired_difference(*pair) for name, pair in (("clean", right), ("robust", robust))}
+    clean, (attacked,) = evaluation["comparison"]["clean_accuracy"], evaluation["comparison"]["attacks"]
+    for row, pair in ((clean, expected["clean"]), (attacked, expected["robust"])):
+        assert (row["difference"], *row["interval"], row["p_value"]) == pytest.approx((pair[0], *pair[1], pair[2]))
+    assert clean["difference"] == pytest.approx(good["clean"]["accuracy"] - poor["clean"]["accuracy"])
+    assert f"clean accuracy, good minus poor: {in_words(expected['clean'])}" in out
+    assert f"fgsm, l2 0.5, good minus poor: {in_words(expected['robust'])}" in out
 
 
-def test_before_and_after_transfer_each_on_its_own_task(flags, jobs):
+def test_before_and_after_transfer_each_on_its_own_task(flags, jobs, capsys):
     arguments = flags(compare=jobs["other"].classifier, epsilon="0.5")
     evaluate.main(arguments)
     before, after = results_of(arguments)["classifiers"]
     assert before["class_names"] == ["0", "1", "2", "3", "4"] and after["class_names"] == ["5", "6", "7", "8", "9"]
     assert after["clean"]["accuracy"] > 0.6
     assert not set(before["image_ids"]) & set(after["image_ids"])
+    assert results_of(arguments)["comparison"] is None
+    assert "No paired differences: the two classifiers were not measured on the same images." in capsys.readouterr().out
 
 
 def test_a_finished_part_is_not_run_again_and_others_can_be_added(flags, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.models import load_classifier
 from robust_tf.training.distribution import start_distribution
+from robust_tf.training.outcomes import read_outcomes
 from tests.training.workers import free_ports, job, job_on_two_cpus, start_worker, wait_until
 
 # Few: a difference in the last bit grows a thousandfold where it decides on which side of a kink an activation lies.
@@ -42,6 +43,11 @@ def assert_equal_jobs(one: pathlib.Path, other: pathlib.Path) -> None:
     for name in ("clean_accuracy", "robust_accuracy", "best_epoch", "num_test_images", "total_parameters"):
         assert ours[name] == theirs[name], name
     assert ours["validation_value"] == pytest.approx(theirs["validation_value"], abs=1e-6)
+    ours, theirs = (read_outcomes(workdir) for workdir in (one, other))
+    np.testing.assert_array_equal(ours.ids, theirs.ids)
+    np.testing.assert_array_equal(ours.labels, theirs.labels)
+    np.testing.assert_array_equal(ours.predictions, theirs.predictions)
+    assert all((workdir / "report.html").exists() for workdir in (one, other))
     ours, theirs = (history_of(workdir) for workdir in (one, other))
     for epoch, expected in zip(ours, theirs, strict=True):
         for name, value in expected.items():
@@ -111,6 +117,23 @@ def test_shares_count_every_image_once(data_dir, kind):
     order, expected = (np.lexsort(part.reshape(len(part), -1).T) for part in (seen_images[real], images))
     np.testing.assert_array_equal(seen_images[real][order], images[expected])
     assert np.mean(weights * seen_labels) == pytest.approx(labels.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("workers", "replicas"), [(1, 2), (2, 1), (2, 2), (3, 1)])
+def test_the_ids_come_in_the_order_of_the_steps(data_dir, workers, replicas):
+    """At each step the batches of all replicas, those of the first worker first: as `strategy.gather` puts them."""
+    options = {"batch_size": 12, "image_size": 8, "classes": (0, 1, 2), "data_dir": data_dir, "num_workers": workers}
+    tasks = [load_task("digits", worker=worker, **options) for worker in range(workers)]
+    shares = [iter(task.test_share(replicas=replicas).as_numpy_iterator()) for task in tasks]
+    labels = []
+    for step in iter(lambda: [next(share, None) for share in shares for _ in range(replicas)], None):
+        if step[0] is None:
+            break
+        labels += [batch[1][batch[2] > 0] for batch in step]
+    ids = tasks[0].test_ids(replicas=replicas)
+    assert sorted(ids) == tasks[0].test_ids().tolist()
+    label_of = dict(zip(tasks[0].test_ids().tolist(), tasks[0].test_examples.labels().tolist(), strict=True))
+    assert np.concatenate(labels).tolist() == [label_of[number] for number in ids.tolist()]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,6 @@
+"""What a finished training job leaves for people: report.html, the figures beside it, and a model card."""
+
+from robust_tf.reporting.job_files import write_examples, write_history
+from robust_tf.reporting.job_report import REPORT, write_report
+
+__all__ = ["REPORT", "write_examples", "write_history", "write_report"]

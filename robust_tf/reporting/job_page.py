@@ -1,0 +1,255 @@
+"""report.html: one file that needs no network and no script, for a wide screen, a phone, paper, and dark mode."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from robust_tf.reporting.facts import changed_flags, commands, limits_of, title_of, training_of
+from robust_tf.reporting.job_figures import class_accuracies
+from robust_tf.reporting.job_files import ExamplePicture, FinishedJob
+from robust_tf.statistics import wilson_interval
+from robust_tf.training.results import attack_in_words, comparison_lines, figure_name
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1a1a1a; --soft: #5c5c5c; --ground: #fff; --card: #f4f5f7; --line: #d5d8dd; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ececec; --soft: #a9adb5; --ground: #16181c; --card: #22252b; --line: #3b3f47; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--text); background: var(--ground);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0; }
+h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem; border-bottom: 1px solid var(--line); }
+.soft, figcaption { color: var(--soft); font-size: 0.9rem; }
+.tiles, .examples { display: grid; gap: 1rem; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); }
+.figures { columns: 2 28rem; }
+.figures figure { padding-bottom: 1rem; }
+.figures .wide { column-span: all; }
+.examples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
+.tile { background: var(--card); border-radius: 0.5rem; padding: 0.75rem 1rem; }
+.tile data { display: block; font-size: 2rem; font-weight: 600; line-height: 1.2; }
+.alarm { border-left: 0.3rem solid #d55e00; padding-left: 0.75rem; }
+figure { margin: 0; break-inside: avoid; }
+figure svg { display: block; width: 100%; height: auto; max-height: 52rem; background: #ffffff; border-radius: 0.5rem; }
+.examples img { display: block; max-width: 100%; image-rendering: pixelated; border-radius: 0.25rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.numbers td:first-child { overflow-wrap: anywhere; min-width: 6rem; }
+pre { background: var(--card); padding: 0.5rem 0.75rem; border-radius: 0.5rem; margin: 0.25rem 0 0.75rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 32rem) {
+  .numbers { font-size: 0.8rem; }
+  th, td { padding-right: 0.5rem; }
+}
+@media print {
+  :root { color-scheme: light; --text: #000; --soft: #444; --ground: #fff; --card: #f4f5f7; --line: #bbb; }
+  body { max-width: none; font-size: 10pt; }
+  h2 { break-after: avoid; }
+  details > * { display: block; }
+}
+"""
+_OPEN_CLASSES = 12  # of more classes the table is folded and the confusion matrix wide
+_KINDS = {
+    "resists": "Right, also under the attack",
+    "falls": "Right, but wrong under the attack",
+    "wrong": "Wrong without an attack",
+}
+
+
+def job_page(job: FinishedJob, figures: dict[str, tuple[str, str]]) -> str:
+    """The whole page.
+
+    Args:
+        job: what it is about.
+        figures: by name an SVG element, and the text that stands for it.
+    """
+    results = job.results
+    title = escape(title_of(job))
+    sections = [
+        ("Figures on the test part", _tiles(job)),
+        ("Beside the standard source", _comparison(results)),
+        ("Warnings", _list(results["alarms"], "alarm")),
+        ("Training, mistakes, classes", _figures(figures, len(results["class_names"]))),
+        ("Test images", _examples(job)),
+        ("Accuracy of each class", _classes(job)),
+        ("Data", _data(results)),
+        ("What the figures do not say", _list(limits_of(job))),
+        ("Flags that differ from their defaults", _table(("flag", "value", "default"), changed_flags(job.config))),
+        ("How it went", _table((), _training_facts(results))),
+        ("Next", _commands(job)),
+        ("Versions", _table((), results["versions"].items())),
+    ]
+    body = "\n".join(f"<section>\n<h2>{name}</h2>\n{content}\n</section>" for name, content in sections if content)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="soft">{escape(training_of(job))}</p>
+{body}
+</body>
+</html>
+"""
+
+
+def _tiles(job: FinishedJob) -> str:
+    results = job.results
+    names = ["clean_accuracy"]
+    if results["metric"] == "mean_per_class_accuracy":
+        names.append("mean_per_class_accuracy")
+    if results["robust_accuracy"] is not None:
+        names.append("robust_accuracy")
+    tiles = [
+        f'<div class="tile">{escape(figure_name(name, results))}'
+        f'<data id="{name}" value="{results[name]}">{_percent(results[name])}</data>'
+        f'<span class="soft">{_interval(results.get(f"{name}_interval"))}</span></div>'
+        for name in names
+    ]
+    tiles.append(
+        f'<div class="tile">test images<data id="num_test_images" value="{results["num_test_images"]}">'
+        f'{results["num_test_images"]:,}</data><span class="soft">in {len(results["class_names"])} classes, looked at '
+        "once</span></div>"
+    )
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _comparison(results: dict[str, Any]) -> str:
+    baseline = results["baseline"]
+    if not baseline:
+        return ""
+    attacked = results["robust_accuracy"] is not None
+    head = ["", "clean accuracy", *([attack_in_words(results["robust_accuracy_attack"])] if attacked else [])]
+    rows = []
+    for name, row in (("from the robust source", results), ("from the standard source", baseline)):
+        cells = [name]
+        for figure in ("clean_accuracy", "robust_accuracy")[: len(head) - 1]:
+            cells.append(
+                f"{_percent(row[figure])} {_within(row[f'{figure}_interval'])}" if row[figure] is not None else ""
+            )
+        rows.append(cells)
+    return _table(head, rows, numbers=True) + _list(comparison_lines(results))
+
+
+def _figures(figures: dict[str, tuple[str, str]], num_classes: int) -> str:
+    parts = []
+    for name, (svg, text) in figures.items():
+        labelled = svg.replace("<svg", f'<svg role="img" aria-label="{escape(text)}"', 1)
+        wide = ' class="wide"' if name == "confusion" and num_classes > _OPEN_CLASSES else ""
+        parts.append(f'<figure id="{name}"{wide}>{labelled}<figcaption>{escape(text)}</figcaption></figure>')
+    return f'<div class="figures">{"".join(parts)}</div>'
+
+
+def _examples(job: FinishedJob) -> str:
+    if not job.examples:
+        return ""
+    names = job.results["class_names"]
+    parts = []
+    if attack := job.results["robust_accuracy_attack"]:
+        parts.append(
+            f'<p class="soft">Each row: the image, the image under {escape(attack_in_words(attack))}, and the '
+            "perturbation, magnified around gray. They are chosen to show many classes and kinds of mistakes; their "
+            "numbers say nothing about how frequent these are.</p>"
+        )
+    for kind, title in _KINDS.items():
+        chosen = [each for each in job.examples if each.kind == kind]
+        if chosen:
+            title = title if job.attacked or kind == "wrong" else "Right"
+            pictures = "".join(_example(each, names, attacked=job.attacked) for each in chosen)
+            parts.append(f'<h3>{title}</h3><div class="examples">{pictures}</div>')
+    return "".join(parts)
+
+
+def _example(each: ExamplePicture, names: Sequence[str], *, attacked: bool) -> str:
+    text = f"{names[each.label]}: predicted {names[each.prediction]}"
+    if attacked:
+        text += f", under attack {names[each.prediction_adv]}"
+    if each.factor:
+        text += f"; perturbation x {each.factor:g}"
+    picture = base64.b64encode(each.path.read_bytes()).decode("ascii")
+    return (
+        f'<figure><img alt="Test image, {escape(text)}" src="data:image/png;base64,{picture}">'
+        f"<figcaption>{escape(text)}</figcaption></figure>"
+    )
+
+
+def _classes(job: FinishedJob) -> str:
+    head = ["class", "test images", "clean accuracy", *(["under attack"] if job.attacked else [])]
+    rows = []
+    for name, right, robust, total in class_accuracies(job):
+        shares = [(right, total), (robust, total)][: 2 if job.attacked else 1]
+        rows.append(
+            [name, total, *(f"{_percent(hits / of)} {_within(wilson_interval(hits, of))}" for hits, of in shares)]
+        )
+    opened = " open" if len(rows) <= _OPEN_CLASSES else ""
+    return f"<details{opened}><summary>{len(rows)} classes</summary>{_table(head, rows, numbers=True)}</details>"
+
+
+def _data(results: dict[str, Any]) -> str:
+    rows = [
+        ("data set", results["dataset"]),
+        ("training images", f"{results['num_train_images']:,}"),
+        ("validation images", f"{results['num_validation_images']:,}"),
+        ("test images", f"{results['num_test_images']:,}"),
+        ("image size", f"{results['image_size']} x {results['image_size']}"),
+    ]
+    skipped = results["skipped_images"]
+    left_out = (
+        f"<p>Images left out, since they cannot be decoded: {len(skipped)}</p>{_list(skipped)}" if skipped else ""
+    )
+    return _table((), rows) + left_out
+
+
+def _training_facts(results: dict[str, Any]) -> list[tuple[str, Any]]:
+    trained = results["best_epoch"] > 0
+    facts = [
+        ("parameters", f"{results['total_parameters']:,}, {results['trainable_parameters']:,} of them trained"),
+        ("epochs", f"{results['epochs']}, of which number {results['best_epoch']} was kept" if trained else "none"),
+        ("validation figure", _percent(results["validation_value"])),
+        ("time for training", f"{results['seconds']:,} s"),
+        ("seed", results["seed"]),
+    ]
+    if results["images_per_second"]:
+        facts.append(("training images a second", results["images_per_second"]))
+    return facts
+
+
+def _commands(job: FinishedJob) -> str:
+    return "".join(
+        f"{escape(what)}<pre>{escape(command)}</pre>" for what, command in commands(job, workdir=job.workdir)
+    )
+
+
+def _table(head: Sequence[str], rows: Any, *, numbers: bool = False) -> str:
+    top = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>" if head else ""
+    lines = (f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    kind = ' class="numbers"' if numbers else ""
+    return f'<div class="scroll"><table{kind}>{top}{"".join(lines)}</table></div>'
+
+
+def _list(texts: Sequence[str], kind: str = "") -> str:
+    if not texts:
+        return ""
+    items = "".join(f"<li{f' class={kind!r}' if kind else ''}>{escape(text)}</li>" for text in texts)
+    return f"<ul>{items}</ul>"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return f"95 % interval {interval[0]:.1%} to {interval[1]:.1%}" if interval else ""
+
+
+def _within(interval: Sequence[float]) -> str:
+    return f"({interval[0]:.1%}\u00a0to\u00a0{interval[1]:.1%})"  # in one piece on the second line of a narrow cell

@@ -1,0 +1,96 @@
+"""Workdirs of finished jobs that never ran: known outcomes, a short history, a few pictures."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from robust_tf.command_line import to_flag_file
+from robust_tf.config import JobConfig
+from robust_tf.reporting import write_examples, write_history
+from robust_tf.statistics import mean_per_class, wilson_interval
+from robust_tf.training.example_choice import Example
+from robust_tf.training.outcomes import Outcomes
+
+# What a folder's name may be: markup, a formula, a very long word.
+CLASS_NAMES = ("cat", "dog & <b>wolf</b>", "$x^2$", "pneumonoultramicroscopicsilicovolcanoconiosis")
+HISTORY = [
+    {
+        "loss": 1.4 - 0.2 * epoch,
+        "accuracy": 0.3 + 0.1 * epoch,
+        "val_loss": 1.5 - 0.2 * epoch,
+        "val_accuracy": 0.3 + 0.1 * epoch,
+        "val_clean_accuracy": 0.4 + 0.1 * epoch,
+        "learning_rate": 0.1 / 10**epoch,
+    }
+    for epoch in range(3)
+]
+
+
+def outcomes(seed: int, *, attacked: bool = True, share: float = 0.75) -> Outcomes:
+    """200 images of four classes."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(200) % 4
+    predictions = np.where(rng.random(200) < share, labels, rng.integers(4, size=200))
+    predictions_adv = np.where(rng.random(200) < 0.6, predictions, rng.integers(4, size=200))
+    return Outcomes(np.arange(200), labels, predictions, predictions_adv if attacked else None)
+
+
+def results_of(made: Outcomes, **changes) -> dict:
+    """results.json of a job with these outcomes."""
+    right, robust = int(made.right.sum()), None if made.robust is None else int(made.robust.sum())
+    attack = {"name": "PGD-20 (highest-loss iterate)", "norm": "l2", "epsilon": 0.5, "step_size": 0.0625, "steps": 20}
+    return {
+        "task": "pretrain",
+        "dataset": "folder:/pictures",
+        "class_names": list(CLASS_NAMES),
+        "architecture": "resnet8",
+        "image_size": 8,
+        "metric": "accuracy",
+        "clean_accuracy": right / 200,
+        "clean_accuracy_interval": list(wilson_interval(right, 200)),
+        "mean_per_class_accuracy": mean_per_class(made.confusion(4)),
+        "robust_accuracy": None if robust is None else robust / 200,
+        "robust_accuracy_interval": None if robust is None else list(wilson_interval(robust, 200)),
+        "robust_accuracy_attack": None if robust is None else attack,
+        "num_train_images": 800,
+        "num_validation_images": 80,
+        "num_test_images": 200,
+        "skipped_images": ["cat/broken <1>.jpg"],
+        "epochs": 3,
+        "best_epoch": 2,
+        "alarms": ["Epoch 2: the accuracy under PGD fell by half."],
+        "validation_value": 0.5,
+        "trainable_parameters": 1000,
+        "total_parameters": 1200,
+        "seconds": 12.5,
+        "images_per_second": 80.0,
+        "seed": 0,
+        "versions": {"robust_tf": "0.1.0", "keras": "3.15.0"},
+        "baseline": None,
+        "comparison": None,
+        **changes,
+    }
+
+
+def write_job(
+    workdir: pathlib.Path, *, attacked: bool = True, history: bool = True, examples: bool = True, **changes
+) -> dict:
+    """A finished job without its report. Returns its results."""
+    workdir.mkdir(parents=True)
+    epsilon = 0.5 if attacked else 0.0
+    config = JobConfig(workdir=str(workdir), dataset="folder:/pictures", norm="l2", epsilon=epsilon, batch_size=32)
+    (workdir / "flags.cfg").write_text(to_flag_file(config))
+    made = outcomes(0, attacked=attacked)
+    made.write(workdir)
+    if history:
+        write_history(workdir, HISTORY)
+    if examples:
+        rng = np.random.default_rng(0)
+        image = rng.random((8, 8, 3)).astype(np.float32)
+        image_adv = image + 0.1 * rng.standard_normal((8, 8, 3)).astype(np.float32) if attacked else image
+        kinds = (("resists", 1, 1, 1), ("falls", 2, 2, 3), ("wrong", 0, 3, 3)) if attacked else (("wrong", 0, 3, 3),)
+        write_examples(workdir, [Example(*kind, image, image_adv) for kind in kinds])
+    results = results_of(made, **changes)
+    (workdir / "results.json").write_text(json.dumps(results))
+    return results
