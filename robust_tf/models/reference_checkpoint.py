@@ -122,7 +122,8 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     """The model's state. The attacker holds the same model once more; that copy is left out."""
     if isinstance(content, dict):
         # "model" may be a mere name.
-        named = [state for state in (content.get("model"), content.get("state_dict"), content) if _is_state(state)]
+        named: list[Any] = [content.get("model"), content.get("state_dict"), content]
+        named = [state for state in named if _is_state(state)]
         others = [state for state in content.values() if _is_state(state)]
         for state in named or (others if len(others) == 1 else []):
             tensors = {key: value for key, value in state.items() if not _is_attacker(key)}

@@ -33,7 +33,7 @@ _MAX_DIMENSIONS = 32
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Whether a file that starts with these bytes (9 at least) is one: a length, which no PyTorch file has, and JSON."""
+    """Whether a file starts as one: with a length, which no PyTorch file has, and JSON. Nine bytes tell."""
     return start[8:9] == b"{" and start[6:8] == b"\x00\x00"
 
 
@@ -84,7 +84,8 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _place(name: str, entry: Any) -> tuple[np.dtype, list[int], int, int]:
     """Type, shape and range of bytes of a tensor, once they agree with each other."""
-    code, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in _KEYS)
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    code, shape, offsets = fields.get("dtype"), fields.get("shape", ()), fields.get("data_offsets", ())
     if not isinstance(code, str) or code not in _DTYPES:
         raise UserError(f"The dtype of {short(name)} must be one of {', '.join(_DTYPES)}. Received: {short(code)}.")
     dtype = np.dtype(_DTYPES[code])
@@ -97,9 +98,6 @@ def _place(name: str, entry: Any) -> tuple[np.dtype, list[int], int, int]:
     if end - begin != size:
         raise UserError(f"The numbers of {short(name)} must take {short(size)} bytes. Received: {short(offsets)}.")
     return dtype, shape, begin, end
-
-
-_KEYS = ("dtype", "shape", "data_offsets")
 
 
 def _are_counts(values: Any, *, at_most: int) -> bool:

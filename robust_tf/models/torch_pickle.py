@@ -265,7 +265,9 @@ class Unpickler:
 
     def _pop(self, count: int) -> list[Any]:
         if len(self._stack) < count:
-            raise UserError("The checkpoint's pickle takes more off its stack than lies there. Received: a damaged one.")
+            raise UserError(
+                "The checkpoint's pickle takes more off its stack than lies there. Received: a damaged one."
+            )
         taken = self._stack[-count:]
         del self._stack[-count:]
         return taken
@@ -288,7 +290,9 @@ class Unpickler:
 
     def _find(self, module: Any, name: Any) -> _Function | str:
         if not (isinstance(module, str) and isinstance(name, str)) or (module, name) not in _ALLOWED:
-            received = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else short((module, name))
+            received = (
+                f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else short((module, name))
+            )
             received = received if len(received) <= 120 else f"{received[:117]}..."
             raise UserError(
                 "The checkpoint's pickle asks for something that is not needed to rebuild tensors, so it was refused "
