@@ -118,7 +118,7 @@ class _ZipFile(TorchFile):
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
-        self._archive = zipfile.ZipFile(_ArchiveSource(file))  # type: ignore[arg-type]  # all that it reads with
+        self._archive = zipfile.ZipFile(_ArchiveSource(file))
         names = self._archive.namelist()
         pickles = [name for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(pickles) != 1:

@@ -248,7 +248,7 @@ class Unpickler:
                 if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
                     raise UserError(f"The numbers of a checkpoint's pickle must be short. Received: {name} of 2^...")
                 continue
-            if name not in _ACTIONS or (name.endswith("PUT") and argument > (position or 0)):
+            if name not in _ACTIONS or (name.endswith("PUT") and (argument or 0) > (position or 0)):
                 # A pickler counts its objects: the index of a PUT never gets ahead of the bytes.
                 raise UserError(
                     f"The checkpoint's pickle was not made by a pickler of weights. Received: {name} {short(argument)}."
@@ -313,7 +313,8 @@ class Unpickler:
         self._call(self._find(*named.split(" ", 1)), self._to_mark())
 
     def _persistent(self, pid: Any) -> None:
-        kind, code, key, _, count, *view = pid if isinstance(pid, tuple) and 5 <= len(pid) <= 6 else [None] * 5
+        parts: list[Any] = list(pid) if isinstance(pid, tuple) and 5 <= len(pid) <= 6 else [None] * 5
+        kind, code, key, _, count, *view = parts
         known = kind == "storage" and code in _STORAGE_TYPES.values() and isinstance(key, str)
         if not known or not isinstance(count, int) or count < 0 or any(part is not None for part in view):
             raise UserError(f"The checkpoint must refer to whole storages of numbers. Received: {short(pid)}.")
