@@ -35,6 +35,7 @@ setup(
         "numpy>=2.1",
         "ml_dtypes>=0.5.1",  # as tensorflow: bfloat16 in NumPy, for checkpoints
         "scikit-learn>=1.5.2",
+        "threadpoolctl>=3.1",  # as scikit-learn
         "scipy>=1.13",
         "pillow>=10.1",
         "matplotlib>=3.9.2",

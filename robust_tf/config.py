@@ -120,8 +120,9 @@ class JobConfig:
     architecture: str = _flag("", "Default: the source's in transfer, else resnet20.")
     source: str = _flag(
         "none",
-        "Where the weights come from: path of a .keras, of a reference checkpoint (.ckpt, .pt, .pth), name of a "
-        "published model (resnet50_l2_eps3), path of a flag file (its job runs first if its classifier is missing).",
+        "Where the weights come from: path of a .keras, of a PyTorch checkpoint (.ckpt, .pt, .pth, .safetensors), name "
+        "of a published model (resnet50_l2_eps3), path of a flag file (its job runs first if its classifier is "
+        "missing).",
     )
     transfer_mode: TransferMode = _flag("fixed_feature", "What trains: the head, all, or all after --freeze_through.")
     freeze_through: str = _flag("", "With --transfer_mode=partial: the last frozen stage, e.g. stage3.")

@@ -5,8 +5,8 @@
     python -m robust_tf.convert --classifier=W/classifier.keras --to_reference=W/classifier.npz
     python -m robust_tf.convert --list
 
-The first reads a file of torch.save as data and runs nothing that is in it. The second fetches a published model.
-The third writes a plain state_dict for PyTorch. The last shows the published models.
+The first reads a file of torch.save, or a .safetensors file, as data and runs nothing that is in it. The second
+fetches a published model. The third writes a plain state_dict for PyTorch. The last shows the published models.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class ConvertConfig:
     """The flags of this program."""
 
-    checkpoint: str = flag("", "File of torch.save to convert.")
+    checkpoint: str = flag("", "File of torch.save (.ckpt, .pt, .pth) or .safetensors file to convert.")
     source: str = flag("", "Name of a published model to convert; see --list.")
     architecture: str = flag("", "Architecture of --checkpoint.")
     image_size: int = flag(224, "Side of the classifier's images in pixels; 32 for the CIFAR models of the reference.")

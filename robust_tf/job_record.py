@@ -8,7 +8,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from robust_tf.command_line import parse_flags
 from robust_tf.config import JobConfig
@@ -42,8 +42,8 @@ class JobRecord:
     downscale: int | None = None
     split_seed: int = 0
     skip_bad_images: bool = False
-    exif: str = "ignore"
-    alpha_background: str = "none"
+    exif: Literal["ignore", "apply"] = "ignore"
+    alpha_background: Literal["none", "white", "black"] = "none"
     norm: str | None = None
     epsilon: float | None = None
 
@@ -110,8 +110,8 @@ def job_record(results: Mapping[str, Any], path: pathlib.Path | str = FILE_NAME)
         downscale=value("downscale", _is_count),
         split_seed=value("split_seed", _is_count) or 0,
         skip_bad_images=bool(value("skip_bad_images", lambda found: isinstance(found, bool))),
-        exif=value("exif", _is_text) or "ignore",
-        alpha_background=value("alpha_background", _is_text) or "none",
+        exif=value("exif", lambda found: found in ("ignore", "apply")) or "ignore",
+        alpha_background=value("alpha_background", lambda found: found in ("none", "white", "black")) or "none",
         norm=norm,
         epsilon=epsilon,
     )

@@ -26,7 +26,6 @@ from robust_tf.evaluation.subject import load_subject
 from robust_tf.models import build_classifier, fetch_published, load_classifier, to_reference_state
 from robust_tf.serving.model_card import decoding_from_results
 from robust_tf.statistics import in_words, paired_difference
-from robust_tf.train import build_job
 from robust_tf.training.building import task_of
 from robust_tf.training.callbacks import SaveProgress
 from robust_tf.training.checkpoint import Checkpoints

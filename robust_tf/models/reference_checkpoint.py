@@ -4,12 +4,19 @@ import dataclasses
 import hashlib
 import pathlib
 import re
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from robust_tf.errors import UserError
-from robust_tf.models.torch_file import Tensor, TorchFile, open_torch_file
+from robust_tf.models.safetensors_file import is_safetensors, read_safetensors
+from robust_tf.models.torch_file import TorchFile, open_torch_file
+from robust_tf.models.torch_pickle import Tensor, short
+
+# What training code wraps a network in, in any order, as the beginnings of its keys: the reference's attacker,
+# DataParallel and AveragedModel (module), torch.compile (_orig_mod), Lightning and timm.
+_WRAPPERS = re.compile(r"(?:(?:module|model|_orig_mod|net|network|ema|ema_model)\.)+")
+_LONGEST_MESSAGE = 490
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +29,7 @@ class ReferenceCheckpoint:
             as it is while they are in use.
         epoch: the last finished epoch, if stored.
         accuracies: what the reference stored as `nat_prec1` and `adv_prec1`, in percent.
-        container: "zip" (torch >= 1.6) or "legacy".
+        container: "zip" (torch >= 1.6), "legacy" or "safetensors".
         sha256: digest of the file, in hexadecimal.
         size: of the file, in bytes.
     """
@@ -36,12 +43,14 @@ class ReferenceCheckpoint:
 
 
 def read_reference_checkpoint(path: str | pathlib.Path) -> ReferenceCheckpoint:
-    """Reads a checkpoint that `torch.save` wrote, as data: neither PyTorch nor dill is needed, no code in it runs.
+    """Reads a checkpoint of `torch.save` or safetensors, as data: PyTorch is not needed, no code in it runs.
 
-    The weights may stand under `model`, under `state_dict`, or alone (torchvision's `.pth`).
+    The weights may stand under `model`, under `state_dict`, alone (torchvision's `.pth`), or under any other name if
+    there is only one such dictionary. The memory that is taken for any file, hostile ones included, is below 3 times
+    its size plus 200 MB.
 
     Args:
-        path: of the file, in the zip format or in the older one.
+        path: of the file, in PyTorch's zip format, in its older one, or in the safetensors format.
 
     Returns:
         the weights, and what is known about them.
@@ -56,45 +65,83 @@ def read_reference_checkpoint(path: str | pathlib.Path) -> ReferenceCheckpoint:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
             file.seek(0)
-            saved = open_torch_file(file)
-            state = {key: saved.array(tensor) for key, tensor in _tensors(saved.content).items()}
-            epoch = _number(saved, "epoch")
-            epoch = None if epoch is None else int(epoch)
-            accuracies = {name: _number(saved, name) for name in ("nat_prec1", "adv_prec1")}
+            state, numbers, container = _read(file)
     except UserError as error:
-        raise UserError(f"{error} File: {path}.") from None
+        raise UserError(_with_file(str(error), path)) from None
     except OSError as error:
         raise UserError(f"Cannot read the checkpoint {path}: {error.strerror or error}.") from error
     except Exception as error:
         # A damaged pickle or archive can raise nearly every exception there is.
-        raise UserError(
-            f"The checkpoint is damaged or cut short ({type(error).__name__}: {error}). Fetch it again. "
-            f"File: {path} ({size} bytes)."
-        ) from error
+        problem = f"{type(error).__name__}: {str(error)[:100]}"
+        message = f"The checkpoint is damaged or cut short ({problem}). It has {size} bytes. Fetch it again."
+        raise UserError(_with_file(message, path)) from error
+    epoch = numbers.get("epoch")
     return ReferenceCheckpoint(
         state=state,
-        epoch=epoch,
-        accuracies={name: accuracy for name, accuracy in accuracies.items() if accuracy is not None},
-        container=saved.container,
+        epoch=None if epoch is None else int(epoch),
+        accuracies={name: value for name, value in numbers.items() if name != "epoch"},
+        container=container,
         sha256=sha256,
         size=size,
     )
 
 
+def _with_file(message: str, path: pathlib.Path) -> str:
+    """A message with the file's name, shortened in front of it where a file made it long."""
+    name = str(path) if len(str(path)) <= 300 else f"...{str(path)[-297:]}"
+    room = _LONGEST_MESSAGE - len(name)
+    return f"{message if len(message) <= room else message[: room - 3] + '...'} File: {name}."
+
+
+def without_wrappers(key: str) -> str:
+    """A key without what training code puts in front of it: `_orig_mod.module.conv1.weight` is `conv1.weight`."""
+    wrappers = _WRAPPERS.match(key)
+    return key[wrappers.end() :] if wrappers else key
+
+
+def _read(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
+    """Weights, the numbers that the checkpoint holds of `epoch`, `nat_prec1` and `adv_prec1`, name of the format."""
+    start = file.read(9)
+    file.seek(0)
+    if is_safetensors(start):
+        state = {key: array for key, array in read_safetensors(file).items() if not _is_attacker(key)}
+        if not state:
+            raise UserError("A checkpoint must hold tensors by name. Received: a .safetensors file without tensors.")
+        return state, {}, "safetensors"
+    saved = open_torch_file(file)
+    state = {key: saved.array(tensor) for key, tensor in _tensors(saved.content).items()}
+    numbers = {name: _number(saved, name) for name in ("epoch", "nat_prec1", "adv_prec1")}
+    return state, {name: number for name, number in numbers.items() if number is not None}, saved.container
+
+
+def _is_attacker(key: str) -> bool:
+    return without_wrappers(key).startswith("attacker.")
+
+
 def _tensors(content: Any) -> dict[str, Tensor]:
     """The model's state. The attacker holds the same model once more; that copy is left out."""
     if isinstance(content, dict):
-        for state in (content.get("model"), content.get("state_dict"), content):  # "model" may be a mere name
-            if isinstance(state, dict) and all(
-                isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-            ):
-                tensors = {key: value for key, value in state.items() if not re.match(r"(module\.)?attacker\.", key)}
-                if tensors:
-                    return tensors
-    received = ", ".join(sorted(map(str, content))) if isinstance(content, dict) else type(content).__name__
+        # "model" may be a mere name.
+        named: list[Any] = [content.get("model"), content.get("state_dict"), content]
+        named = [state for state in named if _is_state(state)]
+        others = [state for state in content.values() if _is_state(state)]
+        for state in named or (others if len(others) == 1 else []):
+            tensors = {key: value for key, value in state.items() if not _is_attacker(key)}
+            if tensors:
+                return tensors
+    keys = list(content) if isinstance(content, dict) else []
+    received = ", ".join(short(key)[:40] for key in keys[:8]) if keys else type(content).__name__
     raise UserError(
         "A checkpoint must hold tensors by name, under `model`, under `state_dict` or at its top level. "
-        f"Received: {received[:200]}."
+        f"Received: {received}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}."
+    )
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items())
     )
 
 
@@ -102,5 +149,6 @@ def _number(saved: TorchFile, name: str) -> float | None:
     """A number that the checkpoint may hold, as such or as a tensor of one element."""
     value = saved.content.get(name)
     if isinstance(value, Tensor):
-        value = saved.array(value).item()
-    return value if isinstance(value, int | float) else None
+        array = saved.array(value)
+        value = array.item() if array.size == 1 else None
+    return value if isinstance(value, int | float) and abs(value) < 2**63 else None

@@ -2,7 +2,7 @@
 
 The reference saves a network inside its attacker, inside DataParallel, so that the keys of one weight read
 module.model.conv1.weight and, once more, module.attacker.model.conv1.weight; some networks have another "model." in
-front. Here the core key, conv1.weight, counts.
+front, and other training code has wrappers of other names. Here the core key, conv1.weight, counts.
 """
 
 import dataclasses
@@ -16,9 +16,12 @@ import numpy as np
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models.architectures import ARCHITECTURES, Architecture
 from robust_tf.models.large_weights import tensor_over, untouched_zeros
+from robust_tf.models.reference_checkpoint import without_wrappers
 from robust_tf.models.torch_file import let_go
 
 State = Mapping[str, np.ndarray]
+
+_MAX_CHANNELS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +142,19 @@ def reference_num_classes(state: State, architecture: str) -> int:
     Raises:
         UserError: it has no head of this architecture.
     """
-    key = f"{_entry(architecture).reference_module('logits')}.weight"
+    entry = _entry(architecture)
+    key = f"{entry.reference_module('logits')}.weight"
     kernel = _core_state(state).get(key)
     if kernel is None or kernel.ndim != 2:
         raise UserError(
-            f"The checkpoint holds no head {key!r}. Received: architecture={architecture}."
+            f"The checkpoint holds no head {key!r}. Received: architecture={architecture}, keys {_first(state)}."
             + _advice(state, architecture)
+        )
+    # A head with few columns could ask for a classifier that is many times as large as the file.
+    if kernel.shape[1] != entry.feature_dim or kernel.size == 0 or not _is_floating_point(kernel.dtype):
+        raise UserError(
+            f"The head {key!r} must have floating-point numbers in rows of {entry.feature_dim}. Received: "
+            f"{kernel.dtype} of shape {kernel.shape}, architecture={architecture}." + _advice(state, architecture)
         )
     return kernel.shape[0]
 
@@ -171,6 +181,12 @@ def _normalization_arrays(state: State) -> tuple[np.ndarray, np.ndarray] | None:
     found = {key.rpartition(".")[2]: array for key, array in state.items()}
     if "new_mean" not in found or "new_std" not in found:
         return None
+    for name in ("new_mean", "new_std"):
+        if not 1 <= found[name].size <= _MAX_CHANNELS or not _is_floating_point(found[name].dtype):
+            raise UserError(
+                f"The checkpoint's {name} must hold one number a channel. Received: {found[name].dtype} of shape "
+                f"{_cut(str(found[name].shape))}."
+            )
     return found["new_mean"], found["new_std"]
 
 
@@ -178,15 +194,16 @@ def _core_state(state: State) -> dict[str, np.ndarray]:
     """What of a state is weights of the network, by core key."""
     core: dict[str, np.ndarray] = {}
     for key, array in state.items():
-        name = key
-        while name.startswith(("module.", "model.")):
-            name = name.partition(".")[2]
-        if name.startswith(("attacker.", "normalizer.")) or name.endswith(".num_batches_tracked"):
+        name = without_wrappers(key)
+        if name.startswith(("attacker.", "normalizer.")) or name.endswith((".num_batches_tracked", "n_averaged")):
             continue
         # torchvision's own DenseNet files are older than PyTorch's ban on dots in module names: norm.1 is norm1.
         name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
         if name in core:
-            raise UserError(f"Two keys of the checkpoint stand for the same weight {name!r}. Received: {key!r}.")
+            raise UserError(
+                f"Two keys of the checkpoint stand for the same weight. Received: {_cut(key)} for {_cut(name)}, which "
+                "stands under another key too. Keep one copy of the weights in the file."
+            )
         core[name] = array
     return core
 
@@ -262,7 +279,13 @@ def _is_floating_point(dtype: np.dtype) -> bool:
 def _first(keys: Iterable[str], count: int = 3) -> str:
     names = sorted(keys)
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    return ", ".join(map(_cut, names[:count])) + more
+
+
+def _cut(text: str, length: int = 60) -> str:
+    """At most `length` characters of a text from a file."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _advice(state: State, architecture: str, num_classes: int | None = None) -> str:

@@ -19,10 +19,10 @@ from robust_tf.training.building import loss_of, optimizer_of
 from robust_tf.training.checkpoint import Progress
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.patience import say_why, stopped_early
-from robust_tf.training.progress import console, track
+from robust_tf.training.progress import console, meter, track
 from robust_tf.training.tensorboard import write_config, write_history
 from robust_tf.transfer.features import Features, stored_features
-from robust_tf.transfer.probes import PROBES, metric_of
+from robust_tf.transfer.probes import PENALTIES, PROBES, metric_of
 
 # Features that are in memory at once in an epoch, in bytes.
 _CHUNK_BYTES = 256 * 1024**2
@@ -70,14 +70,16 @@ def fit_head(config: JobConfig, classifier: keras.Model, task: TaskData, workdir
         progress = _train(config, classifier, features, task)
         write_history(workdir / "tensorboard", progress.history)
     else:
-        probe = PROBES[config.head](
-            features.train,
-            features.train_labels,
-            features.validation,
-            features.validation_labels,
-            num_classes=len(task.class_names),
-            metric=task.metric,
-        )
+        with meter("head", total=PENALTIES[config.head], unit="penalties") as bar:
+            probe = PROBES[config.head](
+                features.train,
+                features.train_labels,
+                features.validation,
+                features.validation_labels,
+                num_classes=len(task.class_names),
+                metric=task.metric,
+                report=bar.update,
+            )
         classifier.get_layer("logits").set_weights([probe.kernel, probe.bias])
         progress, penalty = Progress(best_value=probe.validation_value), probe.penalty
     progress.seconds = time.perf_counter() - start

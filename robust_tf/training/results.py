@@ -18,8 +18,8 @@ from robust_tf.statistics import in_words
 from robust_tf.training.checkpoint import Progress
 from robust_tf.training.evaluation import Evaluation
 from robust_tf.training.head_fitting import HeadFit
-from robust_tf.training.patience import stopped_early
 from robust_tf.training.outcomes import comparison, from_json, read_outcomes
+from robust_tf.training.patience import stopped_early
 from robust_tf.transfer.stages import parameter_counts
 
 BASELINE = "baseline"  # the sub-folder of a workdir with the same job from the standard source

@@ -32,7 +32,7 @@ def checked(value: tf.Tensor, condition: tf.Tensor, message: str, *received: tf.
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turns the failure of `checked` and of `assert_pixels`, which TensorFlow buries in a page of text, into a UserError."""
+    """Turns a failure of `checked` or `assert_pixels`, which TensorFlow buries in a page of text, into a UserError."""
     try:
         yield
     except tf.errors.InvalidArgumentError as error:

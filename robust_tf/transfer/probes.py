@@ -3,9 +3,10 @@
 Both choose their regularisation on the validation part, and give plain weights for a Dense layer.
 """
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,6 +14,11 @@ import numpy as np
 _LOGISTIC_PENALTIES = tuple(10.0**exponent for exponent in range(1, -7, -1))
 _RIDGE_PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -13, -1))
 _MAX_ITERATIONS = 1000
+# So many weaker penalties in a row whose solutions are worse on the validation part end the search.
+_PATIENCE = 2
+# Multiplications in one pass over the features from which BLAS gains by more than one thread. Below, its threads wait
+# for one another longer than they compute, above all beside other busy processes.
+_THREADED_PASS = 10**9
 # Rows that are in memory at once where the whole isn't needed.
 _ROWS = 8192
 # A class that has no training example is never predicted.
@@ -44,8 +50,13 @@ def logistic_regression(
     *,
     num_classes: int,
     metric: str,
+    report: Callable[[int, str], None] = lambda tried, figures: None,
 ) -> LinearHead:
     """Minimises mean cross-entropy + penalty / 2 * |kernel|^2 on standardised features, by L-BFGS.
+
+    Strong penalties come first. Each solution starts the next one, and the search ends where the validation part has
+    twice in a row preferred an earlier solution: weaker penalties, which take most of the iterations, fit the training
+    part alone from there on.
 
     Args:
         train: for each view (num_train, feature_dim); all views are examples.
@@ -54,6 +65,7 @@ def logistic_regression(
         validation_labels: (num_validation,) int.
         num_classes: number of labels.
         metric: "accuracy" or "mean_per_class_accuracy", which chooses the penalty; the cross-entropy decides ties.
+        report: called with the number of penalties tried and a text about the last one.
 
     Source of the protocol: Kornblith et al. 2019, arXiv 1805.08974, section 4.
     """
@@ -65,19 +77,32 @@ def logistic_regression(
     labels = np.tile(train_labels, len(train))
     solver = LogisticRegression(max_iter=_MAX_ITERATIONS, tol=1e-5, warm_start=True)
     best: tuple[tuple[float, float], LinearHead] | None = None
-    for penalty in _LOGISTIC_PENALTIES:
+    worse = 0
+    report(0, "")
+    for tried, penalty in enumerate(_LOGISTIC_PENALTIES, 1):
         solver.set_params(C=1.0 / (penalty * len(labels)))
-        with warnings.catch_warnings():
+        with _threads_for(features.size * num_classes), warnings.catch_warnings():
             # At weak penalties the optimum is far; what was reached is a candidate like the others.
             warnings.simplefilter("ignore", ConvergenceWarning)
             solver.fit(features, labels)
         kernel, bias = _softmax_weights(solver.coef_, solver.intercept_, solver.classes_, num_classes)
         kernel = kernel / std[:, None]
         bias = bias - mean @ kernel
-        best = _better(best, kernel, bias, penalty, validation, validation_labels, metric)
+        before, best = best, _better(best, kernel, bias, penalty, validation, validation_labels, metric)
+        worse = worse + 1 if best is before else 0
+        report(tried, f"penalty {penalty:.0e}, {metric} {best[1].validation_value:.1%} so far")
+        if worse == _PATIENCE:
+            break
     if best is None:
         raise AssertionError("there are penalties")
     return best[1]
+
+
+def _threads_for(multiplications: int) -> contextlib.AbstractContextManager[object]:
+    """Limits BLAS to one thread while a pass over the features is small."""
+    from threadpoolctl import threadpool_limits  # scikit-learn's own
+
+    return threadpool_limits(limits=1) if multiplications < _THREADED_PASS else contextlib.nullcontext()
 
 
 def ridge_regression(
@@ -88,6 +113,7 @@ def ridge_regression(
     *,
     num_classes: int,
     metric: str,
+    report: Callable[[int, str], None] = lambda tried, figures: None,
 ) -> LinearHead:
     """Minimises mean (score - target)^2 + penalty * |kernel|^2 with targets +-1, one column a class, exactly.
 
@@ -112,17 +138,20 @@ def ridge_regression(
     scale = max(float(eigenvalues.mean()), np.finfo(np.float64).tiny)
     rotated = eigenvectors.T @ product
     best: tuple[tuple[float, float], LinearHead] | None = None
-    for penalty in _RIDGE_PENALTIES:
+    for tried, penalty in enumerate(_RIDGE_PENALTIES, 1):
         kernel = eigenvectors @ (rotated / (eigenvalues + penalty * scale)[:, None])
         bias = mean_target - mean @ kernel
         factor = _best_factor(validation @ kernel + bias, validation_labels)
         best = _better(best, factor * kernel, factor * bias, penalty, validation, validation_labels, metric)
+        report(tried, f"penalty {penalty:.0e}, {metric} {best[1].validation_value:.1%} so far")
     if best is None:
         raise AssertionError("there are penalties")
     return best[1]
 
 
 PROBES = {"lbfgs": logistic_regression, "ridge": ridge_regression}
+# How many penalties each may try.
+PENALTIES = {"lbfgs": len(_LOGISTIC_PENALTIES), "ridge": len(_RIDGE_PENALTIES)}
 
 
 def metric_of(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float:

@@ -15,7 +15,7 @@ from robust_tf.models import (
     standard_twin,
 )
 
-_CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".best", ".latest")
+_CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".best", ".latest")
 
 
 def is_flag_file(source: str) -> bool:

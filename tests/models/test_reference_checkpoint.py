@@ -12,7 +12,7 @@ import pytest
 from torch_writer import Call, Global, Storage, tensor, tensors, write_legacy, write_zip, write_zip_members
 
 from robust_tf.errors import UserError
-from robust_tf.models import torch_file
+from robust_tf.models import torch_file, torch_pickle
 from robust_tf.models.reference_checkpoint import read_reference_checkpoint
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
@@ -193,12 +193,12 @@ def test_every_opcode_that_names_something_is_checked(tmp_path, monkeypatch) -> 
 
 
 def test_state_set_on_an_allowed_name_reaches_nothing(tmp_path) -> None:
-    before = dict(vars(torch_file._rebuild_tensor)), dict(vars(torch_file._Mapping))
+    before = dict(vars(torch_pickle._rebuild_tensor)), repr(torch_pickle._ALLOWED)
     for name in ("torch._utils\n_rebuild_tensor_v2", "collections\nOrderedDict"):
         # BUILD with (None, {"keys": None}), which sets the attribute `keys` where there is no __setstate__.
         opcodes = f"c{name}\n".encode() + b"N}X\x04\x00\x00\x00keysNs\x86b."
         refusal(write_zip_members(tmp_path / "x.pt", {"data.pkl": b"\x80\x02" + opcodes}))
-    assert (dict(vars(torch_file._rebuild_tensor)), dict(vars(torch_file._Mapping))) == before
+    assert (dict(vars(torch_pickle._rebuild_tensor)), repr(torch_pickle._ALLOWED)) == before
 
 
 @pytest.mark.parametrize("opcodes", [b"\x82\x01.", b"\x83\x01\x00.", b"Nr\xff\xff\xff\x7f."])
@@ -218,15 +218,10 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("key", ENDLESS.values(), ids=ENDLESS)
-def test_endless_keys_are_not_even_built(tmp_path, key: bytes) -> None:
+def test_endless_keys_are_never_hashed(tmp_path, key: bytes) -> None:
     message = refusal(write_zip_members(tmp_path / "x.pt", {"data.pkl": b"\x80\x04}" + key + b"Ns."}))
-    assert "no tuple has more than 2000 items in all" in message
-
-
-def test_no_call_makes_a_tuple_of_a_list(tmp_path) -> None:
-    """Such a tuple could be a key, and a list counts as one item whatever it holds, because it has no hash."""
-    data = b"\x80\x02}ctorch\nSize\n(Nl\x85RNs."  # {Size([None]): None}
-    assert "unhashable" in refusal(write_zip_members(tmp_path / "x.pt", {"data.pkl": data}))
+    assert "must be texts or integers of 64 bits. Received: (" in message
+    assert len(message) < 500
 
 
 @WRITERS
@@ -241,7 +236,7 @@ def test_messages_are_short_whatever_was_received(tmp_path, write) -> None:
         Call(Global("torch._utils", "_rebuild_tensor_v2"), (endless, 0, (), ())),
         {"x": Call(Global("numpy._core.multiarray", "scalar"), (endless, b""))},
     ):
-        assert len(refusal(write(tmp_path / "x.pt", {"a": wrong}))) < 1000
+        assert len(refusal(write(tmp_path / "x.pt", {"a": wrong}))) < 500
 
 
 @WRITERS

@@ -281,7 +281,7 @@ def test_another_architecture_is_named():
 
 def test_the_same_weight_twice_is_refused():
     state = small_state()
-    refused(small(), state | {"module.conv1.weight": state["conv1.weight"]}, "'module.conv1.weight'")
+    refused(small(), state | {"module.conv1.weight": state["conv1.weight"]}, "module.conv1.weight for conv1.weight")
 
 
 def test_another_normalization_is_refused():
@@ -292,7 +292,9 @@ def test_another_normalization_is_refused():
 
 def test_number_of_classes_needs_the_head():
     assert reference_num_classes(small_state(num_classes=7), "resnet8") == 7
-    with pytest.raises(UserError, match=r"'fc.weight'. Received: architecture=resnet18. It fits architecture=resnet8"):
+    with pytest.raises(
+        UserError, match=r"'fc.weight'. Received: architecture=resnet18, keys bn1.bias, .*more. It fits"
+    ):
         reference_num_classes(small_state(), "resnet18")
     with pytest.raises(UserError, match="'resnet19'"):
         reference_num_classes(small_state(), "resnet19")
@@ -316,3 +318,35 @@ def test_head_and_size_tell_all_architectures_apart():
         (entry.reference_module("logits"), entry.feature_dim, entry.parameters) for entry in ARCHITECTURES.values()
     }
     assert len(marks) == len(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "net.", "ema_model.", "module._orig_mod.", "ema_model.module.net.model."]
+)
+def test_wrappers_of_other_training_code_are_stripped(prefix):
+    state = to_reference_state(small())
+    loaded = small()
+    load_reference_state(
+        loaded, {prefix + key: array + 1 for key, array in state.items()} | {"n_averaged": np.array(3)}
+    )
+    for key, array in to_reference_state(loaded).items():
+        if not key.endswith("num_batches_tracked"):
+            np.testing.assert_array_equal(array, state[key] + 1, err_msg=key)
+
+
+def test_keys_that_are_not_understood_are_shown_in_short():
+    state = {f"student.{'x' * 5000}{n}.weight": np.zeros((2, 2), np.float32) for n in range(50)}
+    with pytest.raises(UserError, match="holds no head .*keys student.xxx.* and 47 more") as caught:
+        reference_num_classes(state, "resnet8")
+    assert len(str(caught.value)) < 500
+
+
+def test_a_normalization_has_one_number_a_channel():
+    state = {"new_mean": np.zeros(100_000, np.float32), "new_std": np.ones(100_000, np.float32)}
+    with pytest.raises(UserError, match=r"one number a channel. Received: float32 of shape \(100000,\)"):
+        reference_normalization(state)
+
+
+def test_a_head_of_few_columns_builds_no_large_classifier():
+    with pytest.raises(UserError, match=r"in rows of 64. Received: uint8 of shape \(1000000, 1\)"):
+        reference_num_classes({"linear.weight": np.zeros((10**6, 1), np.uint8)}, "resnet8")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
 
 from robust_tf.transfer.probes import PROBES, cross_entropy, logistic_regression, metric_of, ridge_regression
 
@@ -82,3 +82,34 @@ def test_the_penalty_is_the_one_that_the_validation_part_wants(name, monkeypatch
         values[choice] = head.validation_value, head.penalty
     assert values[(1.0,)][0] > values[(1e-6,)][0]
     assert values[(1.0, 1e-6)] == values[(1.0,)]
+
+
+def test_the_search_ends_where_the_validation_figure_has_turned(monkeypatch):
+    """The head is that of all penalties, from fewer of them."""
+    train, labels = blobs(300, dim=40, noise=3.0)
+    validation = blobs(1000, dim=40, noise=3.0, seed=1)
+    tried: list[int] = []
+    reported = lambda count, figures: tried.append(count)  # noqa: E731
+    options = {"num_classes": 3, "metric": "accuracy"}
+    short = logistic_regression([train], labels, *validation, **options, report=reported)
+    monkeypatch.setattr("robust_tf.transfer.probes._PATIENCE", 100)
+    whole = logistic_regression([train], labels, *validation, **options)
+    assert tried == list(range(len(tried))) and 4 <= len(tried) < 8
+    assert short.penalty == whole.penalty
+    np.testing.assert_array_equal(short.kernel, whole.kernel)
+
+
+def test_small_features_are_fitted_with_one_thread(monkeypatch):
+    """Threads of BLAS that wait for one another took minutes beside other busy processes."""
+    from threadpoolctl import threadpool_info
+
+    seen: list[set[int]] = []
+    fit = LogisticRegression.fit
+
+    def watched(self, *arguments):
+        seen.append({pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"})
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(LogisticRegression, "fit", watched)
+    logistic_regression([blobs(60)[0]], blobs(60)[1], *blobs(30, seed=1), num_classes=3, metric="accuracy")
+    assert seen and all(threads == {1} for threads in seen)
