@@ -5,13 +5,9 @@
 Started again on the same workdir, it goes on where it stopped.
 """
 
-import base64
 import dataclasses
-import json
 import pathlib
-import shlex
 import sys
-import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +28,7 @@ import tensorflow as tf  # noqa: E402
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
 from robust_tf.models import PUBLISHED, load_classifier, pixel_warning, save_classifier  # noqa: E402
 from robust_tf.reporting import REPORT, write_examples, write_history, write_report  # noqa: E402
+from robust_tf.reporting.next_commands import next_commands, served_name  # noqa: E402
 from robust_tf.serving.model_card import card_from_results, decoding_from_results  # noqa: E402
 from robust_tf.serving.publish import export_classifier, model_folder, readers_of  # noqa: E402
 from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
@@ -384,31 +381,10 @@ def default_workdir(argv: Sequence[str]) -> str:
     return str(pathlib.Path("runs") / (pathlib.Path(flag_files[-1]).stem if flag_files else "train"))
 
 
-def served_name(config: JobConfig) -> str:
-    """The name that the model is exported and queried under."""
-    return config.model_name or pathlib.Path(config.workdir).name
-
-
 def print_next_commands(config: JobConfig) -> None:
     """The commands that usually follow, to copy."""
-    commands = [shlex.join(["tensorboard", "--logdir", str(pathlib.Path(config.workdir).parent)])]
-    if config.export_dir:
-        name, base = served_name(config), pathlib.Path(config.export_dir).resolve() / served_name(config)
-        serve = ["python", "-m", "robust_tf.serve", "--rest_api_port=8501", f"--model_name={name}"]
-        serve.append(f"--model_base_path={base}")
-        commands += [f"python -m pip install '.[serve]' && {shlex.join(serve)}", _query(config, name)]
-    console.print("Next:", *(f"  {command}" for command in commands), sep="\n")
-
-
-def _query(config: JobConfig, name: str) -> str:
-    """Asks the served model about a test image: within the command where it is small enough for that."""
-    sample = task_of(config).sample()
-    if len(sample) > 1000:
-        predict = ["python", "-m", "robust_tf.predict", "--server=http://localhost:8501", f"--model_name={name}"]
-        return shlex.join([*predict, "IMAGE_OR_FOLDER"])
-    request = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode("ascii")}]})
-    url = f"http://localhost:8501/v1/models/{urllib.parse.quote(name, safe='')}:predict"
-    return shlex.join(["curl", "-d", request, url])
+    sample = task_of(config).sample() if config.export_dir else b""
+    console.print("Next:", *(f"  {command}" for command in next_commands(config, sample)), sep="\n")
 
 
 def _hparams(config: JobConfig) -> dict[str, bool | int | float | str]:

@@ -15,7 +15,7 @@ LAYERS = [
     {"training"},
     {"transfer"},
     {"attacks", "data", "models", "job_record"},
-    {"config", "config_checks"},
+    {"config", "attack_config", "config_checks"},
     {"command_line"},
     {"errors", "files", "environment", "keras_backend", "statistics"},
 ]
