@@ -4,6 +4,7 @@ Each cell either works, with the probabilities that the user's own model gives, 
 found and what to do.
 """
 
+import functools
 import json
 import pathlib
 
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 
 from robust_tf import evaluate, export, train, visualize
+from robust_tf.attacks import AttackConfig, AttackWarning, pgd
 from robust_tf.config import JobConfig
 from robust_tf.errors import UserError
 from robust_tf.evaluation.settings import EvaluateConfig
 from robust_tf.models import features_of, load_classifier, save_classifier
 from robust_tf.serving.session import LoadedModel
+from robust_tf.training import AdversarialTrainer
 from tests.model_forms import FORMS, SIZE, Form, softmax
 
 IMAGES = np.random.default_rng(1).random((6, SIZE, SIZE, 3)).astype(np.float32)
@@ -119,7 +122,7 @@ def run_source(saved: Saved, data_dir: pathlib.Path) -> None:
     np.testing.assert_allclose(features_of(again)(IMAGES), features_of(before)(IMAGES), atol=1e-6)
 
 
-# The columns of the table. COLUMNS STILL MISSING: "trainer" and "attacks", which take a model in memory.
+# The columns of the table that read a file. "trainer" and "attacks", which take a model in memory, follow below.
 PROGRAMS = {"evaluate": run_evaluate, "visualize": run_visualize, "export": run_export, "--source": run_source}
 
 
@@ -187,3 +190,91 @@ def test_a_whole_transfer_and_what_follows_it(saved, settings, data_dir, tmp_pat
     (entry,) = json.loads((job / "evaluation" / "evaluation.json").read_text())["classifiers"]
     assert entry["clean"]["accuracy"] == json.loads((job / "results.json").read_text())["clean_accuracy"]
     assert (tmp_path / "exports" / "job" / "1" / "saved_model.pb").exists()
+
+
+def inputs_and_outputs(name: str) -> tuple[keras.Model, object, object]:
+    """A form in memory, what it takes for `IMAGES`, and what it gives."""
+    keras.utils.set_random_seed(3)
+    model = FORMS[name].build()
+    images = np.moveaxis(IMAGES, -1, 1) if name == "channels_first" else IMAGES
+    inputs = images
+    if isinstance(getattr(model, "input", None), dict):
+        inputs = {
+            key: images if len(each.shape) == 4 else np.ones((len(images), 2), np.float32)
+            for key, each in model.input.items()
+        }
+    return model, inputs, model(inputs)
+
+
+def loss_and_labels(output, labels):
+    """The loss that fits an output, and labels as it takes them."""
+    values = np.asarray(output, np.float32)
+    given = bool(values.min() >= 0 and values.max() <= 1)
+    if values.shape[-1] == 1:
+        return keras.losses.BinaryCrossentropy(from_logits=not given), labels
+    given = given and np.allclose(values.sum(axis=-1), 1, atol=0.02)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=not given)
+    return loss, labels if values.ndim == 2 else np.zeros(values.shape[:-1], int)
+
+
+IN_MEMORY = AttackConfig(norm="linf", epsilon=0.1, step_size=0.05, steps=2)
+NO_GRADIENT = {"integer images", "subclassed, not symbolic"}
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in NO_GRADIENT])
+def test_a_form_trains_under_attack(name):
+    """The attack raises the compiled loss, whatever form the model has."""
+    model, inputs, outputs = inputs_and_outputs(name)
+    labels = np.arange(len(IMAGES)) % 2
+    if name == "sigmoid of each label":
+        loss, targets = keras.losses.BinaryCrossentropy(), np.eye(3, dtype=np.float32)[labels]
+    elif isinstance(outputs, dict):
+        pairs = {key: loss_and_labels(output, labels) for key, output in outputs.items()}
+        loss, targets = ({key: pair[part] for key, pair in pairs.items()} for part in (0, 1))
+    else:
+        loss, targets = loss_and_labels(outputs, labels)
+    trainer = AdversarialTrainer(model, IN_MEMORY)
+    trainer.compile("sgd", loss)
+    figures = trainer.evaluate(inputs, targets, verbose=0, return_dict=True)
+    assert figures["loss"] > figures["clean_loss"] + 1e-3
+    before = [weight.copy() for weight in model.get_weights()]
+    trainer.fit(inputs, targets, verbose=0)
+    assert any(np.abs(new - old).max() > 0 for new, old in zip(model.get_weights(), before, strict=True))
+
+
+def test_a_form_without_a_gradient_is_named():
+    model, inputs, _ = inputs_and_outputs("integer images")
+    trainer = AdversarialTrainer(model, IN_MEMORY)
+    trainer.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pytest.warns(AttackWarning, match="no gradient with respect to its images"):
+        trainer.evaluate(inputs, np.zeros(6, int), verbose=0)
+    model, inputs, _ = inputs_and_outputs("subclassed, not symbolic")
+    trainer = AdversarialTrainer(model, IN_MEMORY)
+    trainer.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
+    with pytest.raises(UserError, match="makes a NumPy array of its input"):
+        trainer.evaluate(inputs, np.zeros(6, int), verbose=0)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "two inputs"])
+def test_a_form_is_attacked_or_refused_in_one_line(name):
+    """Direct calls take logits (batch, classes) alone, and say what else they were given."""
+    model, _, outputs = inputs_and_outputs(name)
+    images = np.moveaxis(IMAGES, -1, 1) if name == "channels_first" else IMAGES
+    labels = np.arange(len(IMAGES)) % 2
+    attack = functools.partial(pgd, model, images, labels, norm="linf", epsilon=0.1, steps=2)
+    if name == "integer images":
+        with pytest.warns(AttackWarning, match="The gradient is zero"):
+            attack()
+    elif (
+        isinstance(outputs, dict) or outputs.shape.rank != 2 or outputs.shape[-1] == 1 or _gives_probabilities(outputs)
+    ):
+        with pytest.raises(UserError, match="Received: ") as raised:
+            attack()
+        assert "\n" not in str(raised.value)
+    else:
+        np.testing.assert_allclose(np.abs(attack() - images).max(), 0.1, atol=1e-6)
+
+
+def _gives_probabilities(outputs) -> bool:
+    values = np.asarray(outputs, np.float32)
+    return bool(values.min() >= 0 and values.max() <= 1)

@@ -243,6 +243,12 @@ def _takes_integers(loss: Any) -> bool | None:
     return False if getattr(home, "__module__", "").startswith("keras.") else None
 
 
+def _is_binary(loss: Any) -> bool:
+    """Whether each output of a loss is the score of a label that may be there or not."""
+    kinds = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
+    return isinstance(loss, kinds) or _function_of(loss) in _CROSSENTROPIES[:2]
+
+
 def _is_softmax_crossentropy(loss: Any) -> bool:
     """Whether it is the loss of the reference, with class numbers as labels, which the attacks have already."""
     if type(loss) is CrossEntropy:
@@ -262,7 +268,7 @@ def _expected_scores(loss: Any) -> Scores | None:
 
 
 def _checked_scores(loss: Any, output: Any, name: str) -> Scores | None:
-    """What the scores of an output are, or None where it holds no scores of classes.
+    """What the scores of an output are, or None where it holds no scores of classes that exclude each other.
 
     Raises:
         UserError: they are not what the loss is meant for.
@@ -271,7 +277,8 @@ def _checked_scores(loss: Any, output: Any, name: str) -> Scores | None:
     values = np.asarray(output, np.float32)
     # A single output may lie in [0, 1] by chance. Probabilities in half precision sum to 1 within a hundredth.
     found = bool(values.min() >= 0 and values.max() <= 1)
-    if values.shape[-1] > 1:
+    of_each_label = _is_binary(loss) and values.shape[-1] > 1
+    if values.shape[-1] > 1 and not of_each_label:
         found = found and bool(np.all(np.abs(values.sum(axis=-1) - 1) < 0.02))
     if expected is None:
         is_custom = _takes_integers(loss) is None
@@ -284,13 +291,13 @@ def _checked_scores(loss: Any, output: Any, name: str) -> Scores | None:
             f"Received: values from {values.min():.3g} to {values.max():.3g} in {name!r}. "
             "Compile the loss with from_logits=True."
         )
-    if expected == "logits" and found and values.shape[-1] > 1:
+    if expected == "logits" and found and values.shape[-1] > 1 and not of_each_label:
         raise UserError(
             f"The compiled loss {_name_of(loss)} is meant for logits (from_logits=True), but the classifier gives "
             f"probabilities. Received: rows of {name!r} that sum to 1. Compile the loss with from_logits=False, or "
             "take the softmax out of the classifier, which is better: robust_tf's other programs expect logits."
         )
-    return expected
+    return None if of_each_label or values.ndim != 2 else expected
 
 
 def _name_of(loss: Any) -> str:

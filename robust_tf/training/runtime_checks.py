@@ -35,6 +35,13 @@ def explained() -> Iterator[None]:
     """Turns a failure of `checked` or `assert_pixels`, which TensorFlow buries in a page of text, into a UserError."""
     try:
         yield
+    except NotImplementedError as error:
+        if "symbolic tf.Tensor" not in str(error):
+            raise
+        raise UserError(
+            "The attack needs a classifier of TensorFlow operations or keras.ops, which have gradients. Received: one "
+            "whose `call` makes a NumPy array of its input."
+        ) from None
     except tf.errors.InvalidArgumentError as error:
         if pixels := pixel_error(error):
             raise pixels from None
