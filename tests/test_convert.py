@@ -238,7 +238,7 @@ def test_classifiers_that_the_reference_does_not_know(tmp_path) -> None:
 def test_an_output_that_cannot_be_written(tmp_path, state) -> None:
     path = write_zip(tmp_path / "x.pth", tensors(state))
     output = path / "y.keras"
-    with pytest.raises(UserError, match=re.escape(str(output))):
+    with pytest.raises(UserError, match=f"^--output needs a folder.*{re.escape(str(path))}"):
         run(f"--checkpoint={path}", "--architecture=resnet8", f"--output={output}")
     assert list(tmp_path.iterdir()) == [path]
 

@@ -63,7 +63,7 @@ def test_a_folder_that_can_be_made_is_not_made(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "run"),
     [
-        ("--output_dir", lambda path: evaluate.run(EvaluateConfig(classifier="none.keras", output_dir=path))),
+        ("--output", lambda path: evaluate.run(EvaluateConfig(classifier="none.keras", output=path))),
         ("--output", lambda path: visualize.main(["visualize", "--classifier=none.keras", f"--output={path}/x.png"])),
         (
             "--tensorboard",

@@ -10,6 +10,7 @@ import pytest
 from robust_tf.command_line import to_flag_file
 from robust_tf.config import JobConfig
 from robust_tf.data import load_task
+from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError
 from robust_tf.evaluation import subject as subject_module
 from robust_tf.job_record import JobRecord, job_record, read_job_record, read_results
@@ -22,7 +23,8 @@ OF_THE_RUN = {"batch_size", "data_dir", "cache", "cache_dir", "worker", "num_wor
 def test_everything_that_decides_the_test_images_is_recorded_and_followed(monkeypatch, tmp_path):
     """Whoever gives `load_task` another parameter has to record it, or evaluation would measure on other images."""
     deciding = set(inspect.signature(load_task).parameters) - OF_TRAINING - OF_THE_RUN - {"name"}
-    assert deciding <= {field.name for field in dataclasses.fields(JobRecord)}
+    fields = {field.name for field in dataclasses.fields(JobRecord)}
+    assert deciding - {"decoding"} | {field.name for field in dataclasses.fields(Decoding)} <= fields
     asked = {}
 
     class Enough(Exception):
@@ -32,7 +34,8 @@ def test_everything_that_decides_the_test_images_is_recorded_and_followed(monkey
         asked.update(options)
         raise Enough
 
-    config = JobConfig(dataset="folder:/x", classes=(2, 0), downscale=9, split_seed=3, skip_bad_images=True)
+    reading = {"exif": "apply", "alpha_background": "white"}
+    config = JobConfig(dataset="folder:/x", classes=(2, 0), downscale=9, split_seed=3, skip_bad_images=True, **reading)
     (tmp_path / "results.json").write_text(json.dumps({"flags": to_flag_file(config).splitlines(), "image_size": 8}))
     monkeypatch.setattr(subject_module, "load_task", recorded)
     monkeypatch.setattr(subject_module, "load_classifier", lambda path: type("C", (), {"input_shape": (None, 8, 8, 3)}))
@@ -41,6 +44,7 @@ def test_everything_that_decides_the_test_images_is_recorded_and_followed(monkey
     assert deciding <= asked.keys()
     expected = {"downscale": 9, "split_seed": 3, "skip_bad_images": True, "classes": (2, 0), "image_size": 8}
     assert expected.items() <= asked.items()
+    assert asked["decoding"] == Decoding(**reading)
     with pytest.raises(Enough):
         subject_module.load_subject(str(tmp_path / "classifier.keras"), dataset="digits")
     # The classifier was made for reduced images; the split is of the other data set.

@@ -583,7 +583,7 @@ def test_a_job_with_mixed_images(job, mixing, epsilon):
     results = results_of(config)
     assert results["clean_accuracy"] > 0.5  # of three classes; the labels reach the loss
     validation = events(config, "validation")
-    figure = "epoch/robust_accuracy" if epsilon else "epoch/clean_accuracy"
+    figure = "epoch/adversarial_accuracy" if epsilon else "epoch/clean_accuracy"
     accuracies = [float(tf.make_ndarray(e.tensor_proto)) for e in validation.Tensors(figure)]
     assert results["validation_value"] == pytest.approx(max(accuracies))
 

@@ -51,6 +51,6 @@ def test_weights_of_other_types_are_saved_too(tmp_path):
     inputs = keras.Input((4, 4, 3))
     model = keras.Model(inputs, keras.layers.Conv2D(2, 3, dtype="bfloat16")(inputs))
     save_classifier(model, tmp_path / "half.keras")
-    for ours, theirs in zip(load_classifier(tmp_path / "half.keras").weights, model.weights, strict=True):
+    for ours, theirs in zip(keras.saving.load_model(tmp_path / "half.keras").weights, model.weights, strict=True):
         assert ours.dtype == "bfloat16"
         np.testing.assert_array_equal(ours, theirs)
