@@ -182,15 +182,16 @@ class AdversarialTrainer(ReplicatedModel):
             lambda output: output if whole else tf.zeros(output.shape[:-1], tf.int32), outputs
         )
         images = tf.zeros((1, 1, 1, 1))
-        if self.loss is not None and isinstance(
-            outputs, (dict, list, tuple)
-        ):  # each of several losses is a metric, too
-            self.compute_loss(images, labels, outputs, None)
+        if self.loss is not None and isinstance(outputs, (dict, list, tuple)):
+            self.compute_loss(images, labels, outputs, None)  # each of several losses is a metric, too
         self.compute_metrics(images, labels, outputs, None)
         self.reset_metrics()
 
     def swap_averages(self) -> None:
-        """Exchanges the trained weights and their moving averages, if the optimizer keeps any; twice is not at all."""
+        """Exchanges the trained weights and their moving averages, if the optimizer keeps any.
+
+        A second call undoes the first one.
+        """
         for weight, average in averages_of(self.optimizer):
             value = weight.numpy()
             weight.assign(average)
@@ -235,6 +236,12 @@ class AdversarialTrainer(ReplicatedModel):
                 if loss is not None and (loss.integer_labels is not None or self.num_replicas > 1):
                     self.build_metrics()
         super().make_train_function(force)
+
+    def make_test_function(self, force: bool = False) -> None:
+        if self.num_replicas > 1 and self._compiled_loss is not None and self.test_function is None:
+            with self.distribute_strategy.scope():
+                self.build_metrics()
+        super().make_test_function(force)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         # The step count as seed: a resumed run draws what the interrupted one would have drawn. Not the optimizer's

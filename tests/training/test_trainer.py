@@ -1,5 +1,9 @@
 """The adversarial training step against the PyTorch reference, and what must hold for it."""
 
+import json
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -366,3 +370,34 @@ def test_frozen_batchnorm_keeps_its_statistics():
 def test_something_else_than_a_model_is_refused():
     with pytest.raises(UserError, match="Received: function"):
         AdversarialTrainer(lambda images: images, ATTACKS["standard"])
+
+
+MIRRORED = """
+import contextlib, json, sys
+import keras, numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from robust_tf.training import AdversarialTrainer, AttackConfig
+rng = np.random.default_rng(0)
+images, labels = rng.random((32, 8, 8, 3)).astype(np.float32), rng.integers(0, 3, 32)
+for strategy in (tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), None):
+    keras.utils.set_random_seed(0)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        layers = [keras.layers.Conv2D(4, 3, activation="tanh"), keras.layers.Flatten(), keras.layers.Dense(3)]
+        classifier = keras.Sequential([keras.Input((8, 8, 3)), *layers])
+        trainer = AdversarialTrainer(classifier, AttackConfig(norm="l2", epsilon=0.5, step_size=0.2, steps=3))
+        trainer.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    before = trainer.evaluate(images, labels, batch_size=16, verbose=0, return_dict=True)
+    trainer.fit(images, labels, batch_size=16, shuffle=False, verbose=0)
+    print(json.dumps([before, trainer.evaluate(images, labels, batch_size=16, verbose=0, return_dict=True)]))
+"""
+
+
+@pytest.mark.slow
+def test_plain_fit_and_evaluate_in_the_scope_of_a_strategy():
+    """With metrics by name, whose variables a replica could not make; the figures are those of one device."""
+    out = subprocess.run([sys.executable, "-c", MIRRORED], check=True, capture_output=True, text=True).stdout
+    mirrored, single = (json.loads(line) for line in out.splitlines()[-2:])
+    for ours, theirs in zip(mirrored, single, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert single[0]["loss"] != pytest.approx(single[1]["loss"], abs=1e-4)
