@@ -30,7 +30,7 @@ class JobRecord:
         downscale: what the shorter side is reduced to before everything else.
         split_seed: which images of a folder without a test part are one.
         skip_bad_images: images that cannot be decoded were left out.
-        exif, alpha_background: what becomes of EXIF rotation and of transparency, as the flags of these names say.
+        exif, alpha_background: how EXIF rotation and transparency are treated, as in the flags of these names.
         norm, epsilon: of the attack that it was evaluated under.
     """
 

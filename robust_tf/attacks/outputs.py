@@ -42,7 +42,7 @@ def output_of(model: Model, images: tf.Tensor) -> tf.Tensor:
 def _one_output(output: Any) -> tf.Tensor:
     if tf.is_tensor(output):
         return output
-    if _is_array(output):  # NumPy's, or that of another framework
+    if _is_array(output):  # from NumPy or from another framework
         return tf.convert_to_tensor(np.asarray(output))
     if isinstance(output, Mapping):
         received, way_out = f"a dict with the keys {list(output)}", f"model(images)[{next(iter(output), '')!r}]"

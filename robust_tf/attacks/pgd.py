@@ -160,7 +160,7 @@ def ascend(
         margin_by = margin_of
 
     def margin(logits: Any, labels: tf.Tensor) -> tf.Tensor:
-        # Another loss has differences of its own, also between tiny logits.
+        # Other losses tell tiny logits apart by themselves.
         return tf.fill(tf.shape(labels), float("inf")) if margin_by is None else margin_by(logits, labels)
 
     def is_worse(loss: tf.Tensor, margin: tf.Tensor, state: State) -> tf.Tensor:

@@ -48,8 +48,8 @@ AS_STORED = Decoding()
 def decode(encoded: tf.Tensor, decoding: Decoding = AS_STORED) -> tf.Tensor:
     """JPEG, PNG, GIF (first frame), BMP or WebP (not animated) bytes, a scalar string -> (height, width, 3) uint8.
 
-    Grey is repeated to RGB, CMYK converted, 16 bits reduced to 8; what becomes of transparency and of EXIF rotation is
-    for `decoding` to say. A BMP has no transparency: most programs ignore its fourth channel.
+    Grey is repeated to RGB, CMYK converted, 16 bits reduced to 8. `decoding` says how transparency and EXIF rotation
+    are treated. A BMP has no transparency: most programs ignore its fourth channel.
     """
     image = tf.cond(
         tf.io.is_jpeg(encoded),

@@ -28,7 +28,7 @@ def plain_classifier(model: keras.Model) -> keras.Model:
         model: a Sequential, Functional or subclassed model. It stays as it is.
 
     Returns:
-        The model itself where it has this form already, otherwise a new model with weights of its own.
+        The model itself where it has this form already, otherwise a new model with copies of the weights.
 
     Raises:
         UserError: the model has several inputs or outputs, takes no float images, gives no row of numbers for each

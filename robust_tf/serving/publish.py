@@ -64,9 +64,9 @@ def export_classifier(
         version: at least 1; None takes the next free one.
         resize_size: what encoded images' shorter side is resized to before the centre crop; None takes the size of
             the classifier's images.
-        decoding: what becomes of EXIF rotation and transparency of encoded images, as in training.
+        decoding: how EXIF rotation and transparency of encoded images are treated, as in training.
         attack_probe: serve this attack as the signature `attack_probe`.
-        original: the model that `classifier` was made from. What is served must have its probabilities, too.
+        original: the model that `classifier` was made from. The served probabilities must equal the ones that it gives.
         world_readable: give the version, and the folders made for it, the modes 0755 and 0644, whatever the umask
             is: a server usually runs as a user who could not read them under umask 077. False keeps the umask.
 

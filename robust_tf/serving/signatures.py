@@ -33,7 +33,7 @@ def decode_images(
         image_bytes: (batch,) string; JPEG, PNG, GIF (first frame), BMP or WebP of any size; grey becomes RGB.
         image_size: side of the images that come out.
         resize_size: what the shorter side is resized to before the centre crop.
-        decoding: what becomes of EXIF rotation and of transparency, as in training.
+        decoding: how EXIF rotation and transparency are treated, as in training.
 
     Returns:
         (batch, image_size, image_size, 3) float32 in [0, 1].

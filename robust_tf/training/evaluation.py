@@ -79,7 +79,8 @@ def evaluate_classifier(
         attack: epsilon 0 leaves the robust figures out.
         ids: (num_images,) int64, of the images in the order in which they come.
         strategy: with several replicas, `dataset` is a distributed one, whose batches also have weights (batch,); what
-            has weight 0 is there to fill a batch. Every process gets the whole result, but only examples of its own.
+            has weight 0 is there to fill a batch. Every process gets the whole result, but examples from its own share
+            of the images.
     """
     replicas: Any = strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
 

@@ -92,7 +92,7 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         super().apply(grads, trainable_variables)
         if not self._statistics.pairs:
             return
-        # While gradients are accumulated the weights stay, and their averages, too.
+        # While gradients are accumulated, neither the weights nor their averages move.
         moved = self.iterations >= next_move
         decay = keras.ops.where(moved, self._decay_of_averages(next_move - 1), 1.0)
         for statistic, average in self._statistics.pairs:

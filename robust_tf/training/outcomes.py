@@ -83,7 +83,7 @@ def comparison(ours: Outcomes | None, theirs: Outcomes | None, *, metric: str) -
 
     Args:
         ours, theirs: of the same test part.
-        metric: with "mean_per_class_accuracy" that figure is compared, too.
+        metric: with "mean_per_class_accuracy" that figure is compared as well.
 
     Returns:
         By the name of the figure its difference, 95 % interval and p-value; robust_accuracy is None without an attack.

@@ -108,7 +108,7 @@ def meter(name: str, *, total: float, unit: str = "images") -> Iterator[Meter]:
 
 @contextlib.contextmanager
 def only_a_warning(what: str) -> Iterator[None]:
-    """Within it, whatever goes wrong is one line: for what comes after the figures of a finished job are written."""
+    """Turns any error inside the block into one warning line, for work after a finished job has been written."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  # drawing can fail in many ways, and none may end a finished job

@@ -183,7 +183,7 @@ class AdversarialTrainer(ReplicatedModel):
         )
         images = tf.zeros((1, 1, 1, 1))
         if self.loss is not None and isinstance(outputs, (dict, list, tuple)):
-            self.compute_loss(images, labels, outputs, None)  # each of several losses is a metric, too
+            self.compute_loss(images, labels, outputs, None)  # makes the metrics of the single losses
         self.compute_metrics(images, labels, outputs, None)
         self.reset_metrics()
 

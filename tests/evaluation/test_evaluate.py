@@ -394,7 +394,7 @@ def test_probabilities_are_as_calibrated_as_their_logits(flags, jobs, tmp_path):
 
 
 def test_a_classifier_of_reduced_images_is_measured_on_reduced_images(jobs, data_dir, tmp_path, flags, capsys):
-    """The figure is that of a training job, which reduces its test images too."""
+    """The figure equals the one of a training job, which reduces its test images as well."""
     job = write_job(tmp_path / "reduced", keras.saving.load_model(jobs["good"].classifier))
     (job.folder / "results.json").write_text(
         json.dumps({"dataset": "digits", "classes": [0, 1, 2, 3, 4], "downscale": 4})

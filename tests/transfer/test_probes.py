@@ -85,7 +85,7 @@ def test_the_penalty_is_the_one_that_the_validation_part_wants(name, monkeypatch
 
 
 def test_the_search_ends_where_the_validation_figure_has_turned(monkeypatch):
-    """The head is that of all penalties, from fewer of them."""
+    """The search that stops early finds the same head as the search over all penalties."""
     train, labels = blobs(300, dim=40, noise=3.0)
     validation = blobs(1000, dim=40, noise=3.0, seed=1)
     tried: list[int] = []

@@ -77,7 +77,7 @@ class AdversarialWeights(Objective):
             found = tf.cond(started, gradients, lambda: none)
         else:
             found = gradients()
-        if trainer.num_replicas > 1:  # the loss is that of the whole batch
+        if trainer.num_replicas > 1:  # the loss belongs to the whole batch
             found = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, found)
         return [weight_perturbation(*pair, self._gamma) for pair in zip(weights, found, strict=True)]
 
