@@ -572,7 +572,12 @@ def test_mixed_precision_job(job, monkeypatch, capsys, precision):
 
 
 @pytest.mark.parametrize(
-    ("mixing", "epsilon"), [("mixup", 0.0), ("mixup", 0.1), pytest.param("cutmix", 0.0, marks=pytest.mark.slow)]
+    ("mixing", "epsilon"),
+    [
+        ("mixup", 0.1),
+        pytest.param("mixup", 0.0, marks=pytest.mark.slow),
+        pytest.param("cutmix", 0.0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_job_with_mixed_images(job, mixing, epsilon):
     """Labels are shares of classes in training, attacked or not, and classes in evaluation."""

@@ -79,6 +79,7 @@ def test_a_run_stops_and_says_why(job, capsys):
     assert "Stopped early after epoch 4 of 8: 2 epochs without a better validation figure than 50.0%, that of ep" in out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_count(job, monkeypatch):
     """It was stopped by a signal while it saved the epoch that used the patience up: nothing is left to train."""
     config = job([0.5, 0.4, 0.3, 0.9])
