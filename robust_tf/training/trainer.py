@@ -331,9 +331,9 @@ class AdversarialTrainer(ReplicatedModel):
         weights, counts = batch.sample_weight, None
         if weights is not None and not isinstance(weights, (dict, list, tuple)):
             weights = tf.reshape(tf.cast(weights, tf.float32), [-1])
-            loss *= weights  # as the compiled loss does, which Keras divides by the number of images
+            loss *= weights  # Keras divides the weighted compiled loss by the number of images, too
             counts = tf.cast(weights != 0, tf.float32)  # with several replicas, images that only fill a batch weigh 0
-        self._clean_loss.update_state(loss, counts)
+        self._clean_loss.update_state(loss)
         if self.compiled_loss.counts_hits:
             self._clean_accuracy.update_state(correct, counts)
 

@@ -69,7 +69,7 @@ def _is_whole(path: pathlib.Path) -> bool:
         return False
     model = LoadedModel(path)
     try:
-        return replay_warmup(model) == 5
+        return replay_warmup(model) == 6
     finally:
         model.close()
 
