@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 
-# At this learning rate no activation sits on a kink, where a difference in the last bit would decide (at 0.02 one does, on
-# a processor with AVX512): with it, and with 0.015 and 0.025, one device and two differ by less than 1e-6.
+# At this learning rate no activation sits on a kink, where a difference in the last bit would decide. At 0.02 one does,
+# on a processor with AVX512. At 0.01, 0.015 and 0.025 one device and two differ by less than 1e-6 there.
 FLAGS = (
     "--dataset=digits --classes=0,1,2 --subset=96 --architecture=resnet8 --image_size=8 --norm=l2 --epsilon=0.5 "
     "--attack_steps=2 --eval_steps=3 --batch_size=16 --learning_rate=0.01 --sync_batchnorm --checkpoint_every_steps=2"
