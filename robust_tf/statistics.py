@@ -75,8 +75,8 @@ def paired_mean_per_class(first: np.ndarray, second: np.ndarray, labels: np.ndar
     """The difference of two mean-per-class accuracies that were measured on the same images.
 
     The interval adds up the variances of the classes; the pseudo-observations of Bonett and Price are shared among
-    them, so that with one class it is the interval of `paired_difference`. The p-value is that of the permutation test
-    that swaps the two classifiers on each image, from 20,000 seeded draws.
+    them, so that with one class it is the interval of `paired_difference`. The p-value comes from a permutation
+    test that swaps the two classifiers on each image, with 20,000 seeded draws.
 
     Args:
         first, second: (count,) bool, whether each classifier is right about each image.

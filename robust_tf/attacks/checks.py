@@ -71,8 +71,8 @@ def checked_batch(
 
     Raises:
         UserError: the shapes or types don't fit, or images are not in [0, 1], or the attack follows gradients and the
-            model gives probabilities; or, eagerly, there are no images, a label is no class of the model, or the model
-            gives NaN for one of the images.
+            model gives probabilities. In eager calls also: the batch is empty, a label is not a class of the model, or
+            the model gives NaN for an image.
 
     Warns:
         AttackWarning: eagerly, for images without any gradient of the loss, and images that look like another unit.

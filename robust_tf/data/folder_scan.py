@@ -158,7 +158,7 @@ def _is_decodable(head: bytes) -> bool:
     """Whether a file that begins with these bytes is of a format that `decode` reads."""
     if head.startswith(b"RIFF"):
         return head[8:12] == b"WEBP"
-    if head.startswith(b"BM"):  # as a text may, too
+    if head.startswith(b"BM"):  # a text may begin with these letters
         return int.from_bytes(head[14:18], "little") in _BMP_HEADER_SIZES
     return head.startswith(_SIGNATURES)
 

@@ -149,6 +149,7 @@ def _one_to_one(model: keras.Model) -> tuple[keras.KerasTensor, keras.KerasTenso
         # `call`, not the model itself: its layers are then the layers of the new model.
         outputs = model.call(_arguments(model, images), **({"training": None} if takes_training else {}))
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        # The user's own code fails here, in whatever way it does; the message has its words.
         raise UserError(
             f"The model must be one that Keras can call on a symbolic input. Received: {model.name!r}, "
             f"{type(model).__name__}: {_first_line(error)}. Write its `call` with keras.layers and keras.ops alone, or "
@@ -274,7 +275,7 @@ def _call(operation: keras.Operation, *arguments: Any, **options: Any) -> Any:
 
 
 def _pairs(model: keras.Model, copy: keras.Model) -> Iterator[tuple[keras.Operation, keras.Operation]]:
-    """Every operation that is no model to be opened, with its twin in a copy."""
+    """Yields each operation that is not opened as a nested model, with the same operation of a copy."""
     twins = {twin.name: twin for twin in _operations(copy)}
     for operation in _operations(model):
         twin = twins[operation.name]

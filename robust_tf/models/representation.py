@@ -10,7 +10,7 @@ FEATURES, LOGITS = "features", "logits"
 def head_of(layers: Sequence[keras.layers.Layer]) -> keras.layers.Layer | None:
     """The head among layers in their order: the last one with a kernel, or else with weights; None without any.
 
-    A normalisation after it is no head of its own.
+    A normalization layer after it does not count as a head.
     """
     with_weights = [layer for layer in layers if layer.weights]
     with_kernel = [layer for layer in with_weights if hasattr(layer, "kernel")]

@@ -54,7 +54,7 @@ class ExampleChoice:
                 self._kept[kind][place : place + 1] = [Example(kind, label, prediction, prediction_adv, *pixels)]
 
     def _place(self, kind: Kind, label: int, mistake: tuple[int, int]) -> int | None:
-        """Where a new image goes: an empty place, or that of an image whose class or mistake is shown too often."""
+        """Returns the place for a new image: an empty one, or one whose class or mistake is shown too often."""
         kept = self._kept[kind]
         if len(kept) < self._per_kind:
             return len(kept)

@@ -38,8 +38,8 @@ class CrossEntropy(keras.losses.Loss):
     """Softmax cross-entropy with labels, or with the shares of classes that mixed images have.
 
     Args:
-        class_weights: factor on the loss of an image by its class, (num_classes,); that of a mixed image is the mean
-            over its shares. None is 1 for all.
+        class_weights: factors on the loss of an image by its class, (num_classes,). A mixed image gets their mean over
+            its shares. None leaves every loss as it is.
     """
 
     def __init__(

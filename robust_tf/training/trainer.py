@@ -331,7 +331,7 @@ class AdversarialTrainer(ReplicatedModel):
         weights, counts = batch.sample_weight, None
         if weights is not None and not isinstance(weights, (dict, list, tuple)):
             weights = tf.reshape(tf.cast(weights, tf.float32), [-1])
-            loss *= weights  # Keras divides the weighted compiled loss by the number of images, too
+            loss *= weights  # as Keras does, which then divides by the number of images
             counts = tf.cast(weights != 0, tf.float32)  # with several replicas, images that only fill a batch weigh 0
         self._clean_loss.update_state(loss)
         if self.compiled_loss.counts_hits:

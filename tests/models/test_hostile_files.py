@@ -68,7 +68,7 @@ PICKLES = {
 
 
 def measure(path: pathlib.Path) -> str:
-    """Reads a file in a process of its own; its message, or the number of tensors, once the cost was found low."""
+    """Reads a file in a new process and checks the cost; returns the error message or the number of tensors."""
     command = [sys.executable, "-c", READER, str(PACKAGE / "models"), str(path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds, peak, message = json.loads(done.stdout)

@@ -134,7 +134,7 @@ def test_pixels_that_a_resize_left_a_little_outside_are_taken(asked):
 
 @pytest.mark.parametrize("outputs", [(), ("logits",), ("top_k",)])
 def test_the_check_of_the_pixels_is_in_the_graph(exported, outputs):
-    """TensorFlow Serving runs this Session too, with the outputs that a request names."""
+    """TensorFlow Serving runs the same kind of Session with the outputs that a request names."""
     model = LoadedModel(exported)
     with pytest.raises(ServingError, match=r"Pixels are numbers in \[0, 1\]"):
         model.run("predict_pixels", {"images": pixels(255.0)}, outputs)

@@ -69,7 +69,7 @@ class FreeReplays(Objective):
 
     def learn(self, trainer: Trainer, batch: Batch, inputs: tf.Tensor, gradients: list[tf.Tensor]) -> None:
         count = tf.shape(inputs)[0]
-        # Of the sum, not of the mean: the step of an image doesn't depend on the batch it came in.
+        # The gradient of the summed loss, since the step of an image must not depend on the size of its batch.
         moved = moved_perturbation(inputs, gradients[0] * tf.cast(count, tf.float32), trainer.attack)
         self._perturbation.assign(tf.concat([moved, self._perturbation[count:]], axis=0))
 
