@@ -59,7 +59,16 @@ def _one_output(output: Any) -> tf.Tensor:
 
 def _raw_output(model: Model, images: tf.Tensor) -> Any:
     # keras.Model and keras.Layer take `training`; a plain callable is what it is.
-    return model(images, training=False) if isinstance(model, keras.Layer) else model(images)
+    if not isinstance(model, keras.Layer):
+        return model(images)
+    inputs = getattr(model, "inputs", None)
+    if isinstance(model, keras.Model) and inputs and len(inputs) > 1:
+        raise UserError(
+            "An attack calls the model with images alone. Received: a model with inputs of shape "
+            f"{', '.join(str(tuple(each.shape)) for each in inputs)}. Attack a function that adds the others, e.g. "
+            "lambda images: model([images, others])."
+        )
+    return model(images, training=False)
 
 
 def _is_array(output: Any) -> bool:

@@ -324,7 +324,7 @@ def _check_that_versions_can_come(models: Sequence[ModelSettings]) -> None:
         absence = why_no_version(model.base_path)
         if absence is not None and absence.final:
             raise UserError(
-                f"There is no version of model {model.name} to serve, and none can come. Received: "
+                f"Model {model.name} has no version to serve, and none can appear. Received: "
                 f"{model.base_path}. {absence.reason}"
             )
 

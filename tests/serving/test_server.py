@@ -131,7 +131,7 @@ def test_where_waiting_does_not_help_it_ends(tmp_path, name, by_config_file):
         flags = {"model_config_file": str(tmp_path / "models.config")}
     with starting(**flags) as (_, errors):
         until(lambda: errors)
-    assert errors[0].startswith("There is no version of model default to serve, and none can come. Received: ")
+    assert errors[0].startswith("Model default has no version to serve, and none can appear. Received: ")
     assert str(tmp_path / name) in errors[0]
     assert "\n" not in errors[0]
 
