@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from robust_tf.command_line import flag, parse_flags
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_file, replaced_atomically
+from robust_tf.flags import flag, parse_flags
 
 if TYPE_CHECKING:
     import keras

@@ -14,9 +14,9 @@ from typing import Any
 
 from absl import logging
 
-from robust_tf.command_line import parse_flags, to_flag_file
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
+from robust_tf.flags import parse_flags, to_flag_file
 
 set_tensorflow_defaults()
 
@@ -25,10 +25,11 @@ import tensorflow as tf  # noqa: E402
 
 from robust_tf.attacks.cascade import CompiledAttacks  # noqa: E402
 from robust_tf.attacks.outputs import looks_like_probabilities  # noqa: E402
+from robust_tf.console import console, meter  # noqa: E402
 from robust_tf.evaluation import report  # noqa: E402
 from robust_tf.evaluation.attacking import Robustness, attack_epsilons, unattacked  # noqa: E402
 from robust_tf.evaluation.calibration import calibration  # noqa: E402
-from robust_tf.evaluation.compared import compared, comparison_lines  # noqa: E402
+from robust_tf.evaluation.comparison import compared, comparison_lines  # noqa: E402
 from robust_tf.evaluation.corruption_error import (  # noqa: E402
     corrupted_images,
     error_of,
@@ -50,7 +51,6 @@ from robust_tf.evaluation.state import StateFile  # noqa: E402
 from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject, short_names  # noqa: E402
 from robust_tf.files import check_output_folder, write_json  # noqa: E402
 from robust_tf.models import pixel_warning  # noqa: E402
-from robust_tf.training.progress import console, meter  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,11 +11,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from robust_tf.command_line import flag, parse_flags
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_folder
-from robust_tf.job_record import FILE_NAME, job_record, read_results
+from robust_tf.flags import flag, parse_flags
+from robust_tf.results import FILE_NAME, job_record, read_results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> None:
 
     # TensorFlow takes seconds to import: not for a mistyped flag.
     from robust_tf.models import image_shape, pixel_warning, plain_classifier, read_model
-    from robust_tf.serving.model_card import card_from_results, decoding_from_results, probe_from_results
-    from robust_tf.serving.publish import export_classifier, model_folder, readers_of
+    from robust_tf.serving.publish.export import export_classifier, model_folder, readers_of
+    from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results, probe_from_results
 
     check_output_folder(model_folder(pathlib.Path(config.export_dir), config.model_name), "--export_dir")
     results = read_results(path.with_name(FILE_NAME))

@@ -12,10 +12,10 @@ import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from robust_tf.command_line import flag, parse_flags
 from robust_tf.errors import UserError, exit_on_user_error
-from robust_tf.serving.client import RETRY_SECONDS, Guess, ServerError, connect
-from robust_tf.serving.pictures import find_pictures
+from robust_tf.flags import flag, parse_flags
+from robust_tf.serving.client.client import RETRY_SECONDS, Guess, ServerError, connect
+from robust_tf.serving.client.pictures import find_pictures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

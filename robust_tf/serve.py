@@ -20,9 +20,9 @@ def main(argv: Sequence[str]) -> int:
     """Serves until SIGTERM or Ctrl-C, then finishes what was accepted; gives the exit code."""
     set_tensorflow_defaults()
     try:
-        from robust_tf.command_line import parse_flags
-        from robust_tf.serving.check import check
-        from robust_tf.serving.server import ServeConfig, Server
+        from robust_tf.flags import parse_flags
+        from robust_tf.serving.server.check import check
+        from robust_tf.serving.server.server import ServeConfig, Server
     except ModuleNotFoundError as error:
         raise UserError(
             f"The server needs more packages: pip install 'robust_tf[serve]'. Missing: {error.name}."

@@ -13,43 +13,43 @@ from typing import Any
 
 from absl import logging
 
-from robust_tf.command_line import parse_flags, to_flag_file
-from robust_tf.config import JobConfig, read_flag_file
+from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_folder, replaced_atomically, write_json
-from robust_tf.job_record import FILE_NAME, read_results
+from robust_tf.flags import parse_flags, to_flag_file
+from robust_tf.results import FILE_NAME, read_results
 
 set_tensorflow_defaults()
 
 import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
+from robust_tf.console import console, only_a_warning  # noqa: E402
 from robust_tf.data import TaskData, dataset_info  # noqa: E402
-from robust_tf.models import PUBLISHED, load_classifier, pixel_warning, save_classifier  # noqa: E402
-from robust_tf.reporting import REPORT, write_examples, write_history, write_report  # noqa: E402
-from robust_tf.reporting.next_commands import next_commands, served_name  # noqa: E402
-from robust_tf.serving.model_card import card_from_results, decoding_from_results  # noqa: E402
-from robust_tf.serving.publish import export_classifier, model_folder, readers_of  # noqa: E402
-from robust_tf.training.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
-from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
-from robust_tf.training.device_plan import device_plan, job_work  # noqa: E402
-from robust_tf.training.devices import parse_clusters  # noqa: E402
-from robust_tf.training.distribution import PEER_LOST, begin_again, start_distribution  # noqa: E402
-from robust_tf.training.evaluation import Evaluation, evaluate_classifier  # noqa: E402
-from robust_tf.training.fitting import fit_classifier  # noqa: E402
-from robust_tf.training.half_precision import emulation_warning  # noqa: E402
-from robust_tf.training.head_fitting import fit_head  # noqa: E402
-from robust_tf.training.interruption import Interrupted, signals_raise  # noqa: E402
-from robust_tf.training.plan import plan_table  # noqa: E402
-from robust_tf.training.progress import console, only_a_warning  # noqa: E402
-from robust_tf.training.results import (  # noqa: E402
+from robust_tf.job.building import TaskFigures, adapted, new_classifier, planned_task, task_of  # noqa: E402
+from robust_tf.job.fitting import fit_classifier  # noqa: E402
+from robust_tf.job.half_precision import emulation_warning  # noqa: E402
+from robust_tf.job.head_fitting import fit_head  # noqa: E402
+from robust_tf.job.planning.devices import parse_clusters  # noqa: E402
+from robust_tf.job.planning.roofline import device_plan, job_work  # noqa: E402
+from robust_tf.job.planning.table import plan_table  # noqa: E402
+from robust_tf.job.results import (  # noqa: E402
     BASELINE,
     closing_table,
     comparison_lines,
     job_results,
     with_baseline,
 )
+from robust_tf.job.testing import Evaluation, evaluate_classifier  # noqa: E402
+from robust_tf.models import PUBLISHED, load_classifier, pixel_warning, save_classifier  # noqa: E402
+from robust_tf.reporting import REPORT, write_examples, write_history, write_report  # noqa: E402
+from robust_tf.reporting.next_commands import next_commands, served_name  # noqa: E402
+from robust_tf.serving.publish.export import export_classifier, model_folder, readers_of  # noqa: E402
+from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results  # noqa: E402
+from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
+from robust_tf.training.distribution import PEER_LOST, begin_again, start_distribution  # noqa: E402
+from robust_tf.training.interruption import Interrupted, signals_raise  # noqa: E402
 from robust_tf.training.tensorboard import write_result  # noqa: E402
 from robust_tf.transfer import sources  # noqa: E402
 

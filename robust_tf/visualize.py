@@ -15,17 +15,18 @@ from typing import Literal, NamedTuple
 
 from absl import logging
 
-from robust_tf.command_line import flag, parse_flags
-from robust_tf.config import AttackConfig, Norm
-from robust_tf.config_checks import check_choices
+from robust_tf.config.checks import check_choices
+from robust_tf.config.job import AttackConfig, Norm
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
+from robust_tf.flags import flag, parse_flags
 
 set_tensorflow_defaults()
 
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
+from robust_tf.console import console  # noqa: E402
 from robust_tf.evaluation.figures import magnified, save_sheet  # noqa: E402
 from robust_tf.evaluation.inside import (  # noqa: E402
     edge_alignment,
@@ -38,7 +39,6 @@ from robust_tf.evaluation.inside import (  # noqa: E402
 from robust_tf.evaluation.predicting import batched_logits  # noqa: E402
 from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject, short_names  # noqa: E402
 from robust_tf.files import check_output_file, check_output_folder  # noqa: E402
-from robust_tf.training.progress import console  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ def _free_memory():
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A TFDS folder in which the digits are prepared."""
-    from robust_tf.data.preparing import prepared_builder
+    from robust_tf.data.tfds_preparation import prepared_builder
 
     folder = tmp_path_factory.mktemp("tfds")
     prepared_builder("digits", folder)

@@ -38,7 +38,7 @@ esac
 # Every flag file is one that this version reads.
 "$python" - <<'PY'
 import pathlib
-from robust_tf.config import read_flag_file
+from robust_tf.config.job import read_flag_file
 
 for path in sorted(pathlib.Path("configs").glob("*.cfg")):
     read_flag_file(path)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from robust_tf import train
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
 from robust_tf.data import load_task
+from robust_tf.job import head_fitting
 from robust_tf.models import build_classifier, load_classifier
-from robust_tf.training import head_fitting
 
 
 @pytest.fixture

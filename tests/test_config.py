@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 
-from robust_tf.command_line import parse_number, to_flag_file, to_text
-from robust_tf.config import AttackConfig, JobConfig, read_flag_file
+from robust_tf.config.job import AttackConfig, JobConfig, read_flag_file
 from robust_tf.errors import UserError
+from robust_tf.flags import parse_number, to_flag_file, to_text
 
 CACHED = ["--task=transfer", "--source=x.keras", "--features=cached"]
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.cfg"))

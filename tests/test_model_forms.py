@@ -14,11 +14,11 @@ import pytest
 
 from robust_tf import evaluate, export, train, visualize
 from robust_tf.attacks import AttackConfig, AttackWarning, pgd
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
 from robust_tf.evaluation.settings import EvaluateConfig
 from robust_tf.models import features_of, load_classifier, save_classifier
-from robust_tf.serving.session import LoadedModel
+from robust_tf.serving.model.session import LoadedModel
 from robust_tf.training import AdversarialTrainer
 from tests.model_forms import FORMS, SIZE, Form, softmax
 

@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks import pgd
-from robust_tf.command_line import parse_flags
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
 from robust_tf.convert import ConvertConfig
 from robust_tf.evaluation.settings import EvaluateConfig
+from robust_tf.flags import parse_flags
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -18,18 +18,18 @@ import torch_writer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from robust_tf import train
-from robust_tf.command_line import to_flag_file
-from robust_tf.config import JobConfig, read_flag_file
+from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
+from robust_tf.evaluation.outcomes import read_outcomes
 from robust_tf.evaluation.subject import load_subject
+from robust_tf.flags import to_flag_file
+from robust_tf.job.building import task_of
 from robust_tf.models import build_classifier, fetch_published, load_classifier, to_reference_state
-from robust_tf.serving.model_card import decoding_from_results
+from robust_tf.serving.publish.model_card import decoding_from_results
 from robust_tf.statistics import in_words, paired_difference
-from robust_tf.training.building import task_of
 from robust_tf.training.callbacks import SaveProgress
 from robust_tf.training.checkpoint import Checkpoints
-from robust_tf.training.outcomes import read_outcomes
 from robust_tf.transfer import sources
 from tests.data.images import write_folder
 from tests.training import kill

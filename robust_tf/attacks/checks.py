@@ -24,7 +24,7 @@ from robust_tf.attacks.warning_flags import (
     pixel_flags,
     zero_gradient_sentence,
 )
-from robust_tf.config_checks import check_epsilon
+from robust_tf.config.checks import check_epsilon
 from robust_tf.errors import UserError, unknown_name
 
 # How far from [0, 1] an image may be. The reference clamps inside the model, and attacks images between -0.2 and 1.2

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 
 from absl import logging
 
-from robust_tf.command_line import flag, parse_flags
+from robust_tf.data.dataset_check import Diagnosis, diagnose
 from robust_tf.data.datasets import DATASETS
-from robust_tf.data.doctor import Diagnosis, diagnose
-from robust_tf.data.opening import data_folder, open_dataset
+from robust_tf.data.open_dataset import data_folder, open_dataset
 from robust_tf.data.records import shown
 from robust_tf.errors import UserError, exit_on_user_error
+from robust_tf.flags import flag, parse_flags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from robust_tf.data.broken_images import broken_images_named, remembered_broken_
 from robust_tf.data.datasets import dataset_info
 from robust_tf.data.examples import CacheMode, Examples, fits_in_memory
 from robust_tf.data.keras_cv_layers import Mix, mix
-from robust_tf.data.opening import open_dataset
+from robust_tf.data.open_dataset import open_dataset
 from robust_tf.data.preprocessing import Preprocessing
 from robust_tf.data.selection import checked_classes, part_masks
 from robust_tf.data.transforms import AS_STORED, Decoding

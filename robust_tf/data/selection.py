@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from robust_tf.command_line import parse_amount
 from robust_tf.data.records import LabelledImages, check_classes_present, check_labels
 from robust_tf.errors import UserError
+from robust_tf.flags import parse_amount
 
 # Not the job's seed: every run on a data set must hold out the same images.
 _VALIDATION_SEED = 20_200_716

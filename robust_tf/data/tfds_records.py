@@ -10,8 +10,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from robust_tf.data.datasets import dataset_info, is_row
-from robust_tf.data.preparing import prepared_builder
 from robust_tf.data.records import LabelledImages, check_class_names
+from robust_tf.data.tfds_preparation import prepared_builder
 from robust_tf.errors import UserError
 
 # Names that data sets in TFDS give these parts; the first that is there counts.

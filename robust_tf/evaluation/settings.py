@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from robust_tf.attacks import NORMS
 from robust_tf.attacks.autoattack import VERSIONS
 from robust_tf.attacks.table import ATTACKS, check_attacks
-from robust_tf.command_line import flag
-from robust_tf.config_checks import check_choices
+from robust_tf.config.checks import check_choices
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.evaluation.corruption_error import CorruptionSource
 from robust_tf.evaluation.subject import Subject
+from robust_tf.flags import flag
 
 NONE = "none"
 # AutoAttack's versions; any other cascade is written with plus signs.

@@ -10,11 +10,11 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.data import TaskData, load_task
-from robust_tf.data.opening import data_folder
+from robust_tf.data.open_dataset import data_folder
 from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
-from robust_tf.job_record import FILE_NAME, JobRecord, read_job_record
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
+from robust_tf.results import FILE_NAME, JobRecord, read_job_record
 
 _PUBLISHED_DATASETS = {"imagenet": "imagenet2012", "fashion_mnist": "fashion_mnist"}
 

@@ -6,10 +6,10 @@ import re
 import shlex
 from typing import Any
 
-from robust_tf.command_line import to_text
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
+from robust_tf.flags import to_text
+from robust_tf.job.results import BASELINE
 from robust_tf.reporting.job_files import FinishedJob
-from robust_tf.training.results import BASELINE
 
 _PROGRAM = ["python", "-m"]
 

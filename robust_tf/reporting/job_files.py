@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from robust_tf.config import JobConfig, read_flag_file
+from robust_tf.config.job import JobConfig, read_flag_file
+from robust_tf.evaluation.example_choice import Example
 from robust_tf.evaluation.figures import magnified
+from robust_tf.evaluation.outcomes import Outcomes, read_outcomes
 from robust_tf.files import replaced_atomically
-from robust_tf.training.example_choice import Example
-from robust_tf.training.outcomes import Outcomes, read_outcomes
 
 FIGURES = "figures"
 _HISTORY = "history.csv"

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from robust_tf.job.results import attack_in_words, comparison_lines, figure_name
 from robust_tf.reporting.facts import changed_flags, commands, limits_of, title_of, training_of
 from robust_tf.reporting.job_figures import class_accuracies
 from robust_tf.reporting.job_files import ExamplePicture, FinishedJob
 from robust_tf.statistics import wilson_interval
-from robust_tf.training.results import attack_in_words, comparison_lines, figure_name
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --soft: #5c5c5c; --ground: #fff; --card: #f4f5f7; --line: #d5d8dd; }

@@ -6,7 +6,7 @@ import pathlib
 import shlex
 import urllib.parse
 
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
 
 # A test image of so many bytes fits into a command.
 _LARGEST_SAMPLE = 1000

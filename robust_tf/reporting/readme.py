@@ -6,10 +6,10 @@ from html import escape
 from typing import Any
 
 from robust_tf.data import dataset_info
+from robust_tf.job.results import attack_in_words, comparison_lines, figure_name
 from robust_tf.reporting.facts import commands, limits_of, title_of, training_of
 from robust_tf.reporting.job_files import FinishedJob
-from robust_tf.serving.model_card import card_from_results
-from robust_tf.training.results import attack_in_words, comparison_lines, figure_name
+from robust_tf.serving.publish.model_card import card_from_results
 
 _FIGURES = {"clean_accuracy": "accuracy", "mean_per_class_accuracy": "balanced_accuracy", "robust_accuracy": "accuracy"}
 

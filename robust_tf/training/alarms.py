@@ -16,8 +16,8 @@ import tensorflow as tf
 from robust_tf.attacks import NORMS, AttackConfig, run_pgd
 from robust_tf.attacks.losses import Model, find_loss, is_correct, logits_of, slope_of
 from robust_tf.attacks.square import square
+from robust_tf.console import console
 from robust_tf.training.callbacks import averages_in_place
-from robust_tf.training.progress import console
 
 NUM_IMAGES = 64
 PGD_STEPS = 10

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
+from robust_tf.console import console
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
-from robust_tf.training.progress import console
 
 _KEPT_STATES = 2
 

@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import tensorflow as tf
 
+from robust_tf.console import console
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
-from robust_tf.training.progress import console
 
 Kind = Literal["none", "mirrored", "multi_worker", "tpu"]
 Result = TypeVar("Result")

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
 from robust_tf.errors import unknown_name
 
 SCHEDULES = ("constant", "step", "piecewise", "cosine", "cyclic")

@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from robust_tf import train
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from tensorflow_datasets.core.download.checksums import compute_url_info
 
 from robust_tf.data.builders import OWN_BUILDERS
-from robust_tf.data.opening import open_dataset
+from robust_tf.data.open_dataset import open_dataset
 from robust_tf.errors import UserError
 from tests.data.images import jpeg, write
 

@@ -5,7 +5,7 @@ import pytest
 
 from robust_tf.data import DATASETS, dataset_info, load_task
 from robust_tf.data.builders import OWN_BUILDERS
-from robust_tf.data.preparing import builder_of
+from robust_tf.data.tfds_preparation import builder_of
 from robust_tf.errors import UserError
 
 TWELVE = "aircraft birdsnap caltech101 caltech256 cifar10 cifar100 dtd flowers food pets cars sun397".split()

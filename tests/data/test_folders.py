@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from robust_tf.data import decode, load_task
-from robust_tf.data.opening import open_dataset
+from robust_tf.data.open_dataset import open_dataset
 from robust_tf.errors import UserError
 from tests.data.images import encoded, jpeg, write, write_folder
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from robust_tf.command_line import parse_amount
 from robust_tf.data.selection import balanced_subset, held_out
 from robust_tf.errors import UserError
+from robust_tf.flags import parse_amount
 
 LABELS = np.repeat([0, 1, 2], [50, 30, 6])
 EVERYTHING = np.ones(len(LABELS), bool)

@@ -5,7 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from robust_tf.data import load_task
-from robust_tf.data.opening import open_dataset
+from robust_tf.data.open_dataset import open_dataset
 from robust_tf.errors import UserError
 
 

@@ -18,11 +18,11 @@ from small_jobs import small_classifier, write_job
 from robust_tf import evaluate
 from robust_tf.attacks import CascadeState, pgd
 from robust_tf.attacks.table import PASSES
-from robust_tf.command_line import parse_flags
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.evaluation import attacking
 from robust_tf.evaluation.settings import EvaluateConfig
+from robust_tf.flags import parse_flags
 from robust_tf.models import load_classifier
 from robust_tf.statistics import in_words, paired_difference, wilson_interval
 

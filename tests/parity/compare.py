@@ -24,8 +24,8 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from robust_tf import attacks as ours  # noqa: E402
-from robust_tf.command_line import parse_number  # noqa: E402
 from robust_tf.data import load_task  # noqa: E402
+from robust_tf.flags import parse_number  # noqa: E402
 
 Attacked = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images, labels -> images_adv
 

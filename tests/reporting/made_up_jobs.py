@@ -5,12 +5,12 @@ import pathlib
 
 import numpy as np
 
-from robust_tf.command_line import to_flag_file
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
+from robust_tf.evaluation.example_choice import Example
+from robust_tf.evaluation.outcomes import Outcomes
+from robust_tf.flags import to_flag_file
 from robust_tf.reporting import write_examples, write_history
 from robust_tf.statistics import mean_per_class, wilson_interval
-from robust_tf.training.example_choice import Example
-from robust_tf.training.outcomes import Outcomes
 
 # What a folder's name may be: markup, a formula, a very long word.
 CLASS_NAMES = ("cat", "dog & <b>wolf</b>", "$x^2$", "pneumonoultramicroscopicsilicovolcanoconiosis")

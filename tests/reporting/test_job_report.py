@@ -12,11 +12,11 @@ import yaml
 from made_up_jobs import CLASS_NAMES, HISTORY, outcomes, results_of, write_job
 from PIL import Image
 
+from robust_tf.evaluation.outcomes import comparison
+from robust_tf.job.results import comparison_lines
 from robust_tf.reporting import write_report
 from robust_tf.reporting.facts import changed_flags, commands
 from robust_tf.reporting.job_files import read_finished_job
-from robust_tf.training.outcomes import comparison
-from robust_tf.training.results import comparison_lines
 
 _VOID = {"meta", "link", "img", "br"}
 

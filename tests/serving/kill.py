@@ -12,13 +12,13 @@ import sys
 import tempfile
 import time
 
-from robust_tf.serving.folders import version_folders
-from robust_tf.serving.session import LoadedModel
-from robust_tf.serving.warmup import replay_warmup
+from robust_tf.serving.model.folders import version_folders
+from robust_tf.serving.model.session import LoadedModel
+from robust_tf.serving.model.warmup import replay_warmup
 
 _EXPORTER = """
 import sys, keras
-from robust_tf.serving.publish import export_classifier
+from robust_tf.serving.publish.export import export_classifier
 images = keras.Input((8, 8, 3), name="images")
 features = keras.layers.Flatten(name="features")(images)
 model = keras.Model(images, keras.layers.Dense(2, name="logits")(features))

@@ -16,8 +16,8 @@ import keras
 import tensorflow as tf
 
 from robust_tf.models import build_classifier
-from robust_tf.serving.probe import AttackProbe
-from robust_tf.serving.publish import export_classifier
+from robust_tf.serving.publish.export import export_classifier
+from robust_tf.serving.publish.probe import AttackProbe
 
 LABELS = ["zero", "one", "two", "three", "four"]
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from robust_tf import serve
-from robust_tf.serving.session import LoadedModel
+from robust_tf.serving.model.session import LoadedModel
 from tests.serving.models import model_entry
 
 

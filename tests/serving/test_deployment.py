@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from robust_tf.serving.config_files import model_settings, read_batching, read_model_config, read_monitoring
+from robust_tf.serving.server.config_files import model_settings, read_batching, read_model_config, read_monitoring
 from tests.serving.conftest import LIMIT
 from tests.serving.proxy import SERVING, tool
 

@@ -17,12 +17,13 @@ from robust_tf import export
 from robust_tf.data.preprocessing import Preprocessing
 from robust_tf.data.transforms import Decoding, decode, evaluation_transform
 from robust_tf.errors import UserError
-from robust_tf.serving import publish, verify
-from robust_tf.serving.model_card import probe_from_results
-from robust_tf.serving.probe import AttackProbe
-from robust_tf.serving.publish import export_classifier
-from robust_tf.serving.session import LoadedModel
-from robust_tf.serving.status import ServingError
+from robust_tf.serving.model.session import LoadedModel
+from robust_tf.serving.model.status import ServingError
+from robust_tf.serving.publish import export as publish
+from robust_tf.serving.publish import verify
+from robust_tf.serving.publish.export import export_classifier
+from robust_tf.serving.publish.model_card import probe_from_results
+from robust_tf.serving.publish.probe import AttackProbe
 from tests.data.images import encoded as image_file
 from tests.serving.models import LABELS
 

@@ -17,12 +17,12 @@ import tensorflow as tf
 from tensorflow_serving.apis import model_management_pb2, predict_pb2, prediction_service_pb2_grpc
 
 from robust_tf.errors import UserError
-from robust_tf.serving import folders
-from robust_tf.serving.config_files import Batching, read_batching, read_tls
-from robust_tf.serving.model_settings import ModelSettings
-from robust_tf.serving.server import ServeConfig, Server
-from robust_tf.serving.session import LoadedModel
-from robust_tf.serving.versions import ModelManager
+from robust_tf.serving.model import folders
+from robust_tf.serving.model.session import LoadedModel
+from robust_tf.serving.server.config_files import Batching, read_batching, read_tls
+from robust_tf.serving.server.model_settings import ModelSettings
+from robust_tf.serving.server.server import ServeConfig, Server
+from robust_tf.serving.server.versions import ModelManager
 from tests.serving.conftest import LIMIT, Gate, accepts_connections, free_port, running_server, until
 from tests.serving.models import model_entry, save_gate, save_half_plus_two
 

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from robust_tf.serving.model_settings import ModelSettings
+from robust_tf.serving.server.model_settings import ModelSettings
 
 
 def present(*numbers):

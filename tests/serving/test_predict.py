@@ -9,7 +9,7 @@ import pytest
 
 from robust_tf import predict
 from robust_tf.errors import UserError
-from robust_tf.serving.pictures import find_pictures
+from robust_tf.serving.client.pictures import find_pictures
 
 IMAGES = pathlib.Path(__file__).parent / "images"
 

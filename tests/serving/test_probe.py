@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from robust_tf.attacks.threat_models import NORMS
-from robust_tf.serving.probe import AttackProbe, run_probe
+from robust_tf.serving.publish.probe import AttackProbe, run_probe
 
 
 def margin(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from robust_tf import export
-from robust_tf.serving import publish
+from robust_tf.serving.publish import export as publish
 from tests.serving.models import small_classifier
 
 

@@ -11,10 +11,10 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import classification_pb2
 
-from robust_tf.serving.model_settings import ModelSettings
-from robust_tf.serving.session import LoadedModel
-from robust_tf.serving.status import ServingError
-from robust_tf.serving.versions import ModelManager
+from robust_tf.serving.model.session import LoadedModel
+from robust_tf.serving.model.status import ServingError
+from robust_tf.serving.server.model_settings import ModelSettings
+from robust_tf.serving.server.versions import ModelManager
 from tests.serving.conftest import LIMIT, running_server
 from tests.serving.fuzz import unfit_for_clients
 from tests.serving.test_grpc import predict_request, with_examples

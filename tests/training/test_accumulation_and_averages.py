@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 from smallbn import build_smallbn, golden_batches
 
-from robust_tf.config import JobConfig
-from robust_tf.training.building import optimizer_of
+from robust_tf.config.job import JobConfig
+from robust_tf.job.building import optimizer_of
 from robust_tf.training.optimizers import average_statistics, averages_of, build_optimizer
 from robust_tf.training.unfreezing import unfreeze
 from robust_tf.transfer.stages import freeze

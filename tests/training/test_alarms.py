@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from robust_tf import train
 from robust_tf.attacks import AttackConfig
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
+from robust_tf.job import fitting
 from robust_tf.models import build_classifier, load_classifier
-from robust_tf.training import fitting
 from robust_tf.training.alarms import Alarms, EndOnAlarm, Reading, TrainingAlarm, look
 from robust_tf.training.checkpoint import Checkpoints, Progress, named_arrays
 from robust_tf.training.distribution import start_distribution

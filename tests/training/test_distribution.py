@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from robust_tf import train
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
+from robust_tf.evaluation.outcomes import read_outcomes
 from robust_tf.models import load_classifier
 from robust_tf.training.distribution import start_distribution
-from robust_tf.training.outcomes import read_outcomes
 from tests.training.workers import free_ports, job, job_on_two_cpus, start_worker, wait_until
 
 # Few: a difference in the last bit grows a thousandfold where it decides on which side of a kink an activation lies.

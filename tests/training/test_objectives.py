@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from robust_tf.attacks import AttackConfig
 from robust_tf.attacks.threat_models import l2_norm, linf_norm
-from robust_tf.config import JobConfig
+from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
 from robust_tf.training import AdversarialTrainer, objectives
 from robust_tf.training.objectives import (

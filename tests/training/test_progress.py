@@ -4,8 +4,9 @@ import types
 
 import pytest
 
+from robust_tf.console import meter, track
 from robust_tf.training import progress
-from robust_tf.training.progress import ProgressBar, meter, track
+from robust_tf.training.progress import ProgressBar
 
 
 @pytest.fixture

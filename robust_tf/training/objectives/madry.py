@@ -4,8 +4,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from robust_tf.attack_config import AttackMode
 from robust_tf.attacks import climb
+from robust_tf.config.attack import AttackMode
 from robust_tf.training.objectives.base import Batch, Objective, Trainer
 
 

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 
-from robust_tf.attack_config import AttackMode
-from robust_tf.config import JobConfig
-from robust_tf.config_checks import check_choice
+from robust_tf.config.attack import AttackMode
+from robust_tf.config.checks import check_choice
+from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
 from robust_tf.training.schedules import optimizer_steps_per_epoch
 

@@ -1,0 +1,1 @@
+"""What a job is told: frozen records, read from flags, that check themselves. No TensorFlow here."""

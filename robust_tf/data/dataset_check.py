@@ -1,0 +1,199 @@
+"""Is a data set there, and is it what it should be? If not, what to do."""
+
+import collections
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
+
+from robust_tf.config.job import AlphaBackground
+from robust_tf.data.datasets import FOLDER_PREFIX, DatasetInfo, dataset_info
+from robust_tf.data.open_dataset import open_dataset
+from robust_tf.data.orientation import jpeg_orientation
+from robust_tf.data.records import LabelledImages, Part, check_classes_present, check_labels, few
+from robust_tf.data.tfds_preparation import builder_of, ways_to_prepare
+from robust_tf.data.transforms import Decoding, decode
+from robust_tf.errors import UserError
+
+_REPAIR = "Convert, repair or remove them, or train with --skip_bad_images."
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        name: of the data set.
+        state: "ready"; "not prepared"; or "faulty", if something is there but not in order.
+        size: on the disk, or what there is to download; "" if that is not known.
+        facts: one line each: where, how large, how many, licence.
+        advice: one line each: what is wrong, and what to do.
+    """
+
+    name: str
+    state: str
+    facts: tuple[str, ...]
+    advice: tuple[str, ...] = ()
+    size: str = ""
+
+
+def diagnose(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, thorough: bool = True) -> Diagnosis:
+    """Examines a row of DATASETS, `tfds:NAME` or `folder:/path`; downloads and changes nothing.
+
+    Of a prepared TFDS data set the files and counts are checked; `thorough` also reads all of it: whether every class
+    has images in both parts, and of a folder whether each image can be decoded and none is in both parts, and how many
+    are rotated or transparent.
+
+    Raises:
+        UserError: no such name.
+    """
+    if name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX:
+        return _diagnose_folder(name, thorough=thorough)
+    info, builder = dataset_info(name), builder_of(name, data_dir)
+    if not builder.is_prepared():
+        advice = ways_to_prepare(name, builder)
+        size = f"download: {info.download_size}" if info.download_size else ""
+        return Diagnosis(name, "not prepared", tuple(_known_facts(info)), advice, size)
+    faults = _missing_files(builder)
+    if faults:
+        advice = (*faults, f"Delete {builder.data_path}.", *ways_to_prepare(name, builder))
+        return Diagnosis(name, "faulty", (f"in {builder.data_path}",), advice)
+    try:
+        images = open_dataset(name, data_dir)
+    except UserError as error:
+        return Diagnosis(name, "faulty", (f"in {builder.data_path}",), (str(error),))
+    size = _size(images.num_bytes)
+    facts = [f"in {builder.data_path}, {size}", _counts(images), *_known_facts(info)[1:], *images.notes]
+    faults = [*_differences(images, info), *(_label_faults(images, name) if thorough else ())]
+    return Diagnosis(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), size)
+
+
+def _diagnose_folder(name: str, *, thorough: bool) -> Diagnosis:
+    try:
+        images = open_dataset(name, skip_bad_images=True)  # so that one look finds all of them
+    except (UserError, OSError) as error:
+        return Diagnosis(name, "faulty", (), (str(error),))
+    faults = [*_label_faults(images, name)]  # the names of the files say these
+    faults += _few(images.bad_images, f"cannot be read: {{}}. {_REPAIR}")
+    facts = [_size(images.num_bytes), _counts(images), *map(str, images.left_out)]
+    if thorough:
+        looks = {where: list(_looks(part)) for where, part in (("train", images.train), ("test", images.test))}
+        broken = [look.name for part in looks.values() for look in part if not look.decodable]
+        faults += [*_few(broken, f"cannot be decoded: {{}}. {_REPAIR}"), *_in_both_parts(looks["train"], looks["test"])]
+        facts += _peculiarities([look for part in looks.values() for look in part])
+    return Diagnosis(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), facts[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """What one image is like: its name, the digest of its bytes, and what the flags of a job can do about it."""
+
+    name: str
+    digest: bytes
+    decodable: bool
+    rotated: bool = False
+    transparent: bool = False
+
+
+def _looks(part: Part) -> Iterator[_Look]:
+    """One look at each image of a folder; a file that has gone meanwhile cannot be decoded."""
+    for index in range(part.num_examples):
+        name, encoded = part.name(index), b""
+        try:
+            encoded = part.record(tf.constant(index))[1].numpy()  # type: ignore[attr-defined]
+            decode(encoded)
+        except tf.errors.OpError:
+            yield _Look(name, hashlib.sha256(encoded).digest(), decodable=False)
+            continue
+        # What is transparent takes the color of the background.
+        backgrounds: tuple[AlphaBackground, ...] = ("white", "black")
+        white, black = (decode(encoded, Decoding(alpha_background=color)) for color in backgrounds)
+        rotated = int(jpeg_orientation(tf.constant(encoded))) != 1
+        transparent = bool(tf.reduce_any(white != black))
+        yield _Look(name, hashlib.sha256(encoded).digest(), True, rotated, transparent)
+
+
+def _peculiarities(looks: Sequence[_Look]) -> list[str]:
+    """What is no fault, but may not be as people expect it."""
+    without_suffix = collections.defaultdict(list)
+    for look in looks:
+        without_suffix[str(pathlib.PurePath(look.name).with_suffix("")).casefold()].append(look.name)
+    namesakes = [" = ".join(names) for names in without_suffix.values() if len(names) > 1]
+    return [
+        *_few(
+            [look.name for look in looks if look.rotated],
+            "are stored rotated or mirrored (EXIF), and are used as they are stored: {}. --exif=apply turns them.",
+        ),
+        *_few(
+            [look.name for look in looks if look.transparent],
+            "have transparency: {}. The network sees the colors stored under it; --alpha_background=white or black "
+            "puts the images on a background.",
+        ),
+        *_few(namesakes, "or more differ in the suffix alone, and count as different images: {}."),
+    ]
+
+
+def _known_facts(info: DatasetInfo) -> list[str]:
+    """What the table says; first what there will be once it is prepared."""
+    counts = [f"{info.num_classes:,} classes"] if info.num_classes else []
+    if info.num_train and info.num_test:
+        counts.append(f"{info.num_train:,} training and {info.num_test:,} test images")
+    lines = [", ".join(counts), f"licence: {info.licence}; {info.homepage}" if info.licence else "", info.note]
+    return [lines[0], *(line for line in lines[1:] if line)]
+
+
+def _counts(images: LabelledImages) -> str:
+    own = f" ({int(images.validation.sum()):,} of them validation)" if images.validation is not None else ""
+    return (
+        f"{len(images.class_names):,} classes, {images.train.num_examples:,} training{own} and "
+        f"{images.test.num_examples:,} test images"
+    )
+
+
+def _differences(images: LabelledImages, info: DatasetInfo) -> Iterator[str]:
+    """Counts that are not those of the row."""
+    for what, expected, received in (
+        ("classes", info.num_classes, len(images.class_names)),
+        ("training images", info.num_train, images.train.num_examples),
+        ("test images", info.num_test, images.test.num_examples),
+    ):
+        if expected is not None and received != expected:
+            yield f"There must be {expected:,} {what}. Received: {received:,}. Delete the folder and prepare it again."
+
+
+def _missing_files(builder: tfds.core.DatasetBuilder) -> list[str]:
+    paths = [epath.Path(path) for split in builder.info.splits.values() for path in split.filepaths]
+    missing = [path for path in paths if not path.is_file()]
+    return [f"{len(missing)} of its {len(paths)} files are missing, e.g. {missing[0]}."] if missing else []
+
+
+def _label_faults(images: LabelledImages, name: str) -> Iterator[str]:
+    for part, where in ((images.train, "training"), (images.test, "test")):
+        try:
+            labels = part.labels()
+            check_labels(labels, part, images.class_names, name=name)
+            everything = range(len(images.class_names))
+            check_classes_present(labels, everything, images.class_names, where=f"the {where} part of {name}")
+        except UserError as error:
+            yield str(error)
+        except tf.errors.OpError as error:  # a file that is cut off or damaged
+            yield f"The {where} part cannot be read: {error.message}. Delete the folder and prepare it again."
+
+
+def _in_both_parts(train: Sequence[_Look], test: Sequence[_Look]) -> list[str]:
+    """Test images that are training images too, byte for byte."""
+    of_digest = {look.digest: look.name for look in reversed(train)}
+    pairs = [f"{look.name} = {of_digest[look.digest]}" for look in test if look.digest in of_digest]
+    return _few(pairs, "of the test part are in the training part too: {}. The accuracy would be too high.")
+
+
+def _few(names: Sequence[str], sentence: str) -> list[str]:
+    return [f"{len(names)} images " + sentence.format(few(names))] if names else []
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,1 @@
+"""A training job from its flags to its results: the application around the library in `training`."""

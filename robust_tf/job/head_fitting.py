@@ -1,0 +1,206 @@
+"""Training of the head alone, on stored features of the frozen backbone."""
+
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.config.job import JobConfig
+from robust_tf.console import console, meter, track
+from robust_tf.data import TaskData
+from robust_tf.errors import UserError
+from robust_tf.files import cache_folder
+from robust_tf.flags import to_flag_file
+from robust_tf.job.building import loss_of, optimizer_of
+from robust_tf.job.patience import say_why, stopped_early
+from robust_tf.training.checkpoint import Progress
+from robust_tf.training.metrics import CrossEntropy
+from robust_tf.training.tensorboard import write_config, write_history
+from robust_tf.transfer.features import Features, stored_features
+from robust_tf.transfer.probes import PENALTIES, PROBES, metric_of
+
+# Features that are in memory at once in an epoch, in bytes.
+_CHUNK_BYTES = 256 * 1024**2
+_METRICS = ("accuracy", "mean_per_class_accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadFit:
+    """What fitting a head on stored features gave.
+
+    Attributes:
+        progress: of the training; `epochs_done` is 0 for a head that is solved for, not trained.
+        cache_hits, cache_misses: rows of features that were stored already, and that were computed.
+        feature_seconds: how long it took to have all features.
+        penalty: regularisation that a probe chose; None for SGD.
+    """
+
+    progress: Progress
+    cache_hits: int
+    cache_misses: int
+    feature_seconds: float
+    penalty: float | None
+
+
+def fit_head(config: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path) -> HeadFit:
+    """Gives the classifier the best head on the features of its backbone, which stays as it is.
+
+    Raises:
+        UserError: the features can't be stored, or the loss is no longer a number.
+    """
+    start = time.perf_counter()
+    features = stored_features(
+        classifier,
+        task,
+        views=config.views,
+        folder=cache_folder(config.cache_dir or None) / "features",
+        max_bytes=config.features_cache_size_gb * 1e9,
+        track=track,
+    )
+    feature_seconds = time.perf_counter() - start
+    console.print(f"Features: {features.computed} computed, {features.hits} found stored, in {feature_seconds:.1f} s.")
+    penalty = None
+    if config.head == "sgd":
+        write_config(workdir / "tensorboard", to_flag_file(config))
+        progress = _train(config, classifier, features, task)
+        write_history(workdir / "tensorboard", progress.history)
+    else:
+        with meter("head", total=PENALTIES[config.head], unit="penalties") as bar:
+            probe = PROBES[config.head](
+                features.train,
+                features.train_labels,
+                features.validation,
+                features.validation_labels,
+                num_classes=len(task.class_names),
+                metric=task.metric,
+                report=bar.update,
+            )
+        classifier.get_layer("logits").set_weights([probe.kernel, probe.bias])
+        progress, penalty = Progress(best_value=probe.validation_value), probe.penalty
+    progress.seconds = time.perf_counter() - start
+    console.print(
+        f"Head: {config.head}, in {progress.seconds - feature_seconds:.1f} s, {task.metric} {progress.best_value:.1%} "
+        f"on the validation part{f', penalty {penalty:.2g}' if penalty is not None else ''}."
+    )
+    return HeadFit(progress, features.hits, features.computed, feature_seconds, penalty)
+
+
+def _train(config: JobConfig, classifier: keras.Model, features: Features, task: TaskData) -> Progress:
+    """The recipe of the flags; each epoch sees every image once, in a view that is drawn for it."""
+    head = _copy_of_head(classifier)
+    optimizer = optimizer_of(config, task.steps_per_epoch)
+    optimizer.build(head.trainable_variables)
+    loss = loss_of(config, task)
+    train_rows, predict = _steps(head, optimizer, loss, task.batch_size)
+    progress = Progress()
+    best_weights = head.get_weights()
+    for epoch in range(config.epochs):
+        logs = _mean_logs(
+            [train_rows(*chunk).numpy() for chunk in _epoch_chunks(features, task, config.seed, epoch)], task.num_train
+        )
+        if not math.isfinite(logs["loss"]):
+            raise UserError(
+                f"The loss is no longer a finite number. Received: loss={logs['loss']} in epoch {epoch + 1}. Try a "
+                "lower --learning_rate or --warmup_epochs=1, in a new --workdir. The stored features are kept."
+            )
+        logits = np.concatenate([predict(chunk).numpy() for chunk in _chunks_in_order(features.validation)])
+        logs["val_loss"] = float(loss(features.validation_labels, logits))
+        for metric in _METRICS:
+            logs[f"val_{metric}"] = metric_of(logits.argmax(axis=1), features.validation_labels, metric)
+        logs["learning_rate"] = float(optimizer.learning_rate)
+        value = {"last": float(epoch), "accuracy": logs["val_accuracy"]}.get(
+            config.select_by, logs[f"val_{task.metric}"]
+        )
+        if (value, -logs["val_loss"]) > (progress.best_value, -progress.best_loss):
+            progress.best_epoch, progress.best_value, progress.best_loss = epoch, value, logs["val_loss"]
+            best_weights = head.get_weights()
+        progress.epochs_done = epoch + 1
+        progress.history.append(logs)
+        if stopped_early(config, progress):
+            say_why(config, progress)
+            break
+    for layer, source in zip(_head_layers(classifier), _split_weights(head, best_weights), strict=True):
+        layer.set_weights(source)
+    return progress
+
+
+def _steps(
+    head: keras.Model, optimizer: keras.optimizers.Optimizer, loss: CrossEntropy, batch_size: int
+) -> tuple[Any, Any]:
+    """Graph functions: the steps over some rows (sum of losses, number of hits), and the logits of rows."""
+    dim = head.input_shape[-1]
+    rows = tf.TensorSpec([None, dim], tf.float32)
+
+    @tf.function(input_signature=[rows, tf.TensorSpec([None], tf.int32)])
+    def train_rows(features: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        sums = tf.zeros([2])
+        for start in tf.range(0, tf.shape(labels)[0], batch_size):
+            batch, batch_labels = features[start : start + batch_size], labels[start : start + batch_size]
+            with tf.GradientTape() as tape:
+                logits = head(batch, training=True)
+                losses = loss.call(batch_labels, logits)
+                mean_loss = tf.reduce_mean(losses)
+            variables = head.trainable_variables
+            optimizer.apply(tape.gradient(mean_loss, variables), variables)
+            hits = tf.cast(tf.argmax(logits, axis=-1, output_type=tf.int32) == batch_labels, tf.float32)
+            sums += tf.stack([tf.reduce_sum(losses), tf.reduce_sum(hits)])
+        return sums
+
+    @tf.function(input_signature=[rows])
+    def predict(features: tf.Tensor) -> tf.Tensor:
+        return head(features, training=False)
+
+    return train_rows, predict
+
+
+def _epoch_chunks(features: Features, task: TaskData, seed: int, epoch: int) -> Any:
+    """The rows of an epoch with their labels, in its order, in pieces of whole batches."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(features.train_labels))
+    view_of = rng.integers(len(features.train), size=len(order))
+    dim = features.validation.shape[1]
+    size = max(1, _CHUNK_BYTES // (4 * dim * task.batch_size)) * task.batch_size
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        chunk = np.empty((len(rows), dim), np.float32)
+        for view, stored in enumerate(features.train):
+            here = view_of[rows] == view
+            chunk[here] = stored[rows[here]]
+        yield chunk, features.train_labels[rows]
+
+
+def _chunks_in_order(rows: np.ndarray) -> Any:
+    size = max(1, _CHUNK_BYTES // (4 * rows.shape[1]))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _mean_logs(sums: list[np.ndarray], count: int) -> dict[str, float]:
+    means = (np.stack(sums).astype(np.float64).sum(axis=0) / count).tolist()
+    return {"loss": means[0], "accuracy": means[1]}
+
+
+def _head_layers(classifier: keras.Model) -> list[keras.layers.Layer]:
+    names = [layer.name for layer in classifier.layers]
+    return classifier.layers[names.index("features") + 1 :]
+
+
+def _copy_of_head(classifier: keras.Model) -> keras.Model:
+    """The layers after "features" as a model of their own. A copy: a layer that is used twice has no one input."""
+    outputs = inputs = keras.Input(classifier.get_layer("features").output.shape[1:], name="features")
+    for layer in _head_layers(classifier):
+        copy = type(layer).from_config(layer.get_config())
+        outputs = copy(outputs)
+        copy.set_weights(layer.get_weights())
+    return keras.Model(inputs, outputs, name="head")
+
+
+def _split_weights(head: keras.Model, weights: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """The weights of a head by layer."""
+    remaining = iter(weights)
+    return [[next(remaining) for _ in layer.weights] for layer in head.layers[1:]]

@@ -1,0 +1,133 @@
+"""The final figures: clean and robust accuracy with their intervals, on a part that training never saw."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.attacks import AttackConfig, run_pgd
+from robust_tf.console import track
+from robust_tf.evaluation.example_choice import Example, ExampleChoice
+from robust_tf.evaluation.outcomes import Outcomes
+from robust_tf.statistics import mean_per_class, wilson_interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What became of each image of one data set; the figures follow from that.
+
+    Attributes:
+        outcomes: for each image.
+        num_classes: of the classifier.
+        examples: some of the images that this process has looked at, with their adversarial images.
+    """
+
+    outcomes: Outcomes
+    num_classes: int
+    examples: tuple[Example, ...] = ()
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """(num_classes, num_classes) int64, clean images: rows are true classes, columns predictions."""
+        return self.outcomes.confusion(self.num_classes)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.outcomes.labels)
+
+    @property
+    def clean_accuracy(self) -> float:
+        return int(self.outcomes.right.sum()) / self.num_images
+
+    @property
+    def clean_interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the clean accuracy."""
+        return wilson_interval(int(self.outcomes.right.sum()), self.num_images)
+
+    @property
+    def mean_per_class_accuracy(self) -> float:
+        return mean_per_class(self.confusion)
+
+    @property
+    def robust_accuracy(self) -> float | None:
+        robust = self.outcomes.robust
+        return None if robust is None else int(robust.sum()) / self.num_images
+
+    @property
+    def robust_interval(self) -> tuple[float, float] | None:
+        """95 % Wilson interval of the robust accuracy."""
+        robust = self.outcomes.robust
+        return None if robust is None else wilson_interval(int(robust.sum()), self.num_images)
+
+
+def evaluate_classifier(
+    classifier: keras.Model,
+    dataset: Any,
+    *,
+    attack: AttackConfig,
+    ids: np.ndarray,
+    strategy: tf.distribute.Strategy | None = None,
+) -> Evaluation:
+    """Clean accuracy, and accuracy under PGD, where an image counts that is right before and after the attack.
+
+    Args:
+        classifier: [0, 1] images to logits.
+        dataset: batches of images (batch, height, width, channels) float32 and labels (batch,) int.
+        attack: epsilon 0 leaves the robust figures out.
+        ids: (num_images,) int64, of the images in the order in which they come.
+        strategy: with several replicas, `dataset` is a distributed one, whose batches also have weights (batch,); what
+            has weight 0 is there to fill a batch. Every process gets the whole result, but examples from its own share
+            of the images.
+    """
+    replicas: Any = strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
+
+    def outcomes(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
+        """For each image the label, the prediction, that under attack, and whether it counts; and the last image.
+
+        They are (batch, 4) int32 and (batch, height, width, channels) float32.
+        """
+        images_adv = images
+        attacked = clean = tf.argmax(classifier(images, training=False), axis=-1, output_type=tf.int32)
+        if attack.active:
+            images_adv = run_pgd(classifier, images, labels, attack=attack).images_adv
+            attacked = tf.argmax(classifier(images_adv, training=False), axis=-1, output_type=tf.int32)
+        counts = tf.ones_like(labels) if weights is None else tf.cast(weights > 0, labels.dtype)
+        rows = tf.cast(tf.stack([labels, tf.cast(clean, labels.dtype), attacked, counts], axis=1), tf.int32)
+        return rows, images_adv
+
+    if replicas is None:
+        # The signature has a free batch size: the last, smaller batch is no reason to trace again.
+        outcomes_of = tf.function(outcomes, input_signature=dataset.element_spec)
+    else:
+
+        @tf.function(reduce_retracing=True, autograph=False)
+        def outcomes_of(*batch: Any) -> tuple[tf.Tensor, Any, Any]:
+            rows, images_adv = replicas.run(outcomes, args=batch)
+            return replicas.gather(rows, axis=0), rows, images_adv
+
+    choice = ExampleChoice()
+
+    def outcomes_by_batch() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for batch in dataset:
+            if replicas is not None:
+                gathered, *local = outcomes_of(*batch)
+                local_rows, local_adv, local_images = (
+                    replicas.experimental_local_results(each) for each in (*local, batch[0])
+                )
+                for rows, images, images_adv in zip(local_rows, local_images, local_adv, strict=True):
+                    choice.look_at(rows.numpy(), images, images_adv)
+            else:
+                gathered, images_adv = outcomes_of(*batch)
+                choice.look_at(gathered.numpy(), batch[0], images_adv)
+            rows = gathered.numpy()
+            rows = rows[rows[:, 3] > 0]
+            yield rows[:, :3], rows[:, 0]
+
+    rows = np.concatenate([rows for rows, _ in track(outcomes_by_batch(), "test", num_images=len(ids))])
+    order = np.argsort(ids)
+    labels, clean, attacked = rows[order].astype(np.int64).T
+    outcome = Outcomes(ids[order], labels, clean, attacked if attack.active else None)
+    return Evaluation(outcome, classifier.output_shape[-1], choice.examples)

@@ -1,0 +1,1 @@
+"""A SavedModel that is loaded: its signatures, requests in and answers out."""

@@ -1,0 +1,1 @@
+"""From a classifier to a published, verified version folder."""

@@ -1,0 +1,190 @@
+"""The check before publishing: does the export answer, as TensorFlow Serving runs it, what the classifier says?"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow_serving.apis import prediction_log_pb2
+
+from robust_tf.attacks.outputs import looks_like_probabilities
+from robust_tf.data.transforms import AS_STORED, Decoding
+from robust_tf.errors import UserError
+from robust_tf.models import features_of, outputs_of
+from robust_tf.serving.model import inference, warmup
+from robust_tf.serving.model.session import LoadedModel
+from robust_tf.serving.model.status import ServingError
+from robust_tf.serving.publish.probe import AttackProbe
+from robust_tf.serving.publish.signatures import decode_images
+
+# How far a served number may be from `classifier.predict`, relative to the largest expected one (at least 1).
+# TensorFlow Serving's graph optimiser fuses layers, which changes roundings: much in half precision.
+_TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
+
+
+def sample_requests(image_size: int, attack_probe: AttackProbe | None) -> dict[str, dict[str, np.ndarray]]:
+    """Two images as a request for each signature that Predict answers; the warm-up's too."""
+    images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), dtype=np.uint8)
+    images[1] = np.linspace(0, 255, image_size, dtype=np.uint8)[:, None, None]
+    image_bytes = np.array([tf.io.encode_png(image).numpy() for image in images], dtype=object)
+    pixels = images.astype(np.float32) / np.float32(255)
+    requests = {
+        "serving_default": {"image_bytes": image_bytes},
+        "predict_pixels": {"images": pixels},
+        "predict_uint8": {"images": images},
+        "features": {"images": pixels},
+        "preview": {"image_bytes": image_bytes},
+    }
+    if attack_probe is not None:
+        requests["attack_probe"] = {
+            "image_bytes": image_bytes,
+            "label": np.array([0, -1], np.int64),
+            "epsilon": np.array([0.0, attack_probe.epsilon], np.float32),
+        }
+    return requests
+
+
+def warmup_logs(
+    model_name: str, requests: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[prediction_log_pb2.PredictionLog]:
+    """The sample requests as warm-up records, and one for Classify."""
+    logs = [warmup.predict_log(model_name, name, request) for name, request in requests.items()]
+    examples = _examples(requests["serving_default"]["image_bytes"])
+    return [*logs, warmup.classify_log(model_name, "classify", examples)]
+
+
+def _examples(image_bytes: np.ndarray) -> list[bytes]:
+    def example(value: bytes) -> tf.train.Example:
+        feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+        return tf.train.Example(features=tf.train.Features(feature={"image/encoded": feature}))
+
+    return [example(value).SerializeToString() for value in image_bytes]
+
+
+def verify_export(
+    version_dir: pathlib.Path,
+    classifier: keras.Model,
+    requests: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    labels: Sequence[str],
+    resize_size: int,
+    decoding: Decoding = AS_STORED,
+    original: keras.Model,
+) -> None:
+    """Runs every signature and the warm-up as TensorFlow Serving would, and compares with `classifier.predict`.
+
+    The probabilities are also compared with those of `original`, the model that the user knows.
+
+    Raises:
+        UserError: the export cannot be loaded or run, or answers something else.
+    """
+    try:
+        model = LoadedModel(version_dir)
+        try:
+            _compare(model, classifier, requests, labels=labels, resize_size=resize_size, decoding=decoding)
+            _compare_probabilities(model, classifier, original, requests["predict_pixels"])
+            warmup.replay_warmup(model)
+        finally:
+            model.close()
+    except ServingError as error:
+        raise UserError(
+            f"The export cannot be served. Received: {error}. Nothing was published. A layer of the classifier may not "
+            "be made for export."
+        ) from error
+
+
+def _compare(
+    model: LoadedModel,
+    classifier: keras.Model,
+    requests: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    labels: Sequence[str],
+    resize_size: int,
+    decoding: Decoding,
+) -> None:
+    pixels = requests["predict_pixels"]["images"]
+    image_bytes = requests["serving_default"]["image_bytes"]
+    decoded = decode_images(
+        tf.constant(image_bytes),
+        image_size=classifier.input_shape[1],
+        resize_size=resize_size,
+        decoding=decoding,
+    ).numpy()
+    from_pixels, from_bytes = np.split(_predict(classifier, np.concatenate([pixels, decoded])), 2)
+    if not (np.isfinite(from_pixels).all() and np.isfinite(from_bytes).all()):
+        raise UserError(
+            f"The classifier's logits must be finite. Received: {from_pixels.tolist()}. It has diverged in training."
+        )
+    tolerance = _tolerance(classifier)
+    for name, logits in [
+        ("serving_default", from_bytes),
+        ("predict_pixels", from_pixels),
+        ("predict_uint8", from_pixels),
+    ]:
+        answer = model.run(name, requests[name])
+        _expect_close(f"{name}/logits", answer["logits"], logits, tolerance)
+        _expect_close(f"{name}/probabilities", answer["probabilities"], _softmax(logits), tolerance)
+        named = [[labels[index].encode() for index in row] for row in answer["top_k"]]
+        if answer["classes"].tolist() != named:
+            raise UserError(f"{name}/classes must be the labels of top_k. Received: {answer['classes'].tolist()}.")
+    features = model.run("features", requests["features"])["features"]
+    _expect_close("features", features, _predict(features_of(classifier), pixels), tolerance)
+    scores = np.asarray(inference.classify(model, _examples(image_bytes), signature_name="classify").scores)
+    best = np.sort(_softmax(from_bytes))[:, ::-1][:, : scores.shape[1]]
+    _expect_close("classify/scores", scores, best, tolerance)
+    pictures = model.run("preview", requests["preview"])["preview_image_bytes"]
+    shown = np.stack([tf.io.decode_png(picture).numpy() for picture in pictures]).astype(np.float32) / 255.0
+    _expect_close("preview", shown, decoded, 1.0 / 255.0)  # rounded to 8 bits
+    if "attack_probe" in requests:  # the first sample's epsilon is 0: nothing is attacked
+        probed = model.run("attack_probe", requests["attack_probe"])["adversarial_probabilities"]
+        _expect_close("attack_probe at epsilon 0", probed[:1], _softmax(from_bytes[:1]), tolerance)
+
+
+def _compare_probabilities(
+    model: LoadedModel, classifier: keras.Model, original: keras.Model, request: Mapping[str, np.ndarray]
+) -> None:
+    """Against the outputs of the user's own model: probabilities as they are, or the softmax or sigmoid of logits."""
+    answer = model.run("predict_pixels", request)
+    outputs = outputs_of(original, request["images"]).numpy().astype(np.float32)
+    if outputs.shape[1] == 1:
+        # One output is a logit where it is served as one; otherwise it is the sigmoid that was taken off.
+        is_logit = np.allclose(outputs[:, 0], answer["logits"][:, 1], rtol=1e-3, atol=1e-3)
+        of_class_1 = tf.sigmoid(outputs).numpy() if is_logit else outputs
+        expected = np.concatenate([1.0 - of_class_1, of_class_1], axis=1)
+    else:
+        expected = outputs if looks_like_probabilities(outputs) else _softmax(outputs)
+    difference = float(np.max(np.abs(answer["probabilities"] - expected)))
+    if not difference <= _tolerance(classifier):
+        ending = "probabilities" if expected is outputs else "outputs"
+        raise UserError(
+            f"The served probabilities must be those of the classifier. Received: {original.name!r}, whose {ending} "
+            f"differ from them by {difference:g}. Nothing was published. Its end is none that can be turned into "
+            "logits: build it again with keras.Model(inputs, logits), the numbers that a softmax would take."
+        )
+
+
+def _tolerance(classifier: keras.Model) -> float:
+    return max(_TOLERANCES.get(layer.compute_dtype, _TOLERANCES["float32"]) for layer in classifier.layers)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    return tf.nn.softmax(logits).numpy()
+
+
+def _predict(model: keras.Model, images: np.ndarray) -> np.ndarray:
+    return model.predict(images, verbose=0).astype(np.float32)
+
+
+def _expect_close(what: str, received: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    if received.shape != expected.shape:
+        raise UserError(
+            f"The export answers another shape than the classifier in {what}. Received: {received.shape}, expected "
+            f"{expected.shape}. Nothing was published."
+        )
+    difference = float(np.max(np.abs(received - expected)) / max(1.0, float(np.max(np.abs(expected)))))
+    if not difference <= tolerance:
+        raise UserError(
+            f"The export answers otherwise than the classifier in {what}. Received: a difference of {difference:g}, "
+            f"allowed {tolerance:g}. Nothing was published."
+        )

@@ -1,0 +1,1 @@
+"""The server: REST and gRPC endpoints, versions, batching and metrics, as TF Serving has them."""

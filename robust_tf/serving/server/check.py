@@ -1,0 +1,98 @@
+"""What `robust_tf.serve --check` finds out without loading a model: files, folders, versions and labels."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from robust_tf.errors import UserError
+from robust_tf.serving.model.folders import complete_versions, why_no_version
+from robust_tf.serving.server import config_files
+from robust_tf.serving.server.model_settings import ModelSettings
+from robust_tf.serving.server.server import ServeConfig
+
+
+class Report:
+    """What a check found.
+
+    Attributes:
+        lines: one for each thing that was looked at, and for each fault.
+        failed: whether there is a fault.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.failed = False
+
+    def note(self, line: str) -> None:
+        """Something that is as it should be."""
+        self.lines.append(line)
+
+    def fault(self, line: str) -> None:
+        """Something that is wrong."""
+        self.lines.append(f"error: {line}")
+        self.failed = True
+
+
+def check(config: ServeConfig) -> Report:
+    """Looks at everything that the flags name. No model is loaded and no port is opened."""
+    report = Report()
+    for flag_name, read in (
+        ("batching_parameters_file", config_files.read_batching),
+        ("monitoring_config_file", config_files.read_monitoring),
+        ("ssl_config_file", config_files.read_tls),
+    ):
+        _check_file(report, flag_name, getattr(config, flag_name), read)
+    try:
+        models = config.models()
+    except UserError as error:
+        report.fault(str(error))
+        return report
+    if config.model_config_file:
+        report.note(f"--model_config_file={config.model_config_file}: models {', '.join(m.name for m in models)}")
+    for model in models:
+        _check_model(report, model, config.allow_version_labels_for_unavailable_models)
+    return report
+
+
+def _check_file(report: Report, flag_name: str, path: str, read: Callable[[pathlib.Path], Any]) -> None:
+    if not path:
+        return
+    try:
+        read(pathlib.Path(path))
+    except UserError as error:
+        report.fault(str(error))
+    else:
+        report.note(f"--{flag_name}={path}: can be used")
+
+
+def _check_model(report: Report, model: ModelSettings, labels_before_versions: bool) -> None:
+    absence = why_no_version(model.base_path)
+    if absence is not None:
+        report.fault(f"Model {model.name} has no version. Received: {model.base_path}. {absence.reason}")
+        return
+    present = complete_versions(model.base_path)
+    wanted = model.wanted(present)
+    report.note(
+        f"Model {model.name} in {model.base_path}: versions {_numbers(present)}; the policy {model.policy} serves "
+        f"{_numbers(wanted)}"
+    )
+    missing = [number for number in model.specific if number not in present]
+    if missing:
+        report.fault(
+            f"Model {model.name}: the policy {model.policy} names versions that are not there: "
+            f"{', '.join(map(str, missing))}."
+        )
+    faulty = set()
+    for finding in model.label_findings(present):
+        faulty.add(finding.label)
+        if finding.due and not (labels_before_versions and finding.absent):
+            report.fault(finding.text)
+        else:
+            report.note(f"note: {finding.text}")
+    for label, number in model.labels.items():
+        if label not in faulty:
+            report.note(f"Model {model.name}: label {label} points to version {number}")
+
+
+def _numbers(versions: Any) -> str:
+    return ", ".join(map(str, sorted(versions))) or "none"

@@ -1,0 +1,262 @@
+"""The text files of `tensorflow_model_server`: models, batching, monitoring and TLS, in its own formats.
+
+The message for models comes with the official protos. The other three are not packaged anywhere, so their fields are
+declared here, by the same names.
+"""
+
+import dataclasses
+import pathlib
+import ssl
+import tempfile
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
+from google.protobuf.message import Message
+from tensorflow_serving.config import model_server_config_pb2
+
+from robust_tf.errors import UserError
+from robust_tf.serving.model.folders import MAX_VERSION, is_remote
+from robust_tf.serving.server.model_settings import ModelSettings
+
+_FIELD = descriptor_pb2.FieldDescriptorProto
+_PACKAGE = "robust_tf.serving"
+
+# Message -> its fields: name, number, type (a scalar type, or the name of a message), repeated or not.
+_MESSAGES: dict[str, list[tuple[str, int, Any, bool]]] = {
+    "BatchingParameters": [
+        ("max_batch_size", 1, "Int64Value", False),
+        ("batch_timeout_micros", 2, "Int64Value", False),
+        ("max_enqueued_batches", 3, "Int64Value", False),
+        ("num_batch_threads", 4, "Int64Value", False),
+        ("thread_pool_name", 5, "StringValue", False),
+        ("allowed_batch_sizes", 6, _FIELD.TYPE_INT64, True),
+        ("pad_variable_length_inputs", 7, _FIELD.TYPE_BOOL, False),
+        ("enable_large_batch_splitting", 8, "BoolValue", False),
+        ("max_execution_batch_size", 9, "Int64Value", False),
+    ],
+    "PrometheusConfig": [("enable", 1, _FIELD.TYPE_BOOL, False), ("path", 2, _FIELD.TYPE_STRING, False)],
+    "MonitoringConfig": [("prometheus_config", 1, f".{_PACKAGE}.PrometheusConfig", False)],
+    "SSLConfig": [
+        ("server_key", 1, _FIELD.TYPE_STRING, False),
+        ("server_cert", 2, _FIELD.TYPE_STRING, False),
+        ("custom_ca", 3, _FIELD.TYPE_STRING, False),
+        ("client_verify", 4, _FIELD.TYPE_BOOL, False),
+    ],
+}
+_PROMETHEUS_PATH = "/monitoring/prometheus/metrics"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How single requests are put together; the defaults are TensorFlow Serving's.
+
+    Attributes:
+        max_batch_size: rows of a request at most, and of a batch unless large ones are split.
+        batch_timeout_micros: how long the first request of a batch waits for others.
+        max_enqueued_batches: batches that may wait; requests beyond are refused with UNAVAILABLE.
+        num_batch_threads: batches that run at the same time.
+        allowed_batch_sizes: a batch is filled up to the next of these sizes; empty: as it is.
+        enable_large_batch_splitting: run a request in parts when it is larger than a batch.
+        max_execution_batch_size: rows of a batch at most then; 0: `max_batch_size`.
+    """
+
+    max_batch_size: int = 1000
+    batch_timeout_micros: int = 0
+    max_enqueued_batches: int = 10
+    num_batch_threads: int = 2
+    allowed_batch_sizes: tuple[int, ...] = ()
+    enable_large_batch_splitting: bool = False
+    max_execution_batch_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_enqueued_batches", "num_batch_threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"Batching needs {name} of at least 1. Received: {getattr(self, name)}.")
+        if self.batch_timeout_micros < 0:
+            raise UserError(
+                f"Batching needs batch_timeout_micros of at least 0. Received: {self.batch_timeout_micros}."
+            )
+        if self.max_execution_batch_size and not self.enable_large_batch_splitting:
+            raise UserError(
+                "max_execution_batch_size needs enable_large_batch_splitting. Received: "
+                f"max_execution_batch_size={self.max_execution_batch_size} alone."
+            )
+        if not 0 <= self.max_execution_batch_size <= self.max_batch_size:
+            raise UserError(
+                "max_execution_batch_size is a number up to max_batch_size. Received: "
+                f"{self.max_execution_batch_size} with max_batch_size={self.max_batch_size}."
+            )
+        sizes, last = self.allowed_batch_sizes, "max_batch_size"
+        if self.max_execution_batch_size:
+            last = "max_execution_batch_size"
+        if sizes and (list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != getattr(self, last)):
+            raise UserError(
+                f"allowed_batch_sizes must increase and end with {last}. Received: "
+                f"{list(sizes)} with {last}={getattr(self, last)}."
+            )
+
+    def execution_sizes(self) -> list[int] | None:
+        """Sizes that a batch may have, or None for any up to `max_batch_size`."""
+        if self.allowed_batch_sizes:
+            return list(self.allowed_batch_sizes)
+        return list(range(1, self.max_execution_batch_size + 1)) or None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tls:
+    """Keys and certificates of the gRPC port, PEM text."""
+
+    server_key: str
+    server_cert: str
+    custom_ca: str
+    client_verify: bool
+
+
+def read_model_config(path: pathlib.Path) -> model_server_config_pb2.ModelServerConfig:
+    """The file of `--model_config_file`."""
+    return _parse(path, model_server_config_pb2.ModelServerConfig(), "tensorflow.serving.ModelServerConfig")
+
+
+def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[ModelSettings]:
+    """The models that a ModelServerConfig asks for.
+
+    Raises:
+        UserError: no models, a name twice or missing, a relative path, another platform, a bad policy.
+    """
+    if config.WhichOneof("config") != "model_config_list":
+        received = config.WhichOneof("config") or "an empty file"
+        raise UserError(f"A ModelServerConfig needs a model_config_list. Received: {received}.")
+    settings: dict[str, ModelSettings] = {}
+    for model in config.model_config_list.config:
+        if not model.name:
+            raise UserError(f"Every model needs a name. Received: base_path: {model.base_path!r} without one.")
+        if model.name in settings:
+            raise UserError(f"Illegal to list model {model.name} multiple times in config list")
+        check_local(model.base_path, f"base_path of model {model.name}")
+        if not pathlib.PurePath(model.base_path).is_absolute():
+            raise UserError(
+                f"Expected model {model.name} to have an absolute path or URI; got base_path()={model.base_path}"
+            )
+        is_tensorflow = model.model_platform == "tensorflow" or (
+            not model.model_platform and model.model_type == model_server_config_pb2.TENSORFLOW
+        )
+        if not is_tensorflow:
+            raise UserError(
+                f'Model {model.name} needs model_platform: "tensorflow". Received: {model.model_platform!r}.'
+            )
+        settings[model.name] = _one_model(model)
+    return list(settings.values())
+
+
+def check_local(path: str, what: str) -> None:
+    """Refuses gs:// and the like.
+
+    Raises:
+        UserError: the path is an address.
+    """
+    if is_remote(path):
+        raise UserError(
+            f"This server reads folders of this machine only. Received: {what}: {path}. Copy the model to a local "
+            "folder and name that, or run tensorflow_model_server."
+        )
+
+
+def _one_model(model: model_server_config_pb2.ModelConfig) -> ModelSettings:
+    policy = model.model_version_policy
+    kind = policy.WhichOneof("policy_choice")
+    specific = tuple(policy.specific.versions) if kind == "specific" else ()
+    if kind == "specific" and not specific:
+        raise UserError(f"model_version_policy of {model.name} names no version. Received: specific {{ }}.")
+    numbers = [*specific, *model.version_labels.values()]
+    if any(not 0 <= number <= MAX_VERSION for number in numbers):
+        raise UserError(f"A version of model {model.name} is a number of 0 or more. Received: {numbers}.")
+    latest = 0 if kind == "all" else (policy.latest.num_versions or 1)
+    return ModelSettings(
+        name=model.name,
+        base_path=pathlib.Path(model.base_path),
+        latest=latest,
+        specific=specific,
+        labels=dict(model.version_labels),
+    )
+
+
+def read_batching(path: pathlib.Path) -> Batching:
+    """The file of `--batching_parameters_file`."""
+    message: Any = _parse(path, _MESSAGE_CLASSES["BatchingParameters"](), "tensorflow.serving.BatchingParameters")
+    if message.pad_variable_length_inputs:
+        raise UserError(
+            "pad_variable_length_inputs is not supported: requests with other shapes of a row go into other batches. "
+            f"Received: {path} with it."
+        )
+    values: dict[str, Any] = {
+        field.name: getattr(message, field.name).value
+        for field in dataclasses.fields(Batching)
+        if field.name != "allowed_batch_sizes" and message.HasField(field.name)
+    }
+    return Batching(allowed_batch_sizes=tuple(message.allowed_batch_sizes), **values)
+
+
+def read_monitoring(path: pathlib.Path) -> str | None:
+    """The file of `--monitoring_config_file`: the path that Prometheus scrapes, or None when it is not enabled."""
+    message: Any = _parse(path, _MESSAGE_CLASSES["MonitoringConfig"](), "tensorflow.serving.MonitoringConfig")
+    return (message.prometheus_config.path or _PROMETHEUS_PATH) if message.prometheus_config.enable else None
+
+
+def read_tls(path: pathlib.Path) -> Tls:
+    """The file of `--ssl_config_file`."""
+    message: Any = _parse(path, _MESSAGE_CLASSES["SSLConfig"](), "tensorflow.serving.SSLConfig")
+    if not message.server_key or not message.server_cert:
+        raise UserError(f"TLS needs server_key and server_cert. Received: {path} without them.")
+    if message.client_verify and not message.custom_ca:
+        raise UserError(f"client_verify needs the custom_ca to verify with. Received: {path} without it.")
+    tls = Tls(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Tls)})
+    try:
+        _check_pem(tls)
+    except (ssl.SSLError, ValueError) as error:
+        raise UserError(f"TLS needs PEM texts, and the key of its certificate. Received: {path}: {error}.") from error
+    return tls
+
+
+def _check_pem(tls: Tls) -> None:
+    """Python takes a key from a file only; gRPC would say later, and in other words, that it has no port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:  # which only this user can read
+        pem.write(f"{tls.server_key}\n{tls.server_cert}\n")
+        pem.flush()
+        context.load_cert_chain(pem.name, password="")  # without one, OpenSSL would ask the terminal
+    if tls.custom_ca:
+        context.load_verify_locations(cadata=tls.custom_ca)
+
+
+def _parse(path: pathlib.Path, message: Message, name: str) -> Any:
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), message)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the {name} file. Received: {path}: {error}.") from error
+    except text_format.ParseError as error:
+        raise UserError(f"Error parsing text-format {name}: {path}:{error}") from error
+
+
+def _message_classes() -> dict[str, type[Message]]:
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(wrappers_pb2.DESCRIPTOR.serialized_pb)
+    file = descriptor_pb2.FileDescriptorProto(
+        name="robust_tf/serving.proto", package=_PACKAGE, syntax="proto3", dependency=[wrappers_pb2.DESCRIPTOR.name]
+    )
+    for name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=name)
+        for field_name, number, kind, repeated in fields:
+            field = message.field.add(name=field_name, number=number)
+            field.label = _FIELD.LABEL_REPEATED if repeated else _FIELD.LABEL_OPTIONAL
+            if isinstance(kind, str):
+                field.type = _FIELD.TYPE_MESSAGE
+                field.type_name = kind if kind.startswith(".") else f".google.protobuf.{kind}"
+            else:
+                field.type = kind
+    pool.Add(file)
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in _MESSAGES
+    }
+
+
+_MESSAGE_CLASSES = _message_classes()

@@ -1,0 +1,73 @@
+"""The JSON that TensorFlow Serving's REST interface answers with."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.serving.json_arrays import dump_json
+from robust_tf.serving.model.inference import Classification
+from robust_tf.serving.model.session import type_name
+from robust_tf.serving.model.status import invalid
+
+
+def predict_reply(outputs: Mapping[str, np.ndarray], *, by_row: bool) -> bytes:
+    """A predict reply in the form that the request had."""
+    values = {name: _as_json(name, value) for name, value in outputs.items()}
+    single = len(values) == 1
+    if not by_row:
+        return dump_json({"outputs": next(iter(values.values())) if single else values})
+    rows = None
+    for name, value in outputs.items():
+        if value.ndim == 0:
+            raise invalid(f"Tensor name: {name} has no batch dimension, which replies by row need. Ask with 'inputs'.")
+        if rows not in (None, len(value)):
+            raise invalid(f"Tensor name: {name} has inconsistent batch size: {len(value)} expecting: {rows}")
+        rows = len(value)
+    if single:
+        return dump_json({"predictions": next(iter(values.values()))})
+    return dump_json(
+        {"predictions": [{name: value[row] for name, value in values.items()} for row in range(rows or 0)]}
+    )
+
+
+def classify_reply(result: Classification) -> bytes:
+    """A classify reply: for each example its [label, score] pairs."""
+    labels, scores = result.classes, result.scores
+    if labels is None:
+        labels = np.full(np.asarray(scores).shape, b"", object)
+    if scores is None:
+        scores = np.zeros(labels.shape, np.float32)
+    rows = zip(_as_json("classes", labels), scores, strict=True)
+    return dump_json({"results": [list(map(list, zip(names, values, strict=True))) for names, values in rows]})
+
+
+def regress_reply(values: np.ndarray) -> bytes:
+    """A regress reply: one number for each example."""
+    return dump_json({"results": values})
+
+
+def error_reply(message: str) -> bytes:
+    """The body of every error."""
+    return dump_json({"error": message})
+
+
+def _as_json(name: str, value: np.ndarray) -> Any:
+    """An output as something that `dump_json` writes: strings by the rule that names ending in `_bytes` are base64."""
+    if value.dtype.kind in "fiub" and value.dtype != np.float16:
+        return np.ascontiguousarray(value) if value.ndim else value[()]
+    if value.dtype.kind not in "OSU":
+        received = type_name(tf.as_dtype(value.dtype).as_datatype_enum)
+        raise invalid(f"Failed to write JSON value for tensor type: {received}")
+    encode = _to_b64 if name.endswith("_bytes") else _to_text
+    return np.frompyfunc(encode, 1, 1)(value).tolist() if value.ndim else encode(value[()])
+
+
+def _to_b64(value: Any) -> dict[str, str]:
+    return {"b64": base64.b64encode(value).decode("ascii")}
+
+
+def _to_text(value: Any) -> str:
+    return value.decode("utf-8", "replace")

@@ -1,0 +1,100 @@
+"""What REST and gRPC share: which model, how long, how often, in which state."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
+from tensorflow_serving.config import model_server_config_pb2
+
+from robust_tf.errors import UserError
+from robust_tf.serving.model.session import LoadedModel
+from robust_tf.serving.model.status import ServingError, invalid, only_serving_errors
+from robust_tf.serving.server.config_files import model_settings
+from robust_tf.serving.server.metrics import Metrics
+from robust_tf.serving.server.versions import ModelManager
+
+_STATES = get_model_status_pb2.ModelVersionStatus.State
+
+
+class Service:
+    """The models of one server, measured.
+
+    Attributes:
+        manager: the loaded versions.
+        metrics: the numbers that Prometheus reads.
+    """
+
+    def __init__(self, manager: ModelManager, metrics: Metrics) -> None:
+        self.manager = manager
+        self.metrics = metrics
+
+    @contextlib.contextmanager
+    def counted(self, model_name: str, method: str, entrypoint: str) -> Iterator[None]:
+        """Counts the request that the block answers; a good one's time too."""
+        # Names that nobody configured would let a client grow the metrics without end.
+        name = model_name if model_name in self.manager.names() else "unknown"
+        start = time.perf_counter()
+        try:
+            with only_serving_errors():
+                yield
+        except ServingError as error:
+            self.metrics.count_request(name, error.code)
+            raise
+        self.metrics.count_request(name, "OK")
+        self.metrics.observe(name, method, entrypoint, microseconds=(time.perf_counter() - start) * 1e6)
+
+    @contextlib.contextmanager
+    def leased(self, spec: model_pb2.ModelSpec) -> Iterator[tuple[int, LoadedModel]]:
+        """The version that a request asks for."""
+        if not spec.name:
+            raise invalid("ModelSpec has no name specified.")
+        choice = spec.WhichOneof("version_choice")
+        version = spec.version.value if choice == "version" else None
+        label = spec.version_label if choice == "version_label" else ""
+        with self.manager.lease(spec.name, version=version, label=label) as leased:
+            yield leased
+
+    @contextlib.contextmanager
+    def running(self, model_name: str, method: str, *, examples: int) -> Iterator[None]:
+        """Measures the model's own time."""
+        start = time.perf_counter()
+        yield
+        microseconds = (time.perf_counter() - start) * 1e6
+        self.metrics.observe_run(model_name, method, microseconds=microseconds, examples=examples)
+
+    def status(self, spec: model_pb2.ModelSpec) -> get_model_status_pb2.GetModelStatusResponse:
+        """The states of a model's versions; a label is ignored, as TensorFlow Serving does."""
+        if not spec.name:
+            raise invalid("ModelSpec has no name specified.")
+        version = spec.version.value if spec.WhichOneof("version_choice") == "version" else None
+        reply = get_model_status_pb2.GetModelStatusResponse()
+        for number, state, error in self.manager.states(spec.name, version):
+            entry = reply.model_version_status.add(version=number, state=_STATES.Value(state))
+            entry.status.error_code = error.number if error else 0
+            entry.status.error_message = error.message if error else ""
+        return reply
+
+    def metadata(self, spec: model_pb2.ModelSpec) -> get_model_metadata_pb2.GetModelMetadataResponse:
+        """The signatures of a version."""
+        with self.leased(spec) as (number, model):
+            reply = get_model_metadata_pb2.GetModelMetadataResponse()
+            reply.model_spec.name = spec.name
+            reply.model_spec.version.value = number
+            signatures = get_model_metadata_pb2.SignatureDefMap()
+            for name, definition in model.signatures.items():
+                signatures.signature_def[name].CopyFrom(definition)
+            reply.metadata["signature_def"].Pack(signatures)
+            return reply
+
+    def reload(self, config: model_server_config_pb2.ModelServerConfig) -> None:
+        """Serves the models of another configuration from now on.
+
+        Raises:
+            ServingError: INVALID_ARGUMENT, and nothing changes; FAILED_PRECONDITION for labels.
+        """
+        try:
+            settings = model_settings(config)
+        except UserError as error:
+            raise invalid(str(error)) from error
+        self.manager.configure(settings)

@@ -1,0 +1,360 @@
+"""Which versions of which models are loaded: the folders are watched, new versions come in, old ones go.
+
+A version that has been loaded and warmed up is put in its place by one assignment under a lock; the one that it
+replaces is closed when the last request that uses it has ended. Loading never blocks a request.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from robust_tf.serving.model.folders import complete_versions, why_no_version
+from robust_tf.serving.model.session import LoadedModel, without_path
+from robust_tf.serving.model.status import ServingError
+from robust_tf.serving.model.warmup import replay_warmup
+from robust_tf.serving.server.metrics import Metrics
+from robust_tf.serving.server.model_settings import ModelSettings
+
+_LOG = logging.getLogger(__name__)
+_ENDED_KEPT = 16  # versions that have ended and still show in the status, per model
+_SECONDS_BETWEEN_WARNINGS = 30.0  # of the same kind
+
+
+@dataclasses.dataclass
+class Version:
+    """One version of a model and its state, by TensorFlow Serving's names; guarded by the manager's lock."""
+
+    number: int
+    path: pathlib.Path
+    state: str = "START"
+    error: ServingError | None = None
+    model: LoadedModel | None = None
+    in_flight: int = 0
+    fingerprint: tuple = ()
+
+    @property
+    def client_error(self) -> ServingError | None:
+        """The error without the folder's place on this machine."""
+        return self.error and ServingError(self.error.code, without_path(self.error.message, self.path))
+
+
+class ModelManager:
+    """The models of one server.
+
+    Args:
+        load: opens a version's folder; raises ServingError.
+        poll_seconds: time between two looks at the folders; 0 looks once.
+        warm_up: replay a version's warm-up requests before it takes others.
+        labels_before_versions: accept a new label for a version that is not loaded yet.
+        metrics: where the time of a warm-up is written down.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[pathlib.Path], LoadedModel],
+        *,
+        poll_seconds: float = 1.0,
+        warm_up: bool = True,
+        labels_before_versions: bool = False,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._load = load
+        self._poll_seconds = poll_seconds
+        self._warm_up = warm_up
+        self._labels_before_versions = labels_before_versions
+        self._metrics = metrics or Metrics()
+        self._lock = threading.Lock()
+        self._updating = threading.Lock()
+        self._settings: dict[str, ModelSettings] = {}
+        self._versions: dict[str, dict[int, Version]] = {}
+        self._labels: dict[str, dict[str, int]] = {}
+        self._warned: dict[str, tuple[str, float]] = {}
+        self._stopping = threading.Event()
+        self._poller = threading.Thread(target=self._poll, name="version-poller", daemon=True)
+
+    def configure(self, models: Sequence[ModelSettings]) -> None:
+        """Serves these models and no others; returns when what lies there has been loaded.
+
+        Raises:
+            ServingError: FAILED_PRECONDITION when a label names a version that is not available; the models are
+                served all the same, and labels stay as they were.
+        """
+        with self._updating:
+            with self._lock:
+                before, self._settings = self._settings, {model.name: model for model in models}
+                # Versions of another folder are other versions, whatever their number.
+                moved = [
+                    n for n in before if n not in self._settings or self._settings[n].base_path != before[n].base_path
+                ]
+                gone = [version for name in moved for version in self._take(name)]
+                for model in models:
+                    self._versions.setdefault(model.name, {})
+                    self._labels.setdefault(model.name, {})
+            self._close_unused(gone)
+            wanted = {model.name: self._bring_in_wanted(model) for model in models}
+            try:
+                # Labels move between the coming and the going: a label never stands at a version that has gone.
+                self._assign_labels(models, wanted)
+            finally:
+                for name, versions in wanted.items():
+                    self._let_go(name, versions)
+            for model in models:
+                for finding in model.label_findings(_present(model)):
+                    if finding.due:
+                        self._warn(f"label {finding.text}", finding.text)
+
+    def start_polling(self) -> None:
+        """Watches the folders from now on, unless `poll_seconds` is 0."""
+        if self._poll_seconds > 0:
+            self._poller.start()
+
+    def stop(self) -> None:
+        """Ends the watching and frees all models; what still runs ends with CANCELLED."""
+        self._stopping.set()
+        if self._poller.is_alive():
+            self._poller.join()
+        with self._lock:
+            versions = [version for of_model in self._versions.values() for version in of_model.values()]
+        self.configure([])
+        for version in versions:
+            with self._lock:
+                model, version.model = version.model, None
+            if model is not None:
+                model.close()
+
+    def failures(self) -> list[str]:
+        """One line for each version that could not be loaded."""
+        with self._lock:
+            return [
+                f"{name} version {version.number}: {version.error}"
+                for name, versions in self._versions.items()
+                for version in versions.values()
+                if version.error
+            ]
+
+    def ready(self) -> bool:
+        """Whether every model has a version that answers."""
+        with self._lock:
+            return all(self._available(name) for name in self._settings)
+
+    def names(self) -> list[str]:
+        """The configured models."""
+        with self._lock:
+            return sorted(self._settings)
+
+    @contextlib.contextmanager
+    def lease(self, name: str, *, version: int | None = None, label: str = "") -> Iterator[tuple[int, LoadedModel]]:
+        """A version's number and model, which stays loaded for the block: the one asked for, else the latest.
+
+        Raises:
+            ServingError: NOT_FOUND, or INVALID_ARGUMENT for an unknown label.
+        """
+        with self._lock:
+            if label:
+                if name in self._settings and label not in self._labels[name]:
+                    raise ServingError("INVALID_ARGUMENT", f"Unrecognized servable version label: {label}")
+                version = self._labels.get(name, {}).get(label)
+            available = self._available(name)
+            number = max(available, default=None) if version is None else version
+            if number not in available:
+                raise _not_found(name, version)
+            leased = available[number]
+            leased.in_flight += 1
+            model = leased.model
+        try:
+            yield leased.number, model  # type: ignore[misc]  # an available version has a model
+        finally:
+            with self._lock:
+                leased.in_flight -= 1
+            self._close_unused([leased])
+
+    def states(self, name: str, version: int | None = None) -> list[tuple[int, str, ServingError | None]]:
+        """Number, state and error of a model's versions, the highest first.
+
+        Raises:
+            ServingError: NOT_FOUND.
+        """
+        with self._lock:
+            versions = self._versions.get(name, {})
+            if not versions:
+                raise ServingError("NOT_FOUND", f"Could not find any versions of model {name}")
+            if version is not None and version not in versions:
+                raise ServingError("NOT_FOUND", f"Could not find version {version} of model {name}")
+            chosen = sorted(versions, reverse=True) if version is None else [version]
+            return [(number, versions[number].state, versions[number].client_error) for number in chosen]
+
+    def _poll(self) -> None:
+        while not self._stopping.wait(self._poll_seconds):
+            with self._updating:
+                self._update()
+
+    def _update(self) -> None:
+        """Looks at the folders once: loads what is new, then lets go of what is no longer wanted."""
+        with self._lock:
+            settings = list(self._settings.values())
+        for model in settings:
+            self._let_go(model.name, self._bring_in_wanted(model))
+
+    def _bring_in_wanted(self, model: ModelSettings) -> dict[int, pathlib.Path] | None:
+        """Loads what is new of a model; gives what is wanted, None when the folder can't be read."""
+        try:
+            # A look misses a version that comes, and one that goes, while it reads the folder. When one replaced the
+            # other it finds nothing, and the next look finds the new one.
+            wanted = model.wanted(complete_versions(model.base_path)) or model.wanted(
+                complete_versions(model.base_path)
+            )
+            if wanted:
+                self._warned.pop(model.name, None)
+            else:
+                self._warn(model.name, _why_nothing(model))
+            for number, path in sorted(wanted.items()):
+                self._bring_in(model.name, number, path)
+        except OSError as error:  # a folder that can't be read now may be readable the next time
+            self._warn(model.name, f"Cannot look for versions of model {model.name}: {error}")
+            return None
+        return wanted
+
+    def _warn(self, subject: str, message: str) -> None:
+        """Warns at once of what is new, and from time to time of what stays."""
+        said, when = self._warned.get(subject, ("", 0.0))
+        now = time.monotonic()
+        if message != said or now - when >= _SECONDS_BETWEEN_WARNINGS:
+            self._warned[subject] = message, now
+            _LOG.warning("%s", message)
+
+    def _bring_in(self, name: str, number: int, path: pathlib.Path) -> None:
+        with self._lock:
+            known = self._versions[name].get(number)
+            if known and known.state == "AVAILABLE":
+                return
+        fingerprint = _fingerprint(path)
+        if known and known.error and known.fingerprint == fingerprint:
+            return  # it failed as it is; somebody has to change the files first
+        version = Version(number, path, state="LOADING", fingerprint=fingerprint)
+        with self._lock:
+            self._versions[name][number] = version
+        try:
+            model = self._load(path)
+            try:
+                if self._warm_up:
+                    self._replay_warmup(model)
+            except ServingError:
+                model.close()
+                raise
+        except ServingError as error:
+            _LOG.error("Model %s version %d cannot be served: %s", name, number, error)
+            with self._lock:
+                version.state, version.error = "END", error
+            return
+        with self._lock:
+            version.model, version.state = model, "AVAILABLE"
+        _LOG.info("Model %s version %d is available", name, number)
+
+    def _replay_warmup(self, model: LoadedModel) -> None:
+        start, status, requests = time.perf_counter(), "OK", 0
+        try:
+            requests = replay_warmup(model)
+        except ServingError as error:
+            status = error.code
+            raise
+        finally:
+            if requests or status != "OK":
+                microseconds = (time.perf_counter() - start) * 1e6
+                self._metrics.observe_warmup(str(model.path), status, microseconds=microseconds)
+
+    def _leaving(self, name: str, wanted: Mapping[int, pathlib.Path] | None) -> list[Version]:
+        """What is not wanted, unless nothing that is wanted answers yet; the lock is held."""
+        available = self._available(name)
+        if wanted is None or (wanted and not available.keys() & wanted.keys()):
+            return []
+        return [version for number, version in available.items() if number not in wanted]
+
+    def _let_go(self, name: str, wanted: Mapping[int, pathlib.Path] | None) -> None:
+        """Unloads what leaves."""
+        with self._lock:
+            versions = self._versions[name]
+            leaving = self._leaving(name, wanted)
+            for version in leaving:
+                version.state = "UNLOADING"
+            ended = sorted(number for number, version in versions.items() if version.state == "END")
+            for number in ended[:-_ENDED_KEPT]:
+                del versions[number]
+        self._close_unused(leaving)
+
+    def _take(self, name: str) -> list[Version]:
+        """Removes a model and gives its versions; the lock is held."""
+        versions = list(self._versions.pop(name).values())
+        self._labels.pop(name, None)
+        for version in versions:
+            version.state = "UNLOADING"
+        return versions
+
+    def _close_unused(self, versions: Sequence[Version]) -> None:
+        """Frees those that are unloading and that no request uses."""
+        for version in versions:
+            with self._lock:
+                if version.state != "UNLOADING" or version.in_flight:
+                    continue
+                version.state, model, version.model = "END", version.model, None
+            if model is not None:
+                model.close()
+                del model
+                gc.collect()  # a graph refers to itself
+                _LOG.info("Version %s is unloaded", version.path)
+
+    def _available(self, name: str) -> dict[int, Version]:
+        """The lock is held."""
+        return {
+            number: version for number, version in self._versions.get(name, {}).items() if version.state == "AVAILABLE"
+        }
+
+    def _assign_labels(
+        self, models: Sequence[ModelSettings], wanted: Mapping[str, Mapping[int, pathlib.Path] | None]
+    ) -> None:
+        with self._lock:
+            for model in models:
+                known = self._labels[model.name]
+                leaving = {version.number for version in self._leaving(model.name, wanted[model.name])}
+                staying = self._available(model.name).keys() - leaving
+                for label, number in model.labels.items():
+                    new_and_allowed = self._labels_before_versions and label not in known
+                    if number not in staying and not new_and_allowed:
+                        raise ServingError(
+                            "FAILED_PRECONDITION",
+                            f"Request to assign label to version {number} of model {model.name}, which is not "
+                            "currently available for inference",
+                        )
+            for model in models:
+                self._labels[model.name] = dict(model.labels)
+
+
+def _present(model: ModelSettings) -> dict[int, pathlib.Path]:
+    try:
+        return complete_versions(model.base_path)
+    except OSError:  # a look at the folder has said so already
+        return {}
+
+
+def _why_nothing(model: ModelSettings) -> str:
+    beginning = f"No version of model {model.name} to serve under {model.base_path}"
+    absence = why_no_version(model.base_path)
+    if absence is not None:
+        return f"{beginning}. {absence.reason}"
+    there = ", ".join(map(str, sorted(_present(model))))
+    return f"{beginning}: the policy {model.policy} asks for others than are there. Received: versions {there}."
+
+
+def _not_found(name: str, version: int | None) -> ServingError:
+    asked = f"Latest({name})" if version is None else f"Specific({name}, {version})"
+    return ServingError("NOT_FOUND", f"Servable not found for request: {asked}")
+
+
+def _fingerprint(path: pathlib.Path) -> tuple:
+    """Changes whenever a file of the folder does."""
+    stats = [(str(file), file.stat()) for file in sorted(path.rglob("*"))]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
