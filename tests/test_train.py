@@ -194,7 +194,7 @@ def test_tensorboard_holds_what_it_should(trained):
     picture = tf.io.decode_png(pictures[-1][2]).numpy()
     assert picture.shape == (3 * 66, 8 * 66, 3)
     clean, adversarial, perturbation = np.split(picture.astype(float), 3)
-    assert 0 < np.abs(clean - adversarial).max()
+    assert np.abs(clean - adversarial).max() > 0
     assert np.abs(perturbation - 127.5).max() > 120  # stretched to the full range
     tags = test.Tags()["tensors"]
     assert "confusion" in tags and "test/clean_accuracy" in tags and "test/robust_accuracy" in tags

@@ -17,7 +17,7 @@ _SHRINK_AT = 8
 
 
 def repeat(step: Callable[[tf.Tensor, State], State], state: State, times: int | tf.Tensor) -> State:
-    """state = step(i, state) for i = 0, 1, … `times` - 1."""
+    """State = step(i, state) for i = 0, 1, … `times` - 1."""
     keys = sorted(state)
 
     def body(i: tf.Tensor, *values: tf.Tensor) -> tuple[tf.Tensor, ...]:

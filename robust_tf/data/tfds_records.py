@@ -106,7 +106,7 @@ def _highest_float(part: TfdsPart, name: str) -> float | None:
     ends = np.array([(image.min(), image.max()) for image in (example[part.image_key] for example in examples)])
     lowest, highest = ends[:, 0].min(), ends[:, 1].max()
     for limit in (1.0, 255.0):
-        if 0.0 <= lowest and highest <= limit:  # neither holds for NaN
+        if lowest >= 0.0 and highest <= limit:  # neither holds for NaN
             return limit
     raise UserError(
         f"float32 images must have pixels in [0, 1], or from 0 to 255. Received: pixels from {lowest:g} to {highest:g} "

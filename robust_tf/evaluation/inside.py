@@ -29,7 +29,6 @@ def input_gradients(classifier: keras.Model, images: np.ndarray, labels: np.ndar
 
     Source: Tsipras et al. 2019, arXiv 1805.12152, section 3.1.
     """
-
     loss = find_loss("ce")
 
     @tf.function

@@ -24,7 +24,7 @@ def two_classes(seed: int = 0, side: int = 4):
 
 
 def best_score(weights: np.ndarray, image: np.ndarray, norm: str, epsilon: float) -> float:
-    """min <weights, z> over z in [0, 1] with ||z - image|| <= epsilon, by an independent, slow method (float64)."""
+    """Min <weights, z> over z in [0, 1] with ||z - image|| <= epsilon, by an independent, slow method (float64)."""
     weights, image = weights.astype(np.float64).ravel(), image.astype(np.float64).ravel()
     room = np.where(weights > 0, image, 1 - image)
     if norm == "linf":

@@ -36,7 +36,7 @@ def build_smallcnn() -> keras.Model:
 
 
 def inputs() -> dict[str, np.ndarray]:
-    """images and images_oob (8, 32, 32, 3), in [0, 1] and partly outside; labels and targets (8,)."""
+    """Images and images_oob (8, 32, 32, 3), in [0, 1] and partly outside; labels and targets (8,)."""
     rng = np.random.default_rng(7)
     images = np.clip(rng.uniform(-0.1, 1.1, (8, 3, 32, 32)), 0, 1).astype(np.float32)
     labels = rng.integers(0, 10, 8)

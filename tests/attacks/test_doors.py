@@ -172,7 +172,7 @@ def test_a_graph_warns_of_a_model_without_gradients():
 def test_a_graph_refuses_pixels_when_it_runs(attack):
     run = tf.function(lambda x, y: DIRECT[attack](NETWORK, x, y, **THREAT_MODEL))
     assert run(IMAGES, LABELS).shape == IMAGES.shape
-    for images in (255 * IMAGES, np.where(IMAGES == IMAGES.max(), np.nan, IMAGES)):
+    for images in (255 * IMAGES, np.where(IMAGES.max() == IMAGES, np.nan, IMAGES)):
         with pytest.raises(tf.errors.InvalidArgumentError, match=r"Images must be in \[0, 1\]") as raised:
             run(images.astype(np.float32), LABELS)
         assert str(pixel_error(raised.value)).startswith("Images must be in [0, 1]. Received: values from ")

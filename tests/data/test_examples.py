@@ -203,9 +203,8 @@ def test_a_broken_image_is_named(load, broken, part):
 
 
 def test_other_errors_are_passed_on(load):
-    with pytest.raises(tf.errors.InvalidArgumentError):
-        with load().broken_images_named():
-            tf.reshape(tf.zeros(3), (2, 2))
+    with pytest.raises(tf.errors.InvalidArgumentError), load().broken_images_named():
+        tf.reshape(tf.zeros(3), (2, 2))
 
 
 def test_broken_images_are_skipped_counted_and_remembered(load, broken, tmp_path, monkeypatch):

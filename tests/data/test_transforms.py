@@ -21,7 +21,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def pillow_evaluation(image: np.ndarray, *, image_size: int, resize_size: int) -> np.ndarray:
-    """torchvision's Resize and CenterCrop on a Pillow image."""
+    """Torchvision's Resize and CenterCrop on a Pillow image."""
     height, width = image.shape[:2]
     short = min(height, width)
     size = (int(width * resize_size / short), int(height * resize_size / short))

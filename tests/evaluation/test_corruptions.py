@@ -45,7 +45,7 @@ def test_a_corruption_changes_the_image_and_the_worst_severity_most(size):
         results = [corrupt(image, name, severity, ids=[3]) for severity in SEVERITIES]
         for result in results:
             assert result.shape == image.shape and result.dtype == np.float32
-            assert 0 <= result.min() and result.max() <= 1
+            assert result.min() >= 0 and result.max() <= 1
             np.testing.assert_allclose(result * 255, np.round(result * 255), atol=1e-4)  # eight bits, as published
         assert all(np.abs(result - image).max() > 1.5 / 255 for result in results[1:]), name
         # The severities of the first two differ in kind; the blocks of the third meet the edges or do not.

@@ -35,7 +35,7 @@ def random(seed: int, *shape: int) -> np.ndarray:
 
 
 def test_gradients_of_a_linear_classifier():
-    """d cross-entropy / d image = sum over classes of (probability - 1[label]) * weights."""
+    """D cross-entropy / d image = sum over classes of (probability - 1[label]) * weights."""
     weights, images, labels = random(0, 4, 4, 3, 3), random(1, 5, 4, 4, 3), np.array([0, 1, 2, 0, 1])
     probabilities = tf.nn.softmax(np.einsum("bhwc,hwck->bk", images, weights)).numpy()
     expected = np.einsum("bk,hwck->bhwc", probabilities - np.eye(3)[labels], weights)
@@ -77,7 +77,7 @@ def test_an_invertible_representation_gives_the_image_back():
     found, left = inverted(linear(random(2, 4, 4, 3, 2)), images, start, steps=300, step_size=0.1)
     np.testing.assert_allclose(found, images, atol=0.01)
     assert left.shape == (2,) and np.all(left < 0.01)
-    assert 0 <= found.min() and found.max() <= 1
+    assert found.min() >= 0 and found.max() <= 1
 
 
 def test_grey_images_are_sought_among_the_grey():

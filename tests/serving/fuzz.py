@@ -243,9 +243,8 @@ def _failure_of(check: Callable[[], None]) -> list[str]:
 
 @contextlib.contextmanager
 def _own_server() -> Iterator[tuple[str, str]]:
-    with tempfile.TemporaryDirectory() as folder:
-        with running_server(**write_all(pathlib.Path(folder))) as running:
-            yield running.url, running.target
+    with tempfile.TemporaryDirectory() as folder, running_server(**write_all(pathlib.Path(folder))) as running:
+        yield running.url, running.target
 
 
 def main() -> int:

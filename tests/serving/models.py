@@ -23,7 +23,7 @@ LABELS = ["zero", "one", "two", "three", "four"]
 
 
 def save_half_plus_two(path: pathlib.Path, *, addend: float = 2.0) -> None:
-    """y = 0.5 x + addend, x of any shape, with signatures for predict, classify and regress."""
+    """Y = 0.5 x + addend, x of any shape, with signatures for predict, classify and regress."""
 
     def regress_signature(feature: str, extra: float) -> tf.types.experimental.PolymorphicFunction:
         @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
@@ -98,7 +98,7 @@ def save_echo(path: pathlib.Path) -> None:
 
 
 def save_gate(path: pathlib.Path) -> None:
-    """y = x, when somebody reads what it writes into the named pipes `entrance` and then `exit`."""
+    """Y = x, when somebody reads what it writes into the named pipes `entrance` and then `exit`."""
 
     @tf.function(
         input_signature=[

@@ -44,7 +44,7 @@ def tool(name: str) -> str:
 
 @contextlib.contextmanager
 def running_nginx(folder: pathlib.Path, *replaced: Sequence[str]) -> Iterator[Proxy]:
-    """nginx with the shipped configuration, where each pair of `replaced` is an old and a new text."""
+    """Nginx with the shipped configuration, where each pair of `replaced` is an old and a new text."""
     nginx, openssl = tool("nginx"), tool("openssl")
     key, certificate = folder / "server.key", folder / "server.crt"
     subprocess.run(

@@ -203,7 +203,7 @@ def test_the_attack_of_trades_raises_the_divergence_within_the_ball(attack, use_
     assert divergence(logits, classifier(images_adv)).numpy().min() > 0.01
     length = {"linf": linf_norm, "l2": l2_norm}[attack.norm](images_adv - images)
     assert length.numpy().max() <= attack.epsilon + 1e-6
-    assert 0 <= images_adv.numpy().min() and images_adv.numpy().max() <= 1
+    assert images_adv.numpy().min() >= 0 and images_adv.numpy().max() <= 1
     # Pixels at an end of the range move, too: nothing starts outside of it.
     assert (np.abs(images_adv - images)[:, :2].max(axis=(1, 2, 3)) > 0).all()
 
