@@ -288,7 +288,7 @@ def _alarms(
     held = task.preview(NUM_IMAGES)
     return Alarms(
         classifier,
-        held=held,
+        held_out=held,
         attack=config.attack,
         every_epochs=config.alarm_every_epochs,
         history=progress.alarms,

@@ -139,12 +139,13 @@ class AdversarialTrainer(ReplicatedModel):
     @property
     def output_names(self) -> list[str]:
         """Names of the classifier's outputs, for use in dicts of losses, metrics and labels."""
-        return self.classifier.output_names
+        names: list[str] = self.classifier.output_names
+        return names
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         """The metrics of the trainer: loss, compiled metrics and clean metrics."""
-        metrics = super().metrics
+        metrics: list[keras.metrics.Metric] = super().metrics
         loss = self._compiled_loss
         if loss is not None and not loss.counts_hits:
             # Keras would log a metric that is never updated as 0.0.
@@ -222,7 +223,7 @@ class AdversarialTrainer(ReplicatedModel):
         self.reset_metrics()
 
     def swap_averages(self) -> None:
-        """Exchanges the weights and their moving averages, if the optimizer keeps any; a second call swaps them back."""
+        """Swaps the weights and their moving averages, if the optimizer keeps any; a second call swaps them back."""
         for weight, average in averages_of(self.optimizer):
             value = weight.numpy()
             weight.assign(average)
@@ -330,15 +331,18 @@ class AdversarialTrainer(ReplicatedModel):
         """Attacks one batch with the validation attack and measures the metrics on the adversarial images."""
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         attack = self._validation_attack
+        logs: dict[str, tf.Tensor]
         if not attack.active:
-            return super().test_step(data)
+            logs = super().test_step(data)
+            return logs
         batch = self._batch_of(data, tf.constant([self._seed, -1], tf.int64))
         result = self._attacked(batch, attack)
         if attack.random_start:
             self._measure_clean(batch)
         else:
             self.update_clean(batch, result.start_loss, result.start_correct)
-        return super().test_step((with_images(images, result.images_adv), labels, sample_weight))
+        logs = super().test_step((with_images(images, result.images_adv), labels, sample_weight))
+        return logs
 
     def _update(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Takes one optimizer step as Keras does, with the inputs, the forward pass and the loss of the objective."""
@@ -361,7 +365,10 @@ class AdversarialTrainer(ReplicatedModel):
             self.optimizer.apply_gradients(zip(gradients[: len(weights)], weights, strict=True))
         if watched:
             objective.learn(self, batch, inputs, gradients[len(weights) :])
-        return self.compute_metrics(batch.images, batch.labels, outputs.adversarial, batch.sample_weight)
+        logs: dict[str, tf.Tensor] = self.compute_metrics(
+            batch.images, batch.labels, outputs.adversarial, batch.sample_weight
+        )
+        return logs
 
     def _batch_of(self, data: Any, seed: tf.Tensor) -> Batch:
         inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)

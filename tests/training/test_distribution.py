@@ -91,7 +91,7 @@ def test_two_workers_one_of_which_is_killed_give_the_weights_of_one(single, vict
     finally:
         for worker in workers:
             worker.kill()
-    assert "Beginning again (1 of at most 3 times)" in out[1 - victim]
+    assert "Restarting (restart 1 of at most 3)" in out[1 - victim]
     assert "Going on after" in out[0]
     assert_equal_jobs(single, workdir)
     assert "clean accuracy" in out[0] and "clean accuracy" not in out[1]  # one table, that of the chief
@@ -169,14 +169,14 @@ def test_the_batch_must_be_shared_equally(monkeypatch):
     distribution = start_distribution("none")
     distribution.check_batch_size(7)
     monkeypatch.setattr(type(distribution), "num_replicas", 4)
-    with pytest.raises(UserError, match="--batch_size=6. Take a multiple of 4"):
+    with pytest.raises(UserError, match="batch_size=6. Use a multiple of 4"):
         distribution.check_batch_size(6)
 
 
 def test_a_process_that_has_begun_again_often_enough_stops(monkeypatch):
     monkeypatch.setenv("ROBUST_TF_RESTARTS", "2")
-    with pytest.raises(UserError, match=r"begun again 2 times already \(--restarts=2\). Received: peer lost"):
-        train.begin_again(RuntimeError("peer lost"), most=2)
+    with pytest.raises(UserError, match=r"already been restarted 2 times \(restarts=2\). Received: peer lost"):
+        train.restart_process(RuntimeError("peer lost"), most=2)
 
 
 def test_the_learning_rate_is_scaled_only_if_asked_for():

@@ -77,7 +77,10 @@ class AdversarialWeights(Objective):
                     outputs = self.forward(trainer, batch, AtPerturbedWeights(inputs, none))
                     loss = self.loss(trainer, batch, outputs)
                 scaled_loss = trainer.optimizer.scale_loss(loss)
-            return tape.gradient(scaled_loss, none, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            found: list[tf.Tensor] = tape.gradient(
+                scaled_loss, none, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+            return found
 
         if self._warmup_steps:
             started = tf.cast(trainer.optimizer.iterations, tf.float32) >= self._warmup_steps
