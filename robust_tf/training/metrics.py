@@ -129,9 +129,10 @@ class MeanPerClassAccuracy(keras.metrics.Metric):
         **kwargs: Further arguments of `keras.metrics.Metric`.
 
     Example:
+        >>> import numpy
         >>> metric = MeanPerClassAccuracy(num_classes=2)
-        >>> logits = [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
-        >>> metric.update_state(y_true=[0, 0, 0, 1], y_pred=logits)  # class 0: 3 of 3, class 1: 0 of 1
+        >>> labels, logits = numpy.array([0, 0, 0, 1]), numpy.array([[1.0, 0.0]] * 4)
+        >>> metric.update_state(labels, logits)  # 3 of 3 images of class 0 are correct, 0 of 1 of class 1
         >>> float(metric.result())
         0.5
     """
