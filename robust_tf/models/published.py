@@ -60,8 +60,8 @@ class PublishedModel:
         return self.filename.endswith(".keras")
 
 
-# ImageNet top-1 accuracies by norm, epsilon and architecture. Epsilon is written as in the file names; for linf it is in
-# units of 1/255. Source: Salman et al. 2020 (arXiv 2007.08489) and the tables of the code published with it.
+# ImageNet top-1 accuracies by norm, epsilon and architecture. Epsilon is written as in the file names, in 1/255 for
+# linf. Source: Salman et al. 2020 (arXiv 2007.08489) and the tables of the code published with it.
 _Norm = Literal["l2", "linf"]
 _IMAGENET: tuple[tuple[_Norm, tuple[str, ...], dict[str, tuple[float, ...]]], ...] = (
     (
