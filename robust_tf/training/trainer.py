@@ -19,9 +19,9 @@ from robust_tf.training.optimizers import average_statistics, averages_of
 from robust_tf.training.replicas import ReplicatedModel
 from robust_tf.training.runtime_checks import explained
 
-# The classifier is called once on random images to see its outputs: this many of them, and this size where it is open.
-_TRIAL_SIZE = 64
+# To see its outputs, the classifier is called once on a few random images, of this size unless it fixes the size.
 _TRIAL_IMAGES = 4
+_TRIAL_SIZE = 64
 # Number of images of an array that are checked before the first step, because XLA drops the checks inside the step.
 _FIRST_IMAGES = 256
 
@@ -33,8 +33,8 @@ class AdversarialTrainer(ReplicatedModel):
     callbacks. Each training step searches, inside a ball around every image of the batch, for the image with the
     highest loss, and updates the weights on the images that it found. `evaluate` attacks the images in the same way.
 
-    The trainer shares its weights with the classifier, so after `fit` the classifier is robust and can be used and
-    saved without this package. `save` and `export` of the trainer write the classifier, while `save_weights` and
+    The trainer shares its weights with the classifier. So `fit` trains the classifier itself, which can then be used
+    and saved without this package. `save` and `export` of the trainer write the classifier, while `save_weights` and
     `load_weights` cover the whole state of the training.
 
     **Loss.** The attack maximizes the same loss that you compile, separately for each image. Any loss that Keras
@@ -47,16 +47,16 @@ class AdversarialTrainer(ReplicatedModel):
     first forward pass of the attack usually provides both metrics at no cost. With a random start, an attack in
     training mode, or free adversarial training they need one extra forward pass.
 
-    **Other objectives.** By default the trainer minimizes Madry's objective, the loss on the adversarial images. Pass a
-    `recipe` for TRADES, AWP, free adversarial training, or an epsilon that rises during the first steps. See
-    `robust_tf.training.objectives`.
+    **Other objectives.** By default the trainer minimizes Madry's objective, the loss on the adversarial images. Pass
+    a `recipe` for TRADES, AWP, free adversarial training, or an epsilon that rises during the first steps, such as
+    `recipe=Recipe(trades_beta=6.0)`. See `robust_tf.training.objectives`.
 
     Args:
         classifier: Built Keras model that maps images in [0, 1], (batch, height, width, channels), to logits
             (batch, num_classes) or to any other outputs that the compiled loss takes. Normalization of the images
             belongs inside the model. It may have several outputs, and further inputs that are not images.
         attack: Attack on the batches of `fit` and `evaluate`. An attack with epsilon 0 means standard training.
-        recipe: Objective of the training, by default Madry's.
+        recipe: Choice of another objective than Madry's, and its parameters.
         validation_attack: Attack on the batches of `evaluate`, by default `attack`.
         seed: Seed of the random starting points of the attack. The number of the step is mixed in.
         unbiased_batchnorm: Whether the moving variance of BatchNorm follows the unbiased variance of the batch, as in
