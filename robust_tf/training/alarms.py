@@ -117,7 +117,7 @@ class Alarms(keras.callbacks.Callback):
         self._measure = tf.function(lambda images, labels: measure(classifier, images, labels, attack))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Checks for alarms if it is time for that."""
+        """Checks for alarms after every `every_epochs` epochs."""
         self.raised = False
         if (epoch + 1) % self._every_epochs:
             return

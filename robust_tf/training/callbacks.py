@@ -31,7 +31,7 @@ def averages_in_place(trainer: Any) -> Iterator[None]:
 
 
 class CallbacksFromStep(keras.callbacks.CallbackList):
-    """A list of callbacks for a `fit` that begins in the middle of an epoch. Corrects the numbers of the steps.
+    """A list of callbacks for a `fit` that begins in the middle of an epoch. The callbacks see the true step numbers.
 
     Args:
         callbacks: Callbacks to call.
@@ -103,7 +103,7 @@ class SaveProgress(keras.callbacks.Callback):
             self._restore_metrics()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Saves the state if it is time for that, and stops after a signal."""
+        """Saves the state if an interval has passed, and stops after a signal."""
         self._progress.steps_done = batch + 1
         by_steps = self._every_steps is not None and (batch + 1) % self._every_steps == 0
         by_time = self._every_seconds > 0 and time.perf_counter() - self._saved >= self._every_seconds

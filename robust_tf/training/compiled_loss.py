@@ -96,7 +96,7 @@ class CompiledLoss:
         return kinds.pop() if len(kinds) == 1 else None
 
     def with_labels_checked(self, images: tf.Tensor, labels: Any) -> tf.Tensor:
-        """Returns the images unchanged, and checks that integer labels are valid classes before the images are used.
+        """Returns the images unchanged, but checks that integer labels are valid classes before the images are used.
 
         Args:
             images: Images of a batch.

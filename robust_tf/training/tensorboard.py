@@ -66,7 +66,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Adds a point to the step charts if it is time for that."""
+        """Adds a point to the step charts every `every_steps` steps."""
         step = self._epoch * self._steps_per_epoch + batch
         if step % self._every_steps == 0:
             self._scalars(self._train, "step", self._with_settings(logs or {}), step)
