@@ -16,8 +16,7 @@ import pytest
 from small_jobs import small_classifier, write_job
 
 from robust_tf import evaluate
-from robust_tf.attacks import CascadeState, pgd
-from robust_tf.attacks.table import PASSES
+from robust_tf.attacks import ATTACKS, CascadeState, pgd
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.evaluation import attacking
@@ -198,7 +197,7 @@ def test_the_work_ahead_is_that_of_the_images_that_will_resist():
     fallen = ("clean",) * 100 + ("fgsm",) * 100 + ("",) * 800
     state = CascadeState(run={"attacks": ["fgsm", "pgd"]}, felled_by=fallen, attack=1, images_done=300)
     done, ahead = attacking.passes_of(state, epsilons_left=2)
-    fgsm, pgd = PASSES["fgsm"], PASSES["pgd"]
+    fgsm, pgd = (ATTACKS[name].forward_passes for name in ("fgsm", "pgd"))
     assert done == 300 * fgsm
     assert ahead == 600 * fgsm + 600 * pgd + 2 * 600 * (fgsm + pgd)
     start = dataclasses.replace(state, felled_by=("",) * 1000, attack=0, images_done=0)

@@ -126,7 +126,7 @@ def ascend_divergence(
         images,
         tf.zeros(tf.shape(images)[:1], tf.int32),
         norm.project(images + noise, images, epsilon),
-        norm=norm,
+        geometry=norm,
         epsilon=epsilon,
         step_size=attack.step_size * strength,
         steps=attack.steps,
