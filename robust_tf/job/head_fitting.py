@@ -58,8 +58,8 @@ def fit_head(config: JobConfig, classifier: keras.Model, task: TaskData, workdir
         classifier,
         task,
         views=config.views,
-        folder=cache_folder(config.cache_dir or None) / "features",
-        max_bytes=config.features_cache_size_gb * 1e9,
+        cache_dir=cache_folder(config.cache_dir or None),
+        features_cache_size_gb=config.features_cache_size_gb,
         track=track,
     )
     feature_seconds = time.perf_counter() - start
