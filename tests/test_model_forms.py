@@ -157,10 +157,16 @@ def test_a_transfer_from_a_users_model_names_what_it_cannot_do(tmp_path, data_di
     model.save(tmp_path / "mine.keras")
     job = {"task": "transfer", "source": str(tmp_path / "mine.keras"), "data_dir": str(data_dir), "classes": (0, 1)}
     for changes, message in (
-        ({"transfer_mode": "partial", "freeze_through": "stage1"}, "of no stage: dense.*; stages found: head. Use the"),
-        ({"learning_rate_multipliers": ("stem=0.1",)}, "Received layers of no stage: dense"),
+        (
+            {"transfer_mode": "partial", "freeze_through": "stage1"},
+            "without such a name: dense.*; stages found: head. Use the",
+        ),
+        (
+            {"learning_rate_multipliers": ("stem=0.1",)},
+            "must belong to a stage.*Received: layers without such a name: dense",
+        ),
         ({"image_size": 16}, "image_size=16, built for 8"),
-        ({"normalization": "dataset"}, "called 'normalization'.*--normalization=source"),
+        ({"normalization": "dataset"}, "called 'normalization'.*normalization=source"),
     ):
         with pytest.raises(UserError, match=message):
             train.build_job(JobConfig(workdir=str(tmp_path / "job"), **job, **changes))

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch
-from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting
+from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting, select_images
 from robust_tf.attacks.losses import (
     Model,
     Slope,
@@ -107,8 +107,7 @@ def apgd(
 
     APGD maximizes loss(model(images_adv), labels) over images_adv in [0, 1] with ||images_adv - images|| <= epsilon,
     like `pgd`. It adds momentum, halves the step size of each image where progress stalls, and then goes back to the
-    image's best point. For l1 it moves only the pixels with the largest gradients. It is the strongest single attack
-    here, and the first one of AutoAttack.
+    image's best point. For l1 it moves only the pixels with the largest gradients. AutoAttack runs it first.
 
     The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call if
     there are many batches.
@@ -232,18 +231,13 @@ def apgd(
     return tf.stop_gradient(state["images_adv"])
 
 
-def _where(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
-    """Chooses between whole images by a condition (batch,)."""
-    return tf.where(condition[:, None, None, None], images, others)
-
-
 def _with_worst(state: State, slope: Slope, within: tf.Tensor) -> State:
     """Keeps the worst point so far, which the attack returns: a wrong prediction first, then the higher loss."""
     wrong, fallen = ~slope.correct, state["fallen"]
     worse = within & ((wrong & ~fallen) | ((wrong == fallen) & (slope.loss > state["worst_loss"])))
     return {
         **state,
-        "images_adv": _where(worse, state["points"], state["images_adv"]),
+        "images_adv": select_images(worse, state["points"], state["images_adv"]),
         "worst_loss": tf.where(worse, slope.loss, state["worst_loss"]),
         "fallen": fallen | (within & wrong),
     }
@@ -254,8 +248,8 @@ def _with_best(state: State, slope: Slope, first: tf.Tensor) -> State:
     improved = first | (slope.loss > state["best_loss"])
     return {
         **state,
-        "best": _where(improved, state["points"], state["best"]),
-        "best_gradient": _where(improved, slope.gradient, state["best_gradient"]),
+        "best": select_images(improved, state["points"], state["best"]),
+        "best_gradient": select_images(improved, slope.gradient, state["best_gradient"]),
         "best_loss": tf.where(improved, slope.loss, state["best_loss"]),
     }
 
@@ -287,8 +281,8 @@ def _adapt_step_size(
         "checked_loss": tf.where(checkpoint, state["best_loss"], checked_loss),
         "halved": tf.where(checkpoint, stuck, halved_before),
         "step_size": tf.where(halve, step_size / 2.0, step_size),
-        "points": _where(halve, state["best"], state["points"]),
-    }, _where(halve, state["best_gradient"], slope.gradient)
+        "points": select_images(halve, state["best"], state["points"]),
+    }, select_images(halve, state["best_gradient"], slope.gradient)
 
 
 def _momentum_step(
@@ -327,8 +321,8 @@ def _adapt_sparsity(
         "share": tf.where(first | checkpoint, used / pixels / 1.5, state["share"]),
         "moved_pixels": tf.where(checkpoint, used, before),
         "step_size": tf.where(checkpoint, slower, step_size),
-        "points": _where(sparser, state["best"], state["points"]),
-    }, _where(sparser, state["best_gradient"], slope.gradient)
+        "points": select_images(sparser, state["best"], state["points"]),
+    }, select_images(sparser, state["best_gradient"], slope.gradient)
 
 
 def _sparse_step(

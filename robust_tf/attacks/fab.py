@@ -6,7 +6,7 @@ from typing import NamedTuple, cast
 import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch
-from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting
+from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting, select_images
 from robust_tf.attacks.losses import LOSSES, Model, is_correct, likeliest_targets, logits_of, num_classes, slope_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
 from robust_tf.attacks.threat_models import NORMS, AttackNorm, Geometry
@@ -47,8 +47,8 @@ def fab(
     """Returns minimal adversarial examples of FAB: the nearest images found that the model gets wrong.
 
     FAB minimizes ||images_adv - images|| over images_adv in [0, 1] with a wrong prediction. In each step it projects
-    onto the linearized decision boundary. So it measures how far the boundary is, while the other attacks only tell
-    whether it lies within epsilon. It needs no step size, and the scale of the logits does not matter.
+    onto the linearized decision boundary. It therefore measures how far away the boundary is, while the other attacks
+    only find out whether it lies within epsilon. It needs no step size, and the scale of the logits does not matter.
 
     The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call if
     there are many batches.
@@ -107,7 +107,10 @@ def fab(
     anywhere = not isinstance(epsilon, tf.Tensor) and epsilon == math.inf
     check_threat_model(norm, 0.0 if anywhere else epsilon)
     if anywhere and restarts > 1:
-        raise UserError(f"Random restarts start at epsilon / 2. Received: restarts={restarts}, epsilon=inf.")
+        raise UserError(
+            "Restarts begin at random points within epsilon / 2, so they need a finite epsilon. "
+            f"Received: restarts={restarts}, epsilon=inf."
+        )
     model, images, labels = checked_batch(model, images, labels, loss=LOSSES["margin"])
     clean = logits_of(model, images)
     targets = min(targets, num_classes(clean) - 1)
@@ -134,11 +137,11 @@ def fab(
         nearer = wrong & (distance < state["distance"])
         state = {
             **state,
-            "images_adv": _where(nearer, moved, state["images_adv"]),
+            "images_adv": select_images(nearer, moved, state["images_adv"]),
             "distance": tf.where(nearer, distance, state["distance"]),
         }
         state["fallen"] = state["fallen"] | (state["distance"] <= state["epsilon"])
-        moved = _where(wrong, images + _BACKWARD * (moved - images), moved)
+        moved = select_images(wrong, images + _BACKWARD * (moved - images), moved)
         state["points"] = tf.cond(position < steps - 1, lambda: moved, lambda: next_start(run + 1, state))
         return state
 
@@ -165,12 +168,7 @@ def fab(
     loop = repeat_while_resisting if early_stop else repeat
     state = in_graph(loop, step, state, steps * restarts * max(targets, 1))
     within = state["distance"] <= epsilon
-    return tf.stop_gradient(_where(within, state["images_adv"], images))
-
-
-def _where(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
-    """Chooses between whole images by a condition (batch,)."""
-    return tf.where(condition[:, None, None, None], images, others)
+    return tf.stop_gradient(select_images(within, state["images_adv"], images))
 
 
 def _boundary_of(model: Model, points: tf.Tensor, labels: tf.Tensor, other: tf.Tensor, geometry: Geometry) -> _Boundary:
@@ -197,7 +195,7 @@ def _nearest_boundary(model: Model, points: tf.Tensor, labels: tf.Tensor, geomet
         better = new.distance < nearest.distance
         return k + 1, _Boundary(
             tf.where(better, new.value, nearest.value),
-            _where(better, new.gradient, nearest.gradient),
+            select_images(better, new.gradient, nearest.gradient),
             tf.where(better, new.distance, nearest.distance),
         )
 

@@ -17,6 +17,11 @@ State = dict[str, tf.Tensor]
 _SHRINK_AT = 8
 
 
+def select_images(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
+    """Chooses between whole images by a condition (batch,)."""
+    return tf.where(condition[:, None, None, None], images, others)
+
+
 def repeat(step: Callable[[tf.Tensor, State], State], state: State, times: int | tf.Tensor) -> State:
     """Returns the state after `state = step(i, state)` for i = 0, 1, ..., `times` - 1."""
     keys = sorted(state)

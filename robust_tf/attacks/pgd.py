@@ -44,8 +44,8 @@ def run_pgd(
 ) -> AttackResult:
     """Runs the PGD attack that an `AttackConfig` describes, as adversarial training does in each step.
 
-    Unlike `pgd`, the function also returns the loss and the predictions at the start, which cost nothing extra, and it
-    looks at no values in an eager call.
+    Unlike `pgd`, it also returns the loss and the correctness at the start, which cost nothing extra. It does not check
+    whether the outputs of the model are logits.
 
     Args:
         model: Callable from images to logits (batch, classes). A Keras model runs in inference mode. Normalization
@@ -122,8 +122,9 @@ def climb(
         strength: Factor for epsilon and the step size. A scalar tensor may change from call to call.
         seed: Seed for the random start, (2,) int32 or int64; None draws one from TensorFlow's global generator.
         coupled: Whether the model mixes the images of a batch, as BatchNorm in training mode does.
-        margin: Function of the outputs that returns a number for each image, (batch,). The lower one decides between
-            two iterates whose losses are equal up to rounding. None compares the losses alone.
+        margin: Function of the outputs that returns the margin of each image, (batch,). If the margins of two iterates
+            are so small that their losses differ only by rounding, the smaller margin is worse. None always compares
+            the losses.
 
     Returns:
         The adversarial images, and the loss and the correctness at the start.
@@ -205,9 +206,9 @@ def ascend(
             not with `early_stop`.
         correct_of: Function of (logits, labels) that returns whether each prediction is correct, (batch,) bool.
         coupled: Whether the model mixes the images of a batch.
-        margin_by: Function of (logits, labels) that returns a number for each image, (batch,). It decides between two
-            iterates whose losses are equal up to rounding. By default this is the margin of the logits for the
-            cross-entropy, and nothing for other losses.
+        margin_by: Function of (logits, labels) that returns the margin of each image, (batch,). If the margins of two
+            iterates are so small that their losses differ only by rounding, the smaller margin is worse. By default
+            this is the margin of the logits for the cross-entropy; for other losses the losses are compared.
         use_best: Whether to return each image's iterate of highest loss instead of the last one.
         targeted: Whether to lower the loss instead of raising it.
         early_stop: Whether an image stops at the first point where the prediction is wrong, or is the target if

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch
-from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting
+from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting, select_images
 from robust_tf.attacks.losses import Model, is_correct, logits_of, margin_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in, uniform
 from robust_tf.attacks.threat_models import NORMS, AttackNorm, Scale
@@ -116,9 +116,9 @@ def square(
         worse = (margin < state["worst_margin"]) | (wrong & ~state["fallen"])
         return {
             **state,
-            "points": _where(accepted, points, state["points"]),
+            "points": select_images(accepted, points, state["points"]),
             "margin": tf.where(accepted, margin, state["margin"]),
-            "images_adv": _where(worse, points, state["images_adv"]),
+            "images_adv": select_images(worse, points, state["images_adv"]),
             "worst_margin": tf.where(worse, margin, state["worst_margin"]),
             "fallen": state["fallen"] | wrong,
         }
@@ -147,11 +147,6 @@ def _sizes(queries: int, height: int, width: int, *, smallest: int) -> np.ndarra
     if smallest > 1:
         sizes += 1 - sizes % 2
     return cast(np.ndarray, np.minimum(sizes, min(height, width)).astype(np.int32))
-
-
-def _where(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
-    """Chooses between whole images by a condition (batch,)."""
-    return tf.where(condition[:, None, None, None], images, others)
 
 
 def _signs(numbers: tf.Tensor) -> tf.Tensor:

@@ -51,6 +51,11 @@ class NamedAttack:
         loss: Loss whose gradient the attack follows, a name of `LOSSES`; None if it follows no gradient.
         norms: Names of the norms that the attack knows.
         title: Name in tables and figures; by default the attack's name.
+
+    Example:
+        >>> from robust_tf.attacks import ATTACKS
+        >>> ATTACKS["apgd-t"].loss, ATTACKS["apgd-t"].norms
+        ('dlr', ('linf', 'l2', 'l1'))
     """
 
     run: Attack
@@ -149,7 +154,8 @@ ATTACKS: dict[str, NamedAttack] = {
 
 def title_of(names: str) -> str:
     """Returns what an attack, or a cascade such as pgd+square, is called in tables and figures."""
-    return "+".join((name in ATTACKS and ATTACKS[name].title) or name for name in names.split("+"))
+    titles = {name: attack.title for name, attack in ATTACKS.items() if attack.title}
+    return "+".join(titles.get(name, name) for name in names.split("+"))
 
 
 def check_attacks(names: Sequence[str], norm: str) -> None:

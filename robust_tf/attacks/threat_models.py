@@ -5,8 +5,8 @@ A threat model is a norm and an epsilon together. All functions here take and re
 either one number for all images or an array of shape (batch, 1, 1, 1).
 
 To add a norm, write its `Geometry`, enter it in `NORMS` at the end of this file, and add its name to `AttackNorm`.
-APGD, FAB, the cascade of attacks and `robust_tf.evaluate` then offer it. The other attacks refuse a norm until it is
-named in one more place:
+APGD (with the steps that it takes for every norm except l1), FAB, the cascade of attacks and `robust_tf.evaluate` then
+offer it. The other attacks refuse a norm until it is named in one more place:
 
 * PGD and FGSM, and with them training, take the norms of `robust_tf.config.attack.Norm`.
 * Square takes the norms of `SQUARE_NORMS` in `square.py`, because it needs patches that suit the norm.
@@ -238,6 +238,16 @@ class Geometry(NamedTuple):
         to_hyperplane: Function of (points, normal, value) with a value of shape (batch, 1, 1, 1). It returns the
             shortest move within [0, 1] onto the hyperplane {z: value + <normal, z - points> = 0}. Where the pixel range
             does not reach the hyperplane, the move goes to the corner that comes nearest.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import NORMS
+        >>> images = tf.fill([1, 2, 2, 1], 0.5)
+        >>> images_adv = NORMS["l2"].project(images + 1.0, images, 0.5)
+        >>> tf.round(100.0 * images_adv[0, :, :, 0]).numpy().tolist()
+        [[75.0, 75.0], [75.0, 75.0]]
+        >>> round(float(NORMS["l2"].length(images_adv - images)[0, 0, 0, 0]), 3)
+        0.5
     """
 
     length: Callable[[tf.Tensor], tf.Tensor]

@@ -61,8 +61,8 @@ def stages(classifier: keras.Model) -> dict[str, list[keras.layers.Layer]]:
     if homeless:
         raise UserError(
             "Every layer with weights must belong to a stage: its name must start with 'stem_', 'stage1_', 'stage2_', "
-            "... or 'head_', or be 'logits', as in the architectures of this package. Received: the layers "
-            f"{shortened(homeless)}; stages found: {', '.join(sorted(by_stage, key=_depth)) or 'none'}. Use the "
+            "... or 'head_', or be 'logits', as in the architectures of this package. Received: layers without such a "
+            f"name: {shortened(homeless)}; stages found: {', '.join(sorted(by_stage, key=_depth)) or 'none'}. Use the "
             "transfer mode fixed_feature or full_network, or build the model with such names."
         )
     return {stage: by_stage[stage] for stage in sorted(by_stage, key=_depth)}

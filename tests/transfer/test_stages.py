@@ -159,7 +159,7 @@ def test_layers_without_a_stage_are_refused_by_name():
     x = keras.layers.Dense(3, name="encoder")(keras.layers.Normalization(name="normalization")(images))
     classifier = keras.Model(images, keras.layers.Dense(2, name="logits")(keras.layers.Dense(3, name="stage0_fc")(x)))
     with pytest.raises(
-        UserError, match="the layers encoder, stage0_fc; stages found: head. Use .* fixed_feature or full_network"
+        UserError, match="name: encoder, stage0_fc; stages found: head. Use .* fixed_feature or full_network"
     ):
         stages(classifier)
     with pytest.raises(UserError, match="without it; its last layers are .*stage0_fc, logits"):
