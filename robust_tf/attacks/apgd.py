@@ -149,7 +149,7 @@ def apgd(
     2103.01208, algorithm 1.
 
     Example:
-        Two images that a model takes for dark and bright, and that change their class within epsilon:
+        A model classifies one image as dark and one as bright, and both change their class within epsilon:
 
         >>> import tensorflow as tf
         >>> from robust_tf.attacks import apgd

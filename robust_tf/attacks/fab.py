@@ -86,7 +86,7 @@ def fab(
     Source: Croce and Hein 2020, arXiv 1907.02044, algorithm 1; with targets arXiv 2003.01690, section 5.
 
     Example:
-        The model takes images for bright if their mean is above 0.5, so these images are 0.05 away from the boundary:
+        A model classifies images as bright if their mean is above 0.5. These images are 0.05 away from the boundary:
 
         >>> import math
         >>> import tensorflow as tf

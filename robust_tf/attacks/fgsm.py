@@ -47,7 +47,7 @@ def fgsm(
     Source: Goodfellow et al. 2015, arXiv 1412.6572, section 4.
 
     Example:
-        Two images that a model takes for dark and bright, and that change their class within epsilon:
+        A model classifies one image as dark and one as bright, and both change their class within epsilon:
 
         >>> import tensorflow as tf
         >>> from robust_tf.attacks import fgsm

@@ -357,7 +357,7 @@ def pgd(
     Source: Madry et al. 2018, arXiv 1706.06083, section 2.1; details follow MadryLab/robustness (attacker.py).
 
     Example:
-        Two images that a model takes for dark and bright, and that change their class within epsilon:
+        A model classifies one image as dark and one as bright, and both change their class within epsilon:
 
         >>> import tensorflow as tf
         >>> from robust_tf.attacks import pgd

@@ -13,7 +13,7 @@ from robust_tf.attacks.losses import Model, is_correct, logits_of, margin_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in, uniform
 from robust_tf.attacks.threat_models import NORMS, AttackNorm, Scale
 
-# The norms that the attack has patches for. The patches of a further norm belong into `_patch`, `_lengths` and
+# The norms that the attack has patches for. The patches of a further norm belong in `_patch`, `_lengths` and
 # `_into_ball`, or into a proposal and a start like the ones of linf.
 SQUARE_NORMS = ("linf", "l2", "l1")
 
@@ -72,7 +72,7 @@ def square(
     arXiv 2103.01208.
 
     Example:
-        Two images that a model takes for dark and bright, and that change their class within epsilon:
+        A model classifies one image as dark and one as bright, and both change their class within epsilon:
 
         >>> import tensorflow as tf
         >>> from robust_tf.attacks import square

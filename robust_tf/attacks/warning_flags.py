@@ -80,9 +80,9 @@ def find_warnings(
 def zero_gradient_share(model: Model, images: tf.Tensor, labels: tf.Tensor, *, loss: Loss = LOSSES["margin"]) -> float:
     """Returns the share of the images at which an attack finds no gradient to follow.
 
-    These are the images with a correct prediction at which the gradient of the loss is exactly zero. A large share is a
-    sign of gradient masking: the model is not robust there, it only gives the attack nothing to work with. Images with
-    a wrong prediction do not count, because they need no attack.
+    These are the images with a correct prediction at which the gradient of the loss is exactly zero. Images with a
+    wrong prediction do not count, because they need no attack. A large share is a sign of gradient masking: attacks
+    that follow gradients fail at these images, even if other attacks would succeed.
 
     Args:
         model: Callable from images to logits (batch, classes).

@@ -90,7 +90,7 @@ def logistic_regression(
     for tried, penalty in enumerate(_LOGISTIC_PENALTIES, 1):
         solver.set_params(C=1.0 / (penalty * len(labels)))
         with _threads_for(features.size * num_classes), warnings.catch_warnings():
-            # With a weak penalty the optimum is far away. The solution that was reached is a candidate all the same.
+            # With a weak penalty the optimum is far away. The solution that was reached is still a candidate.
             warnings.simplefilter("ignore", ConvergenceWarning)
             solver.fit(features, labels)
         kernel, bias = _softmax_weights(solver.coef_, solver.intercept_, solver.classes_, num_classes)

@@ -8,9 +8,7 @@ import tensorflow as tf
 from small_models import best_score
 
 from robust_tf.attacks.square import SQUARE_NORMS
-from robust_tf.attacks.table import ATTACKS, check_attacks
 from robust_tf.attacks.threat_models import NORMS, PGD_NORMS, AttackNorm
-from robust_tf.errors import UserError
 
 EPSILONS = {"linf": 0.1, "l2": 0.6, "l1": 1.5}
 
@@ -24,20 +22,6 @@ def images_and_points(seed=0, spread=0.5):
 def test_every_norm_has_a_name_and_a_radius_in_these_tests():
     assert set(NORMS) == set(typing.get_args(AttackNorm)) == set(EPSILONS)
     assert set(PGD_NORMS) <= set(NORMS) and set(SQUARE_NORMS) <= set(NORMS)
-
-
-@pytest.mark.parametrize("norm", [*NORMS, "l3"])
-@pytest.mark.parametrize("name", ATTACKS)
-def test_the_table_names_the_norms_that_each_attack_takes(name, norm):
-    """An attack checks its norm before its radius, and both before anything else."""
-    with pytest.raises(UserError) as raised:
-        ATTACKS[name](None, None, None, norm=norm, epsilon=-1.0, seed=0)
-    assert ("epsilon=-1" in str(raised.value)) == (norm in ATTACKS[name].norms)
-    if norm in NORMS and norm not in ATTACKS[name].norms:
-        with pytest.raises(UserError, match=f"attack {name} has the norms linf and l2. Received: norm='{norm}'"):
-            check_attacks([name], norm)
-    else:
-        check_attacks([name], norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -89,7 +89,10 @@ def test_the_search_ends_when_the_validation_metric_falls(monkeypatch):
     train, labels = blobs(300, dim=40, noise=3.0)
     validation = blobs(1000, dim=40, noise=3.0, seed=1)
     tried: list[int] = []
-    reported = lambda count, figures: tried.append(count)  # noqa: E731
+
+    def reported(count: int, _text: str) -> None:
+        tried.append(count)
+
     options = {"num_classes": 3, "metric": "accuracy"}
     short = logistic_regression([train], labels, *validation, **options, report=reported)
     monkeypatch.setattr("robust_tf.transfer.probes._PATIENCE", 100)
