@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.data.folder_scan import OUTSIDE_FOLDERS, FolderScan, ImageFile
-from robust_tf.data.records import LabelledImages, check_class_names, few, shown
+from robust_tf.data.records import LabeledImages, check_class_names, few, shown
 from robust_tf.errors import UserError
 
 # Spellings of a part's folder, whatever the case of their letters.
@@ -61,7 +61,7 @@ class FolderPart:
         return shown(self.paths[index])
 
 
-def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: bool = False) -> LabelledImages:
+def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: bool = False) -> LabeledImages:
     """Finds the images below `root`, in one of these layouts. An image may lie in sub-folders of its class's folder.
 
     * root/{train,test}/<class>/<image>, and root/val/<class>/<image> if there is a validation part;
@@ -118,7 +118,7 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
     def part(files: Sequence[ImageFile]) -> FolderPart:
         return FolderPart(tuple(file.path for file in files), tuple(number[file.class_name] for file in files))
 
-    return LabelledImages(
+    return LabeledImages(
         class_names=class_names,
         train=part([*train, *validation]),
         test=part(test),

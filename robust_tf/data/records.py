@@ -44,7 +44,7 @@ class LeftOut:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledImages:
+class LabeledImages:
     """A data set that is there to be read.
 
     Attributes:

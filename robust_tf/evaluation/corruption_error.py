@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from robust_tf.errors import UserError
 from robust_tf.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from robust_tf.evaluation.predicting import Predict
+from robust_tf.evaluation.prediction import Predict
 from robust_tf.evaluation.subject import Images, Subject, chosen_images, chosen_positions
 
 CorruptionSource = Literal["auto", "computed", "tfds"]

@@ -108,7 +108,7 @@ def test_caltech101(manual, tmp_path, monkeypatch):
     counts = {"Faces": 33, "accordion": 31, "BACKGROUND_Google": 40}
     for name, count in counts.items():
         for number in range(1, count + 1):
-            write(made / "101_ObjectCategories" / name / f"image_{number:04d}.jpg", jpeg(number, grey=number == 1))
+            write(made / "101_ObjectCategories" / name / f"image_{number:04d}.jpg", jpeg(number, gray=number == 1))
     outer = made / "caltech-101"
     outer.mkdir()
     packed(made / "101_ObjectCategories", outer / "101_ObjectCategories", "gztar")
@@ -122,7 +122,7 @@ def test_caltech101(manual, tmp_path, monkeypatch):
     first_30 = {f"{name}/image_{n:04d}.jpg" for name in ("Faces", "accordion") for n in range(1, 31)}
     assert set(train) == first_30
     assert set(test) == {f"Faces/image_00{n}.jpg" for n in (31, 32, 33)} | {"accordion/image_0031.jpg"}
-    assert train["accordion/image_0001.jpg"] == (jpeg(1, grey=True), 1)  # grey stays as it was published
+    assert train["accordion/image_0001.jpg"] == (jpeg(1, gray=True), 1)  # gray stays as it was published
 
 
 def test_caltech256(manual, tmp_path, monkeypatch):
