@@ -111,8 +111,9 @@ def test_all_files_that_are_left_out_are_named(tmp_path):
     diagnosis = diagnose(f"folder:{root}")
     assert f"Left out: 1 hidden and system files: {root}/train/cat/.DS_Store." in diagnosis.facts
     assert diagnosis.advice == (
-        f"2 images cannot be read: {root}/train/cat/drawing.svg (unsupported image format), {root}/train/dog/photo.heic "
-        "(unsupported image format). Convert, repair or remove them, or train with --skip_bad_images.",
+        f"2 images cannot be read: {root}/train/cat/drawing.svg (unsupported image format), "
+        f"{root}/train/dog/photo.heic (unsupported image format). "
+        "Convert, repair or remove them, or train with --skip_bad_images.",
     )
 
 
