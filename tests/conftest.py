@@ -1,8 +1,10 @@
 """What all tests share: quiet TensorFlow, markers, a clean Keras after each test, the digits prepared once."""
 
 import gc
+import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -14,12 +16,32 @@ import keras  # noqa: E402
 import pytest  # noqa: E402
 from tensorflow.python.framework import config as tf_config  # noqa: E402  # there is no public way back
 
+# What is removed only when the process ends: `robust_tf.files.temporary_cache`, and TensorFlow's autograph.
+_REMOVED_AT_EXIT = ("robust_tf-", "__autograph_generated_file")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: left out by README's command (-m 'not slow'); runs in CI")
     config.addinivalue_line("markers", "bench: compares speeds; runs alone with -m bench, on a quiet machine")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
     config.addinivalue_line("filterwarnings", "ignore::FutureWarning")
+    # The temporary folder of the tests, and of every process that they start, for `pytest_sessionfinish` to look into.
+    # pytest keeps its own folders (`tmp_path`) where they always are. The workers of pytest-xdist share one folder.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    if not hasattr(config, "workerinput"):
+        os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="robust_tf-tests-")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails the run if a test has left something in the temporary folder."""
+    if hasattr(session.config, "workerinput"):
+        return
+    folder = pathlib.Path(tempfile.gettempdir())
+    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith(_REMOVED_AT_EXIT))
+    shutil.rmtree(folder, ignore_errors=True)
+    if left:
+        print(f"\nERROR: The tests left {len(left)} entries in the temporary folder: {', '.join(left[:20])}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
