@@ -257,7 +257,7 @@ def test_a_form_without_a_gradient_is_named():
     model, inputs, _ = inputs_and_outputs("subclassed, not symbolic")
     trainer = AdversarialTrainer(model, IN_MEMORY)
     trainer.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
-    with pytest.raises(UserError, match="makes a NumPy array of its input"):
+    with pytest.raises(UserError, match="converts its input to a NumPy array"):
         trainer.evaluate(inputs, np.zeros(6, int), verbose=0)
 
 
