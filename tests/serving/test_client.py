@@ -17,7 +17,8 @@ import pytest
 from tensorflow_serving.apis import get_model_metadata_pb2, prediction_service_pb2_grpc
 
 from robust_tf.errors import UserError
-from robust_tf.serving.client.client import Retries, ServerError, connect, seconds_after
+from robust_tf.serving.client import ServerError, connect
+from robust_tf.serving.client.retries import Retries, seconds_after
 from tests.serving.conftest import LIMIT, free_port
 from tests.serving.models import LABELS
 
@@ -124,8 +125,8 @@ def clock(monkeypatch):
         pauses.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr("robust_tf.serving.client.client.time.sleep", sleep)
-    monkeypatch.setattr("robust_tf.serving.client.client.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("robust_tf.serving.client.retries.time.sleep", sleep)
+    monkeypatch.setattr("robust_tf.serving.client.retries.time.monotonic", lambda: now[0])
     return pauses
 
 
@@ -198,7 +199,7 @@ def test_grpcs_carries_the_token(tmp_path, clock):
 
 def test_an_absent_server_is_tried_again_and_then_named(monkeypatch):
     pauses = []
-    monkeypatch.setattr("robust_tf.serving.client.client.time.sleep", pauses.append)
+    monkeypatch.setattr("robust_tf.serving.client.retries.time.sleep", pauses.append)
     port = free_port()
     for scheme in ("http", "grpc"):
         pauses.clear()
@@ -242,7 +243,7 @@ def scripted():
 
 
 def test_only_what_has_no_room_is_asked_again(scripted, monkeypatch):
-    monkeypatch.setattr("robust_tf.serving.client.client.time.sleep", lambda _: None)
+    monkeypatch.setattr("robust_tf.serving.client.retries.time.sleep", lambda _: None)
     with connect(scripted, model_name="a b", label="x", token="secret") as client:
         _Script.statuses[:] = [503, 429, 502, 503, 429, 200]
         assert client.signatures == {}

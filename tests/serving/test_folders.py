@@ -4,7 +4,7 @@ import pytest
 
 from robust_tf.errors import UserError
 from robust_tf.serving.model.folders import complete_versions, is_remote, why_no_version
-from robust_tf.serving.server.server import ServeConfig
+from robust_tf.serving.server.serve_config import ServeConfig
 
 
 def saved_model(folder):

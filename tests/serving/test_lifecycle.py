@@ -21,7 +21,8 @@ from robust_tf.serving.model import folders
 from robust_tf.serving.model.session import LoadedModel
 from robust_tf.serving.server.config_files import Batching, read_batching, read_tls
 from robust_tf.serving.server.model_settings import ModelSettings
-from robust_tf.serving.server.server import ServeConfig, Server
+from robust_tf.serving.server.serve_config import ServeConfig
+from robust_tf.serving.server.server import Server
 from robust_tf.serving.server.versions import ModelManager
 from tests.serving.conftest import LIMIT, Gate, accepts_connections, free_port, running_server, until
 from tests.serving.models import model_entry, save_gate, save_half_plus_two

@@ -13,7 +13,7 @@ import pytest
 from robust_tf.flags import parse_flags
 from robust_tf.predict import PredictConfig
 from robust_tf.serving.server.config_files import model_settings, read_model_config
-from robust_tf.serving.server.server import ServeConfig
+from robust_tf.serving.server.serve_config import ServeConfig
 from tests.serving.conftest import LIMIT
 from tests.serving.proxy import SERVING, bearer, readme_blocks, running_nginx, tool
 

@@ -14,7 +14,8 @@ from robust_tf.errors import UserError
 from robust_tf.flags import parse_flags
 from robust_tf.serving.model.session import LoadedModel
 from robust_tf.serving.server import versions
-from robust_tf.serving.server.server import ServeConfig, Server
+from robust_tf.serving.server.serve_config import ServeConfig
+from robust_tf.serving.server.server import Server
 from tests.serving.conftest import LIMIT, free_port, running_server, until
 from tests.serving.models import model_entry, save_half_plus_two
 
