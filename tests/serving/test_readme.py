@@ -18,7 +18,7 @@ from tests.serving.conftest import LIMIT
 from tests.serving.proxy import SERVING, bearer, readme_blocks, running_nginx, tool
 
 IMAGE = pathlib.Path(__file__).parent / "images" / "d.jpg"
-SECTIONS = ["The package's own server", "Docker", "Compose", "Kubernetes"]
+SECTIONS = ["The embedded server", "Docker", "Compose", "Kubernetes"]
 
 
 def shell(commands, folder, **environment):
@@ -153,7 +153,7 @@ def test_programs_accept_the_flags_in_the_readme():
     """Checks the names of the flags only. Other tests run the programs."""
     lines = [
         line
-        for section in [*SECTIONS, "A new version"]
+        for section in [*SECTIONS, "Release a new version"]
         for block in readme_blocks(section)
         for line in block.replace("\\\n", "").splitlines()
     ]
