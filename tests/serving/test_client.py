@@ -270,7 +270,7 @@ def test_pauses_grow_until_the_time_is_up(clock, caplog, code):
     assert 40 < sum(clock) <= 60
     assert all(earlier < later for earlier, later in itertools.pairwise(clock[::2][:4]))
     assert max(clock) <= 10
-    assert f"The server has no room ({code}: no room). Trying again in " in caplog.text
+    assert f"The server is busy ({code}: no room). Trying again in " in caplog.text
     assert 2 <= len(caplog.records) <= 13  # at most one every five seconds
     assert len({round(pause, 6) for pause in clock}) == len(clock)  # jitter
     asked.clear()

@@ -23,7 +23,12 @@ def saved_model(folder):
         (lambda p: saved_model(p / "m" / "v1"), "m/v1", "rename this one, for example to {}/m/1", True),
         (lambda p: saved_model(p / "m" / "v1"), "m", "'v1' holds a SavedModel, but a version is a folder", False),
         (lambda p: (p / "m" / "7").mkdir(parents=True), "m", "Version 7 has no saved_model.pb", False),
-        (lambda p: saved_model(p / "m" / "pets" / "1"), "m", "one folder deeper: the model is {}/m/pets", False),
+        (
+            lambda p: saved_model(p / "m" / "pets" / "1"),
+            "m",
+            "one folder deeper. Name the folder {}/m/pets instead",
+            False,
+        ),
     ],
 )
 def test_reason_names_the_way_out(tmp_path, make, name, said, final):

@@ -1,4 +1,4 @@
-"""The client as its user sees it, whatever the transport: methods, results and errors."""
+"""What the clients over REST and gRPC have in common: methods, results and errors."""
 
 import abc
 import itertools
@@ -35,7 +35,7 @@ class TensorInfo(NamedTuple):
 
     Attributes:
         dtype: TensorFlow's name of the type, e.g. "DT_FLOAT".
-        shape: Sizes of the dimensions, None for a free one. None if even the rank is free.
+        shape: Size of each dimension, or None if it may vary. None if even the number of dimensions may vary.
     """
 
     dtype: str
@@ -120,7 +120,7 @@ class Client(abc.ABC):
         """Waits until the model answers requests.
 
         Args:
-            timeout_seconds: Longest time to wait.
+            timeout_seconds: Longest time to wait, in seconds.
 
         Raises:
             ServerError: The model does not answer within this time.
@@ -141,7 +141,7 @@ class Client(abc.ABC):
             The most probable classes of each image, the most probable first.
 
         Raises:
-            ServerError: The server refused the batch, which a single bad image is enough for.
+            ServerError: The server refused the batch, for example because one of the images is bad.
         """
         answer = self.predict({"image_bytes": list(images)})
         chosen = np.take_along_axis(answer["probabilities"], answer["top_k"], axis=-1)
@@ -157,8 +157,8 @@ class Client(abc.ABC):
 
         Args:
             images: Encoded images. They are taken from the iterable only as fast as the server answers.
-            batch_size: Images in a request.
-            concurrency: Requests at the same time.
+            batch_size: Number of images in a request.
+            concurrency: Number of requests at the same time.
 
         Yields:
             For each image, in order, its most probable classes as `classify` returns them, or the error if the server

@@ -1,4 +1,4 @@
-"""Connecting to a server.
+"""Connects to a server, over REST or gRPC.
 
 with connect("http://localhost:8501", model_name="pets") as client:
     for prediction in client.classify([open("cat.jpg", "rb").read()]):
@@ -27,14 +27,14 @@ def connect(
         server: Address of the server: "http://host:8501", "https://host", "grpc://host:8500" or "grpcs://host:8443"
             (gRPC over TLS). gRPC needs TensorFlow and the extra `serve`.
         model_name: Name of the model. It may be left out if the server is a `robust_tf.serve` with a single model.
-        version: Version to ask. None asks the latest.
-        label: Label of the version to ask, instead of its number.
-        timeout_seconds: Longest time that a request may take.
+        version: Number of the version. None uses the latest.
+        label: Label of the version, instead of its number.
+        timeout_seconds: Longest time that a request may take, in seconds.
         token: Token for a proxy in front of the server, sent as "Authorization: Bearer ...". gRPC sends it over TLS
             only.
         ca_file: PEM file of the authority that signed the server's certificate, if this machine does not know it.
-        retry_seconds: Longest time to repeat a request that the server has no room for, which it says with
-            RESOURCE_EXHAUSTED or UNAVAILABLE (over REST 429 and 503). 0 tries once.
+        retry_seconds: Longest time, in seconds, to keep repeating a request that the server refuses because it is busy
+            (RESOURCE_EXHAUSTED or UNAVAILABLE, over REST 429 or 503). 0 tries once.
 
     Raises:
         UserError: The address or a combination of arguments is not valid, or the model must be named.
@@ -79,7 +79,7 @@ def connect(
             ca_file=ca_file,
             retries=retries,
         )
-    # Programs import this module before they know whether they will connect: httpx is loaded only when they do.
+    # Imported here because httpx is slow to load, and programs import this module before they parse their flags.
     from robust_tf.serving.client.rest_client import RestClient
 
     return RestClient(

@@ -33,9 +33,9 @@ class GrpcClient(Client):
     Args:
         target: "host:port" or "unix:path".
         model_name: Name of the model.
-        version: Version to ask. None asks the latest.
-        label: Label of the version to ask, instead of its number.
-        timeout_seconds: Longest time that a request may take.
+        version: Number of the version. None uses the latest.
+        label: Label of the version, instead of its number.
+        timeout_seconds: Longest time that a request may take, in seconds.
         secure: Whether to use TLS.
         token: Token to send with each call as "authorization: Bearer ...", or "". It is sent over TLS only.
         ca_file: PEM file of the authority behind the server's certificate, or "" for the authorities that gRPC knows.

@@ -1,4 +1,4 @@
-"""Finding the pictures in folders by the first bytes of each file, whatever its suffix."""
+"""Finds the pictures in folders. The first bytes of a file tell whether it is one, not its suffix."""
 
 import dataclasses
 import pathlib
@@ -38,7 +38,7 @@ def find_pictures(names: Sequence[str]) -> Pictures:
 
     Args:
         names: Paths of files and folders. Folders are searched with their subfolders. A file counts as a picture
-            whatever its content, because the server will say if it is none.
+            whatever its content, because the server will report it if it is not.
 
     Raises:
         UserError: A path does not exist, or there is no picture at all.

@@ -25,9 +25,9 @@ class RestClient(Client):
     Args:
         server: "http://host:port" or "https://host:port".
         model_name: Name of the model, or "" for the only model of a `robust_tf.serve`.
-        version: Version to ask. None asks the latest.
-        label: Label of the version to ask, instead of its number.
-        timeout_seconds: Longest time that a request may take.
+        version: Number of the version. None uses the latest.
+        label: Label of the version, instead of its number.
+        timeout_seconds: Longest time that a request may take, in seconds.
         token: Token to send as "Authorization: Bearer ...", or "".
         ca_file: PEM file of the authority behind the server's certificate, or "" for the authorities that this machine
             knows.
@@ -102,7 +102,7 @@ class RestClient(Client):
 
 
 def _ask(http: httpx.Client, method: str, path: str, body: bytes = b"") -> Any:
-    """Returns the JSON document that the server replies, or raises `ServerError` for an error."""
+    """Returns the JSON document in the server's reply, or raises `ServerError` for an error."""
     try:
         reply = http.request(method, path, content=body, headers={"Content-Type": "application/json"})
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:

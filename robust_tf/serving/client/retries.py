@@ -1,4 +1,4 @@
-"""When and how often a request is sent again."""
+"""Repeating requests that a busy server has refused."""
 
 import email.utils
 import itertools
@@ -14,7 +14,7 @@ from robust_tf.serving.client.base import ServerError
 RETRY_SECONDS = 120.0
 
 _LOG = logging.getLogger(__name__)
-_TRIES_TO_REACH = 4  # if no server has ever answered, the address is probably wrong, and the user should learn it soon
+_TRIES_TO_REACH = 4  # if no server has ever answered, the address may be wrong, and the user should learn it soon
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
 _SECONDS_BETWEEN_WARNINGS = 5.0  # several threads may be waiting at the same time
 
@@ -22,12 +22,12 @@ Answer = TypeVar("Answer")
 
 
 class Retries:
-    """Repeats requests that the server has no room for, after growing pauses with jitter.
+    """Repeats requests that the server refuses because it is busy, after growing pauses with jitter.
 
     One instance may be used from several threads.
 
     Args:
-        seconds: Longest time from the first refusal of a request to its last try. 0 tries once.
+        seconds: Longest time in seconds from the first refusal of a request to its last try. 0 tries once.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -40,7 +40,7 @@ class Retries:
         """Calls `ask` until it succeeds, and returns its result.
 
         Raises:
-            ServerError: `ask` raised an error that another try cannot help, or the time is up.
+            ServerError: `ask` raised an error that another try would not fix, or the time is up.
         """
         started = 0.0
         for attempt in itertools.count(1):
@@ -70,9 +70,7 @@ class Retries:
             now = time.monotonic()
             if self._reached and now - self._last_warning >= _SECONDS_BETWEEN_WARNINGS:
                 self._last_warning = now
-                _LOG.warning(
-                    "The server has no room (%s). Trying again in %.1f s, for %.0f s at most.", error, pause, left
-                )
+                _LOG.warning("The server is busy (%s). Trying again in %.1f s, for %.0f s at most.", error, pause, left)
         return pause
 
 

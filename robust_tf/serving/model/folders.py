@@ -61,7 +61,7 @@ def is_remote(path: str) -> bool:
 
 
 def check_local(path: str, what: str) -> None:
-    """Refuses gs:// and the like.
+    """Refuses a path that is an address such as gs://bucket/model.
 
     Args:
         path: Path to check.
@@ -123,9 +123,9 @@ def _why_no_version(base: pathlib.Path) -> Absence:
         )
     deeper = [path for path in folders if complete_versions(path)]
     if deeper:
-        return Absence(f"The versions lie one folder deeper: the model is {deeper[0]}.", False)
+        return Absence(f"The versions are one folder deeper. Name the folder {deeper[0]} instead.", False)
     return Absence(
-        f"A version is a folder whose name is a number and that holds {SAVED_MODEL}; python -m robust_tf.export writes "
-        "one.",
+        f"A version is a folder whose name is a number and that holds {SAVED_MODEL}, as python -m robust_tf.export "
+        "writes it.",
         False,
     )

@@ -1,4 +1,4 @@
-"""What the server needs from a model in memory."""
+"""The interface of a model in memory."""
 
 import pathlib
 from collections.abc import Iterable, Mapping

@@ -95,7 +95,8 @@ class LoadedModel:
         except tf.errors.OpError as error:
             raise from_tensorflow(error, self.path) from error
         except UnicodeDecodeError as error:
-            # TensorFlow's message quotes bytes of the request that are not text, and Python loses its code over them.
+            # TensorFlow's message quotes bytes of the request that are not text. Python failed to decode it, and its
+            # status code is lost.
             message = error.object.decode("utf-8", "backslashreplace")
             raise invalid(_kernel_message(message, self.path)) from error
         except (ArithmeticError, TypeError, ValueError) as error:
@@ -134,7 +135,10 @@ class LoadedModel:
         self._session.close()
 
     def _callable(self, signature_name: str, outputs: tuple[str, ...]) -> Any:
-        """Returns the call that runs a signature for these outputs. Preparing it takes longer than running it."""
+        """Returns the call that runs a signature for these outputs.
+
+        Calls are kept, because preparing one takes longer than running it.
+        """
         key = signature_name, outputs
         with self._lock:
             if key not in self._callables:
@@ -206,7 +210,7 @@ def type_name(number: int) -> str:
 
 
 def shape_of(info: meta_graph_pb2.TensorInfo) -> list[int | None] | None:
-    """Returns the declared shape of a tensor, None for a free dimension. Returns None if the rank is free."""
+    """Returns the declared shape of a tensor, with None for dimensions that may vary, or None if the rank may vary."""
     if info.tensor_shape.unknown_rank:
         return None
     return [None if dim.size < 0 else dim.size for dim in info.tensor_shape.dim]
@@ -217,7 +221,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _with_defaults(definition: meta_graph_pb2.SignatureDef, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the inputs in the signature's order, with its defaults for those that the request leaves out."""
+    """Returns the inputs in the signature's order, with defaults for those that the request leaves out."""
     missing = [name for name in definition.inputs if name not in inputs and name not in definition.defaults]
     extra = [name for name in inputs if name not in definition.inputs]
     if len(inputs) == len(definition.inputs) and missing:

@@ -81,7 +81,7 @@ def only_serving_errors() -> Iterator[None]:
     except ServingError:
         raise
     except Exception as error:
-        _LOG.exception("A request has met an error in the server itself")
+        _LOG.exception("A request failed because of an error in the server")
         raise ServingError("INTERNAL", "The server failed to answer this request. Its log says why.") from error
 
 

@@ -179,7 +179,7 @@ def model_folder(export_dir: pathlib.Path, model_name: str) -> pathlib.Path:
         model_name: Name of the model.
 
     Raises:
-        UserError: The name cannot be the name of a folder or of a model.
+        UserError: The name is not valid.
 
     Example:
         >>> model_folder(pathlib.Path("export"), "pets").as_posix()

@@ -93,7 +93,7 @@ def run_probe(
 
 
 def _margin_with_the_slope_of_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """Compares points by their margin, but gives the gradient of the cross-entropy, which the source ascends."""
+    """Returns minus the margin, which ranks the points, with the gradient of the cross-entropy, which PGD ascends."""
     del targets
 
     @tf.custom_gradient

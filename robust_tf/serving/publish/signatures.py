@@ -14,7 +14,7 @@ from robust_tf.data.transforms import AS_STORED, Decoding, decode, evaluation_tr
 from robust_tf.models import features_of
 from robust_tf.serving.publish.probe import AttackProbe, run_probe
 
-TOP_K = 5  # number of class names in a reply, if there are as many classes
+TOP_K = 5  # largest number of class names in a reply
 
 # An image file of a few kilobytes can fill the server's memory when it is decoded and resized.
 _MAX_PIXELS = 50_000_000
@@ -72,18 +72,18 @@ def build_signatures(
 ) -> dict[str, Callable[..., dict[str, tf.Tensor]]]:
     """Returns the serving functions of a classifier, by signature name, ready for `tf.saved_model.save`.
 
-    Every input and output is named, and the batch dimension is free. Inputs and outputs are float32, int64, string or
-    (in `predict_uint8` only) uint8, because TensorFlow Serving's REST interface cannot carry half precision.
+    Every input and output has a fixed name, and the batch may have any size. Inputs and outputs are float32, int64,
+    string or (in `predict_uint8` only) uint8, because TensorFlow Serving's REST interface cannot carry half precision.
 
         serving_default  image_bytes (batch,) string           -> probabilities, logits, classes, top_k
         predict_pixels   images (batch, H, W, 3) float32, [0, 1] -> the same
         predict_uint8    images (batch, H, W, 3) uint8           -> the same
         features         images (batch, H, W, 3) float32, [0, 1] -> features (batch, feature_dim), see `features_of`
-        classify         inputs (batch,) serialised tf.Example with `image/encoded` -> classes, scores
+        classify         inputs (batch,) serialized tf.Example with `image/encoded` -> classes, scores
         preview          image_bytes (batch,) string           -> preview_image_bytes (batch,) string, PNG
-        attack_probe     image_bytes, label, epsilon (batch,) each -> see below; only with `attack_probe`
+        attack_probe     image_bytes, label, epsilon (batch,) each -> see below; only if `attack_probe` is given
 
-    `preview` shows what the classifier sees of an encoded image: decoded, resized and cropped, at its own size.
+    `preview` shows an encoded image as the classifier sees it: decoded, resized and cropped.
     `probabilities` and `logits` are (batch, classes) in the order of the labels. `top_k` holds the indices of the k
     most probable classes, int64, the most probable first, and `classes` holds their names. `attack_probe` takes a class
     index as `label`, where -1 stands for the predicted class. It answers with `robust` (1 or 0), `margin` (logit of the

@@ -17,7 +17,7 @@ from robust_tf.serving.model.session import LoadedModel, from_tensorflow
 from robust_tf.serving.model.status import ServingError, invalid
 from robust_tf.serving.server.config_files import Batching
 
-_MAX_QUEUES = 64  # one per shape of a row: requests to a model of free shape could ask for any number
+_MAX_QUEUES = 64  # each shape of a row has a queue, and a model may accept any number of shapes
 
 
 class BatchedModel:
@@ -121,7 +121,7 @@ def _milliseconds_until(deadline: float) -> int:
 
 
 class _Queue:
-    """The batch operation, in a separate graph and Session: closing the Session also ends the threads."""
+    """The batch operation of one signature, in a separate graph and Session. Closing the Session ends its threads."""
 
     def __init__(self, model: LoadedModel, signature_name: str, batching: Batching) -> None:
         definition: meta_graph_pb2.SignatureDef = model.signatures[signature_name]
@@ -147,7 +147,8 @@ class _Queue:
             outputs: list[tf.Tensor] = tf.numpy_function(run_batch, tensors, types)
             return outputs
 
-        # Not the common threads, which the model's Session needs: a batch waits for it inside a thread of this one.
+        # A batch occupies a thread of this Session while it waits for the model's Session. If both shared their
+        # threads, the model could find none.
         config = tf.compat.v1.ConfigProto(
             use_per_session_threads=True, inter_op_parallelism_threads=batching.num_batch_threads + 1
         )

@@ -232,7 +232,7 @@ def read_tls(path: pathlib.Path) -> Tls:
 
 
 def _check_pem(tls: Tls) -> None:
-    """Checks keys and certificates at once: gRPC would only say later that it cannot open its port."""
+    """Checks keys and certificates, because gRPC would only report that it cannot open its port."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     # Python reads a key only from a file. Nobody else can read this one.
     with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:

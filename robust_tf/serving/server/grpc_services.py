@@ -132,7 +132,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             classes, scores = inference.classify(
                 model, examples, signature_name=spec.signature_name, timeout_ms=timeout_ms
             )
-        width = (scores if scores is not None else classes).shape[1]  # type: ignore[union-attr]  # one is there
+        width = (scores if scores is not None else classes).shape[1]  # type: ignore[union-attr]  # one is not None
         for row in range(len(examples)):
             entry = result.classifications.add()
             for column in range(width):

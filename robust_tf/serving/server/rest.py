@@ -123,7 +123,7 @@ class RestApp:
         return bytes(body)
 
     def _unpacked(self, body: bytes) -> bytes:
-        """Returns a gzip body uncompressed. A broken one becomes b"", which TensorFlow Serving takes it for."""
+        """Returns a gzip body uncompressed. A broken one counts as empty, as in TensorFlow Serving."""
         decoder = zlib.decompressobj(wbits=31)
         try:
             unpacked = decoder.decompress(body, self._max_body_bytes + 1)

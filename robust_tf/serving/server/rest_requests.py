@@ -202,7 +202,7 @@ _LEAF_TYPES: dict[tf.DType, set[type]] = {
 
 
 def _shape(value: Any) -> list[int]:
-    """Returns the lengths of the nested lists, following the first element down."""
+    """Returns the lengths of the nested lists along their first elements."""
     shape = []
     while isinstance(value, list):
         shape.append(len(value))

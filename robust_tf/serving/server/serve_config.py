@@ -1,4 +1,4 @@
-"""The flags of the server. Reading them needs no TensorFlow, so `--help` and a mistyped flag answer at once."""
+"""The flags of the server, which can be read without TensorFlow, so that `--help` answers at once."""
 
 import dataclasses
 import os
@@ -33,10 +33,10 @@ class ServeConfig:
         "", "Text file with a ModelServerConfig, for several models, version policies or labels."
     )
     model_config_file_poll_wait_seconds: float = flag(
-        0.0, "Time in seconds after which to read this file again. 0 reads it once."
+        0.0, "Interval in seconds at which to read this file again. 0 reads it once."
     )
     file_system_poll_wait_seconds: float = flag(
-        1.0, "Time in seconds after which to look for new versions again. 0 looks only at the start."
+        1.0, "Interval in seconds at which to look for new versions. 0 looks only at the start."
     )
     allow_version_labels_for_unavailable_models: bool = flag(
         False, "Accept a new label before its version is available."

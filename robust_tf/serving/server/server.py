@@ -1,4 +1,4 @@
-"""The embedded server: starting it, loading models, and stopping it without losing a request."""
+"""The embedded server, which loads models, answers on its ports, and stops without losing a request."""
 
 import logging
 import os

@@ -105,7 +105,7 @@ class ModelManager:
         with self._updating:
             with self._lock:
                 before, self._settings = self._settings, {model.name: model for model in models}
-                # If a model has moved to another folder, its versions are different ones, even with the same numbers.
+                # If the folder of a model changes, its versions are different ones, even with the same numbers.
                 moved = [
                     n for n in before if n not in self._settings or self._settings[n].base_path != before[n].base_path
                 ]

@@ -1,4 +1,4 @@
-"""JSON documents with NumPy arrays in them, as the server replies and the client asks."""
+"""JSON with NumPy arrays in it, as requests and replies contain it."""
 
 import json
 from typing import Any

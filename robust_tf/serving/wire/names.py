@@ -2,5 +2,5 @@
 
 # The signature of a request that names none.
 DEFAULT_SIGNATURE = "serving_default"
-# TensorFlow lists the operation that initializes a model among its signatures; it is not one that a request can name.
+# TensorFlow lists the operation that initializes a model among the signatures, but requests cannot name it.
 INIT_SIGNATURE = "__saved_model_init_op"
