@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -125,8 +126,9 @@ def clock(monkeypatch):
         pauses.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr("robust_tf.serving.client.retries.time.sleep", sleep)
-    monkeypatch.setattr("robust_tf.serving.client.retries.time.monotonic", lambda: now[0])
+    # Only the clock of this module: the event loop of a server that runs in this process needs the real one.
+    stand_in = types.SimpleNamespace(sleep=sleep, monotonic=lambda: now[0], time=time.time)
+    monkeypatch.setattr("robust_tf.serving.client.retries.time", stand_in)
     return pauses
 
 
@@ -197,19 +199,17 @@ def test_grpcs_sends_the_token(tmp_path, clock):
     server.stop(0)
 
 
-def test_absent_server_is_tried_a_few_times_and_then_named(monkeypatch):
-    pauses = []
-    monkeypatch.setattr("robust_tf.serving.client.retries.time.sleep", pauses.append)
+def test_absent_server_is_tried_a_few_times_and_then_named(clock):
     port = free_port()
     for scheme in ("http", "grpc"):
-        pauses.clear()
+        clock.clear()
         with connect(f"{scheme}://127.0.0.1:{port}", model_name="m") as client:
             with pytest.raises(ServerError) as raised:
                 client.classify([b""])
             assert not client.available()
         assert raised.value.code == "UNAVAILABLE"
-        assert len(pauses) == 3
-        for pause, longest in zip(pauses, [0.1, 0.2, 0.4], strict=True):
+        assert len(clock) == 3
+        for pause, longest in zip(clock, [0.1, 0.2, 0.4], strict=True):
             assert longest / 2 <= pause <= longest
 
 
@@ -242,8 +242,8 @@ def scripted():
         listener.shutdown()
 
 
-def test_only_refusals_for_lack_of_room_are_retried(scripted, monkeypatch):
-    monkeypatch.setattr("robust_tf.serving.client.retries.time.sleep", lambda _: None)
+@pytest.mark.usefixtures("clock")
+def test_only_refusals_for_lack_of_room_are_retried(scripted):
     with connect(scripted, model_name="a b", label="x", token="secret") as client:
         _Script.statuses[:] = [503, 429, 502, 503, 429, 200]
         assert client.signatures == {}
