@@ -15,13 +15,6 @@ import pytest  # noqa: E402
 from tensorflow.python.framework import config as tf_config  # noqa: E402  # there is no public way back
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: left out by README's command (-m 'not slow'); runs in CI")
-    config.addinivalue_line("markers", "bench: compares speeds; runs alone with -m bench, on a quiet machine")
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
-    config.addinivalue_line("filterwarnings", "ignore::FutureWarning")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves the benchmarks out unless they are asked for."""
     if "bench" in (config.option.markexpr or ""):
