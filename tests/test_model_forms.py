@@ -244,7 +244,8 @@ def test_a_form_trains_under_attack(name):
     model, inputs, outputs = inputs_and_outputs(name)
     labels = np.arange(len(IMAGES)) % 2
     if name == "sigmoid of each label":
-        loss, targets = keras.losses.BinaryCrossentropy(), np.eye(3, dtype=np.float32)[labels]
+        loss = keras.losses.BinaryCrossentropy()
+        targets: Any = np.eye(3, dtype=np.float32)[labels]
     elif isinstance(outputs, dict):
         pairs = {key: loss_and_labels(output, labels) for key, output in outputs.items()}
         loss, targets = ({key: pair[part] for key, pair in pairs.items()} for part in (0, 1))
