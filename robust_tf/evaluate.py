@@ -27,7 +27,6 @@ from robust_tf.attacks.cascade import CompiledAttacks  # noqa: E402
 from robust_tf.attacks.outputs import looks_like_probabilities  # noqa: E402
 from robust_tf.console import console, meter  # noqa: E402
 from robust_tf.evaluation import report  # noqa: E402
-from robust_tf.evaluation.attacking import Robustness, attack_epsilons, unattacked  # noqa: E402
 from robust_tf.evaluation.calibration import calibration  # noqa: E402
 from robust_tf.evaluation.comparison import compared, comparison_lines  # noqa: E402
 from robust_tf.evaluation.corruption_error import (  # noqa: E402
@@ -38,7 +37,8 @@ from robust_tf.evaluation.corruption_error import (  # noqa: E402
 )
 from robust_tf.evaluation.corruptions import CORRUPTIONS, SEVERITIES  # noqa: E402
 from robust_tf.evaluation.pictures import Measured, draw_figures, kept_examples  # noqa: E402
-from robust_tf.evaluation.predicting import Predict, batched_logits  # noqa: E402
+from robust_tf.evaluation.prediction import Predict, batched_logits  # noqa: E402
+from robust_tf.evaluation.robustness import Robustness, attack_epsilons, unattacked  # noqa: E402
 from robust_tf.evaluation.settings import (  # noqa: E402
     DEFAULT_NUM_IMAGES,
     NONE,
@@ -47,7 +47,7 @@ from robust_tf.evaluation.settings import (  # noqa: E402
     is_randomised,
     with_threat_model,
 )
-from robust_tf.evaluation.state import StateFile  # noqa: E402
+from robust_tf.evaluation.state_file import StateFile  # noqa: E402
 from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject, short_names  # noqa: E402
 from robust_tf.files import check_output_folder, write_json  # noqa: E402
 from robust_tf.models import pixel_warning  # noqa: E402

@@ -28,15 +28,15 @@ import tensorflow as tf  # noqa: E402
 
 from robust_tf.console import console  # noqa: E402
 from robust_tf.evaluation.figures import magnified, save_sheet  # noqa: E402
-from robust_tf.evaluation.inside import (  # noqa: E402
+from robust_tf.evaluation.interpretability import (  # noqa: E402
     edge_alignment,
     gradient_pictures,
     input_gradients,
-    inverted,
-    is_grey,
+    invert_features,
+    is_gray,
     large_perturbations,
 )
-from robust_tf.evaluation.predicting import batched_logits  # noqa: E402
+from robust_tf.evaluation.prediction import batched_logits  # noqa: E402
 from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject, short_names  # noqa: E402
 from robust_tf.files import check_output_file, check_output_folder  # noqa: E402
 
@@ -149,11 +149,11 @@ def inversion_rows(config: VisualizeConfig, name: str, subject: Subject, images:
     """Noise with the features of the images."""
     rng = np.random.default_rng(config.seed)
     noise = rng.standard_normal(images.pixels.shape)
-    if is_grey(images.pixels):
+    if is_gray(images.pixels):
         noise[:] = noise[..., :1]
     noise = np.clip(0.5 + 0.1 * noise, 0.0, 1.0).astype(np.float32)
     steps = {} if config.steps is None else {"steps": config.steps}
-    pictures, left = inverted(subject.classifier, images.pixels, noise, **steps)
+    pictures, left = invert_features(subject.classifier, images.pixels, noise, **steps)
     return [Row(name, pictures, [f"distance {value:.2f}" for value in left])]
 
 

@@ -69,7 +69,7 @@ def _blend(image: tf.Tensor, other: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     return tf.clip_by_value(factor * image + (1.0 - factor) * other, 0.0, 1.0)
 
 
-def _grey(image: tf.Tensor) -> tf.Tensor:
+def _gray(image: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(image * tf.constant(_LUMA), axis=-1, keepdims=True)
 
 
@@ -84,15 +84,15 @@ def _color_jitter(image: tf.Tensor, seed: tf.Tensor, *, strength: float) -> tf.T
             order[position],
             [
                 lambda image=image: _blend(image, tf.zeros_like(image), factors[0]),
-                lambda image=image: _blend(image, tf.reduce_mean(_grey(image)), factors[1]),
-                lambda image=image: _blend(image, _grey(image), factors[2]),
+                lambda image=image: _blend(image, tf.reduce_mean(_gray(image)), factors[1]),
+                lambda image=image: _blend(image, _gray(image), factors[2]),
             ],
         )
     return image
 
 
 def _lighting(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Adds a random multiple of the principal colour components; the result may leave [0, 1], so it is clipped."""
+    """Adds a random multiple of the principal color components; the result may leave [0, 1], so it is clipped."""
     weights = tf.random.stateless_normal([3], seed, stddev=_LIGHTING_STD) * tf.constant(_PCA_EIGENVALUES)
     return tf.clip_by_value(image + tf.linalg.matvec(tf.constant(_PCA_EIGENVECTORS), weights), 0.0, 1.0)
 
@@ -128,5 +128,5 @@ AUGMENTATIONS: dict[str, Callable[[Picture, int, tf.Tensor], tf.Tensor]] = {
     "shift": _shift,
     "shift_flip": _shift_flip,
     "random_resized_crop": _random_resized_crop,  # the reference's transfer
-    "imagenet": _imagenet,  # the reference's pretraining: colour jitter and lighting on top
+    "imagenet": _imagenet,  # the reference's pretraining: color jitter and lighting on top
 }

@@ -19,7 +19,7 @@ def broken_images(part: Part) -> np.ndarray:
     """Numbers of the examples of a part that cannot be read or decoded, by decoding all of them; int64, rising."""
 
     def checked(index: tf.Tensor, encoded: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        # The shape is asked for because of what has to be done for it; a mere dependency would be optimised away.
+        # The shape is asked for because of what has to be done for it; a mere dependency would be optimized away.
         return index, tf.shape(decode(encoded))
 
     whole = part.records().map(checked, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()

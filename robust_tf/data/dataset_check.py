@@ -14,7 +14,7 @@ from robust_tf.config.job import AlphaBackground
 from robust_tf.data.datasets import FOLDER_PREFIX, DatasetInfo, dataset_info
 from robust_tf.data.open_dataset import open_dataset
 from robust_tf.data.orientation import jpeg_orientation
-from robust_tf.data.records import LabelledImages, Part, check_classes_present, check_labels, few
+from robust_tf.data.records import LabeledImages, Part, check_classes_present, check_labels, few
 from robust_tf.data.tfds_preparation import builder_of, ways_to_prepare
 from robust_tf.data.transforms import Decoding, decode
 from robust_tf.errors import UserError
@@ -30,7 +30,7 @@ class Diagnosis:
         name: of the data set.
         state: "ready"; "not prepared"; or "faulty", if something is there but not in order.
         size: on the disk, or what there is to download; "" if that is not known.
-        facts: one line each: where, how large, how many, licence.
+        facts: one line each: where, how large, how many, license.
         advice: one line each: what is wrong, and what to do.
     """
 
@@ -142,11 +142,11 @@ def _known_facts(info: DatasetInfo) -> list[str]:
     counts = [f"{info.num_classes:,} classes"] if info.num_classes else []
     if info.num_train and info.num_test:
         counts.append(f"{info.num_train:,} training and {info.num_test:,} test images")
-    lines = [", ".join(counts), f"licence: {info.licence}; {info.homepage}" if info.licence else "", info.note]
+    lines = [", ".join(counts), f"license: {info.license}; {info.homepage}" if info.license else "", info.note]
     return [lines[0], *(line for line in lines[1:] if line)]
 
 
-def _counts(images: LabelledImages) -> str:
+def _counts(images: LabeledImages) -> str:
     own = f" ({int(images.validation.sum()):,} of them validation)" if images.validation is not None else ""
     return (
         f"{len(images.class_names):,} classes, {images.train.num_examples:,} training{own} and "
@@ -154,7 +154,7 @@ def _counts(images: LabelledImages) -> str:
     )
 
 
-def _differences(images: LabelledImages, info: DatasetInfo) -> Iterator[str]:
+def _differences(images: LabeledImages, info: DatasetInfo) -> Iterator[str]:
     """Counts that are not those of the row."""
     for what, expected, received in (
         ("classes", info.num_classes, len(images.class_names)),
@@ -171,7 +171,7 @@ def _missing_files(builder: tfds.core.DatasetBuilder) -> list[str]:
     return [f"{len(missing)} of its {len(paths)} files are missing, e.g. {missing[0]}."] if missing else []
 
 
-def _label_faults(images: LabelledImages, name: str) -> Iterator[str]:
+def _label_faults(images: LabeledImages, name: str) -> Iterator[str]:
     for part, where in ((images.train, "training"), (images.test, "test")):
         try:
             labels = part.labels()

@@ -7,7 +7,7 @@ from robust_tf.errors import unknown_name
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RAW_MEAN, _RAW_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-_NO_LICENCE = "not stated; research use"
+_NO_LICENSE = "not stated; research use"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,10 +21,10 @@ class DatasetInfo:
         num_classes, num_train, num_test: what must be there; None if that is not fixed.
         metric: what the paper reports: "accuracy" or "mean_per_class_accuracy".
         image_size: side in pixels that the recipe trains at.
-        resize_size: shorter side before the centre crop in evaluation.
+        resize_size: shorter side before the center crop in evaluation.
         augmentation: key of AUGMENTATIONS for training.
-        mean, std: per-channel normalisation of [0, 1] pixels. For most transfer tasks the paper's code uses 0 and 1.
-        licence: of the images.
+        mean, std: per-channel normalization of [0, 1] pixels. For most transfer tasks the paper's code uses 0 and 1.
+        license: of the images.
         homepage: of the data set.
         download_size: for people, e.g. "4.7 GiB"; empty if there is nothing to download.
         by_hand: its files cannot be downloaded by a program.
@@ -43,7 +43,7 @@ class DatasetInfo:
     augmentation: str = "random_resized_crop"
     mean: tuple[float, float, float] = _RAW_MEAN
     std: tuple[float, float, float] = _RAW_STD
-    licence: str = ""
+    license: str = ""
     homepage: str = ""
     download_size: str = ""
     by_hand: bool = False
@@ -54,7 +54,7 @@ class DatasetInfo:
             raise unknown_name("augmentation", self.augmentation, AUGMENTATIONS)
 
 
-# Sources: Salman et al. 2020, appendix A.2, and the paper's code (splits, metrics, normalisation); sizes: TFDS's
+# Sources: Salman et al. 2020, appendix A.2, and the paper's code (splits, metrics, normalization); sizes: TFDS's
 # checksum files, for the builders of this package the publishers' pages.
 DATASETS = {
     # The paper's twelve.
@@ -64,7 +64,7 @@ DATASETS = {
         num_classes=100,
         num_train=6_667,
         num_test=3_333,
-        licence="non-commercial research only",
+        license="non-commercial research only",
         homepage="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
         download_size="2.6 GiB",
         note="Labels are variants. As in the paper's code, the copyright banner at the bottom is not cut off.",
@@ -72,7 +72,7 @@ DATASETS = {
     "birdsnap": DatasetInfo(
         builder="birdsnap/fifth:1.0.0",
         num_classes=500,
-        licence="the photographers'; research use",
+        license="the photographers'; research use",
         homepage="http://thomasberg.org/",
         download_size="49,829 photographs from the web, one by one",
         by_hand=True,
@@ -85,7 +85,7 @@ DATASETS = {
         num_train=3_030,
         num_test=5_647,
         metric="mean_per_class_accuracy",
-        licence="CC BY 4.0",
+        license="CC BY 4.0",
         homepage="https://doi.org/10.22002/D1.20086",
         download_size="131 MiB",
         note="Images 1 to 30 of each class train, without the background class. TFDS's caltech101 has 102 labels and "
@@ -97,7 +97,7 @@ DATASETS = {
         num_train=15_420,
         num_test=15_187,
         metric="mean_per_class_accuracy",
-        licence="CC BY 4.0",
+        license="CC BY 4.0",
         homepage="https://doi.org/10.22002/D1.20087",
         download_size="1.1 GiB",
         note="Images 1 to 60 of each class train; clutter counts as a class, as in the paper.",
@@ -109,7 +109,7 @@ DATASETS = {
         num_test=10_000,
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
-        licence=_NO_LICENCE,
+        license=_NO_LICENSE,
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         download_size="162 MiB",
     ),
@@ -120,7 +120,7 @@ DATASETS = {
         num_test=10_000,
         mean=(0.5071, 0.4867, 0.4408),
         std=(0.2675, 0.2565, 0.2761),
-        licence=_NO_LICENCE,
+        license=_NO_LICENSE,
         homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
         download_size="161 MiB",
     ),
@@ -130,7 +130,7 @@ DATASETS = {
         num_classes=47,
         num_train=3_760,
         num_test=1_880,
-        licence="research use",
+        license="research use",
         homepage="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
         download_size="596 MiB",
         note="Fold 1 of ten, as in the paper, whose code has a head of 57 outputs for these 47 classes.",
@@ -142,7 +142,7 @@ DATASETS = {
         num_train=2_040,
         num_test=6_149,
         metric="mean_per_class_accuracy",
-        licence=_NO_LICENCE,
+        license=_NO_LICENSE,
         homepage="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
         download_size="329 MiB",
         note="The test part is the largest.",
@@ -153,7 +153,7 @@ DATASETS = {
         num_classes=101,
         num_train=75_750,
         num_test=25_250,
-        licence=_NO_LICENCE,
+        license=_NO_LICENSE,
         homepage="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
         download_size="4.7 GiB",
         note="TFDS calls the official test part validation.",
@@ -164,7 +164,7 @@ DATASETS = {
         num_train=3_680,
         num_test=3_669,
         metric="mean_per_class_accuracy",
-        licence="CC BY-SA 4.0",
+        license="CC BY-SA 4.0",
         homepage="https://www.robots.ox.ac.uk/~vgg/data/pets/",
         download_size="774 MiB",
     ),
@@ -173,7 +173,7 @@ DATASETS = {
         num_classes=196,
         num_train=8_144,
         num_test=8_041,
-        licence=_NO_LICENCE,
+        license=_NO_LICENSE,
         homepage="https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
         download_size="1.8 GiB",
         by_hand=True,
@@ -184,7 +184,7 @@ DATASETS = {
         num_classes=397,
         num_train=19_850,
         num_test=19_850,
-        licence=_NO_LICENCE,
+        license=_NO_LICENSE,
         homepage="https://vision.princeton.edu/projects/2010/SUN/",
         download_size="36.4 GiB",
         note="Partition 01, in the original files as in the paper. The images of tfds:sun397/standard-part1-120k are "
@@ -200,7 +200,7 @@ DATASETS = {
         augmentation="imagenet",
         mean=_IMAGENET_MEAN,
         std=_IMAGENET_STD,
-        licence="non-commercial research only, on registration",
+        license="non-commercial research only, on registration",
         homepage="https://image-net.org/",
         download_size="144 GiB",
         by_hand=True,
@@ -216,7 +216,7 @@ DATASETS = {
         augmentation="shift_flip",
         mean=(0.286,) * 3,
         std=(0.353,) * 3,
-        licence="MIT",
+        license="MIT",
         homepage="https://github.com/zalandoresearch/fashion-mnist",
         download_size="29 MiB",
     ),
@@ -230,7 +230,7 @@ DATASETS = {
         augmentation="shift",
         mean=(0.307,) * 3,
         std=(0.376,) * 3,
-        licence="CC BY 4.0",
+        license="CC BY 4.0",
         homepage="https://archive.ics.uci.edu/dataset/80",
         note="Comes with scikit-learn.",
     ),

@@ -108,7 +108,7 @@ class Examples:
                 if not self.mask.all():
                     kept = tf.constant(self.mask)
                     records = records.filter(lambda index, _, __: tf.gather(kept, index))
-                records = records.map(self._relabelled)
+                records = records.map(self._relabeled)
             records = records.apply(tf.data.experimental.assert_cardinality(self.count))
             return records.cache() if self.in_memory else records
 
@@ -119,10 +119,10 @@ class Examples:
         if read is None:
             return None
         return lambda indices: indices.map(
-            lambda index: self._relabelled(*read(index)), num_parallel_calls=tf.data.AUTOTUNE
+            lambda index: self._relabeled(*read(index)), num_parallel_calls=tf.data.AUTOTUNE
         )
 
-    def _relabelled(self, index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def _relabeled(self, index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
         if self.new_labels is not None:
             label = tf.gather(tf.constant(self.new_labels), label)
         return index, encoded, tf.cast(label, tf.int32)

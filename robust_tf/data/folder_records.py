@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.data.folder_scan import OUTSIDE_FOLDERS, FolderScan, ImageFile
-from robust_tf.data.records import LabelledImages, check_class_names, few, shown
+from robust_tf.data.records import LabeledImages, check_class_names, few, printable
 from robust_tf.errors import UserError
 
 # Spellings of a part's folder, whatever the case of their letters.
@@ -58,10 +58,10 @@ class FolderPart:
         return np.array(self.targets, np.int64)
 
     def name(self, index: int) -> str:
-        return shown(self.paths[index])
+        return printable(self.paths[index])
 
 
-def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: bool = False) -> LabelledImages:
+def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: bool = False) -> LabeledImages:
     """Finds the images below `root`, in one of these layouts. An image may lie in sub-folders of its class's folder.
 
     * root/{train,test}/<class>/<image>, and root/val/<class>/<image> if there is a validation part;
@@ -83,7 +83,7 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
     """
     if not root.is_dir():
         raise UserError(
-            f"--dataset=folder: needs the path of a folder of images. Received: {shown(str(root))}, which is none."
+            f"--dataset=folder: needs the path of a folder of images. Received: {printable(str(root))}, which is none."
         )
     scan = FolderScan()
     train_root, test_root, validation_root = _part_roots(root, scan)
@@ -99,7 +99,7 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
         first, reason = next(iter(scan.bad.items()))
         raise UserError(
             "Images must be JPEG, PNG, GIF, BMP or WebP files that can be read. Received: "
-            f"{shown(first)} ({reason}) and {len(scan.bad) - 1} more. Convert or repair them, take them out, or "
+            f"{printable(first)} ({reason}) and {len(scan.bad) - 1} more. Convert or repair them, take them out, or "
             "leave such images out with --skip_bad_images."
         )
     if scan.without_images:
@@ -111,14 +111,14 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
     class_names = tuple(sorted({file.class_name for file in everything}))
     if len(class_names) < 2:
         raise UserError(
-            f"A data set needs two or more classes. Received: only {class_names[0]!r} in {shown(str(train_root))}."
+            f"A data set needs two or more classes. Received: only {class_names[0]!r} in {printable(str(train_root))}."
         )
     number = {name: label for label, name in enumerate(class_names)}
 
     def part(files: Sequence[ImageFile]) -> FolderPart:
         return FolderPart(tuple(file.path for file in files), tuple(number[file.class_name] for file in files))
 
-    return LabelledImages(
+    return LabeledImages(
         class_names=class_names,
         train=part([*train, *validation]),
         test=part(test),
@@ -127,7 +127,7 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
         fingerprint=_fingerprint(everything, root, split_seed),
         trusted=False,
         left_out=scan.left_out(),
-        bad_images=tuple(f"{shown(path)} ({reason})" for path, reason in scan.bad.items()),
+        bad_images=tuple(f"{printable(path)} ({reason})" for path, reason in scan.bad.items()),
     )
 
 
@@ -144,7 +144,7 @@ def _part_roots(root: pathlib.Path, scan: FolderScan) -> tuple[pathlib.Path, pat
         elif part in parts:
             raise UserError(
                 f"A folder of images has one folder for each part. Received: {parts[part].name} and {folder.name} in "
-                f"{shown(str(root))}. Put them together, or take one of them out."
+                f"{printable(str(root))}. Put them together, or take one of them out."
             )
         else:
             parts[part] = folder
@@ -153,15 +153,15 @@ def _part_roots(root: pathlib.Path, scan: FolderScan) -> tuple[pathlib.Path, pat
     if parts and "train" not in parts:
         names = " and ".join(folder.name for folder in parts.values())
         raise UserError(
-            f"A folder with parts needs train. Received: {shown(str(root))} with {names}, but without train."
+            f"A folder with parts needs train. Received: {printable(str(root))} with {names}, but without train."
         )
     if not parts:
         return root, None, None
     if list(parts) == ["train"] and any(FolderScan().images(folder) for folder in others):
         raise UserError(
             "A folder of images holds either its parts or its classes. Received: "
-            f"{parts['train'].name} and {few([folder.name for folder in others])} in {shown(str(root))}. Name the part "
-            f"itself, --dataset=folder:{shown(str(parts['train']))}, or rename the class."
+            f"{parts['train'].name} and {few([folder.name for folder in others])} in {printable(str(root))}. Name the part "
+            f"itself, --dataset=folder:{printable(str(parts['train']))}, or rename the class."
         )
     for folder in others:
         scan.leave_out(OUTSIDE_FOLDERS, str(folder))
@@ -179,7 +179,7 @@ def _files(folder: pathlib.Path, scan: FolderScan) -> list[ImageFile]:
     classes = scan.class_folders(folder)
     if not classes:
         raise UserError(
-            f"A folder of images holds one folder for each class. Received: {shown(str(folder))}, which holds none."
+            f"A folder of images holds one folder for each class. Received: {printable(str(folder))}, which holds none."
         )
     check_class_names((path.name for path in classes), where=str(folder))
     return [file for path in classes for file in scan.images(path)]

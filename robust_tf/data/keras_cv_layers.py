@@ -24,7 +24,7 @@ _MIXUP_ALPHA, _CUTMIX_ALPHA = 0.2, 1.0
 
 
 def rand_augment(image: tf.Tensor, seed: tf.Tensor, *, magnitude: float) -> tf.Tensor:
-    """Two operations in a row out of ten (contrast, colour, brightness, shear, translation, ...), chosen by the seed.
+    """Two operations in a row out of ten (contrast, color, brightness, shear, translation, ...), chosen by the seed.
 
     Args:
         image: (height, width, 3) float32 in [0, 1].
@@ -173,9 +173,9 @@ def _mixing_layers() -> dict[str, Any]:
             batch, height, width = tf.unstack(tf.shape(images)[:3])
             size = tf.cast(tf.stack([height, width]), tf.float32)
             side = tf.sqrt(1.0 - _beta(batch, self.alpha, share_seed))[:, None] * size
-            centre = tf.floor(tf.random.stateless_uniform([batch, 2], place_seed) * size)
-            low = tf.maximum(centre - tf.floor(side / 2.0), 0.0)[:, :, None]
-            high = tf.minimum(centre + tf.floor((side + 1.0) / 2.0), size)[:, :, None]
+            center = tf.floor(tf.random.stateless_uniform([batch, 2], place_seed) * size)
+            low = tf.maximum(center - tf.floor(side / 2.0), 0.0)[:, :, None]
+            high = tf.minimum(center + tf.floor((side + 1.0) / 2.0), size)[:, :, None]
             rows, columns = (tf.range(length, dtype=tf.float32)[None] for length in (size[0], size[1]))
             inside = ((rows >= low[:, 0]) & (rows < high[:, 0]))[:, :, None] & (
                 (columns >= low[:, 1]) & (columns < high[:, 1])

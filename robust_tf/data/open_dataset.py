@@ -7,7 +7,7 @@ from etils import epath
 
 from robust_tf.data.datasets import FOLDER_PREFIX
 from robust_tf.data.folder_records import open_folder
-from robust_tf.data.records import LabelledImages
+from robust_tf.data.records import LabeledImages
 from robust_tf.data.tfds_records import open_tfds
 from robust_tf.errors import UserError
 
@@ -38,7 +38,7 @@ def open_dataset(
     *,
     split_seed: int = 0,
     skip_bad_images: bool = False,
-) -> LabelledImages:
+) -> LabeledImages:
     """Opens a row of DATASETS, `tfds:NAME[/config][:version]` or `folder:/path`.
 
     Args:

@@ -24,7 +24,7 @@ class Preprocessing:
 
     Attributes:
         image_size: side of the result in pixels.
-        resize_size: what the shorter side is resized to in evaluation, before the centre crop.
+        resize_size: what the shorter side is resized to in evaluation, before the center crop.
         augmentation: key of AUGMENTATIONS, for training.
         rand_augment: magnitude in (0, 1] of RandAugment on top, 0 for none.
         downscale: what the shorter side is resized to before everything else; None leaves it.

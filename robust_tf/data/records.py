@@ -44,7 +44,7 @@ class LeftOut:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledImages:
+class LabeledImages:
     """A data set that is there to be read.
 
     Attributes:
@@ -77,10 +77,10 @@ class LabelledImages:
 def few(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(map(shown, names[:_NAMED])) + more
+    return ", ".join(map(printable, names[:_NAMED])) + more
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A name as one line that can be printed everywhere: control characters and bytes that are no text are escaped."""
     return "".join(char.encode("unicode_escape").decode() if _breaks_a_line(char) else char for char in name)
 
@@ -99,7 +99,7 @@ def check_class_names(names: Iterable[str], *, where: str) -> None:
         if not name.strip() or any(map(_breaks_a_line, name)):
             raise UserError(
                 "A class name is one line of text that is not blank, without tabs and other control characters. "
-                f"Received: '{shown(name)}' in {shown(where)}. Rename the class."
+                f"Received: '{printable(name)}' in {printable(where)}. Rename the class."
             )
 
 

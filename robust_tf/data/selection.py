@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from robust_tf.data.records import LabelledImages, check_classes_present, check_labels
+from robust_tf.data.records import LabeledImages, check_classes_present, check_labels
 from robust_tf.errors import UserError
 from robust_tf.flags import parse_amount
 
@@ -13,7 +13,7 @@ _VALIDATION_SEED = 20_200_716
 
 
 def part_masks(
-    images: LabelledImages,
+    images: LabeledImages,
     name: str,
     *,
     broken: dict[str, np.ndarray],

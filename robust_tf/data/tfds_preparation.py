@@ -8,14 +8,19 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import socket
 import tarfile
+import tempfile
+import types
 import urllib.parse
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core import dataset_info as tfds_dataset_info
 
 from robust_tf.data.builders import OWN_BUILDERS
 from robust_tf.data.datasets import TFDS_PREFIX, dataset_info, is_row
@@ -36,6 +41,29 @@ _FAILURES = (
 )
 
 
+@contextlib.contextmanager
+def no_folders_left_behind() -> Iterator[None]:
+    """Removes the temporary folders that TFDS makes within the block.
+
+    TFDS makes one for every builder whose data set is not prepared, to copy facts about it from a bucket. It does not
+    read that bucket any more, and never removes the folder.
+    """
+    folders: list[str] = []
+
+    def mkdtemp(*args: Any, **options: Any) -> str:
+        folders.append(tempfile.mkdtemp(*args, **options))
+        return folders[-1]
+
+    # Only the name in the module of TFDS is replaced, so other threads keep their temporary folders.
+    tfds_dataset_info.tempfile = types.SimpleNamespace(mkdtemp=mkdtemp)
+    try:
+        yield
+    finally:
+        tfds_dataset_info.tempfile = tempfile
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def builder_of(name: str, data_dir: epath.Path | pathlib.Path | None = None) -> tfds.core.DatasetBuilder:
     """The TFDS builder of a row or of `tfds:NAME[/config][:version]`, prepared or not.
 
@@ -48,9 +76,10 @@ def builder_of(name: str, data_dir: epath.Path | pathlib.Path | None = None) -> 
         raise UserError(f"A TFDS data set is named {TFDS_PREFIX}NAME[/config][:version]. Received: {name!r}.")
     own_builder = OWN_BUILDERS.get(match[1])
     try:
-        if own_builder:
-            return own_builder(config=match[2], version=match[3], data_dir=data_dir)
-        return tfds.builder(reference, data_dir=data_dir)
+        with no_folders_left_behind():
+            if own_builder:
+                return own_builder(config=match[2], version=match[3], data_dir=data_dir)
+            return tfds.builder(reference, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         known = [*OWN_BUILDERS, *tfds.list_builders(with_community_datasets=False)]
         nearest = difflib.get_close_matches(match[1], known, n=1, cutoff=0.5)

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from robust_tf.data.datasets import dataset_info, is_row
-from robust_tf.data.records import LabelledImages, check_class_names
+from robust_tf.data.records import LabeledImages, check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
 from robust_tf.errors import UserError
 
@@ -56,7 +56,7 @@ class TfdsPart:
         return self.builder.as_dataset(split=self.split, decoders=partial, shuffle_files=False, **options)
 
 
-def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabelledImages:
+def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledImages:
     """A row of DATASETS or `tfds:NAME`, prepared first if it was not.
 
     Raises:
@@ -81,7 +81,7 @@ def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> Labelled
         counts = part(train).num_examples, part(validation).num_examples
         own_validation = np.repeat([False, True], counts)
         train = f"{train}+{validation}"
-    return LabelledImages(
+    return LabeledImages(
         class_names=class_names,
         train=part(train),
         test=part(test),
@@ -139,11 +139,11 @@ def _splits(builder: tfds.core.DatasetBuilder, label_key: str, name: str) -> tup
     if "train" not in there:
         raise UserError(f"{name} has no training split. Received: {', '.join(there)}.")
     # The test parts of some challenges are published without labels, as -1.
-    labelled = [split for split in there if split != "train" and _has_labels(builder, split, label_key)]
-    test = next((split for split in _TEST_SPLITS if split in labelled), None)
+    labeled = [split for split in there if split != "train" and _has_labels(builder, split, label_key)]
+    test = next((split for split in _TEST_SPLITS if split in labeled), None)
     if test is None:
         return "train[:80%]", "train[80%:]", None  # TFDS has shuffled them when it prepared the data set
-    return "train", test, next((split for split in _VALIDATION_SPLITS if split in labelled and split != test), None)
+    return "train", test, next((split for split in _VALIDATION_SPLITS if split in labeled and split != test), None)
 
 
 def _has_labels(builder: tfds.core.DatasetBuilder, split: str, label_key: str) -> bool:

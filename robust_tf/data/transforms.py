@@ -12,7 +12,7 @@ from robust_tf.config.job import AlphaBackground, Exif
 from robust_tf.data.orientation import jpeg_orientation, turned
 from robust_tf.data.transparency import on_background, opaque_gif
 
-# libjpeg's exact inverse DCT, as Pillow takes it. TensorFlow's default differs from that by one grey level on average.
+# libjpeg's exact inverse DCT, as Pillow takes it. TensorFlow's default differs from that by one gray level on average.
 _DCT = "INTEGER_ACCURATE"
 
 
@@ -48,7 +48,7 @@ AS_STORED = Decoding()
 def decode(encoded: tf.Tensor, decoding: Decoding = AS_STORED) -> tf.Tensor:
     """JPEG, PNG, GIF (first frame), BMP or WebP (not animated) bytes, a scalar string -> (height, width, 3) uint8.
 
-    Grey is repeated to RGB, CMYK converted, 16 bits reduced to 8. `decoding` says how transparency and EXIF rotation
+    Gray is repeated to RGB, CMYK converted, 16 bits reduced to 8. `decoding` says how transparency and EXIF rotation
     are treated. A BMP has no transparency: most programs ignore its fourth channel.
     """
     image = tf.cond(
@@ -125,7 +125,7 @@ def _decode_bmp(encoded: tf.Tensor) -> tf.Tensor:
     header = tf.cast(tf.io.decode_raw(tf.strings.substr(encoded, 0, 54), tf.uint8, fixed_length=56), tf.int32)
 
     def with_palette() -> tf.Tensor:
-        # TensorFlow takes the numbers of the colours for shades of grey, without a word.
+        # TensorFlow takes the numbers of the colors for shades of gray, without a word.
         start = 14 + header[14] + 256 * header[15]  # behind both headers; the second one says how long it is
         start = tf.minimum(start, tf.strings.length(encoded))
         palette = tf.reshape(tf.io.decode_raw(tf.strings.substr(encoded, start, 4 * 256), tf.uint8), (-1, 4))
@@ -248,7 +248,7 @@ def _resize_first_axis(
 
 
 def evaluation_transform(image: tf.Tensor, *, image_size: int, resize_size: int) -> tf.Tensor:
-    """Shorter side to `resize_size` (antialiased bilinear), then the `image_size` square in the centre.
+    """Shorter side to `resize_size` (antialiased bilinear), then the `image_size` square in the center.
 
     Args:
         image: (height, width, 3) uint8.

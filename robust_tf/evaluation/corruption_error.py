@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from robust_tf.data.tfds_preparation import no_folders_left_behind
 from robust_tf.errors import UserError
 from robust_tf.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from robust_tf.evaluation.predicting import Predict
+from robust_tf.evaluation.prediction import Predict
 from robust_tf.evaluation.subject import Images, Subject, chosen_images, chosen_positions
 
 CorruptionSource = Literal["auto", "computed", "tfds"]
@@ -112,7 +113,9 @@ def _prepared_builders(dataset: str, data_dir: str) -> dict[tuple[str, int], tfd
     for name in CORRUPTIONS:
         for severity in SEVERITIES:
             config = f"{corrupted_set.spellings.get(name, name)}_{severity}"
-            builder = tfds.builder(f"{corrupted_set.name}/{config}:{corrupted_set.version}", data_dir=data_dir or None)
+            reference = f"{corrupted_set.name}/{config}:{corrupted_set.version}"
+            with no_folders_left_behind():
+                builder = tfds.builder(reference, data_dir=data_dir or None)
             if not builder.is_prepared():
                 return None
             builders[name, severity] = builder

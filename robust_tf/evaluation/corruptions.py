@@ -28,7 +28,7 @@ _SMALL_SIDE, _LARGE_SIDE = 32, 224  # the sizes that the published severities we
 def corrupt(images: np.ndarray, name: str, severity: int, *, ids: Sequence[int], seed: int = 0) -> np.ndarray:
     """Corrupted copies of images.
 
-    An image whose channels are equal stays grey: its noise is drawn once and not for each channel.
+    An image whose channels are equal stays gray: its noise is drawn once and not for each channel.
 
     Args:
         images: (batch, size, size, 3) float in [0, 1].
@@ -58,8 +58,8 @@ def corrupt(images: np.ndarray, name: str, severity: int, *, ids: Sequence[int],
     results = []
     for image, identity in zip(images, ids, strict=True):
         rng = np.random.default_rng([seed, number, severity, int(identity)])
-        grey = np.ptp(image, axis=-1).max() == 0
-        pixels = np.asarray(image[..., :1] if grey else image, np.float64)
+        gray = np.ptp(image, axis=-1).max() == 0
+        pixels = np.asarray(image[..., :1] if gray else image, np.float64)
         result = corruption.function(pixels, parameters, unit, rng)
         results.append(np.broadcast_to(result, image.shape))
     return (np.round(np.clip(np.stack(results), 0.0, 1.0) * 255.0) / 255.0).astype(np.float32)
@@ -148,7 +148,7 @@ def _fog(image: np.ndarray, parameters: Any, unit: float, rng: np.random.Generat
 
 
 def _brightness(image: np.ndarray, added: float, unit: float, rng: np.random.Generator) -> np.ndarray:
-    # HSV with a higher value: hue and saturation stay, and black, which has neither, becomes grey.
+    # HSV with a higher value: hue and saturation stay, and black, which has neither, becomes gray.
     value = image.max(axis=-1, keepdims=True)
     raised = np.minimum(value + added, 1.0)
     return np.where(value > 0, image / np.where(value > 0, value, 1.0), 1.0) * raised
@@ -163,8 +163,8 @@ def _elastic_transform(image: np.ndarray, parameters: Any, unit: float, rng: np.
     strength, smoothness, tilt = (value * image.shape[0] for value in parameters)
     side = image.shape[0]
     # A random affine map, given by where three points go, then a smooth random displacement.
-    centre, arm = side // 2, side // 3
-    corners = np.array([[centre + arm, centre + arm], [centre + arm, centre - arm], [centre - arm, centre - arm]])
+    center, arm = side // 2, side // 3
+    corners = np.array([[center + arm, center + arm], [center + arm, center - arm], [center - arm, center - arm]])
     moved = corners + rng.uniform(-tilt, tilt, size=(3, 2))
     affine = np.linalg.solve(np.hstack([moved, np.ones((3, 1))]), corners)  # backwards: from the result to the image
     rows, columns = np.indices((side, side))
@@ -222,9 +222,9 @@ def _smeared(image: np.ndarray, radius: float, sigma: float, degrees: float) -> 
 
 
 def _zoomed(image: np.ndarray, zoom: float) -> np.ndarray:
-    """The centre, enlarged to the size of the image."""
-    centre = (image.shape[0] - 1) / 2
-    offset = centre - centre / zoom
+    """The center, enlarged to the size of the image."""
+    center = (image.shape[0] - 1) / 2
+    offset = center - center / zoom
     matrix = np.array([1 / zoom, 1 / zoom, 1.0])
     return ndimage.affine_transform(image, matrix, (offset, offset, 0.0), order=1, mode="nearest")
 

@@ -62,7 +62,7 @@ def save_reliability(path: pathlib.Path, calibrations: dict[str, Calibration]) -
     figure, (axes, counts) = pyplot.subplots(
         2, 1, figsize=(5, 6), layout="constrained", sharex=True, height_ratios=(3, 1)
     )
-    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="perfectly calibrated")
+    axes.plot([0, 1], [0, 1], color="gray", linestyle="--", label="perfectly calibrated")
     width = 1.0 / (len(calibrations) + 0.25)
     for position, (name, bins) in enumerate(calibrations.items()):
         filled = bins.counts > 0
@@ -125,7 +125,7 @@ def _wrapped(name: str, length: int) -> str:
 
 
 def magnified(perturbation: np.ndarray) -> np.ndarray:
-    """A perturbation around grey, stretched so that its largest value reaches 0 or 1."""
+    """A perturbation around gray, stretched so that its largest value reaches 0 or 1."""
     return 0.5 + 0.5 * perturbation / (np.abs(perturbation).max() or 1.0)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from robust_tf.attacks.cascade import CLEAN
 from robust_tf.attacks.table import title_of
-from robust_tf.evaluation.attacking import Robustness, unattacked
 from robust_tf.evaluation.calibration import Calibration
 from robust_tf.evaluation.figures import Curve, magnified, save_curve, save_reliability, save_sheet
+from robust_tf.evaluation.robustness import Robustness, unattacked
 from robust_tf.evaluation.subject import Images, Subject, short_names
 from robust_tf.statistics import wilson_interval
 

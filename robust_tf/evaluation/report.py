@@ -11,8 +11,8 @@ from rich.table import Table
 
 import robust_tf
 from robust_tf.attacks.table import title_of
-from robust_tf.evaluation.attacking import Robustness
 from robust_tf.evaluation.calibration import Calibration
+from robust_tf.evaluation.robustness import Robustness
 from robust_tf.evaluation.subject import Images, Subject, short_names
 from robust_tf.statistics import wilson_interval
 

@@ -92,7 +92,7 @@ def _data(job: FinishedJob) -> str:
     results = job.results
     info = dataset_info(results["dataset"])
     about = f" {info.homepage}" if info.homepage else ""
-    licence = info.licence or "not stated"
+    licence = info.license or "not stated"
     return (
         f"{results['dataset']}: {results['num_train_images']:,} training, {results['num_validation_images']:,} "
         f"validation and {results['num_test_images']:,} test images.{about} License of the images: {licence}; of the "

@@ -14,9 +14,9 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def jpeg(number: int, *, grey: bool = False) -> bytes:
+def jpeg(number: int, *, gray: bool = False) -> bytes:
     """A JPEG of 12x16 pixels, another one for each number below 1,000."""
-    pixels = np.random.default_rng(number).integers(0, 256, (12, 16) if grey else (12, 16, 3)).astype(np.uint8)
+    pixels = np.random.default_rng(number).integers(0, 256, (12, 16) if gray else (12, 16, 3)).astype(np.uint8)
     return encoded(Image.fromarray(pixels), "JPEG")
 
 

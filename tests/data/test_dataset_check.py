@@ -22,7 +22,7 @@ def test_a_prepared_data_set(data_dir):
     assert diagnosis.state == "ready" and not diagnosis.advice
     assert f"in {data_dir / 'digits' / '1.0.0'}, 0." in diagnosis.facts[0]
     assert diagnosis.facts[1] == "10 classes, 1,000 training and 797 test images"
-    assert "licence: CC BY 4.0" in diagnosis.facts[2]
+    assert "license: CC BY 4.0" in diagnosis.facts[2]
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -20,7 +20,7 @@ def test_the_papers_twelve_and_three_more():
 @pytest.mark.parametrize("name", DATASETS)
 def test_rows_are_filled_in(name):
     info = DATASETS[name]
-    assert info.licence and info.homepage.startswith("http") and info.num_classes
+    assert info.license and info.homepage.startswith("http") and info.num_classes
     assert info.download_size or name == "digits"
     assert (info.num_train and info.num_test) or name == "birdsnap"
     assert info.metric == ("mean_per_class_accuracy" if name in PER_CLASS else "accuracy")

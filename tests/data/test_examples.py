@@ -20,7 +20,7 @@ PER_CLASS = 20
 
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
-    """Two classes of small JPEG files, each image of its own colour."""
+    """Two classes of small JPEG files, each image of its own color."""
     rng = np.random.default_rng(0)
     for part, count in (("train", PER_CLASS), ("test", 4)):
         for name in ("cat", "dog"):

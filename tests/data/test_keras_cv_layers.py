@@ -49,7 +49,7 @@ def test_a_larger_magnitude_changes_more():
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_labels_are_the_shares_of_the_pixels(kind):
-    """Each class is a colour, so the mixture of colours is the label."""
+    """Each class is a color, so the mixture of colors is the label."""
     labels = tf.constant([0, 1, 2, 0, 1, 2, 2, 1])
     images = tf.tile(tf.one_hot(labels, 3)[:, None, None, :], (1, 12, 18, 1))
     mixed, shares = mix(images, labels, seed(1), kind=kind, num_classes=3)

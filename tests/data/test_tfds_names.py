@@ -10,7 +10,7 @@ from robust_tf.errors import UserError
 
 
 class _Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Grey 4x4 images; `SPLITS` has the labels of each split."""
+    """Gray 4x4 images; `SPLITS` has the labels of each split."""
 
     VERSION = tfds.core.Version("1.0.0")
     SPLITS: dict[str, list[int]]
@@ -43,7 +43,7 @@ class SmallChallenge(_Small):
     SPLITS = {"train": [0, 1, 2] * 4, "validation": [0, 1, 2], "test": [-1] * 5}
 
 
-class SmallUnlabelled(_Small):
+class SmallUnlabeled(_Small):
     SPLITS = {"train": [0, 1, -1, 2] * 3, "test": [0, 1, 2]}
 
 
@@ -68,7 +68,7 @@ class SmallText(_Small):
 
 
 class _SmallFloats(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Grey 4x4 float32 images, each of one shade."""
+    """Gray 4x4 float32 images, each of one shade."""
 
     VERSION = tfds.core.Version("1.0.0")
     SHADES: list[float]
@@ -186,7 +186,7 @@ def test_records_are_named_by_their_id(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("small_unlabelled", r"must be 0 to 2.*Received: label -1 of small_unlabelled-train.*and 2 more"),
+        ("small_unlabeled", r"must be 0 to 2.*Received: label -1 of small_unlabeled-train.*and 2 more"),
         ("small_incomplete", r"test part of tfds:small_incomplete. Received: none of 1\..*--classes=0,2"),
         ("small_test_only", r"no training split. Received: test"),
         ("small_text", r"no image classification data set.*text \(Text\)"),

@@ -46,7 +46,7 @@ def test_small_images_are_not_changed():
     np.testing.assert_allclose(ours, image / 255.0, atol=1e-6)
 
 
-def grey_16_bit() -> Image.Image:
+def gray_16_bit() -> Image.Image:
     return Image.fromarray((np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16))
 
 
@@ -56,12 +56,12 @@ def grey_16_bit() -> Image.Image:
         (Image.new("L", (20, 30), 77), "PNG"),
         (Image.new("RGBA", (20, 30), (10, 20, 30, 128)), "PNG"),
         (Image.new("CMYK", (20, 30), (0, 50, 100, 0)), "JPEG"),
-        (grey_16_bit(), "PNG"),
+        (gray_16_bit(), "PNG"),
         (Image.new("RGB", (1, 1), (255, 0, 0)), "PNG"),
         (Image.new("RGB", (20, 30), (1, 2, 3)), "BMP"),
         (Image.new("P", (20, 30)), "GIF"),
     ],
-    ids=["grey", "alpha", "cmyk", "16-bit", "one pixel", "bmp", "gif"],
+    ids=["gray", "alpha", "cmyk", "16-bit", "one pixel", "bmp", "gif"],
 )
 def test_every_kind_of_image_becomes_rgb(image, kind):
     pixels = decode(tf.constant(encoded(image, kind)))
@@ -72,9 +72,9 @@ def test_every_kind_of_image_becomes_rgb(image, kind):
     assert 0 <= float(tf.reduce_min(result)) <= float(tf.reduce_max(result)) <= 1
 
 
-def test_grey_is_repeated_and_alpha_dropped():
-    grey = decode(tf.constant(encoded(Image.new("L", (4, 4), 77), "PNG"))).numpy()
-    assert (grey == 77).all()
+def test_gray_is_repeated_and_alpha_dropped():
+    gray = decode(tf.constant(encoded(Image.new("L", (4, 4), 77), "PNG"))).numpy()
+    assert (gray == 77).all()
     alpha = decode(tf.constant(encoded(Image.new("RGBA", (4, 4), (10, 20, 30, 128)), "PNG"))).numpy()
     assert (alpha == (10, 20, 30)).all()
 
@@ -106,7 +106,7 @@ SECOND_FRAME = {"save_all": True, "append_images": [Image.new("RGB", (40, 30), (
         "lossy RGBA WebP",
         "animated GIF",
         "RGBA BMP",
-        "grey BMP",
+        "gray BMP",
         "palette BMP",
     ],
 )
@@ -133,7 +133,7 @@ def test_what_cannot_be_decoded_is_an_error_of_the_decoder(data):
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (2, 5_000)], ids=str)
-def test_of_a_thin_image_only_the_square_in_the_centre_is_made(size):
+def test_of_a_thin_image_only_the_square_in_the_center_is_made(size):
     """The whole of it, 256 pixels high, would take up to 24 GB."""
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     ours = evaluation_transform(tf.constant(image), image_size=224, resize_size=256).numpy() * 255
@@ -208,7 +208,7 @@ def test_jpegs_are_decoded_as_pillow_does(mode, options):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("window", [(33, 57, 200, 301), (0, 0, 427, 640), (5, 9, 3, 3), (426, 639, 1, 1)])
 def test_a_window_of_a_jpeg_is_that_part_of_the_image(mode, window):
-    """On its outermost pixels the colours, which are stored at half the resolution, are interpolated differently."""
+    """On its outermost pixels the colors, which are stored at half the resolution, are interpolated differently."""
     data = tf.constant(jpeg(mode))
     top, left, height, width = window
     ours = Picture(data).crop(*map(tf.constant, window)).numpy().astype(int)

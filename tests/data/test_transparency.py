@@ -13,14 +13,14 @@ from robust_tf.errors import UserError
 from tests.data.images import encoded
 
 RGBA = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 4)).astype(np.uint8))
-RGB, GREY, PALETTE = RGBA.convert("RGB"), RGBA.convert("L"), RGBA.convert("RGB").quantize(16)
+RGB, GRAY, PALETTE = RGBA.convert("RGB"), RGBA.convert("L"), RGBA.convert("RGB").quantize(16)
 OTHER_FRAME = {"save_all": True, "append_images": [RGB.rotate(180).quantize(32)], "loop": 0}
 PICTURES = {
     "RGBA PNG": encoded(RGBA, "PNG"),
     "LA PNG": encoded(RGBA.convert("LA"), "PNG"),
     "palette PNG": encoded(PALETTE, "PNG", transparency=3),
     "PNG with a transparent color": encoded(RGB, "PNG", transparency=RGB.getpixel((5, 5))),
-    "grey PNG with a transparent shade": encoded(GREY, "PNG", transparency=GREY.getpixel((5, 5))),
+    "gray PNG with a transparent shade": encoded(GRAY, "PNG", transparency=GRAY.getpixel((5, 5))),
     "opaque PNG": encoded(RGB, "PNG"),
     "lossless WebP": encoded(RGBA, "WEBP", lossless=True),
     "opaque WebP": encoded(RGB, "WEBP"),

@@ -20,7 +20,7 @@ from robust_tf.evaluation.subject import Images
 
 
 def picture(size: int) -> np.ndarray:
-    """A colour image with smooth areas, an edge and texture."""
+    """A color image with smooth areas, an edge and texture."""
     y, x = np.mgrid[:size, :size] / size
     image = np.stack([0.2 + 0.6 * x, 0.3 + 0.4 * y, 0.5 + 0.3 * np.sin(20 * x * y)], axis=-1)
     image[size // 3 : 3 * size // 5, size // 5 : size // 2] = (0.9, 0.2, 0.1)
@@ -62,10 +62,10 @@ def test_the_draw_belongs_to_the_image_and_not_to_its_batch():
     assert np.any(corrupt(images[1:2], "snow", 3, ids=[6], seed=2) != alone)
 
 
-def test_a_grey_image_stays_grey():
-    grey = np.repeat(picture(16)[..., :1], 3, axis=-1)
+def test_a_gray_image_stays_gray():
+    gray = np.repeat(picture(16)[..., :1], 3, axis=-1)
     for name in CORRUPTIONS:
-        result = corrupt(grey, name, 4, ids=[0])
+        result = corrupt(gray, name, 4, ids=[0])
         assert np.ptp(result, axis=-1).max() == 0, name
 
 

@@ -20,7 +20,7 @@ from robust_tf.attacks import CascadeState, pgd
 from robust_tf.attacks.table import PASSES
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
-from robust_tf.evaluation import attacking
+from robust_tf.evaluation import robustness
 from robust_tf.evaluation.settings import EvaluateConfig
 from robust_tf.flags import parse_flags
 from robust_tf.models import load_classifier
@@ -171,7 +171,7 @@ def test_a_finished_part_is_not_run_again_and_others_can_be_added(flags, tmp_pat
     evaluate.main(flags("added", epsilon="0.25,0.5", num_images=20))
     both, added = ((tmp_path / name / "evaluation.json").read_text() for name in ("both", "added"))
     assert both == added
-    monkeypatch.setattr(attacking, "cascade", None)  # would fail when called
+    monkeypatch.setattr(robustness, "cascade", None)  # would fail when called
     evaluate.main(flags("added", epsilon="0.25,0.5", num_images=20))
     assert (tmp_path / "added" / "evaluation.json").read_text() == added
 
@@ -197,21 +197,21 @@ def test_the_work_ahead_is_that_of_the_images_that_will_resist():
     """1,000 images, 100 of them wrong; of the first 300 under FGSM a third has fallen: 600 are expected under PGD."""
     fallen = ("clean",) * 100 + ("fgsm",) * 100 + ("",) * 800
     state = CascadeState(run={"attacks": ["fgsm", "pgd"]}, felled_by=fallen, attack=1, images_done=300)
-    done, ahead = attacking.passes_of(state, epsilons_left=2)
+    done, ahead = robustness.passes_of(state, epsilons_left=2)
     fgsm, pgd = PASSES["fgsm"], PASSES["pgd"]
     assert done == 300 * fgsm
     assert ahead == 600 * fgsm + 600 * pgd + 2 * 600 * (fgsm + pgd)
     start = dataclasses.replace(state, felled_by=("",) * 1000, attack=0, images_done=0)
-    assert attacking.passes_of(start) == (0, 1000 * (fgsm + pgd))
+    assert robustness.passes_of(start) == (0, 1000 * (fgsm + pgd))
     finished = dataclasses.replace(state, felled_by=fallen[:200] + ("pgd",) * 800, attack=3, images_done=0)
-    assert attacking.passes_of(finished, epsilons_left=1) == (900 * fgsm + 800 * pgd, 0)
+    assert robustness.passes_of(finished, epsilons_left=1) == (900 * fgsm + 800 * pgd, 0)
 
 
 @pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys):
     settings = {"attack": "fgsm+pgd", "epsilon": "0.25,1", "batch_size": 24, "corruptions": "true"}
     evaluate.main(flags("whole", **settings))
-    keep = attacking.StateFile.keep
+    keep = robustness.StateFile.keep
     for stop_after in (1, 5):
         left = [stop_after]
 
@@ -221,7 +221,7 @@ def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys)
             if not left[0]:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(attacking.StateFile, "keep", keep_and_stop)
+        monkeypatch.setattr(robustness.StateFile, "keep", keep_and_stop)
         with pytest.raises(SystemExit):
             evaluate.main(flags("parts", **settings))
         monkeypatch.undo()

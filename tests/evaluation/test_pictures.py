@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from robust_tf.evaluation.attacking import Robustness
 from robust_tf.evaluation.pictures import drawn_examples, kept_examples
+from robust_tf.evaluation.robustness import Robustness
 from robust_tf.evaluation.subject import Images
 
 # 40 images of 4 classes one after the other, as a folder has them; every fifth is wrong without an attack.

@@ -12,7 +12,7 @@ _URL = "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircra
 
 
 class FgvcAircraft(ImageBuilder):
-    """10,000 photographs of aircraft, labelled by variant (100 of them); the banner at the bottom is left in."""
+    """10,000 photographs of aircraft, labeled by variant (100 of them); the banner at the bottom is left in."""
 
     VERSION = tfds.core.Version("1.0.0")
     HOMEPAGE = "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/"

@@ -10,7 +10,7 @@ _NUM_TRAIN = 1_000
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """1,797 grey 8x8 images of the digits 0-9: the first 1,000 in scikit-learn's order train, the other 797 test."""
+    """1,797 gray 8x8 images of the digits 0-9: the first 1,000 in scikit-learn's order train, the other 797 test."""
 
     VERSION = tfds.core.Version("1.0.0")
 

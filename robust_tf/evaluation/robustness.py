@@ -7,7 +7,7 @@ import numpy as np
 
 from robust_tf.attacks.cascade import CLEAN, CascadeState, CompiledAttacks, cascade
 from robust_tf.attacks.table import PASSES
-from robust_tf.evaluation.state import StateFile
+from robust_tf.evaluation.state_file import StateFile
 from robust_tf.evaluation.subject import Images
 
 

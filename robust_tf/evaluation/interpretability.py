@@ -39,15 +39,15 @@ def input_gradients(classifier: keras.Model, images: np.ndarray, labels: np.ndar
 
 
 def gradient_pictures(gradients: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Gradients as pictures: 0 is grey, three standard deviations are black and white. Shapes as in the arguments.
+    """Gradients as pictures: 0 is gray, three standard deviations are black and white. Shapes as in the arguments.
 
-    The gradients of a grey image are summed over the channels: they move together.
+    The gradients of a gray image are summed over the channels: they move together.
 
     Source of the scaling: Tsipras et al. 2019, arXiv 1805.12152, appendix.
     """
     pictures = np.empty_like(gradients)
     for index, (gradient, image) in enumerate(zip(gradients, images, strict=True)):
-        if is_grey(image):
+        if is_gray(image):
             gradient = np.broadcast_to(gradient.sum(axis=-1, keepdims=True), gradient.shape)
         pictures[index] = np.clip(0.5 + 0.5 * gradient / (3.0 * gradient.std() or 1.0), 0.0, 1.0)
     return pictures
@@ -64,8 +64,8 @@ def edge_alignment(gradients: np.ndarray, images: np.ndarray) -> float:
         gradients, images: (batch, height, width, 3).
     """
     # Less than a pixel of smoothing: the images are small.
-    sigmas, grey = (0.0, 0.7, 0.7), images.mean(axis=-1)
-    vertical, horizontal = (ndimage.gaussian_filter(grey, sigmas, order=order) for order in ((0, 1, 0), (0, 0, 1)))
+    sigmas, gray = (0.0, 0.7, 0.7), images.mean(axis=-1)
+    vertical, horizontal = (ndimage.gaussian_filter(gray, sigmas, order=order) for order in ((0, 1, 0), (0, 0, 1)))
     edges = np.hypot(vertical, horizontal).reshape(len(images), -1)
     magnitudes = np.abs(gradients.sum(axis=-1)).reshape(len(images), -1)
     edges = edges - edges.mean(axis=1, keepdims=True)
@@ -74,7 +74,7 @@ def edge_alignment(gradients: np.ndarray, images: np.ndarray) -> float:
     return float(np.mean((edges * magnitudes).sum(axis=1) / np.maximum(norms, 1e-30)))
 
 
-def inverted(
+def invert_features(
     classifier: keras.Model,
     images: np.ndarray,
     start: np.ndarray,
@@ -84,9 +84,9 @@ def inverted(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images that have the features of others: the start, moved until its representation is that of `images`.
 
-    Solves min over points in [0, 1] of ||R(points) - R(images)|| / ||R(images)|| by normalised gradient descent whose
+    Solves min over points in [0, 1] of ||R(points) - R(images)|| / ||R(images)|| by normalized gradient descent whose
     step falls linearly to 0. A robust representation gives images that look like the target; a standard one does not.
-    Where all the images are grey, the points stay as grey as they start.
+    Where all the images are gray, the points stay as gray as they start.
 
     Args:
         classifier: [0, 1] images to logits; R is `features_of` it.
@@ -102,7 +102,7 @@ def inverted(
     Source: Engstrom et al. 2019, arXiv 1906.00945, equation 4.
     """
     representation = features_of(classifier)
-    grey = is_grey(images)
+    gray = is_gray(images)
     first_length = math.sqrt(images[0].size) / 400 if step_size is None else step_size
 
     @tf.function
@@ -119,7 +119,7 @@ def inverted(
                 tape.watch(points)
                 total = _GRADIENT_SCALE * tf.reduce_sum(distance(points))
             gradient = tape.gradient(total, points)
-            if grey:
+            if gray:
                 gradient = tf.zeros_like(gradient) + tf.reduce_mean(gradient, axis=-1, keepdims=True)
             norm = tf.sqrt(tf.reduce_sum(gradient**2, axis=(1, 2, 3), keepdims=True))
             length = first_length * (1.0 - tf.cast(index, tf.float32) / steps)
@@ -143,7 +143,7 @@ def large_perturbations(
     return run(tf.constant(images), tf.constant(labels)).numpy()
 
 
-def is_grey(images: np.ndarray) -> bool:
+def is_gray(images: np.ndarray) -> bool:
     """Whether the channels (the last axis) are equal everywhere."""
     return float(np.ptp(images, axis=-1).max()) == 0.0
 

@@ -11,12 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from robust_tf import visualize
 from robust_tf.attacks import AttackConfig
 from robust_tf.errors import UserError
-from robust_tf.evaluation.inside import (
+from robust_tf.evaluation.interpretability import (
     edge_alignment,
     features_of,
     gradient_pictures,
     input_gradients,
-    inverted,
+    invert_features,
     large_perturbations,
 )
 
@@ -42,14 +42,14 @@ def test_gradients_of_a_linear_classifier():
     np.testing.assert_allclose(input_gradients(linear(weights), images, labels), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_pictures_are_grey_where_the_gradient_is_zero():
+def test_gradient_pictures_are_gray_where_the_gradient_is_zero():
     gradients = np.zeros((2, 8, 8, 3), np.float32)
     gradients[:, 2, 3] = (1.0, -1.0, 3.0)
-    grey = np.repeat(random(0, 1, 8, 8, 1), 3, axis=-1)
-    coloured, summed = gradient_pictures(gradients, np.concatenate([random(1, 1, 8, 8, 3), grey]))
-    assert np.all(coloured[0] == 0.5) and coloured[2, 3, 0] > 0.5 > coloured[2, 3, 1]
+    gray = np.repeat(random(0, 1, 8, 8, 1), 3, axis=-1)
+    colored, summed = gradient_pictures(gradients, np.concatenate([random(1, 1, 8, 8, 3), gray]))
+    assert np.all(colored[0] == 0.5) and colored[2, 3, 0] > 0.5 > colored[2, 3, 1]
     assert np.ptp(summed[2, 3]) == 0 and summed[2, 3, 0] > 0.5
-    assert np.all(gradient_pictures(np.zeros((1, 8, 8, 3)), grey) == 0.5)
+    assert np.all(gradient_pictures(np.zeros((1, 8, 8, 3)), gray) == 0.5)
 
 
 def test_gradients_on_the_edges_are_told_from_others():
@@ -74,17 +74,17 @@ def test_features_are_those_before_the_head():
 
 def test_an_invertible_representation_gives_the_image_back():
     images, start = random(0, 2, 4, 4, 3), random(1, 2, 4, 4, 3)
-    found, left = inverted(linear(random(2, 4, 4, 3, 2)), images, start, steps=300, step_size=0.1)
+    found, left = invert_features(linear(random(2, 4, 4, 3, 2)), images, start, steps=300, step_size=0.1)
     np.testing.assert_allclose(found, images, atol=0.01)
     assert left.shape == (2,) and np.all(left < 0.01)
     assert found.min() >= 0 and found.max() <= 1
 
 
-def test_grey_images_are_sought_among_the_grey():
+def test_gray_images_are_sought_among_the_gray():
     images = np.repeat(random(0, 2, 4, 4, 1), 3, axis=-1)
     start = np.full_like(images, 0.5)
     weights = random(2, 4, 4, 3, 2)
-    found, _ = inverted(linear(weights), images, start, steps=20)
+    found, _ = invert_features(linear(weights), images, start, steps=20)
     assert np.ptp(found, axis=-1).max() < 1e-6 and np.abs(found - start).max() > 0.01
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from robust_tf.errors import UserError
-from robust_tf.evaluation.state import StateFile
+from robust_tf.evaluation.state_file import StateFile
 
 IDENTITY = {"--seed": 0, "weights of --classifier": "1f" * 32, "sizes": (1, 2)}
 
