@@ -1,4 +1,4 @@
-"""Packaging of robust_tf. The lower bounds are the versions that the test-suite has been run with."""
+"""Packaging of robust_tf. The lower bounds are the versions that the tests have been run with."""
 
 import pathlib
 import re
@@ -49,6 +49,7 @@ setup(
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )
