@@ -13,11 +13,16 @@ import keras
 import numpy as np
 import pytest
 
-from robust_tf import evaluate, export, train, visualize
+from robust_tf import evaluate, export, train
 from robust_tf.attacks import AttackConfig, AttackWarning, pgd
+from robust_tf.config.evaluation import EvaluateConfig
 from robust_tf.config.job import JobConfig
+from robust_tf.config.visualization import VisualizeConfig
 from robust_tf.errors import UserError
-from robust_tf.evaluation.settings import EvaluateConfig
+from robust_tf.evaluation import run
+from robust_tf.evaluation.state_file import StateFile
+from robust_tf.evaluation.subject import draw_images
+from robust_tf.evaluation.visualization import run_visualization
 from robust_tf.models import features_of, load_classifier, save_classifier
 from robust_tf.serving.model.session import LoadedModel
 from robust_tf.training import AdversarialTrainer
@@ -73,18 +78,18 @@ def run_evaluate(saved: Saved, data_dir: pathlib.Path) -> None:
         norm="l2",
         epsilon=(2.0,),
     )
-    subject = evaluate.load(config, config.classifier)
-    images = evaluate.draw_images(subject.task, count=12, seed=0)
-    state_file = evaluate.StateFile(saved.path.with_name("state.json"), {})
-    measured = evaluate.measure(config, subject, images, state_file)
+    subject = run.load(config, config.classifier)
+    images = draw_images(subject.task, count=12, seed=0)
+    state_file = StateFile(saved.path.with_name("state.json"), {})
+    measured = run.measure(config, subject, images, state_file)
     assert measured.logits.shape == (12, saved.form.num_classes)
     (attacked,) = measured.robustness
     assert not set(attacked.warnings) & {"zero_gradients", "probabilities"}
 
 
 def run_visualize(saved: Saved, data_dir: pathlib.Path) -> None:
-    visualize.run(
-        visualize.VisualizeConfig(
+    run_visualization(
+        VisualizeConfig(
             classifier=str(saved.path),
             dataset="digits",
             classes=saved.classes,
