@@ -29,7 +29,7 @@ from robust_tf.console import console, meter  # noqa: E402
 from robust_tf.evaluation import report  # noqa: E402
 from robust_tf.evaluation.attacking import Robustness, attack_epsilons, unattacked  # noqa: E402
 from robust_tf.evaluation.calibration import calibration  # noqa: E402
-from robust_tf.evaluation.comparison import compared, comparison_lines  # noqa: E402
+from robust_tf.evaluation.comparison import compare_classifiers, comparison_lines  # noqa: E402
 from robust_tf.evaluation.corruption_error import (  # noqa: E402
     corrupted_images,
     error_of,
@@ -80,7 +80,7 @@ def run(config: EvaluateConfig) -> None:
     except KeyboardInterrupt:
         console.print(f"Interrupted. What was done is saved in {config.folder}; the same command goes on there.")
         raise SystemExit(130) from None
-    comparison = compared(measured)
+    comparison = compare_classifiers(measured)
     entries = [entry_of(config, each, measured[-1]) for each in measured]
     for each in measured:
         print_warnings(each)

@@ -19,7 +19,7 @@ LAYERS = [
     {"attacks", "data", "models", "results"},
     {"config"},
     {"flags", "console"},
-    {"errors", "files", "environment", "keras_backend", "statistics"},
+    {"errors", "files", "environment", "json_records", "keras_backend", "statistics"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
