@@ -259,7 +259,12 @@ class JobResults(Record):
             path: Path of the file, for messages.
 
         Raises:
-            UserError: A value is of another type than a training job writes, or a newer version wrote the file.
+            UserError: A value has another type than a training job writes, or a newer version wrote the file.
+
+        Example:
+            >>> results = JobResults.from_json({"clean_accuracy": 0.8, "clean_accuracy_interval": [0.711, 0.867]})
+            >>> results.figure("clean_accuracy").in_words
+            '80.0% (71.1% to 86.7%)'
         """
         if not isinstance(content, Mapping):
             raise _wrong(type(content).__name__, path)

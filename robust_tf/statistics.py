@@ -96,7 +96,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> PairedDifference
         >>> first = np.repeat([True, False], [90, 10])
         >>> second = np.repeat([True, False], [70, 30])
         >>> in_words(paired_difference(first, second))
-        '+20.0 points (95 % +11.6 to +27.6, p < 0.001)'
+        '+20.0 points (95 % +11.4 to +27.8, p < 0.001)'
 
     Sources: McNemar 1947, Psychometrika 12(2), 153-157; Bonett and Price 2012, Journal of Educational and Behavioral
     Statistics 37(4), 479-488, which Fagerland et al. 2014, Statistics in Medicine 33(16), 2850-2875, recommend.
