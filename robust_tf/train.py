@@ -47,7 +47,7 @@ from robust_tf.reporting import REPORT, write_examples, write_history, write_rep
 from robust_tf.reporting.next_commands import next_commands, served_name  # noqa: E402
 from robust_tf.serving.publish.export import export_classifier, model_folder, readers_of  # noqa: E402
 from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results  # noqa: E402
-from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
+from robust_tf.training.checkpoint import Checkpoints, TrainingProgress  # noqa: E402
 from robust_tf.training.distribution import PEER_LOST, begin_again, start_distribution  # noqa: E402
 from robust_tf.training.interruption import Interrupted, signals_raise  # noqa: E402
 from robust_tf.training.tensorboard import write_result  # noqa: E402
@@ -182,7 +182,7 @@ def run_job(config: JobConfig) -> Results:
         raise
     except Interrupted as interruption:
         state = Checkpoints(workdir / "checkpoints").latest()
-        progress = state.progress if state else Progress()
+        progress = state.progress if state else TrainingProgress()
         console.print(
             f"Interrupted. {progress.epochs_done} of {config.passes} epochs are saved in {workdir}, and "
             f"{progress.steps_done} steps of the next one; the same command goes on there."
@@ -197,7 +197,7 @@ def write_job(
     task: TaskData,
     classifier: keras.Model,
     evaluation: Evaluation,
-    progress: Progress,
+    progress: TrainingProgress,
     results: Results,
 ) -> None:
     """The files of a finished job."""

@@ -19,7 +19,7 @@ from robust_tf.job.head_fitting import HeadFit
 from robust_tf.job.patience import stopped_early
 from robust_tf.job.testing import Evaluation
 from robust_tf.statistics import in_words
-from robust_tf.training.checkpoint import Progress
+from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.transfer.stages import parameter_counts
 
 BASELINE = "baseline"  # the sub-folder of a workdir with the same job from the standard source
@@ -31,7 +31,7 @@ def job_results(
     task: TaskData,
     classifier: keras.Model,
     evaluation: Evaluation,
-    progress: Progress,
+    progress: TrainingProgress,
     head_fit: HeadFit | None = None,
 ) -> dict[str, Any]:
     """Everything that results.json holds; accuracies in [0, 1], intervals at 95 % (Wilson)."""

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from robust_tf.errors import UserError
-from robust_tf.training.checkpoint import Checkpoints, Progress, named_arrays
+from robust_tf.training.checkpoint import Checkpoints, TrainingProgress, named_arrays
 from robust_tf.training.distribution import Distribution
 from robust_tf.training.interruption import Interrupted, PendingSignal
 
@@ -65,7 +65,7 @@ class SaveProgress(keras.callbacks.Callback):
     def __init__(
         self,
         checkpoints: Checkpoints,
-        progress: Progress,
+        progress: TrainingProgress,
         *,
         select_by: str | None,
         every_steps: int | None,

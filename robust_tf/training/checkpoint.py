@@ -29,7 +29,7 @@ _KEPT_STATES = 2
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainingProgress:
     """How far a run is.
 
     Attributes:
@@ -68,7 +68,7 @@ class State:
         path: where it came from.
     """
 
-    progress: Progress
+    progress: TrainingProgress
     arrays: dict[str, np.ndarray]
     path: pathlib.Path
 
@@ -105,7 +105,7 @@ class Checkpoints:
     def exists(self) -> bool:
         return bool(self._states())
 
-    def save(self, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
+    def save(self, progress: TrainingProgress, arrays: dict[str, np.ndarray]) -> None:
         """Writes the whole state (`named_arrays`), reads it back, and only then lets go of older ones.
 
         Raises:
@@ -116,9 +116,9 @@ class Checkpoints:
 
     def save_best(self, epoch: int, arrays: dict[str, np.ndarray]) -> None:
         """Writes the weights of an epoch, to be called before the `save` whose progress names them the best."""
-        _write(self._best(epoch), Progress(best_epoch=epoch), arrays)
+        _write(self._best(epoch), TrainingProgress(best_epoch=epoch), arrays)
 
-    def best(self, progress: Progress) -> State:
+    def best(self, progress: TrainingProgress) -> State:
         """The weights of the best epoch."""
         return _read(self._best(progress.best_epoch))
 
@@ -145,7 +145,7 @@ class Checkpoints:
             raise UserError(f"{' '.join(damage)} Delete the folder {self._folder} to train from the start.")
         return None
 
-    def go_back_an_epoch(self, change: Progress) -> Progress:
+    def go_back_an_epoch(self, change: TrainingProgress) -> TrainingProgress:
         """Makes the newest state of the end of an epoch the latest one, with the rollbacks and alarms of `change`."""
         path = [path for path in self._states() if _position(path)[1] == 0][-1]
         state = _read(path)
@@ -156,7 +156,7 @@ class Checkpoints:
                 newer.unlink()
         return progress
 
-    def _save_state(self, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
+    def _save_state(self, progress: TrainingProgress, arrays: dict[str, np.ndarray]) -> None:
         path = self._folder / f"epoch{progress.epochs_done:04d}_step{progress.steps_done:07d}.npz"
         _write(path, progress, arrays)
 
@@ -219,7 +219,7 @@ def _digest(progress: str, arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _write(path: pathlib.Path, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
+def _write(path: pathlib.Path, progress: TrainingProgress, arrays: dict[str, np.ndarray]) -> None:
     text = json.dumps(dataclasses.asdict(progress))
     with replaced_atomically(path) as temporary:
         np.savez(temporary, progress=np.array(text), sha256=np.array(_digest(text, arrays)), **arrays)  # type: ignore[arg-type]
@@ -234,15 +234,15 @@ def _read(path: pathlib.Path) -> State:
         text, digest = str(arrays.pop("progress")), str(arrays.pop("sha256"))
         if _digest(text, arrays) != digest:
             raise ValueError("its content does not have its SHA-256")
-        return State(Progress(**json.loads(text)), arrays, path)
+        return State(TrainingProgress(**json.loads(text)), arrays, path)
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"Cannot read the checkpoint {path}: {error}.") from error
 
 
-def _read_progress(path: pathlib.Path) -> Progress:
+def _read_progress(path: pathlib.Path) -> TrainingProgress:
     """The progress alone, without its variables."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return Progress(**json.loads(str(archive["progress"])))
+            return TrainingProgress(**json.loads(str(archive["progress"])))
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"Cannot read the checkpoint {path}: {error}.") from error

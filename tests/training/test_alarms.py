@@ -18,7 +18,7 @@ from robust_tf.errors import UserError
 from robust_tf.job import fitting
 from robust_tf.models import build_classifier, load_classifier
 from robust_tf.training.alarms import Alarms, EndOnAlarm, Reading, TrainingAlarm, look
-from robust_tf.training.checkpoint import Checkpoints, Progress, named_arrays
+from robust_tf.training.checkpoint import Checkpoints, TrainingProgress, named_arrays
 from robust_tf.training.distribution import start_distribution
 from robust_tf.training.optimizers import build_optimizer
 from robust_tf.training.trainer import AdversarialTrainer
@@ -216,7 +216,7 @@ def fake_fit(monkeypatch, *, alarm_from_epoch: int) -> list[int]:
 
     def fit(config, classifier, task, workdir, checkpoints, distribution):
         state = checkpoints.latest()
-        progress = state.progress if state else Progress()
+        progress = state.progress if state else TrainingProgress()
         tries.append(progress.rollbacks)
         weights = named_arrays(classifier.variables)
         if not progress.epochs_done:

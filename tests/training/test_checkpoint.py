@@ -12,7 +12,7 @@ import pytest
 
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
-from robust_tf.training.checkpoint import Checkpoints, Progress, named_arrays
+from robust_tf.training.checkpoint import Checkpoints, TrainingProgress, named_arrays
 
 
 def trained_model(units: int = 3) -> keras.Model:
@@ -60,7 +60,7 @@ def names_in(folder) -> set[str]:
 
 def test_everything_comes_back(tmp_path):
     model = trained_model()
-    progress = Progress(epochs_done=2, best_epoch=1, best_value=0.5, best_loss=0.3, history=[{"loss": 1.0}] * 2)
+    progress = TrainingProgress(epochs_done=2, best_epoch=1, best_value=0.5, best_loss=0.3, history=[{"loss": 1.0}] * 2)
     Checkpoints(tmp_path).save(progress, arrays_of(model))
     other = trained_model()
     for variable in variables_of(other):
@@ -76,7 +76,7 @@ def test_best_is_kept_while_the_run_moves_on_and_for_as_long_as_a_state_names_it
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
     first = model.get_weights()
     checkpoints.save_best(0, named_arrays(model.variables))
-    checkpoints.save(Progress(epochs_done=1, best_epoch=0), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1, best_epoch=0), arrays_of(model))
     model.set_weights([weight + 1 for weight in first])
     checkpoints.save_best(1, named_arrays(model.variables))
     # As if killed here: the state that is there still names the first.
@@ -84,18 +84,18 @@ def test_best_is_kept_while_the_run_moves_on_and_for_as_long_as_a_state_names_it
     for ours, best in zip(model.get_weights(), first, strict=True):
         np.testing.assert_array_equal(ours, best)
     for epochs_done in (2, 3, 4):
-        checkpoints.save(Progress(epochs_done=epochs_done, best_epoch=1), arrays_of(model))
+        checkpoints.save(TrainingProgress(epochs_done=epochs_done, best_epoch=1), arrays_of(model))
     assert names_in(tmp_path) == {"best_epoch0001.npz", "epoch0003_step0000000.npz", "epoch0004_step0000000.npz"}
 
 
 def test_the_two_newest_and_the_last_end_of_an_epoch_are_kept(tmp_path):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
     for epochs_done, steps_done in [(1, 0), (2, 0), (2, 5), (2, 10), (2, 15)]:
-        checkpoints.save(Progress(epochs_done=epochs_done, steps_done=steps_done), arrays_of(model))
+        checkpoints.save(TrainingProgress(epochs_done=epochs_done, steps_done=steps_done), arrays_of(model))
     assert names_in(tmp_path) == {f"epoch0002_step00000{step}.npz" for step in ("00", "10", "15")}
-    change = Progress(rollbacks=1, alarms=["masked"])
+    change = TrainingProgress(rollbacks=1, alarms=["masked"])
     progress = checkpoints.go_back_an_epoch(change)
-    assert progress == Progress(epochs_done=2, rollbacks=1, alarms=["masked"]) == checkpoints.latest().progress
+    assert progress == TrainingProgress(epochs_done=2, rollbacks=1, alarms=["masked"]) == checkpoints.latest().progress
     assert names_in(tmp_path) == {"epoch0002_step0000000.npz"}
 
 
@@ -103,13 +103,13 @@ def test_the_two_newest_and_the_last_end_of_an_epoch_are_kept(tmp_path):
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, content):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
     checkpoints.save_best(0, named_arrays(model.variables))
-    checkpoints.save(Progress(epochs_done=1, best_epoch=0), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1, best_epoch=0), arrays_of(model))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with full_disk(), pytest.raises(UserError, match=r"Cannot write .*(best_epoch0001|epoch0002)"):
         if content == "best":
             checkpoints.save_best(1, named_arrays(model.variables))
         else:
-            checkpoints.save(Progress(epochs_done=2, best_epoch=0), arrays_of(model))
+            checkpoints.save(TrainingProgress(epochs_done=2, best_epoch=0), arrays_of(model))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -138,15 +138,15 @@ DAMAGES = [
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, capsys, damage):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
-    checkpoints.save(Progress(epochs_done=1), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1), arrays_of(model))
     before = state_of(model)
     model.set_weights([weight + 1 for weight in model.get_weights()])
-    checkpoints.save(Progress(epochs_done=1, steps_done=7), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1, steps_done=7), arrays_of(model))
     path = tmp_path / "epoch0001_step0000007.npz"
     path.write_bytes(damage(path.read_bytes()))
     state = checkpoints.latest()
     state.assign_to(variables_of(model))
-    assert state.progress == Progress(epochs_done=1)
+    assert state.progress == TrainingProgress(epochs_done=1)
     for ours, theirs in zip(state_of(model), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     out = capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, capsys, d
 
 def test_when_no_state_is_in_order_that_is_said_and_nothing_deleted(tmp_path):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
-    checkpoints.save(Progress(epochs_done=1), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1), arrays_of(model))
     path = tmp_path / "epoch0001_step0000000.npz"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"epoch0001_step0000000\.npz.*Delete the folder"):
@@ -167,16 +167,16 @@ def test_when_no_state_is_in_order_that_is_said_and_nothing_deleted(tmp_path):
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
-    checkpoints.save(Progress(epochs_done=1), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1), arrays_of(model))
     model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
     with pytest.raises(UserError, match="NaN or infinity in .*batch_normalization"):
-        checkpoints.save(Progress(epochs_done=2), arrays_of(model))
+        checkpoints.save(TrainingProgress(epochs_done=2), arrays_of(model))
     assert checkpoints.latest().progress.epochs_done == 1
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path):
     model = trained_model()
-    Checkpoints(tmp_path).save(Progress(), arrays_of(model))
+    Checkpoints(tmp_path).save(TrainingProgress(), arrays_of(model))
     other = trained_model(units=7)
     before = state_of(other)
     with pytest.raises(UserError, match=r"another model: .*has shape \(4, 3\) there and \(4, 7\) here"):
