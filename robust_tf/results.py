@@ -8,11 +8,12 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
+from robust_tf.config.data import AlphaBackground, Exif
 from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
-from robust_tf.flags import parse_flags
+from robust_tf.flags import flat_values, parse_flags
 
 FILE_NAME = "results.json"
 
@@ -42,8 +43,8 @@ class JobRecord:
     downscale: int | None = None
     split_seed: int = 0
     skip_bad_images: bool = False
-    exif: Literal["ignore", "apply"] = "ignore"
-    alpha_background: Literal["none", "white", "black"] = "none"
+    exif: Exif = "ignore"
+    alpha_background: AlphaBackground = "none"
     norm: str | None = None
     epsilon: float | None = None
 
@@ -92,7 +93,7 @@ def job_record(results: Mapping[str, Any], path: pathlib.Path | str = FILE_NAME)
 
     def value(name: str, is_right: Callable[[Any], bool]) -> Any:
         # The keys of the file go first; flags without a key stand in its list of all flags.
-        found = results[name] if name in results else getattr(flags(), name, None)
+        found = results[name] if name in results else flags().get(name)
         if found is not None and not is_right(found):
             raise _wrong(f"{name}={found!r}", path)
         return found
@@ -117,15 +118,15 @@ def job_record(results: Mapping[str, Any], path: pathlib.Path | str = FILE_NAME)
     )
 
 
-def _flags(results: Mapping[str, Any], path: pathlib.Path | str) -> JobConfig | None:
-    """The flags of the job, None where the file has none."""
+def _flags(results: Mapping[str, Any], path: pathlib.Path | str) -> dict[str, Any]:
+    """The flags of the job by name, empty where the file has none."""
     if "flags" not in results:
-        return None
+        return {}
     try:
-        config, _ = parse_flags(JobConfig, ["train", *results["flags"]])
+        config, _ = parse_flags(JobConfig, ["train", *results["flags"]], announce_former_names=False)
     except (UserError, TypeError) as error:
         raise _wrong(f"flags that this version does not know: {error}", path) from error
-    return config
+    return flat_values(config)
 
 
 def _wrong(received: str, path: pathlib.Path | str) -> UserError:

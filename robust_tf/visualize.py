@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 
 from absl import logging
 
+from robust_tf.config.attack import AttackConfig, Norm
 from robust_tf.config.checks import check_choices
-from robust_tf.config.job import AttackConfig, Norm
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import flag, parse_flags

@@ -11,7 +11,7 @@ from robust_tf.attacks.square import square
 from robust_tf.attacks.table import ATTACKS, check_attacks
 from robust_tf.attacks.threat_models import NORMS
 from robust_tf.attacks.warning_flags import zero_gradient_share
-from robust_tf.config.job import AttackConfig
+from robust_tf.config.attack import AttackConfig
 from robust_tf.errors import AttackWarning
 
 __all__ = [

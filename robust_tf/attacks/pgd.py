@@ -11,7 +11,7 @@ from robust_tf.attacks.losses import LOSSES, Loss, Model, find_loss, is_correct,
 from robust_tf.attacks.outputs import outputs_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
 from robust_tf.attacks.threat_models import NORMS, Norm, Scale
-from robust_tf.config.job import AttackConfig
+from robust_tf.config.attack import AttackConfig
 
 # Margin below which iterates are compared by it: the differences of the cross-entropy are smaller than its rounding.
 _TINY_MARGIN = 1e-5

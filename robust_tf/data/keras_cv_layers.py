@@ -8,12 +8,12 @@ since that takes seconds; it is at its last release (0.9), so that a move to ano
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-Mix = Literal["none", "mixup", "cutmix"]
+from robust_tf.config.data import Mixing
 
 # How many operations in a row, how often each really is done, and how their strength is spread.
 _OPERATIONS = 2
@@ -53,7 +53,7 @@ def rand_augment(image: tf.Tensor, seed: tf.Tensor, *, magnitude: float) -> tf.T
 
 
 def mix(
-    images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, *, kind: Mix, num_classes: int
+    images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, *, kind: Mixing, num_classes: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Mixes each image of a batch, and its label, with another one of the batch.
 

@@ -8,22 +8,20 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
-from etils import epath
 
+from robust_tf.config.data import DataConfig, Mixing
 from robust_tf.data.augmentations import AUGMENTATIONS
 from robust_tf.data.broken_images import broken_images_named, remembered_broken_images
 from robust_tf.data.datasets import dataset_info
-from robust_tf.data.examples import CacheMode, Examples, fits_in_memory
-from robust_tf.data.keras_cv_layers import Mix, mix
-from robust_tf.data.open_dataset import open_dataset
+from robust_tf.data.examples import Examples, fits_in_memory
+from robust_tf.data.keras_cv_layers import mix
+from robust_tf.data.open_dataset import data_folder, open_dataset
 from robust_tf.data.preprocessing import Preprocessing
 from robust_tf.data.selection import checked_classes, part_masks
-from robust_tf.data.transforms import AS_STORED, Decoding
+from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.files import cache_folder
 
@@ -57,7 +55,7 @@ class TaskData:
     class_names: tuple[str, ...]
     metric: str
     batch_size: int
-    mixing: Mix
+    mixing: Mixing
     seed: int
     fingerprint: str
     skipped: tuple[str, ...] = ()
@@ -246,25 +244,10 @@ class TaskData:
 
 
 def load_task(
-    name: str,
+    data: DataConfig | str,
     *,
-    classes: Sequence[int] | None = None,
-    image_size: int | None = None,
     batch_size: int,
-    augmentation: str | None = None,
-    rand_augment: float = 0.0,
-    mixing: Mix = "none",
-    downscale: int | None = None,
-    decoding: Decoding = AS_STORED,
-    validation_fraction: float = 0.1,
-    examples_per_class: int | None = None,
-    subset: str = "",
-    skip_bad_images: bool = False,
     seed: int = 0,
-    split_seed: int = 0,
-    data_dir: epath.Path | pathlib.Path | None = None,
-    cache: CacheMode = "auto",
-    cache_dir: pathlib.Path | None = None,
     worker: int = 0,
     num_workers: int = 1,
     drop_remainder: bool = False,
@@ -274,50 +257,39 @@ def load_task(
     The validation part is the same fraction of the paper's training split at every call, whatever the seed.
 
     Args:
-        name: a row of DATASETS, `tfds:NAME[/config][:version]` or `folder:/path`.
-        classes: labels to keep; they are re-numbered by their position here. None keeps all.
-        image_size: side in pixels; None takes the row's.
-        batch_size: examples a training batch; evaluation takes at least 64.
-        augmentation: key of AUGMENTATIONS; None takes the row's.
-        rand_augment: magnitude in (0, 1] of RandAugment on top of it, 0 for none.
-        mixing: "mixup" and "cutmix" mix the images of a training batch; its labels are then (batch, classes) float32.
-        downscale: shorter side in pixels that every image is reduced to before anything else.
-        decoding: whether EXIF rotation is applied, and what transparent images are put on.
-        validation_fraction: share of the training split held out for choosing the epoch, in (0, 1); where the data
-            set is not of the table and has a validation part of its own, that counts instead.
-        examples_per_class: train on so many of each class only (chosen by `seed`); None trains on all.
-        subset: train on so many ("1000") or such a share ("0.1"), balanced, chosen by `seed`; "" trains on all.
-        skip_bad_images: decode everything once, and leave out images that can't be.
-        seed: of the order, the augmentation and the choice of examples.
-        split_seed: of the test part of a folder of images that has none.
-        data_dir: TFDS folder; None takes TFDS's default.
-        cache: where encoded images are kept between epochs: "memory", "disk" (the training part, in `cache_dir`),
-            "none", or "auto": in memory if they take at most a quarter of what is free.
-        cache_dir: None takes the user's cache folder.
-        worker, num_workers: this is worker 0, 1, ... of so many that train together, each on its share of a batch.
-        drop_remainder: leave out the last training batch of an epoch where it is smaller, as several workers do anyway.
+        data: Which images to use and how to read and augment them. A name, such as "digits", stands for
+            `DataConfig(dataset=name)`.
+        batch_size: Number of images in a training batch; evaluation takes at least 64.
+        seed: Seed of the order, the augmentation and the choice of examples.
+        worker: Number of this worker, from 0, among those that train together, each on its share of a batch.
+        num_workers: Number of workers.
+        drop_remainder: Whether to leave out the last training batch of an epoch where it is smaller. Several workers
+            always do.
 
     Raises:
-        UserError: unknown name, class or augmentation; a part is empty; the data set can't be prepared.
+        UserError: An unknown name, class or augmentation; a part is empty; the data set can't be prepared.
     """
+    if isinstance(data, str):
+        data = DataConfig(dataset=data)
+    name, augmentation, classes = data.dataset, data.augmentation, data.classes or None
     info = dataset_info(name)
-    if augmentation is not None and augmentation not in AUGMENTATIONS:
+    if augmentation and augmentation not in AUGMENTATIONS:
         raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"--validation_fraction must be between 0 and 1. Received: {validation_fraction}.")
     if not 0 <= worker < num_workers or batch_size % num_workers:
         raise UserError(
             "Workers are numbered from 0, and share every batch equally. Received: "
             f"worker={worker}, num_workers={num_workers}, batch_size={batch_size}."
         )
-    images = open_dataset(name, data_dir, split_seed=split_seed, skip_bad_images=skip_bad_images)
+    images = open_dataset(
+        name, data_folder(data.data_dir), split_seed=data.split_seed, skip_bad_images=data.skip_bad_images
+    )
     names = images.class_names
     if classes is not None:
-        classes = checked_classes(classes, len(names), name)
-    folder = cache_folder(cache_dir)
+        checked_classes(classes, len(names), name)
+    folder = cache_folder(data.cache_dir or None)
 
     broken = {part: np.zeros(0, np.int64) for part in ("train", "test")}
-    if skip_bad_images:
+    if data.skip_bad_images:
         for part in broken:
             broken[part] = remembered_broken_images(
                 getattr(images, part), f"{images.fingerprint} {part}", folder / "broken_images"
@@ -327,9 +299,9 @@ def load_task(
         name,
         broken=broken,
         classes=classes,
-        validation_fraction=validation_fraction,
-        examples_per_class=examples_per_class,
-        subset=subset,
+        validation_fraction=data.validation_fraction,
+        examples_per_class=data.examples_per_class,
+        subset=data.subset,
         seed=seed,
     )
     new_labels = None
@@ -341,15 +313,15 @@ def load_task(
         digest.update(mask.tobytes())
     fingerprint = digest.hexdigest()
 
-    in_memory = cache == "memory" or (cache == "auto" and fits_in_memory(images.num_bytes))
+    in_memory = data.cache == "memory" or (data.cache == "auto" and fits_in_memory(images.num_bytes))
     examples = functools.partial(
         Examples, new_labels=new_labels, example_bytes=images.num_bytes / (len(train_mask) + len(test_mask))
     )
-    file = folder / "records" / f"{fingerprint[:20]}.tfrecord" if cache == "disk" else None
+    file = folder / "records" / f"{fingerprint[:20]}.tfrecord" if data.cache == "disk" else None
     train_examples = examples(part=images.train, mask=train_mask, in_memory=in_memory, file=file)
     train_examples = train_examples.written()
 
-    size = image_size or info.image_size
+    size = data.image_size or info.image_size
     return TaskData(
         train_examples=train_examples,
         validation_examples=examples(part=images.train, mask=validation_mask, in_memory=in_memory),
@@ -359,15 +331,15 @@ def load_task(
             # The reference's 256 for 224, kept in proportion; small images are not cropped.
             resize_size=max(size, round(size * info.resize_size / info.image_size)),
             augmentation=augmentation or info.augmentation,
-            rand_augment=rand_augment,
-            downscale=downscale,
-            decoding=decoding,
+            rand_augment=data.rand_augment,
+            downscale=data.downscale,
+            decoding=Decoding(exif=data.exif, alpha_background=data.alpha_background),
             highest_float=images.highest_float,
         ),
         class_names=tuple(names[label] for label in classes or range(len(names))),
         metric=info.metric,
         batch_size=batch_size,
-        mixing=mixing,
+        mixing=data.mixing,
         seed=seed,
         fingerprint=fingerprint,
         skipped=(

@@ -11,17 +11,19 @@ from rich import box
 from rich.table import Table
 
 import robust_tf
-from robust_tf.config.job import AttackConfig, JobConfig
+from robust_tf.config.attack import AttackConfig
+from robust_tf.config.job import JobConfig
 from robust_tf.data import TaskData
 from robust_tf.evaluation.outcomes import comparison, from_json, read_outcomes
 from robust_tf.flags import to_flag_file
 from robust_tf.job.head_fitting import HeadFit
-from robust_tf.job.patience import stopped_early
+from robust_tf.job.patience import patience_of
 from robust_tf.job.testing import Evaluation
 from robust_tf.statistics import in_words
 from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.transfer.stages import parameter_counts
 
+Results = dict[str, Any]
 BASELINE = "baseline"  # the sub-folder of a workdir with the same job from the standard source
 _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy")
 
@@ -36,25 +38,25 @@ def job_results(
 ) -> dict[str, Any]:
     """Everything that results.json holds; accuracies in [0, 1], intervals at 95 % (Wilson)."""
     trainable, total = parameter_counts(classifier)
-    transfer = config.task == "transfer"
-    attack = config.evaluation_attack
+    transfer = config.is_transfer
+    attack = config.adversarial.evaluation_attack
     return {
         "task": config.task,
-        "dataset": config.dataset,
-        "classes": list(config.classes) or None,
+        "dataset": config.data.dataset,
+        "classes": list(config.data.classes) or None,
         "class_names": list(task.class_names),
         "architecture": classifier.name,
         "image_size": task.image_size,
         "resize_size": task.resize_size,
-        "downscale": config.downscale,
-        "exif": config.exif,
-        "alpha_background": config.alpha_background,
-        "split_seed": config.split_seed,
-        "skip_bad_images": config.skip_bad_images,
-        "source": config.source if transfer else None,
-        "transfer_mode": config.transfer_mode if transfer else None,
-        "head": config.head if transfer else None,
-        "views": config.views if head_fit else None,
+        "downscale": config.data.downscale,
+        "exif": config.data.exif,
+        "alpha_background": config.data.alpha_background,
+        "split_seed": config.data.split_seed,
+        "skip_bad_images": config.data.skip_bad_images,
+        "source": config.transfer.source if transfer else None,
+        "transfer_mode": config.transfer.transfer_mode if transfer else None,
+        "head": config.transfer.head if transfer else None,
+        "views": config.transfer.views if head_fit else None,
         "feature_cache": {
             "hits": head_fit.cache_hits,
             "misses": head_fit.cache_misses,
@@ -82,12 +84,12 @@ def job_results(
         "num_validation_images": task.num_validation,
         "num_test_images": task.num_test,
         "skipped_images": list(task.skipped),
-        "objective": config.objective,
-        "fast": config.fast,
-        "epochs": config.passes,
+        "objective": config.adversarial.objective,
+        "fast": config.adversarial.fast,
+        "epochs": config.data_epochs,
         "gradients_per_image": config.gradients_per_image,
         "epochs_done": progress.epochs_done,
-        "stopped_early": stopped_early(config, progress),
+        "stopped_early": patience_of(config).is_exhausted(progress),
         "best_epoch": progress.best_epoch + 1,
         "alarms": progress.alarms,
         "validation_value": progress.best_value,
@@ -96,13 +98,13 @@ def job_results(
         "seconds": round(progress.seconds, 1),
         # Of the training steps alone, at the median speed of the epochs; `seconds` has validation and checkpoints, too.
         "images_per_second": round(statistics.median(progress.rates), 1) if progress.rates else None,
-        "seed": config.seed,
+        "seed": config.run.seed,
         "versions": {
             "robust_tf": robust_tf.__version__,
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
-        "flags": to_flag_file(config).splitlines(),
+        "flags": to_flag_file(config.resolved()).splitlines(),
         "baseline": None,
         "comparison": None,
     }

@@ -10,16 +10,16 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
+from robust_tf.config.run import DistributionKind
 from robust_tf.console import console
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 
-Kind = Literal["none", "mirrored", "multi_worker", "tpu"]
 Result = TypeVar("Result")
 
 _RESTARTS = "ROBUST_TF_RESTARTS"  # how often this process has begun again, for the process that it becomes
@@ -159,7 +159,7 @@ class Distribution:
 
 
 @functools.cache
-def start_distribution(kind: Kind) -> Distribution:
+def start_distribution(kind: DistributionKind) -> Distribution:
     """The distribution of that kind; in a process that has one already, the same.
 
     It has to come before everything else that uses TensorFlow's devices.

@@ -74,9 +74,11 @@ def _pipeline(folder: pathlib.Path, *, epochs: int, augmentation: str):  # type:
     from robust_tf.environment import set_tensorflow_defaults
 
     set_tensorflow_defaults()
+    from robust_tf.config.data import DataConfig
     from robust_tf.data import load_task
 
-    task = load_task(f"folder:{folder}", batch_size=BATCH, image_size=SIZE, augmentation=augmentation, cache="none")
+    data = DataConfig(dataset=f"folder:{folder}", image_size=SIZE, augmentation=augmentation, cache="none")
+    task = load_task(data, batch_size=BATCH)
     return task.train(first_epoch=0, epochs=2 * epochs)  # what is held out leaves a little less in each
 
 

@@ -8,7 +8,7 @@ from robust_tf.config.job import JobConfig
 from robust_tf.data.open_dataset import data_folder
 from robust_tf.data.tfds_preparation import builder_of, root_of
 from robust_tf.errors import UserError
-from robust_tf.job.building import task_of
+from robust_tf.job.task import load_job_task
 
 
 def test_local_folders_and_the_home_folder():
@@ -26,7 +26,7 @@ def test_a_bucket_keeps_its_address_on_the_way_to_tfds(monkeypatch):
 
     monkeypatch.setattr("robust_tf.data.open_dataset.open_tfds", opened)
     with pytest.raises(Opened, match="^gs://bucket/tfds$"):  # pathlib would make gs:/bucket/tfds of it
-        task_of(JobConfig(data_dir="gs://bucket/tfds"))
+        load_job_task(JobConfig.from_flags(data_dir="gs://bucket/tfds"))
 
 
 def test_root_of_a_prepared_data_set(data_dir):

@@ -18,13 +18,13 @@ from small_jobs import small_classifier, write_job
 from robust_tf import evaluate
 from robust_tf.attacks import CascadeState, pgd
 from robust_tf.attacks.table import PASSES
-from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.evaluation import attacking
 from robust_tf.evaluation.settings import EvaluateConfig
 from robust_tf.flags import parse_flags
 from robust_tf.models import load_classifier
 from robust_tf.statistics import in_words, paired_difference, wilson_interval
+from tests.tasks import make_task
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -399,7 +399,7 @@ def test_a_classifier_of_reduced_images_is_measured_on_reduced_images(jobs, data
     (job.folder / "results.json").write_text(
         json.dumps({"dataset": "digits", "classes": [0, 1, 2, 3, 4], "downscale": 4})
     )
-    task = load_task("digits", classes=range(5), image_size=8, batch_size=32, downscale=4, data_dir=data_dir)
+    task = make_task("digits", classes=(0, 1, 2, 3, 4), image_size=8, batch_size=32, downscale=4, data_dir=data_dir)
     images, labels = (np.concatenate(part) for part in zip(*task.test.as_numpy_iterator(), strict=True))
     expected = float(np.mean(np.argmax(load_classifier(job.folder / "classifier.keras")(images), axis=1) == labels))
     arguments = flags(classifier=job.classifier, attack="none", num_images=0)
