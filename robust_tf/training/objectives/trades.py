@@ -126,7 +126,7 @@ def ascend_divergence(
     Source: Zhang et al. 2019, arXiv 1901.08573, algorithm 1; yaodongyu/TRADES, trades.py.
     """
     images = tf.cast(images, tf.float32)
-    norm, epsilon = NORMS[attack.norm], attack.epsilon * strength
+    geometry, epsilon = NORMS[attack.norm], attack.epsilon * strength
     clean = logits_of(model, images)
     clean_logits = class_logits(clean)
     noise = tf.random.stateless_normal(tf.shape(images), seed, stddev=_TRADES_START)
@@ -134,8 +134,8 @@ def ascend_divergence(
         model,
         images,
         tf.zeros(tf.shape(images)[:1], tf.int32),
-        norm.project(images + noise, images, epsilon),
-        norm=norm,
+        geometry.project(images + noise, images, epsilon),
+        geometry=geometry,
         epsilon=epsilon,
         step_size=attack.step_size * strength,
         steps=attack.steps,
