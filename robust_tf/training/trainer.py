@@ -86,7 +86,7 @@ class AdversarialTrainer(ReplicatedModel):
         ['accuracy', 'clean_accuracy', 'clean_loss', 'loss']
         >>> classifier.predict(images, verbose=0).shape  # the classifier itself has been trained
         (32, 10)
-        >>> classifier.save("robust.keras")  # doctest: +SKIP
+        >>> classifier.save("robust.keras")
 
     Source: Madry et al. 2018, arXiv 1706.06083. As in MadryLab/robustness, the attack runs in inference mode, and one
     update in training mode follows, on adversarial images only.
