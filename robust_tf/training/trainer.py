@@ -367,7 +367,7 @@ class AdversarialTrainer(ReplicatedModel):
         self.update_clean(batch, loss(batch.labels, outputs), loss.hits(batch.labels, outputs))
 
     def update_clean(self, batch: Batch, loss: tf.Tensor, correct: tf.Tensor) -> None:
-        """Updates `clean_loss` with losses (batch,) of the clean images, and `clean_accuracy` with hits (batch,) bool."""
+        """Updates `clean_loss` with the losses, (batch,), and `clean_accuracy` with the hits, (batch,) bool."""
         weights, counts = batch.sample_weight, None
         if weights is not None and not isinstance(weights, (dict, list, tuple)):
             weights = tf.reshape(tf.cast(weights, tf.float32), [-1])
