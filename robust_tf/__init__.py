@@ -13,4 +13,4 @@ The programs, such as `python -m robust_tf.train`, describe themselves with `--h
 not import TensorFlow.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,9 +1,17 @@
 """Settings of TensorFlow and Keras that have to be made before they are imported."""
 
+import contextlib
+import faulthandler
+import importlib
 import json
 import os
 import pathlib
 import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Literal
+
+from absl import logging
 
 from robust_tf.errors import UserError, exit_on_user_error
 
@@ -25,6 +33,69 @@ def set_tensorflow_defaults(*, onednn: bool = True) -> None:
         check_keras_backend()
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", str(int(onednn)))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+Verbosity = Literal["error", "warning", "info"]
+# The same level for the C++ and the Python part of TensorFlow.
+_CPP_LEVELS = {"error": "3", "warning": "1", "info": "0"}
+_PYTHON_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
+_verbosity: Verbosity = "error"
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """Chooses which messages of TensorFlow and of the other libraries a program lets through.
+
+    Call it before `start_tensorflow`. It wins over the environment variable TF_CPP_MIN_LOG_LEVEL.
+
+    Args:
+        verbosity: The least severe messages to show. "error" also hides what the libraries print while they load.
+    """
+    global _verbosity
+    _verbosity = verbosity
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = _CPP_LEVELS[verbosity]
+
+
+def start_tensorflow(*, onednn: bool = True) -> None:
+    """Imports TensorFlow for a program, without the messages that it prints while it loads.
+
+    Some of these messages ignore TF_CPP_MIN_LOG_LEVEL, because they are printed before logging is set up. They report
+    that there is no GPU, or that a library was registered twice. Import other modules that need TensorFlow after this.
+
+    Args:
+        onednn: Passed to `set_tensorflow_defaults`.
+    """
+    set_tensorflow_defaults(onednn=onednn)
+    is_quiet = os.environ["TF_CPP_MIN_LOG_LEVEL"] >= "3" and "tensorflow" not in sys.modules
+    with _stderr_held_back() if is_quiet else contextlib.nullcontext():
+        tensorflow = importlib.import_module("tensorflow")
+    logging.set_verbosity(_PYTHON_LEVELS[_verbosity])
+    tensorflow.get_logger().setLevel(_verbosity.upper())
+
+
+@contextlib.contextmanager
+def _stderr_held_back() -> Iterator[None]:
+    """Keeps what is written to file descriptor 2, also by C++, and writes it only if the block raises an error."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # the program was started with stderr closed
+        yield
+        return
+    with open(stderr, "wb", buffering=0) as shown, tempfile.TemporaryFile() as held_back:
+        # A crash (TensorFlow aborts on a processor without AVX) ends the process at once: at least say where it was.
+        says_where = not faulthandler.is_enabled()
+        if says_where:
+            faulthandler.enable(shown)
+        os.dup2(held_back.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held_back.seek(0)
+            shown.write(held_back.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            if says_where:
+                faulthandler.disable()
 
 
 def check_keras_backend() -> None:
