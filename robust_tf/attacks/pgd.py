@@ -25,6 +25,15 @@ class AttackResult(NamedTuple):
         start_loss: Loss at the start of the attack, (batch,) float32. Without a random start this is the loss of the
             clean images.
         start_correct: Whether the prediction at the start is the label, (batch,) bool.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import AttackConfig, AttackResult, run_pgd
+        >>> attack = AttackConfig(norm="linf", epsilon=0.1, step_size=0.05, steps=2)
+        >>> images, labels = tf.fill([1, 4, 4, 1], 0.45), tf.constant([0])
+        >>> result = run_pgd(lambda images: images[:, 0, 0] * [-1.0, 1.0], images, labels, attack=attack)
+        >>> isinstance(result, AttackResult), result.start_loss.shape
+        (True, TensorShape([1]))
     """
 
     images_adv: tf.Tensor
