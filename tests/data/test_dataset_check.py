@@ -56,7 +56,7 @@ def test_missing_and_damaged_files_are_faults(data_dir, tmp_path, damage):
         path.write_bytes(path.read_bytes()[:5000])
     diagnosis = diagnose("digits", tmp_path)
     assert diagnosis.state == "faulty"
-    expected = f"1 of its 2 files are missing, e.g. {path}." if damage == "missing" else "The test part cannot be read"
+    expected = f"Files that are missing (1 of 2): {path}." if damage == "missing" else "The test part cannot be read"
     assert diagnosis.advice[0].startswith(expected)
 
 
@@ -75,11 +75,9 @@ def test_faults_of_a_folder_are_named(tmp_path):
     assert "Convert, repair or remove them, or train with --skip_bad_images." in broken
     assert diagnosis.state == "faulty"
     assert "none of emu" in missing
-    assert f"1 images cannot be decoded: {root}/train/cat/003.jpg" in broken
-    assert (
-        f"1 images of the test part are also in the training part: {root}/test/dog/copy.jpg = {root}/train/cat/000.jpg"
-        in twice
-    )
+    assert f"Images that cannot be decoded (1): {root}/train/cat/003.jpg." in broken
+    assert "Images of the test part that are also in the training part (1): " in twice
+    assert f"{root}/test/dog/copy.jpg = {root}/train/cat/000.jpg." in twice
     assert len(diagnose(f"folder:{root}", thorough=False).advice) == 1
 
 
@@ -109,9 +107,9 @@ def test_all_files_that_are_left_out_are_named(tmp_path):
     write(root / "train/cat/drawing.svg", "<svg/>")
     write(root / "train/dog/photo.heic", "x")
     diagnosis = diagnose(f"folder:{root}")
-    assert f"Left out: 1 hidden and system files: {root}/train/cat/.DS_Store." in diagnosis.facts
+    assert f"Left out: hidden and system files (1): {root}/train/cat/.DS_Store." in diagnosis.facts
     assert diagnosis.advice == (
-        f"2 images cannot be read: {root}/train/cat/drawing.svg (unsupported image format), "
+        f"Images that cannot be read (2): {root}/train/cat/drawing.svg (unsupported image format), "
         f"{root}/train/dog/photo.heic (unsupported image format). "
         "Convert, repair or remove them, or train with --skip_bad_images.",
     )
@@ -130,8 +128,15 @@ def test_rotated_and_transparent_images_are_counted(tmp_path):
     diagnosis = diagnose(f"folder:{root}")
     assert diagnosis.state == "ready"
     rotated, transparent, namesakes = diagnosis.facts[2:]
-    assert rotated.startswith("1 images are stored rotated") and "train/cat/rotated. --exif=apply" in rotated
-    assert transparent.startswith("2 images have transparent pixels: ") and "--alpha_background" in transparent
+    assert (
+        rotated.startswith("Images that are rotated or mirrored (EXIF), and are used as they are stored (1)")
+        and "train/cat/rotated. --exif=apply" in rotated
+    )
+    assert (
+        transparent.startswith("Images with transparent pixels, ")
+        and "(2): " in transparent
+        and "--alpha_background" in transparent
+    )
     assert f"{root}/train/dog/001.jpg = {root}/train/dog/001.png" in namesakes or "001.png = " in namesakes
 
 
@@ -158,7 +163,7 @@ def test_damaged_files_of_any_kind_raise_no_error(tmp_path):
     write(root / "test/dog/riff.webp", b"RIFF\xca")
     write(root / "test/dog/random.png", rng.bytes(500))
     diagnosis = diagnose(f"folder:{root}")
-    assert "cannot be decoded" in diagnosis.advice[0]
+    assert "that cannot be decoded" in diagnosis.advice[0]
     assert diagnose(f"folder:{root}/train/cat/one.png").state == diagnose("folder:/nowhere").state == "faulty"
 
 
