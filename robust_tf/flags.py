@@ -11,9 +11,18 @@ from typing import Any, Literal, TypeVar
 
 from absl import flags
 
-from robust_tf.errors import UserError
+from robust_tf.environment import Verbosity, set_verbosity
+from robust_tf.errors import UserError, unknown_name
 
 Config = TypeVar("Config")
+
+# The flags that every program has.
+_COMMON_FLAGS = """
+Flags of every program:
+  --flagfile: File to read more flags from, one on each line.
+  --verbosity: Least severe messages of TensorFlow and other libraries to show. One of error, warning, info.
+    Default: error.
+  --help: Show this help."""
 
 
 def flag(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -49,6 +58,7 @@ def parse_flags(config_class: type[Config], argv: Sequence[str], usage: str = ""
             if name:
                 _define(name, _without_none(hints[field.name]), field.default, field.metadata["help"], values)
     flags.DEFINE_boolean("help", False, "Show this help.", short_name="h", flag_values=values)
+    flags.DEFINE_string("verbosity", "error", "Show messages of the libraries.", flag_values=values)
     try:
         positional = values(list(argv))[1:]
     except flags.Error as error:
@@ -58,7 +68,10 @@ def parse_flags(config_class: type[Config], argv: Sequence[str], usage: str = ""
         print(usage.strip() + "\n\nFlags:")
         for field in fields:
             print(f"  --{field.name}: {_help(_without_none(hints[field.name]), field)}")
+        print(_COMMON_FLAGS)
         raise SystemExit(0)
+    if values["verbosity"].present:
+        _set_verbosity(values["verbosity"].value)
     parsed = {}
     for field in fields:
         value: Any = values[_name_used(field, values)].value
@@ -66,6 +79,12 @@ def parse_flags(config_class: type[Config], argv: Sequence[str], usage: str = ""
             value = _parse_items(field.name, value, typing.get_args(hints[field.name])[0])
         parsed[field.name] = value
     return config_class(**parsed), positional
+
+
+def _set_verbosity(value: Any) -> None:
+    if value not in typing.get_args(Verbosity):
+        raise unknown_name("value of --verbosity", value, typing.get_args(Verbosity))
+    set_verbosity(value)
 
 
 def _name_used(field: Any, values: flags.FlagValues) -> str:

@@ -9,16 +9,15 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import logging
 
 from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
-from robust_tf.files import check_output_folder, replaced_atomically, write_json
+from robust_tf.files import check_output_folder, replaced_atomically
 from robust_tf.flags import parse_flags, to_flag_file
-from robust_tf.results import FILE_NAME, read_results
+from robust_tf.results import BASELINE, FILE_NAME, JobResults
 
 set_tensorflow_defaults()
 
@@ -34,26 +33,18 @@ from robust_tf.job.head_fitting import fit_head  # noqa: E402
 from robust_tf.job.planning.devices import parse_clusters  # noqa: E402
 from robust_tf.job.planning.roofline import device_plan, job_work  # noqa: E402
 from robust_tf.job.planning.table import plan_table  # noqa: E402
-from robust_tf.job.results import (  # noqa: E402
-    BASELINE,
-    closing_table,
-    comparison_lines,
-    job_results,
-    with_baseline,
-)
+from robust_tf.job.results import closing_table, job_results, with_baseline  # noqa: E402
 from robust_tf.job.testing import Evaluation, evaluate_classifier  # noqa: E402
 from robust_tf.models import PUBLISHED, load_classifier, pixel_warning, save_classifier  # noqa: E402
 from robust_tf.reporting import REPORT, write_examples, write_history, write_report  # noqa: E402
 from robust_tf.reporting.next_commands import next_commands, served_name  # noqa: E402
 from robust_tf.serving.publish.export import export_classifier, model_folder, readers_of  # noqa: E402
 from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results  # noqa: E402
-from robust_tf.training.checkpoint import Checkpoints, Progress  # noqa: E402
-from robust_tf.training.distribution import PEER_LOST, begin_again, start_distribution  # noqa: E402
+from robust_tf.training.checkpoint import Checkpoints, TrainingProgress  # noqa: E402
+from robust_tf.training.distribution import PEER_LOST, restart_process, start_distribution  # noqa: E402
 from robust_tf.training.interruption import Interrupted, signals_raise  # noqa: E402
 from robust_tf.training.tensorboard import write_result  # noqa: E402
 from robust_tf.transfer import sources  # noqa: E402
-
-Results = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -91,7 +82,7 @@ def run(config: JobConfig) -> None:
     except PEER_LOST as error:
         if distribution.num_workers == 1:
             raise
-        begin_again(error, most=config.restarts)
+        restart_process(error, most=config.restarts)
 
 
 def check_outputs(config: JobConfig) -> None:
@@ -110,26 +101,26 @@ def check_outputs(config: JobConfig) -> None:
         check_output_folder(model_folder(pathlib.Path(config.export_dir), served_name(config)), "--export_dir")
 
 
-def finish(config: JobConfig, results: Results, baseline: Results | None = None) -> None:
+def finish(config: JobConfig, results: JobResults, baseline: JobResults | None = None) -> None:
     """What comes after all figures are there: the table, the export, the commands that may come next."""
     workdir = pathlib.Path(config.workdir)
     if baseline:
         compared = with_baseline(results, baseline, workdir)
         if compared != results:  # a finished job may lie where nothing can be written
-            write_json(workdir / FILE_NAME, compared)
+            compared.write(workdir / FILE_NAME)
         if compared != results or not (workdir / REPORT).exists():
             with only_a_warning(f"The report of {workdir}"):
                 write_report(workdir)
         results = compared
     console.print(closing_table(results))
-    for line in comparison_lines(results):
+    for line in results.comparison_in_words():
         console.print(line, soft_wrap=True)
     if config.export_dir:
         export(config, results)
     print_next_commands(config)
 
 
-def run_job(config: JobConfig) -> Results:
+def run_job(config: JobConfig) -> JobResults:
     """One training job from its flags to results.json; a finished one is only read again.
 
     Raises:
@@ -145,7 +136,7 @@ def run_job(config: JobConfig) -> Results:
         if distribution.is_chief and not config.baseline and not (workdir / REPORT).exists():
             with only_a_warning(f"The report of {workdir}"):
                 write_report(workdir)
-        return results or {}
+        return results or JobResults()
 
     keras.config.set_dtype_policy(config.precision)  # also tells Keras whether to scale the loss
     try:
@@ -182,7 +173,7 @@ def run_job(config: JobConfig) -> Results:
         raise
     except Interrupted as interruption:
         state = Checkpoints(workdir / "checkpoints").latest()
-        progress = state.progress if state else Progress()
+        progress = state.progress if state else TrainingProgress()
         console.print(
             f"Interrupted. {progress.epochs_done} of {config.passes} epochs are saved in {workdir}, and "
             f"{progress.steps_done} steps of the next one; the same command goes on there."
@@ -197,8 +188,8 @@ def write_job(
     task: TaskData,
     classifier: keras.Model,
     evaluation: Evaluation,
-    progress: Progress,
-    results: Results,
+    progress: TrainingProgress,
+    results: JobResults,
 ) -> None:
     """The files of a finished job."""
     workdir = pathlib.Path(config.workdir)
@@ -206,22 +197,29 @@ def write_job(
     write_result(
         workdir / "tensorboard",
         settings=_hparams(config),
-        figures={name: results[name] for name in ("clean_accuracy", "robust_accuracy") if results[name] is not None},
+        figures={
+            figure.name: figure.value
+            for figure in (results.figure("clean_accuracy"), results.figure("robust_accuracy"))
+            if figure.value is not None
+        },
         confusion=evaluation.confusion,
         class_names=task.class_names,
     )
     evaluation.outcomes.write(workdir)
     write_history(workdir, progress.history)
-    write_json(workdir / FILE_NAME, results)  # last: its presence says that the job is finished
+    results.write(workdir / FILE_NAME)  # last: its presence says that the job is finished
     with only_a_warning(f"The report of {workdir}"):
         write_examples(workdir, evaluation.examples)
         if not config.baseline:  # with a baseline the report has to wait for it
             write_report(workdir)
 
 
-def finished_results(workdir: pathlib.Path) -> Results | None:
+def finished_results(workdir: pathlib.Path) -> JobResults | None:
     """The results of a workdir whose job is finished, or None."""
-    return read_results(workdir / FILE_NAME) or None
+    results = JobResults.read(workdir / FILE_NAME)
+    if results is not None:
+        results.check_finished(workdir / FILE_NAME)
+    return results
 
 
 def build_job(config: JobConfig) -> tuple[keras.Model, TaskData]:
@@ -280,7 +278,7 @@ def twin_config(config: JobConfig) -> JobConfig:
     return dataclasses.replace(robust.standard_twin(), workdir=f"{robust.workdir}_eps0")
 
 
-def run_baseline(config: JobConfig) -> Results:
+def run_baseline(config: JobConfig) -> JobResults:
     """The same job from the standard twin of its source, in the sub-folder baseline/ of its workdir."""
     if sources.is_flag_file(config.source):
         twin_job = twin_config(config)
@@ -317,7 +315,7 @@ def release_workdir(workdir: pathlib.Path) -> None:
         (workdir / "flags.cfg").unlink()
 
 
-def export(config: JobConfig, results: Results) -> None:
+def export(config: JobConfig, results: JobResults) -> None:
     """Publishes the finished classifier as the next SavedModel version below `--export_dir`."""
     classifier = load_classifier(pathlib.Path(config.workdir) / "classifier.keras")
     version_dir = export_classifier(
@@ -325,8 +323,8 @@ def export(config: JobConfig, results: Results) -> None:
         config.export_dir,
         served_name(config),
         model_card=card_from_results(results),
-        labels=results["class_names"],
-        resize_size=results["resize_size"],
+        labels=results.class_names,
+        resize_size=results.resize_size,
         decoding=decoding_from_results(results),
     )
     console.print(f"Published {version_dir} ({readers_of(version_dir)}).")

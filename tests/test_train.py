@@ -26,6 +26,7 @@ from robust_tf.evaluation.subject import load_subject
 from robust_tf.flags import to_flag_file
 from robust_tf.job.building import task_of
 from robust_tf.models import build_classifier, fetch_published, load_classifier, to_reference_state
+from robust_tf.results import JobResults
 from robust_tf.serving.publish.model_card import decoding_from_results
 from robust_tf.statistics import in_words, paired_difference
 from robust_tf.training.callbacks import SaveProgress
@@ -422,19 +423,23 @@ def test_the_comparison_with_a_baseline_that_was_finished_before(trained, tmp_pa
     worse = dataclasses.replace(ours, predictions=(ours.labels + (np.arange(len(ours.labels)) % 2)) % 3)
     worse.write(workdir / "baseline")
     config = dataclasses.replace(trained, workdir=str(workdir))
-    results, baseline = results_of(config), results_of(dataclasses.replace(config, workdir=str(workdir / "baseline")))
+    results, baseline = (JobResults.read(folder / "results.json") for folder in (workdir, workdir / "baseline"))
     train.finish(config, results, baseline)
     compared = results_of(config)["comparison"]
     expected = paired_difference(ours.right, worse.right)
     clean = compared["clean_accuracy"]
-    assert (clean["difference"], *clean["interval"], clean["p_value"]) == (expected[0], *expected[1], expected[2])
+    assert (clean["difference"], *clean["interval"], clean["p_value"]) == (
+        expected.difference,
+        *expected.interval,
+        expected.p_value,
+    )
     line = f"clean accuracy, robust minus standard source: {in_words(expected)}"
     assert line in capsys.readouterr().out
     assert html.escape(line) in (workdir / "report.html").read_text()
     (workdir / "baseline" / "predictions.csv").unlink()
     train.finish(config, results, baseline)
     assert results_of(config)["comparison"] is None
-    assert "No paired difference between the two sources" in capsys.readouterr().out
+    assert "There are no paired differences between the two sources" in capsys.readouterr().out
 
 
 def test_best_epoch_is_chosen_on_the_validation_part(job, monkeypatch):
@@ -628,7 +633,7 @@ def test_a_broken_image_is_named_or_skipped_and_counted(job, tmp_path, capsys):
     subject = load_subject(f"{job('goes_on').workdir}/classifier.keras")
     of_training = task_of(job("goes_on", **options))
     assert subject.task.preprocessing.decoding == of_training.preprocessing.decoding
-    assert subject.task.preprocessing.decoding == decoding_from_results(results)
+    assert subject.task.preprocessing.decoding == decoding_from_results(JobResults.from_json(results))
     assert subject.task.test_examples.part.paths == of_training.test_examples.part.paths
     assert subject.task.num_test == results["num_test_images"]
 

@@ -2,18 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from robust_tf.config.evaluation import CorruptionSource
 from robust_tf.data.tfds_preparation import no_folders_left_behind
 from robust_tf.errors import UserError
 from robust_tf.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from robust_tf.evaluation.prediction import Predict
 from robust_tf.evaluation.subject import Images, Subject, chosen_images, chosen_positions
-
-CorruptionSource = Literal["auto", "computed", "tfds"]
 
 
 class CorruptedSet(NamedTuple):

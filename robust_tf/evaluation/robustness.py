@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from robust_tf.attacks.cascade import CLEAN, CascadeState, CompiledAttacks, cascade
-from robust_tf.attacks.table import PASSES
+from robust_tf.attacks.table import ATTACKS
 from robust_tf.evaluation.state_file import StateFile
 from robust_tf.evaluation.subject import Images
 
@@ -59,7 +59,7 @@ def passes_of(state: CascadeState, *, epsilons_left: int = 0) -> tuple[float, fl
         state: State of the cascade.
         epsilons_left: Number of epsilons whose cascades come after this one.
     """
-    costs = [0, *(PASSES[name] for name in state.run["attacks"])]
+    costs = [0, *(ATTACKS[name].forward_passes for name in state.run["attacks"])]
     names = (CLEAN, *state.run["attacks"])
     given, done = len(state.felled_by), 0.0
     for name, cost in zip(names[: state.attack], costs, strict=False):
@@ -214,7 +214,7 @@ def _run(
         epsilon=epsilon,
         batch_size=batch_size,
         seed=seed,
-        randomised=randomised,
+        randomized=randomised,
         state=last,
         image_ids=images.ids.tolist(),
         keep=keep,

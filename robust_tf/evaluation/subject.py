@@ -14,7 +14,7 @@ from robust_tf.data.open_dataset import data_folder
 from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
-from robust_tf.results import FILE_NAME, JobRecord, read_job_record
+from robust_tf.results import FILE_NAME, JobResults, MeasuredAttack
 
 _PUBLISHED_DATASETS = {"imagenet": "imagenet2012", "fashion_mnist": "fashion_mnist"}
 
@@ -126,6 +126,7 @@ def load_subject(
     if same_data and job.resize_size is not None:
         preprocessing = dataclasses.replace(task.preprocessing, resize_size=job.resize_size)
         task = dataclasses.replace(task, preprocessing=preprocessing)
+    attack = job.robust_accuracy_attack or MeasuredAttack()
     logits = classifier.output_shape[-1]
     if logits != len(task.class_names):
         raise UserError(
@@ -138,8 +139,8 @@ def load_subject(
         dataset=dataset,
         classes=kept,
         task=task,
-        norm=job.norm,
-        epsilon=job.epsilon,
+        norm=attack.norm,
+        epsilon=attack.epsilon,
     )
 
 
@@ -213,10 +214,10 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else [f"{name} ({number})" for number, name in enumerate(short, 1)]
 
 
-def _job_of(path: pathlib.Path, name: str) -> JobRecord:
+def _job_of(path: pathlib.Path, name: str) -> JobResults:
     """Returns what is known about the training of a classifier."""
     if name not in PUBLISHED:
-        return read_job_record(path.parent / FILE_NAME)
+        return JobResults.read(path.parent / FILE_NAME) or JobResults()
     model = PUBLISHED[name]
-    threat_model = (model.norm, model.epsilon) if model.epsilon else (None, None)
-    return JobRecord(dataset=_PUBLISHED_DATASETS[model.dataset], norm=threat_model[0], epsilon=threat_model[1])
+    attack = MeasuredAttack(norm=model.norm, epsilon=model.epsilon) if model.epsilon else None
+    return JobResults(dataset=_PUBLISHED_DATASETS[model.dataset], robust_accuracy_attack=attack)

@@ -20,7 +20,7 @@ from robust_tf.job.patience import StopEarly, say_why, stopped_early
 from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm
 from robust_tf.training.batchnorm import prepare_batchnorm
 from robust_tf.training.callbacks import CallbacksFromStep, SaveProgress, StopOnNaN
-from robust_tf.training.checkpoint import Checkpoints, Progress, State, named_arrays
+from robust_tf.training.checkpoint import Checkpoints, State, TrainingProgress, named_arrays
 from robust_tf.training.distribution import Distribution
 from robust_tf.training.interruption import signals_held_back
 from robust_tf.training.metrics import Accuracy, MeanPerClassAccuracy
@@ -39,7 +39,7 @@ _ROLLBACK_FACTOR = 0.1  # of the learning rate, at each rollback
 
 def fit_classifier(
     config: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path, distribution: Distribution
-) -> Progress:
+) -> TrainingProgress:
     """Trains the classifier in place and leaves it with the weights of the best epoch.
 
     What `workdir` already holds of the run is not run again. An epoch that raised an alarm is never the best one,
@@ -82,10 +82,10 @@ def _fit(
     workdir: pathlib.Path,
     checkpoints: Checkpoints,
     distribution: Distribution,
-) -> tuple[Progress, bool]:
+) -> tuple[TrainingProgress, bool]:
     """Trains from the latest checkpoint to the last epoch, or to the first that ends with an alarm (then True)."""
     state = _state_of_chief(checkpoints.latest, distribution)
-    progress = state.progress if state else Progress()
+    progress = state.progress if state else TrainingProgress()
     unfreeze_at = config.unfreeze_at_epoch
     # The epoch that goes on has begun with the unfreezing if any of its steps are done.
     unfrozen = unfreeze_at is not None and (progress.epochs_done, progress.steps_done) > (unfreeze_at, 0)
@@ -183,7 +183,7 @@ def _run_epochs(
     trainer: AdversarialTrainer,
     task: TaskData,
     callbacks: list[keras.callbacks.Callback],
-    progress: Progress,
+    progress: TrainingProgress,
     distribution: Distribution,
     *,
     until: int,
@@ -230,7 +230,7 @@ def _finish_epoch(
     callbacks.on_train_end()
 
 
-def _position(progress: Progress, steps_per_epoch: int, epochs: int) -> str:
+def _position(progress: TrainingProgress, steps_per_epoch: int, epochs: int) -> str:
     if not progress.steps_done:
         return f"epoch {progress.epochs_done} of {epochs}"
     return f"step {progress.steps_done} of {steps_per_epoch} of epoch {progress.epochs_done + 1} of {epochs}"
@@ -243,7 +243,7 @@ def _callbacks(
     workdir: pathlib.Path,
     bar: ProgressBar,
     save: SaveProgress,
-    progress: Progress,
+    progress: TrainingProgress,
     distribution: Distribution,
 ) -> list[keras.callbacks.Callback]:
     """In the order in which they have to see the end of an epoch."""
@@ -279,16 +279,16 @@ def _state_of_chief(read: Callable[[], State | None], distribution: Distribution
         packed = [progress, np.array(str(state.path)), np.array(list(state.arrays)), *state.arrays.values()]
     progress, path, names, *arrays = distribution.broadcast(packed)
     fields = json.loads(str(progress))
-    return State(Progress(**fields), dict(zip(map(str, names), arrays, strict=True)), pathlib.Path(str(path)))
+    return State(TrainingProgress(**fields), dict(zip(map(str, names), arrays, strict=True)), pathlib.Path(str(path)))
 
 
 def _alarms(
-    config: JobConfig, classifier: keras.Model, task: TaskData, progress: Progress, distribution: Distribution
+    config: JobConfig, classifier: keras.Model, task: TaskData, progress: TrainingProgress, distribution: Distribution
 ) -> Alarms:
     held = task.preview(NUM_IMAGES)
     return Alarms(
         classifier,
-        held=held,
+        held_out=held,
         attack=config.attack,
         every_epochs=config.alarm_every_epochs,
         history=progress.alarms,

@@ -18,7 +18,7 @@ from robust_tf.files import cache_folder
 from robust_tf.flags import to_flag_file
 from robust_tf.job.building import loss_of, optimizer_of
 from robust_tf.job.patience import say_why, stopped_early
-from robust_tf.training.checkpoint import Progress
+from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.tensorboard import write_config, write_history
 from robust_tf.transfer.features import Features, stored_features
@@ -40,7 +40,7 @@ class HeadFit:
         penalty: regularisation that a probe chose; None for SGD.
     """
 
-    progress: Progress
+    progress: TrainingProgress
     cache_hits: int
     cache_misses: int
     feature_seconds: float
@@ -58,8 +58,8 @@ def fit_head(config: JobConfig, classifier: keras.Model, task: TaskData, workdir
         classifier,
         task,
         views=config.views,
-        folder=cache_folder(config.cache_dir or None) / "features",
-        max_bytes=config.features_cache_size_gb * 1e9,
+        cache_dir=cache_folder(config.cache_dir or None),
+        features_cache_size_gb=config.features_cache_size_gb,
         track=track,
     )
     feature_seconds = time.perf_counter() - start
@@ -81,7 +81,7 @@ def fit_head(config: JobConfig, classifier: keras.Model, task: TaskData, workdir
                 report=bar.update,
             )
         classifier.get_layer("logits").set_weights([probe.kernel, probe.bias])
-        progress, penalty = Progress(best_value=probe.validation_value), probe.penalty
+        progress, penalty = TrainingProgress(best_value=probe.validation_value), probe.penalty
     progress.seconds = time.perf_counter() - start
     console.print(
         f"Head: {config.head}, in {progress.seconds - feature_seconds:.1f} s, {task.metric} {progress.best_value:.1%} "
@@ -90,14 +90,14 @@ def fit_head(config: JobConfig, classifier: keras.Model, task: TaskData, workdir
     return HeadFit(progress, features.hits, features.computed, feature_seconds, penalty)
 
 
-def _train(config: JobConfig, classifier: keras.Model, features: Features, task: TaskData) -> Progress:
+def _train(config: JobConfig, classifier: keras.Model, features: Features, task: TaskData) -> TrainingProgress:
     """The recipe of the flags; each epoch sees every image once, in a view that is drawn for it."""
     head = _copy_of_head(classifier)
     optimizer = optimizer_of(config, task.steps_per_epoch)
     optimizer.build(head.trainable_variables)
     loss = loss_of(config, task)
     train_rows, predict = _steps(head, optimizer, loss, task.batch_size)
-    progress = Progress()
+    progress = TrainingProgress()
     best_weights = head.get_weights()
     for epoch in range(config.epochs):
         logs = _mean_logs(

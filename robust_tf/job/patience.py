@@ -6,24 +6,24 @@ import keras
 
 from robust_tf.config.job import JobConfig
 from robust_tf.console import console
-from robust_tf.training.checkpoint import Progress
+from robust_tf.training.checkpoint import TrainingProgress
 
 
-def epochs_without_gain(config: JobConfig, progress: Progress) -> int:
+def epochs_without_gain(config: JobConfig, progress: TrainingProgress) -> int:
     """Epochs since the best one, or since the whole network began to train: a head's best says nothing about that."""
     unfrozen_at = config.unfreeze_at_epoch
     since = progress.best_epoch if unfrozen_at is None else max(progress.best_epoch, unfrozen_at - 1)
     return progress.epochs_done - 1 - since
 
 
-def stopped_early(config: JobConfig, progress: Progress) -> bool:
+def stopped_early(config: JobConfig, progress: TrainingProgress) -> bool:
     """Whether `--patience` ends the run before its last epoch; a run that is resumed then has nothing left to do."""
     if not config.patience or not 0 < progress.epochs_done < config.passes:
         return False
     return epochs_without_gain(config, progress) >= config.patience
 
 
-def say_why(config: JobConfig, progress: Progress) -> None:
+def say_why(config: JobConfig, progress: TrainingProgress) -> None:
     """Tells the user of the early end of a run, and of the epoch that is kept."""
     count = epochs_without_gain(config, progress)
     console.print(
@@ -41,7 +41,7 @@ class StopEarly(keras.callbacks.Callback):
         progress: what the callback that saves keeps up to date.
     """
 
-    def __init__(self, config: JobConfig, progress: Progress) -> None:
+    def __init__(self, config: JobConfig, progress: TrainingProgress) -> None:
         super().__init__()
         self._config, self._progress = config, progress
 

@@ -1,4 +1,4 @@
-"""The commands that usually follow a finished job, quoted for a shell."""
+"""The commands that a training job prints when it is finished, quoted for a shell."""
 
 import base64
 import json
@@ -8,21 +8,21 @@ import urllib.parse
 
 from robust_tf.config.job import JobConfig
 
-# A test image of so many bytes fits into a command.
+# A test image of at most this many bytes fits into a command.
 _LARGEST_SAMPLE = 1000
 
 
 def served_name(config: JobConfig) -> str:
-    """Returns the name that the model is exported and queried under."""
+    """Returns the name under which the model is exported and served."""
     return config.model_name or pathlib.Path(config.workdir).name
 
 
 def next_commands(config: JobConfig, sample: bytes) -> list[str]:
-    """Returns the commands: TensorBoard, and after an export a server and a query of it.
+    """Returns the command that starts TensorBoard and, after an export, those that start and query a server.
 
     Args:
-        config: the finished job.
-        sample: encoded test image to ask the server about; unused without an export.
+        config: Configuration of the finished job.
+        sample: Encoded test image for the query. It is not used without an export.
     """
     commands = [shlex.join(["tensorboard", "--logdir", str(pathlib.Path(config.workdir).parent)])]
     if config.export_dir:
@@ -35,7 +35,7 @@ def next_commands(config: JobConfig, sample: bytes) -> list[str]:
 
 
 def _query(name: str, sample: bytes) -> str:
-    """Asks the served model about a test image: within the command where it is small enough for that."""
+    """Returns a command that asks the server about a test image, which is part of the command if it is small."""
     if len(sample) > _LARGEST_SAMPLE:
         predict = ["python", "-m", "robust_tf.predict", "--server=http://localhost:8501", f"--model_name={name}"]
         return shlex.join([*predict, "IMAGE_OR_FOLDER"])

@@ -16,12 +16,11 @@ import pytest
 from small_jobs import small_classifier, write_job
 
 from robust_tf import evaluate
-from robust_tf.attacks import CascadeState, pgd
-from robust_tf.attacks.table import PASSES
+from robust_tf.attacks import ATTACKS, CascadeState, pgd
+from robust_tf.config.evaluation import EvaluateConfig
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
-from robust_tf.evaluation import robustness
-from robust_tf.evaluation.settings import EvaluateConfig
+from robust_tf.evaluation import robustness, run
 from robust_tf.flags import parse_flags
 from robust_tf.models import load_classifier
 from robust_tf.statistics import in_words, paired_difference, wilson_interval
@@ -103,8 +102,8 @@ def test_the_robust_accuracy_is_the_one_of_pgd_called_directly(flags, jobs):
     evaluate.main(arguments)
     (entry,) = results_of(arguments)["classifiers"]
     config, _ = parse_flags(EvaluateConfig, arguments)
-    subject = evaluate.load(config, jobs["good"].classifier)
-    images = evaluate.draw_images(subject.task, count=60, seed=0)
+    subject = run.load(config, jobs["good"].classifier)
+    images = run.draw_images(subject.task, count=60, seed=0)
     assert images.ids.tolist() == entry["image_ids"]
     images_adv = pgd(
         subject.classifier, images.pixels, images.labels, norm="l2", epsilon=1.0, step_size=0.125, steps=20
@@ -183,7 +182,7 @@ def test_the_progress_increases_until_the_end(flags, monkeypatch):
     def record(name, *, total, unit="images"):
         yield types.SimpleNamespace(update=lambda done, figures="", *, total: seen.append((done, total, figures)))
 
-    monkeypatch.setattr(evaluate, "meter", record)
+    monkeypatch.setattr(run, "meter", record)
     evaluate.main(flags(attack="fgsm+pgd", epsilon="0.25,1", batch_size=24))
     dones = [done for done, _, _ in seen]
     assert dones == sorted(dones) and dones[0] == 0
@@ -198,7 +197,7 @@ def test_later_attacks_are_expected_to_run_on_the_images_that_resist():
     fallen = ("clean",) * 100 + ("fgsm",) * 100 + ("",) * 800
     state = CascadeState(run={"attacks": ["fgsm", "pgd"]}, felled_by=fallen, attack=1, images_done=300)
     done, ahead = robustness.passes_of(state, epsilons_left=2)
-    fgsm, pgd = PASSES["fgsm"], PASSES["pgd"]
+    fgsm, pgd = (ATTACKS[name].forward_passes for name in ("fgsm", "pgd"))
     assert done == 300 * fgsm
     assert ahead == 600 * fgsm + 600 * pgd + 2 * 600 * (fgsm + pgd)
     start = dataclasses.replace(state, felled_by=("",) * 1000, attack=0, images_done=0)
@@ -225,7 +224,7 @@ def test_an_interrupted_evaluation_is_resumed(flags, tmp_path, monkeypatch, caps
         with pytest.raises(SystemExit):
             evaluate.main(flags("parts", **settings))
         monkeypatch.undo()
-        assert "Interrupted. What was done is saved" in capsys.readouterr().out
+        assert "Interrupted. The state is saved" in capsys.readouterr().out
     evaluate.main(flags("parts", **settings))
     whole, parts = ((tmp_path / name / "evaluation.json").read_text() for name in ("whole", "parts"))
     assert whole == parts
@@ -315,14 +314,14 @@ def test_the_state_of_another_run_is_refused(flags, jobs, tmp_path):
 
 def test_images_that_have_changed_are_refused(flags, monkeypatch):
     evaluate.main(flags())
-    draw_images = evaluate.draw_images
+    draw_images = run.draw_images
 
     def changed(*args, **kwargs):
         drawn = draw_images(*args, **kwargs)
         drawn.pixels[0, 0, 0] = 0.5
         return drawn
 
-    monkeypatch.setattr(evaluate, "draw_images", changed)
+    monkeypatch.setattr(run, "draw_images", changed)
     with pytest.raises(UserError, match="images of --classifier: "):
         evaluate.main(flags())
 

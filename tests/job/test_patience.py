@@ -11,7 +11,7 @@ from robust_tf.errors import UserError
 from robust_tf.job.building import check_steps
 from robust_tf.job.patience import stopped_early
 from robust_tf.training.callbacks import SaveProgress
-from robust_tf.training.checkpoint import Checkpoints, Progress
+from robust_tf.training.checkpoint import Checkpoints, TrainingProgress
 
 
 @pytest.mark.parametrize(
@@ -29,15 +29,15 @@ from robust_tf.training.checkpoint import Checkpoints, Progress
     ],
 )
 def test_the_count(settings, epochs_done, best_epoch, expected):
-    progress = Progress(epochs_done=epochs_done, best_epoch=best_epoch)
+    progress = TrainingProgress(epochs_done=epochs_done, best_epoch=best_epoch)
     assert stopped_early(JobConfig(**settings), progress) == expected
 
 
 def test_the_count_begins_anew_when_the_network_is_unfrozen():
     config = JobConfig(task="transfer", source="x.keras", unfreeze_at_epoch=5, patience=2)
-    assert not any(stopped_early(config, Progress(epochs_done=done, best_epoch=0)) for done in range(7))
-    assert stopped_early(config, Progress(epochs_done=7, best_epoch=0))
-    assert not stopped_early(config, Progress(epochs_done=7, best_epoch=5))
+    assert not any(stopped_early(config, TrainingProgress(epochs_done=done, best_epoch=0)) for done in range(7))
+    assert stopped_early(config, TrainingProgress(epochs_done=7, best_epoch=0))
+    assert not stopped_early(config, TrainingProgress(epochs_done=7, best_epoch=5))
 
 
 @pytest.fixture
