@@ -147,7 +147,8 @@ def test_two_classifiers_are_compared_with_corruptions(flags, jobs, tmp_path, ca
     expected = {name: paired_difference(*pair) for name, pair in (("clean", right), ("robust", robust))}
     clean, (attacked,) = evaluation["comparison"]["clean_accuracy"], evaluation["comparison"]["attacks"]
     for row, pair in ((clean, expected["clean"]), (attacked, expected["robust"])):
-        assert (row["difference"], *row["interval"], row["p_value"]) == pytest.approx((pair[0], *pair[1], pair[2]))
+        values = (pair.difference, *pair.interval, pair.p_value)
+        assert (row["difference"], *row["interval"], row["p_value"]) == pytest.approx(values)
     assert clean["difference"] == pytest.approx(good["clean"]["accuracy"] - poor["clean"]["accuracy"])
     assert f"clean accuracy, good minus poor: {in_words(expected['clean'])}" in out
     assert f"fgsm, l2 0.5, good minus poor: {in_words(expected['robust'])}" in out
