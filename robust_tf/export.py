@@ -69,7 +69,8 @@ def main(argv: Sequence[str]) -> None:
     if results.downscale is not None:
         raise UserError(
             "A served model takes images as they are, while this classifier was trained on images whose size was "
-            f"reduced first. Received: {path}, trained with --downscale={results.downscale}. Train it without this flag."
+            f"reduced first. Received: {path}, trained with --downscale={results.downscale}. Train it without this "
+            "flag."
         )
     probe = None
     if config.attack_probe:

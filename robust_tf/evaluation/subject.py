@@ -9,9 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from robust_tf.config.data import DataConfig
 from robust_tf.data import TaskData, load_task
-from robust_tf.data.open_dataset import data_folder
-from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
 from robust_tf.results import FILE_NAME, JobResults, MeasuredAttack
@@ -111,17 +110,18 @@ def load_subject(
         )
     same_data = dataset == job.dataset
     task = load_task(
-        dataset,
-        classes=kept or None,
-        image_size=classifier.input_shape[1] or job.image_size,
-        downscale=job.downscale,  # the classifier was trained on such images, and needs them for any data set
-        decoding=Decoding(exif=job.exif, alpha_background=job.alpha_background),
-        split_seed=job.split_seed
-        if same_data
-        else 0,  # with another seed, some of its training images would be test images
-        skip_bad_images=same_data and job.skip_bad_images,
+        DataConfig(
+            dataset=dataset,
+            classes=kept,
+            image_size=classifier.input_shape[1] or job.image_size,
+            downscale=job.downscale,  # the classifier was made for such images, whatever the data
+            exif=job.exif,
+            alpha_background=job.alpha_background,
+            split_seed=job.split_seed if same_data else 0,  # or some of the training images would be among the others
+            skip_bad_images=same_data and job.skip_bad_images,
+            data_dir=data_dir,
+        ),
         batch_size=batch_size,
-        data_dir=data_folder(data_dir),
     )
     if same_data and job.resize_size is not None:
         preprocessing = dataclasses.replace(task.preprocessing, resize_size=job.resize_size)
