@@ -23,7 +23,7 @@ _REPAIR = "Convert, repair or remove them, or train with --skip_bad_images."
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagnosis:
+class CheckResult:
     """The result of checking a data set.
 
     Attributes:
@@ -41,7 +41,9 @@ class Diagnosis:
     size: str = ""
 
 
-def diagnose(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, thorough: bool = True) -> Diagnosis:
+def check_dataset(
+    name: str, data_dir: epath.Path | pathlib.Path | None = None, *, thorough: bool = True
+) -> CheckResult:
     """Checks a data set without downloading or changing anything.
 
     Args:
@@ -55,31 +57,31 @@ def diagnose(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, th
         UserError: If the name is unknown.
     """
     if name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX:
-        return _diagnose_folder(name, thorough=thorough)
+        return _check_folder(name, thorough=thorough)
     info, builder = dataset_info(name), builder_of(name, data_dir)
     if not builder.is_prepared():
         advice = ways_to_prepare(name, builder)
         size = f"download: {info.download_size}" if info.download_size else ""
-        return Diagnosis(name, "not prepared", tuple(_known_facts(info)), advice, size)
+        return CheckResult(name, "not prepared", tuple(_known_facts(info)), advice, size)
     faults = _missing_files(builder)
     if faults:
         advice = (*faults, f"Delete {builder.data_path}.", *ways_to_prepare(name, builder))
-        return Diagnosis(name, "faulty", (f"in {builder.data_path}",), advice)
+        return CheckResult(name, "faulty", (f"in {builder.data_path}",), advice)
     try:
         images = open_dataset(name, data_dir)
     except UserError as error:
-        return Diagnosis(name, "faulty", (f"in {builder.data_path}",), (str(error),))
+        return CheckResult(name, "faulty", (f"in {builder.data_path}",), (str(error),))
     size = _size(images.num_bytes)
     facts = [f"in {builder.data_path}, {size}", _counts(images), *_known_facts(info)[1:], *images.notes]
     faults = [*_differences(images, info), *(_label_faults(images, name) if thorough else ())]
-    return Diagnosis(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), size)
+    return CheckResult(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), size)
 
 
-def _diagnose_folder(name: str, *, thorough: bool) -> Diagnosis:
+def _check_folder(name: str, *, thorough: bool) -> CheckResult:
     try:
         images = open_dataset(name, skip_bad_images=True)  # to find all bad images, not only the first
     except (UserError, OSError) as error:
-        return Diagnosis(name, "faulty", (), (str(error),))
+        return CheckResult(name, "faulty", (), (str(error),))
     faults = [*_label_faults(images, name)]  # cheap for a folder, whose labels are names of folders
     faults += _few(images.bad_images, "that cannot be read", _REPAIR)
     facts = [_size(images.num_bytes), _counts(images), *map(str, images.left_out)]
@@ -88,7 +90,7 @@ def _diagnose_folder(name: str, *, thorough: bool) -> Diagnosis:
         broken = [look.name for part in looks.values() for look in part if not look.decodable]
         faults += [*_few(broken, "that cannot be decoded", _REPAIR), *_in_both_parts(looks["train"], looks["test"])]
         facts += _peculiarities([look for part in looks.values() for look in part])
-    return Diagnosis(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), facts[0])
+    return CheckResult(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), facts[0])
 
 
 @dataclasses.dataclass(frozen=True)
