@@ -637,7 +637,7 @@ def test_a_broken_image_is_named_or_skipped_and_counted(job, tmp_path, capsys):
     assert results["skipped_images"] == [str(broken)]
     assert results["num_train_images"] + results["num_validation_images"] + results["num_test_images"] == 59
     out = capsys.readouterr().out
-    assert f"Left out: 1 files that are not images: {notes}." in out
+    assert f"Left out: files that are not images (1): {notes}." in out
     assert f"Left out 1 images that cannot be decoded: {broken}" in out
     assert (results["exif"], results["alpha_background"], results["split_seed"]) == ("apply", "white", 3)
 
