@@ -130,7 +130,7 @@ def test_version_is_loaded_when_it_has_been_copied_completely(base):
         until(lambda: answer(running) == [11.0])
 
 
-def test_configured_models_policies_and_labels(base, tmp_path):
+def test_server_follows_changes_of_models_policies_and_labels(base, tmp_path):
     for number, addend in [(2, 10.0), (3, 20.0)]:
         add_version(base, number, addend)
     path = tmp_path / "models.config"
