@@ -7,9 +7,10 @@ The public names are imported on first use, so that `python -m robust_tf.data --
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or "pdoc" in sys.modules:  # pdoc documents the names that a module holds
     from robust_tf.data.augmentations import AUGMENTATIONS
     from robust_tf.data.datasets import DATASETS, DatasetInfo, dataset_info
     from robust_tf.data.pipeline import TaskData, load_task
