@@ -13,11 +13,17 @@ import keras
 import numpy as np
 import pytest
 
-from robust_tf import evaluate, export, train, visualize
+from robust_tf import evaluate, export, train
 from robust_tf.attacks import AttackConfig, AttackWarning, pgd
+from robust_tf.config.evaluation import EvaluateConfig
 from robust_tf.config.job import JobConfig
+from robust_tf.config.visualization import VisualizeConfig
 from robust_tf.errors import UserError
-from robust_tf.evaluation.settings import EvaluateConfig
+from robust_tf.evaluation import run
+from robust_tf.evaluation.state_file import StateFile
+from robust_tf.evaluation.subject import draw_images
+from robust_tf.evaluation.visualization import run_visualization
+from robust_tf.job.run import build_job
 from robust_tf.models import features_of, load_classifier, save_classifier
 from robust_tf.serving.model.session import LoadedModel
 from robust_tf.training import AdversarialTrainer
@@ -73,18 +79,18 @@ def run_evaluate(saved: Saved, data_dir: pathlib.Path) -> None:
         norm="l2",
         epsilon=(2.0,),
     )
-    subject = evaluate.load(config, config.classifier)
-    images = evaluate.draw_images(subject.task, count=12, seed=0)
-    state_file = evaluate.StateFile(saved.path.with_name("state.json"), {})
-    measured = evaluate.measure(config, subject, images, state_file)
+    subject = run.load(config, config.classifier)
+    images = draw_images(subject.task, count=12, seed=0)
+    state_file = StateFile(saved.path.with_name("state.json"), {})
+    measured = run.measure(config, subject, images, state_file)
     assert measured.logits.shape == (12, saved.form.num_classes)
     (attacked,) = measured.robustness
     assert not set(attacked.warnings) & {"zero_gradients", "probabilities"}
 
 
 def run_visualize(saved: Saved, data_dir: pathlib.Path) -> None:
-    visualize.run(
-        visualize.VisualizeConfig(
+    run_visualization(
+        VisualizeConfig(
             classifier=str(saved.path),
             dataset="digits",
             classes=saved.classes,
@@ -112,7 +118,7 @@ def run_export(saved: Saved, data_dir: pathlib.Path) -> None:
 
 
 def run_source(saved: Saved, data_dir: pathlib.Path) -> None:
-    config = JobConfig(
+    config = JobConfig.from_flags(
         task="transfer",
         source=str(saved.path),
         workdir=str(saved.path.with_name("job")),
@@ -121,7 +127,7 @@ def run_source(saved: Saved, data_dir: pathlib.Path) -> None:
         hidden_layers=1,
     )
     before = load_classifier(saved.path)
-    classifier, _ = train.build_job(config)
+    classifier, _ = build_job(config)
     assert [weight.path for weight in classifier.trainable_weights] == [
         f"{layer}/{weight}" for layer in ("head_hidden1", "logits") for weight in ("kernel", "bias")
     ]
@@ -167,13 +173,19 @@ def test_a_transfer_from_a_users_model_names_what_it_cannot_do(tmp_path, data_di
     model.save(tmp_path / "mine.keras")
     job = {"task": "transfer", "source": str(tmp_path / "mine.keras"), "data_dir": str(data_dir), "classes": (0, 1)}
     for changes, message in (
-        ({"transfer_mode": "partial", "freeze_through": "stage1"}, "of no stage: dense.*; stages found: head. Use the"),
-        ({"learning_rate_multipliers": ("stem=0.1",)}, "Received layers of no stage: dense"),
+        (
+            {"transfer_mode": "partial", "freeze_through": "stage1"},
+            "without such a name: dense.*; stages found: head. Use the",
+        ),
+        (
+            {"learning_rate_multipliers": ("stem=0.1",)},
+            "must belong to a stage.*Received: layers without such a name: dense",
+        ),
         ({"image_size": 16}, "image_size=16, built for 8"),
-        ({"normalization": "dataset"}, "called 'normalization'.*--normalization=source"),
+        ({"normalization": "dataset"}, "called 'normalization'.*normalization=source"),
     ):
         with pytest.raises(UserError, match=message):
-            train.build_job(JobConfig(workdir=str(tmp_path / "job"), **job, **changes))
+            build_job(JobConfig.from_flags(workdir=str(tmp_path / "job"), **job, **changes))
     assert "WARNING for" in capsys.readouterr().out
 
 
@@ -181,8 +193,8 @@ def test_a_transfer_from_a_users_model_names_what_it_cannot_do(tmp_path, data_di
 @pytest.mark.parametrize("saved", ["nested", "convolution head"], indirect=True)
 @pytest.mark.parametrize("settings", [{"transfer_mode": "full_network"}, {"features": "cached", "head": "ridge"}])
 def test_a_whole_transfer_and_what_follows_it(saved, settings, data_dir, tmp_path):
-    """Evaluation finds the accuracy that the training job reported, and the result can be published."""
-    config = JobConfig(
+    """The figures of the training job are those of evaluation, and the result can be published."""
+    config = JobConfig.from_flags(
         task="transfer",
         source=str(saved.path),
         workdir=str(tmp_path / "job"),
@@ -269,7 +281,7 @@ def test_a_form_without_a_gradient_is_named():
     model, inputs, _ = inputs_and_outputs("subclassed, not symbolic")
     trainer = AdversarialTrainer(model, IN_MEMORY)
     trainer.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
-    with pytest.raises(UserError, match="makes a NumPy array of its input"):
+    with pytest.raises(UserError, match="converts its input to a NumPy array"):
         trainer.evaluate(inputs, np.zeros(6, int), verbose=0)
 
 

@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from robust_tf.models import build_classifier  # noqa: E402
-from robust_tf.serving.client.client import connect  # noqa: E402
+from robust_tf.serving.client import connect  # noqa: E402
 from robust_tf.serving.model.session import LoadedModel  # noqa: E402
 from robust_tf.serving.publish.export import export_classifier  # noqa: E402
 from tests.bench.timing import interleaved  # noqa: E402
