@@ -17,10 +17,19 @@ from typing import Any, Literal, TypeVar
 
 from absl import flags
 
-from robust_tf.errors import UserError
+from robust_tf.environment import Verbosity, set_verbosity
+from robust_tf.errors import UserError, unknown_name
 
 Config = TypeVar("Config")
 _HELP_WIDTH = 100
+
+# The flags that every program has.
+_COMMON_FLAGS = """
+Flags of every program:
+  --flagfile: File to read more flags from, one on each line.
+  --verbosity: Least severe messages of TensorFlow and other libraries to show. One of error, warning, info.
+    Default: error.
+  --help: Show this help."""
 
 
 def flag(default: Any, help_text: str, **metadata: Any) -> Any:
@@ -134,14 +143,17 @@ def parse_flags(
             if name:
                 _define(name, field.kind, field.default, field.metadata["help"], values)
     flags.DEFINE_boolean("help", False, "Show this help.", short_name="h", flag_values=values)
+    flags.DEFINE_string("verbosity", "error", "Show messages of the libraries.", flag_values=values)
     try:
         positional = values(list(argv))[1:]
     except flags.Error as error:
         reason = str(error).removeprefix("ERROR:: ").rstrip(".")
         raise UserError(f"{reason}. Use --help for the list of flags.") from error
     if values["help"].value:
-        print(usage.strip() + "\n" + _help_of(fields))
+        print(usage.strip() + "\n" + _help_of(fields) + "\n" + _COMMON_FLAGS)
         raise SystemExit(0)
+    if values["verbosity"].present:
+        _set_verbosity(values["verbosity"].value)
     parsed = {}
     for field in fields:
         value: Any = values[_name_used(field, values, announce=announce_former_names)].value
@@ -149,6 +161,12 @@ def parse_flags(
             value = _parse_items(field.name, value, typing.get_args(field.kind)[0])
         parsed[field.name] = value
     return from_flat_values(config_class, parsed), positional
+
+
+def _set_verbosity(value: Any) -> None:
+    if value not in typing.get_args(Verbosity):
+        raise unknown_name("value of --verbosity", value, typing.get_args(Verbosity))
+    set_verbosity(value)
 
 
 def to_flag_file(config: Any) -> str:

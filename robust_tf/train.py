@@ -41,7 +41,7 @@ def run(job: JobConfig) -> None:
     from robust_tf.job.outputs import finish_job
     from robust_tf.job.run import run_baseline, run_job
     from robust_tf.job.workdir import check_export, check_outputs
-    from robust_tf.training.distribution import PEER_LOST, begin_again, start_distribution
+    from robust_tf.training.distribution import PEER_LOST, restart_process, start_distribution
 
     if job.run.deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -58,7 +58,7 @@ def run(job: JobConfig) -> None:
     except PEER_LOST as error:
         if distribution.num_workers == 1:
             raise
-        begin_again(error, most=job.run.restarts)
+        restart_process(error, most=job.run.restarts)
 
 
 def plan(job: JobConfig) -> None:

@@ -1,4 +1,4 @@
-"""The transfer job on stored features: the same files, the same recipe, the head put into the classifier."""
+"""Transfer jobs on stored features: the same files and the same recipe, and the head is put into the classifier."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ from robust_tf.models import build_classifier, load_classifier
 
 @pytest.fixture
 def job(tmp_path, data_dir):
-    """Makes jobs from one untrained source to three digits."""
+    """Returns a function that makes transfer jobs from one untrained source to three digits."""
     source = tmp_path / "source.keras"
     build_classifier("resnet8", 10, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3).save(source)
 
@@ -48,7 +48,7 @@ def weights_of(path) -> dict[str, np.ndarray]:
     return {weight.path: weight.numpy() for weight in load_classifier(pathlib.Path(path)).weights}
 
 
-def test_the_job_writes_the_same_files_with_the_head_put_in(job, data_dir):
+def test_the_job_writes_the_usual_files_and_a_classifier_with_the_new_head(job, data_dir):
     config = job("sgd", hidden_layers=1, views=2, augmentation="shift")
     results = run(config)
     reports = {"predictions.csv", "history.csv", "report.html", "README.md", "figures"}
@@ -72,7 +72,7 @@ def test_the_job_writes_the_same_files_with_the_head_put_in(job, data_dir):
 
 
 @pytest.mark.slow
-def test_further_heads_find_the_features_stored(job, capsys):
+def test_further_heads_use_the_stored_features(job, capsys):
     run(job("first"))
     for head in ("lbfgs", "ridge"):
         results = run(job(head, head=head))
@@ -82,8 +82,8 @@ def test_further_heads_find_the_features_stored(job, capsys):
     assert "0 computed" in capsys.readouterr().out
 
 
-def test_sgd_on_features_is_the_recipe_of_the_whole_network(job, monkeypatch):
-    """One epoch of one batch: the same step from the same start, with the same weights for the classes."""
+def test_sgd_on_features_takes_the_same_steps_as_on_images(job, monkeypatch):
+    """One epoch of one batch is one step, with the same initial weights and the same class weights."""
     options = {"epochs": 1, "batch_size": 500, "select_by": "last", "eval_epsilon": 0.0, "class_weight": "balanced"}
     cached = run(job("cached", **options))
     live = run(job("live", features="live", **options))
@@ -98,7 +98,7 @@ def test_sgd_on_features_is_the_recipe_of_the_whole_network(job, monkeypatch):
 
 @pytest.mark.slow
 def test_the_head_of_the_best_epoch_is_kept(job, monkeypatch):
-    """By figures that are given, of which an epoch asks for two; what comes after it isn't kept."""
+    """The metric is replaced by given values, two for each epoch."""
     values = iter([0.2, 0.2, 0.9, 0.9, 0.5, 0.5])
     monkeypatch.setattr(head_fitting, "metric_of", lambda *arguments: next(values))
     results = run(job("best", epochs=9, patience=1, lr_schedule="constant"))
@@ -110,6 +110,6 @@ def test_the_head_of_the_best_epoch_is_kept(job, monkeypatch):
     assert all(np.array_equal(best[path], two[path]) for path in best)
 
 
-def test_the_plan_of_a_head_that_takes_no_steps(job, capsys):
+def test_the_plan_says_that_a_solved_head_takes_no_steps(job, capsys):
     train.run(job("plan", head="ridge", dry_run=True))
     assert "none: --head=ridge is fitted to all features at once" in capsys.readouterr().out

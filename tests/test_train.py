@@ -29,6 +29,7 @@ from robust_tf.job import outputs, run
 from robust_tf.job.task import load_job_task
 from robust_tf.job.workdir import claim_workdir
 from robust_tf.models import build_classifier, fetch_published, load_classifier, to_reference_state
+from robust_tf.results import JobResults
 from robust_tf.serving.publish.model_card import decoding_from_results
 from robust_tf.statistics import in_words, paired_difference
 from robust_tf.training.callbacks import SaveProgress
@@ -431,19 +432,23 @@ def test_the_comparison_with_a_baseline_that_was_finished_before(trained, tmp_pa
     worse = dataclasses.replace(ours, predictions=(ours.labels + (np.arange(len(ours.labels)) % 2)) % 3)
     worse.write(workdir / "baseline")
     config = trained.with_flags(workdir=str(workdir))
-    results, baseline = results_of(config), results_of(config.with_flags(workdir=str(workdir / "baseline")))
+    results, baseline = (JobResults.read(folder / "results.json") for folder in (workdir, workdir / "baseline"))
     outputs.finish_job(config, results, baseline)
     compared = results_of(config)["comparison"]
     expected = paired_difference(ours.right, worse.right)
     clean = compared["clean_accuracy"]
-    assert (clean["difference"], *clean["interval"], clean["p_value"]) == (expected[0], *expected[1], expected[2])
+    assert (clean["difference"], *clean["interval"], clean["p_value"]) == (
+        expected.difference,
+        *expected.interval,
+        expected.p_value,
+    )
     line = f"clean accuracy, robust minus standard source: {in_words(expected)}"
     assert line in capsys.readouterr().out
     assert html.escape(line) in (workdir / "report.html").read_text()
     (workdir / "baseline" / "predictions.csv").unlink()
     outputs.finish_job(config, results, baseline)
     assert results_of(config)["comparison"] is None
-    assert "No paired difference between the two sources" in capsys.readouterr().out
+    assert "There are no paired differences between the two sources" in capsys.readouterr().out
 
 
 def test_best_epoch_is_chosen_on_the_validation_part(job, monkeypatch):
@@ -632,7 +637,7 @@ def test_a_broken_image_is_named_or_skipped_and_counted(job, tmp_path, capsys):
     assert results["skipped_images"] == [str(broken)]
     assert results["num_train_images"] + results["num_validation_images"] + results["num_test_images"] == 59
     out = capsys.readouterr().out
-    assert f"Left out: 1 files that are no images: {notes}." in out
+    assert f"Left out: 1 files that are not images: {notes}." in out
     assert f"Left out 1 images that cannot be decoded: {broken}" in out
     assert (results["exif"], results["alpha_background"], results["split_seed"]) == ("apply", "white", 3)
 
@@ -640,7 +645,7 @@ def test_a_broken_image_is_named_or_skipped_and_counted(job, tmp_path, capsys):
     subject = load_subject(f"{job('goes_on').run.workdir}/classifier.keras")
     of_training = load_job_task(job("goes_on", **options))
     assert subject.task.preprocessing.decoding == of_training.preprocessing.decoding
-    assert subject.task.preprocessing.decoding == decoding_from_results(results)
+    assert subject.task.preprocessing.decoding == decoding_from_results(JobResults.from_json(results))
     assert subject.task.test_examples.part.paths == of_training.test_examples.part.paths
     assert subject.task.num_test == results["num_test_images"]
 

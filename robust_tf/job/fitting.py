@@ -297,7 +297,7 @@ def _callbacks(
     if fit.attacked:
         alarms = Alarms(
             fit.classifier,
-            held=fit.task.preview(NUM_IMAGES),
+            held_out=fit.task.preview(NUM_IMAGES),
             attack=adversarial.training_attack,
             every_epochs=adversarial.alarm_every_epochs,
             history=progress.alarms,

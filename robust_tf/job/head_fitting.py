@@ -66,8 +66,8 @@ def fit_head(job: JobConfig, classifier: keras.Model, task: TaskData, workdir: p
         classifier,
         task,
         views=transfer.views,
-        folder=cache_folder(job.data.cache_dir or None) / "features",
-        max_bytes=transfer.features_cache_size_gb * 1e9,
+        cache_dir=cache_folder(job.data.cache_dir or None),
+        features_cache_size_gb=transfer.features_cache_size_gb,
         track=track,
     )
     feature_seconds = time.perf_counter() - start

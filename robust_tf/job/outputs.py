@@ -8,16 +8,15 @@ from rich.table import Table
 from robust_tf.config.job import JobConfig
 from robust_tf.console import console, only_a_warning
 from robust_tf.data import TaskData
-from robust_tf.files import write_json
 from robust_tf.flags import flat_values
-from robust_tf.job.results import Results, closing_table, comparison_lines, with_baseline
+from robust_tf.job.results import closing_table, with_baseline
 from robust_tf.job.sources import classifier_path
 from robust_tf.job.task import load_job_task
 from robust_tf.job.testing import Evaluation
 from robust_tf.models import load_classifier, save_classifier
 from robust_tf.reporting import REPORT, write_examples, write_history, write_report
 from robust_tf.reporting.next_commands import next_commands
-from robust_tf.results import FILE_NAME
+from robust_tf.results import FILE_NAME, JobResults
 from robust_tf.serving.publish.export import export_classifier, readers_of
 from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results
 from robust_tf.training.checkpoint import TrainingProgress
@@ -30,7 +29,7 @@ def write_job(
     classifier: keras.Model,
     evaluation: Evaluation,
     progress: TrainingProgress,
-    results: Results,
+    results: JobResults,
 ) -> None:
     """Writes the files of a finished job.
 
@@ -47,13 +46,17 @@ def write_job(
     write_result(
         workdir / "tensorboard",
         settings=_hyperparameters(job),
-        figures={name: results[name] for name in ("clean_accuracy", "robust_accuracy") if results[name] is not None},
+        figures={
+            figure.name: figure.value
+            for figure in (results.figure("clean_accuracy"), results.figure("robust_accuracy"))
+            if figure.value is not None
+        },
         confusion=evaluation.confusion,
         class_names=task.class_names,
     )
     evaluation.outcomes.write(workdir)
     write_history(workdir, progress.history)
-    write_json(workdir / FILE_NAME, results)  # last, because its presence means that the job is finished
+    results.write(workdir / FILE_NAME)  # last, because its presence means that the job is finished
     with only_a_warning(f"The report of {workdir}"):
         write_examples(workdir, evaluation.examples)
         if not job.transfer.baseline:  # otherwise the report waits for the baseline
@@ -67,26 +70,26 @@ def write_missing_report(workdir: pathlib.Path) -> None:
             write_report(workdir)
 
 
-def finish_job(job: JobConfig, results: Results, baseline: Results | None = None) -> None:
+def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None = None) -> None:
     """Prints the results of a job, publishes its classifier if that is asked for, and prints the next commands.
 
     Args:
         job: Job that is finished.
-        results: Results of the job.
-        baseline: Results of the same job from the standard source.
+        results: JobResults of the job.
+        baseline: JobResults of the same job from the standard source.
     """
     workdir = pathlib.Path(job.run.workdir)
     if baseline:
         compared = with_baseline(results, baseline, workdir)
         if compared != results:  # the folder of a finished job may be read-only
-            write_json(workdir / FILE_NAME, compared)
+            compared.write(workdir / FILE_NAME)
         if compared != results or not (workdir / REPORT).exists():
             with only_a_warning(f"The report of {workdir}"):
                 write_report(workdir)
         results = compared
     table: Table = closing_table(results)
     console.print(table)
-    for line in comparison_lines(results):
+    for line in results.comparison_in_words():
         console.print(line, soft_wrap=True)
     if job.run.export_dir:
         _publish(job, results)
@@ -99,14 +102,14 @@ def print_next_commands(job: JobConfig) -> None:
     console.print("Next:", *(f"  {command}" for command in next_commands(job.run, sample)), sep="\n")
 
 
-def _publish(job: JobConfig, results: Results) -> None:
+def _publish(job: JobConfig, results: JobResults) -> None:
     version_dir = export_classifier(
         load_classifier(classifier_path(job)),
         job.run.export_dir,
         job.run.served_name,
         model_card=card_from_results(results),
-        labels=results["class_names"],
-        resize_size=results["resize_size"],
+        labels=results.class_names,
+        resize_size=results.resize_size,
         decoding=decoding_from_results(results),
     )
     console.print(f"Published {version_dir} ({readers_of(version_dir)}).")

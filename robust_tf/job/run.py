@@ -13,18 +13,19 @@ from robust_tf.job.fitting import fit_classifier
 from robust_tf.job.half_precision import emulation_warning
 from robust_tf.job.head_fitting import HeadFit, fit_head
 from robust_tf.job.outputs import write_job, write_missing_report
-from robust_tf.job.results import BASELINE, Results, job_results
+from robust_tf.job.results import job_results
 from robust_tf.job.sources import classifier_path, open_source, source_is_job, source_job, twin_job
 from robust_tf.job.task import load_job_task
 from robust_tf.job.testing import Evaluation, evaluate_classifier
 from robust_tf.job.workdir import claim_workdir, finished_results, release_workdir
+from robust_tf.results import BASELINE, JobResults
 from robust_tf.training.checkpoint import Checkpoints, TrainingProgress
 from robust_tf.training.distribution import Distribution, start_distribution
 from robust_tf.training.interruption import Interrupted
 from robust_tf.transfer import sources
 
 
-def run_job(job: JobConfig) -> Results:
+def run_job(job: JobConfig) -> JobResults:
     """Runs one job, from its records to results.json; a finished job is only read.
 
     Raises:
@@ -39,7 +40,7 @@ def run_job(job: JobConfig) -> Results:
         console.print(f"{workdir} is finished already.")
         if distribution.is_chief and not job.transfer.baseline:
             write_missing_report(workdir)
-        return results or {}
+        return results or JobResults()
 
     keras.config.set_dtype_policy(job.optimization.precision)  # also tells Keras whether to scale the loss
     try:
@@ -68,7 +69,7 @@ def run_job(job: JobConfig) -> Results:
         keras.config.set_dtype_policy("float32")
 
 
-def run_baseline(job: JobConfig) -> Results:
+def run_baseline(job: JobConfig) -> JobResults:
     """Runs the same job from the standard twin of its source, in the sub-folder baseline/ of its workdir."""
     if source_is_job(job):
         twin = twin_job(job)

@@ -12,7 +12,7 @@ from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.console import track
 from robust_tf.evaluation.example_choice import Example, ExampleChoice
 from robust_tf.evaluation.outcomes import Outcomes
-from robust_tf.statistics import mean_per_class, wilson_interval
+from robust_tf.statistics import Interval, mean_per_class, wilson_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Evaluation:
         return int(self.outcomes.right.sum()) / self.num_images
 
     @property
-    def clean_interval(self) -> tuple[float, float]:
+    def clean_interval(self) -> Interval:
         """95 % Wilson interval of the clean accuracy."""
         return wilson_interval(int(self.outcomes.right.sum()), self.num_images)
 
@@ -61,7 +61,7 @@ class Evaluation:
         return None if robust is None else int(robust.sum()) / self.num_images
 
     @property
-    def robust_interval(self) -> tuple[float, float] | None:
+    def robust_interval(self) -> Interval | None:
         """95 % Wilson interval of the robust accuracy."""
         robust = self.outcomes.robust
         return None if robust is None else wilson_interval(int(robust.sum()), self.num_images)

@@ -6,9 +6,8 @@ from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.errors import UserError
 from robust_tf.files import check_output_folder, replaced_atomically
 from robust_tf.flags import to_flag_file
-from robust_tf.job.results import Results
 from robust_tf.job.sources import source_is_job, twin_job
-from robust_tf.results import FILE_NAME, read_results
+from robust_tf.results import FILE_NAME, JobResults
 from robust_tf.serving.publish.export import model_folder
 
 FLAGS = "flags.cfg"
@@ -40,9 +39,12 @@ def release_workdir(workdir: pathlib.Path) -> None:
         (workdir / FLAGS).unlink()
 
 
-def finished_results(workdir: pathlib.Path) -> Results | None:
+def finished_results(workdir: pathlib.Path) -> JobResults | None:
     """Returns the results of a workdir whose job is finished, or None."""
-    return read_results(workdir / FILE_NAME) or None
+    results = JobResults.read(workdir / FILE_NAME)
+    if results is not None:
+        results.check_finished(workdir / FILE_NAME)
+    return results
 
 
 def check_export(job: JobConfig) -> None:

@@ -1,4 +1,4 @@
-"""The commands that usually follow a finished job, quoted for a shell."""
+"""The commands that a training job prints when it is finished, quoted for a shell."""
 
 import base64
 import json
@@ -8,7 +8,7 @@ import urllib.parse
 
 from robust_tf.config.run import RunConfig
 
-# A test image of so many bytes fits into a command.
+# A test image of at most this many bytes fits into a command.
 _LARGEST_SAMPLE = 1000
 
 
@@ -30,7 +30,7 @@ def next_commands(run: RunConfig, sample: bytes) -> list[str]:
 
 
 def _query(name: str, sample: bytes) -> str:
-    """Asks the served model about a test image: within the command where it is small enough for that."""
+    """Returns a command that asks the server about a test image, which is part of the command if it is small."""
     if len(sample) > _LARGEST_SAMPLE:
         predict = ["python", "-m", "robust_tf.predict", "--server=http://localhost:8501", f"--model_name={name}"]
         return shlex.join([*predict, "IMAGE_OR_FOLDER"])

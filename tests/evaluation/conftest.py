@@ -1,4 +1,4 @@
-"""Trained classifiers that the tests here share."""
+"""Trained classifiers that the tests of this folder share."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from tests.tasks import make_task
 
 @pytest.fixture(scope="session")
 def jobs(tmp_path_factory, data_dir) -> dict[str, Job]:
-    """Three jobs: a better and a worse classifier of one task, and one of other digits."""
+    """Three jobs: a good and a poor classifier of the same digits, and a classifier of other digits."""
     folder = tmp_path_factory.mktemp("jobs")
     made = {}
     for name, epochs, classes in (("good", 12, CLASSES), ("poor", 1, CLASSES), ("other", 8, (5, 6, 7, 8, 9))):
