@@ -12,8 +12,8 @@ PACKAGE = ROOT / "robust_tf"
 # Each layer may import itself and the layers below it.
 LAYERS = [
     {"train", "evaluate", "export", "convert", "serve", "predict", "visualize"},  # the programs
-    {"reporting"},
     {"job"},
+    {"reporting"},
     {"serving", "evaluation"},
     {"training"},
     {"transfer"},

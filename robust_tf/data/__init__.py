@@ -9,6 +9,8 @@ The public names are imported on first use, so that `python -m robust_tf.data --
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from robust_tf.config.data import DataConfig
+
 if TYPE_CHECKING:
     from robust_tf.data.augmentations import AUGMENTATIONS
     from robust_tf.data.datasets import DATASETS, DatasetInfo, dataset_info
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
+    "DataConfig",
     "DatasetInfo",
     "TaskData",
     "dataset_info",
