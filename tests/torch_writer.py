@@ -64,7 +64,7 @@ def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Call]:
 
 
 class _Pickler(pickle._Pickler):  # the Python version can be made to write names that do not exist
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: dict[type, Any] = dict(pickle._Pickler.dispatch)
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)
@@ -81,10 +81,10 @@ class _Pickler(pickle._Pickler):  # the Python version can be made to write name
         return ("storage", storage_type, str(self.storages.index(value)), "cuda:0", count, *view)
 
     def _save_global(self, value: Global) -> None:
-        self.write(f"c{value.module}\n{value.name}\n".encode())
+        self.write(f"c{value.module}\n{value.name}\n".encode())  # type: ignore[attr-defined]
 
     def _save_call(self, value: Call) -> None:
-        self.save_reduce(value.function, value.arguments, value.state, obj=value)
+        self.save_reduce(value.function, value.arguments, value.state, obj=value)  # type: ignore[attr-defined]
 
     dispatch[Global] = _save_global
     dispatch[Call] = _save_call

@@ -10,6 +10,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from robust_tf.config.data import DataConfig
+
 if TYPE_CHECKING or "pdoc" in sys.modules:  # pdoc documents the names that a module holds
     from robust_tf.data.augmentations import AUGMENTATIONS
     from robust_tf.data.datasets import DATASETS, DatasetInfo, dataset_info
@@ -19,6 +21,7 @@ if TYPE_CHECKING or "pdoc" in sys.modules:  # pdoc documents the names that a mo
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
+    "DataConfig",
     "DatasetInfo",
     "TaskData",
     "dataset_info",
