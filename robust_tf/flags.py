@@ -27,8 +27,8 @@ _HELP_WIDTH = 100
 _COMMON_FLAGS = """
 Flags of every program:
   --flagfile: File to read more flags from, one on each line.
-  --verbosity: Least severe messages of TensorFlow and other libraries to show. One of error, warning, info.
-    Default: error.
+  --verbosity: Least severe messages of TensorFlow and other libraries to show. One of error, warning,
+      info. Default: error.
   --help: Show this help."""
 
 
@@ -150,7 +150,8 @@ def parse_flags(
         reason = str(error).removeprefix("ERROR:: ").rstrip(".")
         raise UserError(f"{reason}. Use --help for the list of flags.") from error
     if values["help"].value:
-        print(usage.strip() + "\n" + _help_of(fields) + "\n" + _COMMON_FLAGS)
+        print(usage.strip() + "\n" + _help_of(fields))
+        print(_COMMON_FLAGS)
         raise SystemExit(0)
     if values["verbosity"].present:
         _set_verbosity(values["verbosity"].value)
@@ -161,12 +162,6 @@ def parse_flags(
             value = _parse_items(field.name, value, typing.get_args(field.kind)[0])
         parsed[field.name] = value
     return from_flat_values(config_class, parsed), positional
-
-
-def _set_verbosity(value: Any) -> None:
-    if value not in typing.get_args(Verbosity):
-        raise unknown_name("value of --verbosity", value, typing.get_args(Verbosity))
-    set_verbosity(value)
 
 
 def to_flag_file(config: Any) -> str:
@@ -212,6 +207,12 @@ class _NumberParser(flags.ArgumentParser[float]):
 
     def parse(self, argument: str | float) -> float:
         return parse_number(argument) if isinstance(argument, str) else float(argument)
+
+
+def _set_verbosity(value: Any) -> None:
+    if value not in typing.get_args(Verbosity):
+        raise unknown_name("value of --verbosity", value, typing.get_args(Verbosity))
+    set_verbosity(value)
 
 
 def _walk(config_class: type[Any], *, records: tuple[str, ...], heading: str) -> list[FlatField]:

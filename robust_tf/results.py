@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Self
 
 from robust_tf.config.data import AlphaBackground, Exif
-from robust_tf.config.job import JobConfig
+from robust_tf.config.job import JobConfig, JobKind
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
 from robust_tf.flags import flat_values, parse_flags
@@ -188,7 +188,7 @@ class JobResults(Record):
         comparison: Paired differences between this job and the baseline.
     """
 
-    task: Literal["pretrain", "transfer"] | None = None
+    task: JobKind | None = None
     dataset: str = ""
     classes: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
@@ -370,9 +370,8 @@ class JobResults(Record):
         content = {name: value for name, value in content.items() if name != "format"}
         missing = [name for name in _ALSO_FLAGS if name not in content]
         if missing and content.get("flags") is not None:
-            config = _config_of(content["flags"], where)
-            values = flat_values(config)
-            content |= {name: values[name] for name in missing}
+            flags = _values_of(content["flags"], where)
+            content |= {name: flags[name] for name in missing}
         return content
 
 
@@ -388,8 +387,8 @@ def _check_format(content: Mapping[str, Any], path: pathlib.Path | str) -> None:
         )
 
 
-def _config_of(flags: Any, where: str) -> JobConfig:
-    """Returns the configuration that the flags in a file describe."""
+def _values_of(flags: Any, where: str) -> dict[str, Any]:
+    """Returns the values of all flags of a job by name, from its flags in a file."""
     name = f"{where}flags"
     if not isinstance(flags, list | tuple) or not all(isinstance(each, str) for each in flags):
         raise WrongValueError(f"{name}={flags!r}")
@@ -399,7 +398,7 @@ def _config_of(flags: Any, where: str) -> JobConfig:
         config, _ = parse_flags(JobConfig, ["train", *flags], announce_former_names=False)
     except UserError as error:
         raise WrongValueError(f"{name} that this version does not know: {error}") from error
-    return config
+    return flat_values(config)
 
 
 def _wrong(received: str, path: pathlib.Path | str) -> UserError:

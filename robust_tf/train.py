@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from robust_tf.config.job import JobConfig
-from robust_tf.environment import set_tensorflow_defaults
+from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import parse_flags
 
@@ -20,13 +20,10 @@ def main(argv: Sequence[str]) -> None:
     job, rest = parse_flags(JobConfig, argv, __doc__ or "")
     if rest:
         raise UserError(f"Every argument must be a flag, --name=value. Received: {rest[0]!r}.")
-    set_tensorflow_defaults()
-    # Imported here because it brings TensorFlow, which --help and a mistake in the flags should not wait for.
-    from absl import logging
-
+    # TensorFlow, and what imports it, comes only now: --help and a mistake in the flags need not wait for it.
+    start_tensorflow()
     from robust_tf.training.interruption import Interrupted, signals_raise
 
-    logging.set_verbosity(logging.ERROR)  # TFDS and TensorFlow log a lot that does not concern the user
     try:
         with signals_raise():
             run(job.with_flags(workdir=job.run.workdir or default_workdir(argv)))

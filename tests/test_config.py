@@ -1,13 +1,16 @@
-"""Flags: every one is checked, written back and read again without a change."""
+"""Flags and records: every flag is checked, written to a file and read again without a change."""
 
+import dataclasses
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from robust_tf.config.attack import AttackConfig
 from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.errors import UserError
-from robust_tf.flags import flat_values, parse_number, to_flag_file, to_text
+from robust_tf.flags import flag, flat_fields, flat_values, parse_flags, parse_number, record, to_flag_file, to_text
 
 CACHED = ["--task=transfer", "--source=x.keras", "--features=cached"]
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.cfg"))
@@ -59,10 +62,24 @@ PRESETS = {
         "attack_step_size": 1.25 * 0.5,
         "random_start": True,
         "use_best": False,
+        "attack_mode": "training",
     },
-    "free": {"attack_steps": 1, "attack_step_size": 0.5, "random_start": False, "use_best": False, "free_replays": 4},
-    "epsilon_warmup": {"attack_steps": 7, "use_best": True, "epsilon_warmup_epochs": 6.0},
-    "none": {"attack_steps": 7, "attack_step_size": None, "random_start": False, "use_best": True},
+    "free": {
+        "attack_mode": "inference",
+        "attack_steps": 1,
+        "attack_step_size": 0.5,
+        "random_start": False,
+        "use_best": False,
+        "free_replays": 4,
+    },
+    "epsilon_warmup": {"attack_mode": "inference", "attack_steps": 7, "use_best": True, "epsilon_warmup_epochs": 6.0},
+    "none": {
+        "attack_mode": "inference",
+        "attack_steps": 7,
+        "attack_step_size": None,
+        "random_start": False,
+        "use_best": True,
+    },
 }
 GIVEN = {
     "fgsm": {"attack_step_size": 0.25, "random_start": False, "use_best": True, "alarm_every_epochs": 3},
@@ -88,6 +105,41 @@ def test_presets_fill_what_is_not_given_and_survive_a_flag_file(tmp_path, fast):
         assert all(f"--{name}={to_text(value)}" in lines for name, value in expected.items() if value is not None)
     typed = config_of(tmp_path, "--epsilon=0.5", "--epochs=12", f"--fast={fast}")
     assert typed == JobConfig.from_flags(**common)
+
+
+@pytest.mark.parametrize("fast", PRESETS)
+def test_a_workdir_of_an_older_version_belongs_to_the_same_flag_file(tmp_path, fast):
+    """Its flags.cfg holds every value, those that the recipe decided and a former spelling included."""
+    flags = ["--epsilon=0.5", "--epochs=12", f"--fast={fast}"]
+    job = config_of(tmp_path, *flags)
+    decided = [f"--{name}={to_text(value)}" for name, value in PRESETS[fast].items() if value is not None]
+    older = config_of(tmp_path, *flags, *decided, "--plan_utilisation=0.35")
+    assert older.differences(job) == job.differences(older) == []
+    assert older.resolved() == job.resolved()
+    assert older.differences(job.with_flags(use_best=not job.adversarial.training_attack.use_best, fast="none"))
+
+
+def test_flags_written_by_a_program_are_not_announced_as_renamed(tmp_path, capsys):
+    config_of(tmp_path, "--dry_run", "--plan_devices=A100", "--plan_utilisation=0.5")
+    assert capsys.readouterr().err == ""
+    job, _ = parse_flags(JobConfig, ["train", "--dry_run", "--plan_devices=A100", "--plan_utilisation=0.5"])
+    assert job.plan.plan_utilization == 0.5
+    assert "--plan_utilisation is now called --plan_utilization" in capsys.readouterr().err
+
+
+def test_the_standard_twin_of_an_older_workdir_is_the_same_job():
+    """The twin keeps the attack flags that the recipe of its robust job decided."""
+    twin = JobConfig.from_flags(epsilon=0.5, epochs=12, fast="fgsm").standard_twin()
+    older = JobConfig.from_flags(
+        epochs=12,
+        eval_epsilon=0.5,
+        attack_steps=1,
+        attack_step_size=0.625,
+        random_start=True,
+        use_best=False,
+        attack_mode="inference",
+    )
+    assert older.differences(twin) == []
 
 
 def test_trades_takes_the_last_iterate_unless_told_otherwise():
@@ -144,6 +196,56 @@ def test_the_standard_twin_of_any_recipe_is_a_job(tmp_path, recipe):
     assert (twin.adversarial.objective, twin.adversarial.fast, twin.data_epochs) == ("adversarial", "none", 10)
     (tmp_path / "flags.cfg").write_text(to_flag_file(twin))
     assert read_flag_file(tmp_path / "flags.cfg") == twin
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    seed: int = flag(0, "A seed.")
+    steps: int = flag(1, "Steps.", formerly="step_count")
+
+
+def test_a_flag_that_occurs_twice_is_an_error_of_the_class():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Twice:
+        seed: int = flag(1, "Another seed.")
+        step_count: int = flag(1, "Another number of steps.")
+        inner: Inner = record(Inner, "Inner")
+
+    with pytest.raises(TypeError, match="Twice has twice: seed, step_count"):
+        flat_fields(Twice)
+
+
+def test_records_are_flattened_and_put_together_again():
+    names = [field.name for field in flat_fields(JobConfig)]
+    assert names[0] == "task" and len(names) > 80
+    job = JobConfig.from_flags(epsilon=0.5, dataset="pets", seed=3)
+    assert (job.adversarial.epsilon, job.data.dataset, job.run.seed) == (0.5, "pets", 3)
+    assert JobConfig.from_flags(**flat_values(job)) == job
+    assert job.with_flags(seed=4, dataset="digits").run.seed == 4
+    with pytest.raises(TypeError, match="JobConfig has no flag epsiln"):
+        JobConfig.from_flags(epsiln=1.0)
+
+
+def test_help_lists_every_flag_below_the_heading_of_its_record(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(JobConfig, ["train", "--help"], "Usage")
+    out = capsys.readouterr().out
+    assert all(f"  --{field.name}: " in out for field in flat_fields(JobConfig))
+    positions = [out.index(f"\n{heading}:\n") for heading in ("Job", "Data", "Optimization", "Plan")]
+    assert positions == sorted(positions)
+    assert out.index("\nData:\n") < out.index("  --cache_dir: ") < out.index("\nNetwork and transfer:\n")
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--epslon=1"], ["--norm=linf", "--epsilon=8"]])
+def test_help_and_wrong_flags_do_not_wait_for_tensorflow(arguments):
+    code = (
+        "import sys; from robust_tf import train\n"
+        "try: train.main(['train', *sys.argv[1:]])\n"
+        "except (SystemExit, ValueError): pass\n"
+        "assert not {'tensorflow', 'keras', 'numpy', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
 
 
 def test_overrides_win(tmp_path):

@@ -646,7 +646,7 @@ def test_a_broken_image_is_named_or_skipped_and_counted(job, tmp_path, capsys):
     of_training = load_job_task(job("goes_on", **options))
     assert subject.task.preprocessing.decoding == of_training.preprocessing.decoding
     assert subject.task.preprocessing.decoding == decoding_from_results(JobResults.from_json(results))
-    assert subject.task.test_examples.part.paths == of_training.test_examples.part.paths
+    assert subject.task.test_examples.part.paths == of_training.test_examples.part.paths  # type: ignore[attr-defined]
     assert subject.task.num_test == results["num_test_images"]
 
 

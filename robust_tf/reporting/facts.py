@@ -20,7 +20,7 @@ def title_of(job: FinishedJob) -> str:
 
 def training_of(job: FinishedJob) -> str:
     """Returns a sentence about how the classifier was trained."""
-    config, results = job.config, job.results
+    config, num_images = job.config, f"{job.results.num_train_images:,}"
     attack = config.adversarial.training_attack
     if attack.active:
         recipe = {"fgsm": "single-step FGSM", "free": "free adversarial training"}.get(
@@ -33,9 +33,9 @@ def training_of(job: FinishedJob) -> str:
     else:
         how = "standard training, without an attack"
     if not config.is_transfer:
-        return f"Trained from scratch on {results.num_train_images:,} images: {how}."
+        return f"Trained from scratch on {num_images} images: {how}."
     return (
-        f"Transferred from {config.transfer.source} to {results.num_train_images:,} images "
+        f"Transferred from {config.transfer.source} to {num_images} images "
         f"({config.transfer.transfer_mode.replace('_', ' ')}, head {config.transfer.head}): {how}."
     )
 
