@@ -16,7 +16,7 @@ from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_folder
 from robust_tf.flags import flag, parse_flags
-from robust_tf.results import FILE_NAME, job_record, read_results
+from robust_tf.results import FILE_NAME, JobResults
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,18 +65,18 @@ def main(argv: Sequence[str]) -> None:
     from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results, probe_from_results
 
     check_output_folder(model_folder(pathlib.Path(config.export_dir), config.model_name), "--export_dir")
-    results = read_results(path.with_name(FILE_NAME))
-    record = job_record(results, path.with_name(FILE_NAME))
-    if record.downscale is not None:
+    results = JobResults.read(path.with_name(FILE_NAME)) or JobResults()
+    if results.downscale is not None:
         raise UserError(
             "A served model takes images as they are, while this classifier was trained on images whose size was "
-            f"reduced first. Received: {path}, trained with --downscale={record.downscale}. Train it without this flag."
+            f"reduced first. Received: {path}, trained with --downscale={results.downscale}. Train it without this "
+            "flag."
         )
     probe = None
     if config.attack_probe:
         probe = probe_from_results(results, norm=config.norm, steps=config.attack_steps)
     model = read_model(path)
-    record.check_image_size(image_shape(model)[1], path)
+    results.check_image_size(image_shape(model)[1], path)
     classifier = plain_classifier(model)
     if warning := pixel_warning(classifier):
         print(f"WARNING: {warning}")
@@ -85,10 +85,10 @@ def main(argv: Sequence[str]) -> None:
         config.export_dir,
         config.model_name,
         version=config.version,
-        labels=_read_labels(config.labels) if config.labels else record.class_names or None,
-        resize_size=record.resize_size if config.resize_size is None else config.resize_size,
+        labels=_read_labels(config.labels) if config.labels else results.class_names or None,
+        resize_size=results.resize_size if config.resize_size is None else config.resize_size,
         decoding=decoding_from_results(results),
-        model_card=card_from_results(results, licence=config.license),
+        model_card=card_from_results(results, license_name=config.license),
         attack_probe=probe,
         original=model,
         world_readable=config.world_readable,

@@ -23,6 +23,7 @@ from robust_tf.evaluation import run
 from robust_tf.evaluation.state_file import StateFile
 from robust_tf.evaluation.subject import draw_images
 from robust_tf.evaluation.visualization import run_visualization
+from robust_tf.job.run import build_job
 from robust_tf.models import features_of, load_classifier, save_classifier
 from robust_tf.serving.model.session import LoadedModel
 from robust_tf.training import AdversarialTrainer
@@ -117,7 +118,7 @@ def run_export(saved: Saved, data_dir: pathlib.Path) -> None:
 
 
 def run_source(saved: Saved, data_dir: pathlib.Path) -> None:
-    config = JobConfig(
+    config = JobConfig.from_flags(
         task="transfer",
         source=str(saved.path),
         workdir=str(saved.path.with_name("job")),
@@ -126,7 +127,7 @@ def run_source(saved: Saved, data_dir: pathlib.Path) -> None:
         hidden_layers=1,
     )
     before = load_classifier(saved.path)
-    classifier, _ = train.build_job(config)
+    classifier, _ = build_job(config)
     assert [weight.path for weight in classifier.trainable_weights] == [
         f"{layer}/{weight}" for layer in ("head_hidden1", "logits") for weight in ("kernel", "bias")
     ]
@@ -184,7 +185,7 @@ def test_a_transfer_from_a_users_model_names_what_it_cannot_do(tmp_path, data_di
         ({"normalization": "dataset"}, "called 'normalization'.*normalization=source"),
     ):
         with pytest.raises(UserError, match=message):
-            train.build_job(JobConfig(workdir=str(tmp_path / "job"), **job, **changes))
+            build_job(JobConfig.from_flags(workdir=str(tmp_path / "job"), **job, **changes))
     assert "WARNING for" in capsys.readouterr().out
 
 
@@ -192,8 +193,8 @@ def test_a_transfer_from_a_users_model_names_what_it_cannot_do(tmp_path, data_di
 @pytest.mark.parametrize("saved", ["nested", "convolution head"], indirect=True)
 @pytest.mark.parametrize("settings", [{"transfer_mode": "full_network"}, {"features": "cached", "head": "ridge"}])
 def test_a_whole_transfer_and_what_follows_it(saved, settings, data_dir, tmp_path):
-    """Evaluation finds the accuracy that the training job reported, and the result can be published."""
-    config = JobConfig(
+    """The figures of the training job are those of evaluation, and the result can be published."""
+    config = JobConfig.from_flags(
         task="transfer",
         source=str(saved.path),
         workdir=str(tmp_path / "job"),

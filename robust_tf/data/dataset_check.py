@@ -10,7 +10,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from robust_tf.config.job import AlphaBackground
+from robust_tf.config.data import AlphaBackground
 from robust_tf.data.datasets import FOLDER_PREFIX, DatasetInfo, dataset_info
 from robust_tf.data.open_dataset import open_dataset
 from robust_tf.data.orientation import jpeg_orientation

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import numpy as np
 import tensorflow as tf
@@ -13,8 +12,6 @@ import tensorflow as tf
 from robust_tf.data.records import Part
 from robust_tf.errors import UserError, warn_user
 from robust_tf.files import replaced_atomically
-
-CacheMode = Literal["auto", "memory", "disk", "none"]
 
 # Largest size of the encoded images in a shuffle buffer.
 _SHUFFLE_BYTES = 512 * 1024**2

@@ -10,12 +10,12 @@ is imported on first use, because that takes seconds.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-Mix = Literal["none", "mixup", "cutmix"]
+from robust_tf.config.data import Mixing
 
 _OPERATIONS = 2  # applied to each image, one after the other
 _RATE = 10 / 11  # probability that an operation is applied: one of the paper's eleven operations is the identity
@@ -55,7 +55,7 @@ def rand_augment(image: tf.Tensor, seed: tf.Tensor, *, magnitude: float) -> tf.T
 
 
 def mix(
-    images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, *, kind: Mix, num_classes: int
+    images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, *, kind: Mixing, num_classes: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Mixes each image of a batch and its label with another image of the batch and its label.
 

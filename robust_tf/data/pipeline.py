@@ -9,22 +9,20 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
-from etils import epath
 
+from robust_tf.config.data import DataConfig, Mixing
 from robust_tf.data.augmentations import AUGMENTATIONS
 from robust_tf.data.broken_images import broken_images_named, remembered_broken_images
 from robust_tf.data.datasets import dataset_info
-from robust_tf.data.examples import CacheMode, Examples, fits_in_memory
-from robust_tf.data.keras_cv_layers import Mix, mix
-from robust_tf.data.open_dataset import open_dataset
+from robust_tf.data.examples import Examples, fits_in_memory
+from robust_tf.data.keras_cv_layers import mix
+from robust_tf.data.open_dataset import data_folder, open_dataset
 from robust_tf.data.preprocessing import Preprocessing
 from robust_tf.data.selection import checked_classes, part_masks
-from robust_tf.data.transforms import AS_STORED, Decoding
+from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.files import cache_folder
 
@@ -60,12 +58,13 @@ class TaskData:
     Example:
         >>> import tempfile
         >>> import tensorflow as tf
+        >>> from robust_tf.config import DataConfig
         >>> from robust_tf.data import load_task
         >>> image = tf.io.encode_png(tf.zeros((40, 50, 3), tf.uint8))
         >>> with tempfile.TemporaryDirectory() as root:
         ...     for name in ("train/cat/1", "train/cat/2", "train/dog/3", "test/cat/4", "test/dog/5"):
         ...         tf.io.write_file(f"{root}/{name}.png", image)
-        ...     task = load_task(f"folder:{root}", image_size=32, batch_size=4)
+        ...     task = load_task(DataConfig(dataset=f"folder:{root}", image_size=32), batch_size=4)
         ...     images, labels = next(task.test.as_numpy_iterator())
         >>> task.class_names, task.augmentation, task.metric
         (('cat', 'dog'), 'random_resized_crop', 'accuracy')
@@ -80,7 +79,7 @@ class TaskData:
     class_names: tuple[str, ...]
     metric: str
     batch_size: int
-    mixing: Mix
+    mixing: Mixing
     seed: int
     fingerprint: str
     skipped: tuple[str, ...] = ()
@@ -291,25 +290,10 @@ class TaskData:
 
 
 def load_task(
-    name: str,
+    data: DataConfig | str,
     *,
-    classes: Sequence[int] | None = None,
-    image_size: int | None = None,
     batch_size: int,
-    augmentation: str | None = None,
-    rand_augment: float = 0.0,
-    mixing: Mix = "none",
-    downscale: int | None = None,
-    decoding: Decoding = AS_STORED,
-    validation_fraction: float = 0.1,
-    examples_per_class: int | None = None,
-    subset: str = "",
-    skip_bad_images: bool = False,
     seed: int = 0,
-    split_seed: int = 0,
-    data_dir: epath.Path | pathlib.Path | None = None,
-    cache: CacheMode = "auto",
-    cache_dir: pathlib.Path | None = None,
     worker: int = 0,
     num_workers: int = 1,
     drop_remainder: bool = False,
@@ -320,29 +304,10 @@ def load_task(
     and is the same in every call, whatever the seed.
 
     Args:
-        name: Key of `DATASETS`, `tfds:NAME[/config][:version]` or `folder:/path`.
-        classes: Labels to keep. The new label of a class is its position here. None keeps all.
-        image_size: Side of the images in a batch, in pixels. None uses the value of the data set's row.
+        data: Images to use, and how they are read and augmented. A string stands for `DataConfig(dataset=data)`: a key
+            of `DATASETS`, `tfds:NAME[/config][:version]` or `folder:/path`.
         batch_size: Number of images in a training batch, over all workers. Evaluation uses at least 64.
-        augmentation: Key of `AUGMENTATIONS`. None uses the value of the data set's row.
-        rand_augment: Magnitude in (0, 1] of RandAugment, applied after the augmentation. 0 turns it off.
-        mixing: "mixup" or "cutmix" to mix the images of a training batch, whose labels are then float32 of shape
-            (batch, classes). "none" turns it off.
-        downscale: Length to which the shorter side of every image is reduced before anything else, in pixels. None
-            turns it off.
-        decoding: Treatment of EXIF rotation and transparency.
-        validation_fraction: Share of the training split to hold out for choosing the best epoch, in (0, 1). A data set
-            without a row in `DATASETS` that defines a validation part uses that part instead.
-        examples_per_class: Number of training images to keep of each class, chosen by `seed`. None keeps all.
-        subset: Number ("1000") or share ("0.1") of the training images to keep, balanced over the classes and chosen
-            by `seed`. "" keeps all.
-        skip_bad_images: Decode all images once, and leave out those that cannot be decoded.
         seed: Seed for the order, the augmentation and the choice of training images.
-        split_seed: Seed for the choice of the test images of a folder that has no test part.
-        data_dir: Folder of TFDS. None uses TFDS's default.
-        cache: Place that keeps the encoded images between epochs: "memory", "disk" (the training part, in
-            `cache_dir`), "none", or "auto", which is "memory" if they take at most a quarter of the free memory.
-        cache_dir: Folder for what can be computed again. None uses the user's cache folder.
         worker: Number of this worker, from 0.
         num_workers: Number of workers that train together, each on an equal share of every batch.
         drop_remainder: Leave out the last training batch of an epoch if it is smaller than the others. Always done if
@@ -358,39 +323,41 @@ def load_task(
     Example:
         >>> import tempfile
         >>> import tensorflow as tf
+        >>> from robust_tf.config import DataConfig
         >>> from robust_tf.data import load_task
         >>> image = tf.io.encode_png(tf.zeros((40, 50, 3), tf.uint8))
         >>> with tempfile.TemporaryDirectory() as root:
         ...     for number in range(10):
         ...         tf.io.write_file(f"{root}/cat/{number}.png", image)
         ...         tf.io.write_file(f"{root}/dog/{number}.png", image)
-        ...     task = load_task(f"folder:{root}", image_size=32, batch_size=4)
+        ...     task = load_task(DataConfig(dataset=f"folder:{root}", image_size=32), batch_size=4)
         ...     images, labels = next(task.train(first_epoch=0, epochs=1).as_numpy_iterator())
         >>> task.num_train, task.num_validation, task.num_test
         (14, 2, 4)
         >>> images.shape, labels.shape
         ((4, 32, 32, 3), (4,))
     """
+    if isinstance(data, str):
+        data = DataConfig(dataset=data)
+    name, augmentation, classes = data.dataset, data.augmentation, data.classes or None
     info = dataset_info(name)
-    if augmentation is not None and augmentation not in AUGMENTATIONS:
+    if augmentation and augmentation not in AUGMENTATIONS:
         raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
-    if not 0 < validation_fraction < 1:
-        raise UserError(
-            f"validation_fraction must be between 0 and 1. Received: validation_fraction={validation_fraction}."
-        )
     if not 0 <= worker < num_workers or batch_size % num_workers:
         raise UserError(
             "worker must be a number from 0 to num_workers - 1, and batch_size a multiple of num_workers. Received: "
             f"worker={worker}, num_workers={num_workers}, batch_size={batch_size}."
         )
-    images = open_dataset(name, data_dir, split_seed=split_seed, skip_bad_images=skip_bad_images)
+    images = open_dataset(
+        name, data_folder(data.data_dir), split_seed=data.split_seed, skip_bad_images=data.skip_bad_images
+    )
     names = images.class_names
     if classes is not None:
-        classes = checked_classes(classes, len(names), name)
-    folder = cache_folder(cache_dir)
+        checked_classes(classes, len(names), name)
+    folder = cache_folder(data.cache_dir or None)
 
     broken = {part: np.zeros(0, np.int64) for part in ("train", "test")}
-    if skip_bad_images:
+    if data.skip_bad_images:
         for part in broken:
             broken[part] = remembered_broken_images(
                 getattr(images, part), f"{images.fingerprint} {part}", folder / "broken_images"
@@ -400,9 +367,9 @@ def load_task(
         name,
         broken=broken,
         classes=classes,
-        validation_fraction=validation_fraction,
-        examples_per_class=examples_per_class,
-        subset=subset,
+        validation_fraction=data.validation_fraction,
+        examples_per_class=data.examples_per_class,
+        subset=data.subset,
         seed=seed,
     )
     new_labels = None
@@ -414,15 +381,15 @@ def load_task(
         digest.update(mask.tobytes())
     fingerprint = digest.hexdigest()
 
-    in_memory = cache == "memory" or (cache == "auto" and fits_in_memory(images.num_bytes))
+    in_memory = data.cache == "memory" or (data.cache == "auto" and fits_in_memory(images.num_bytes))
     examples = functools.partial(
         Examples, new_labels=new_labels, example_bytes=images.num_bytes / (len(train_mask) + len(test_mask))
     )
-    file = folder / "records" / f"{fingerprint[:20]}.tfrecord" if cache == "disk" else None
+    file = folder / "records" / f"{fingerprint[:20]}.tfrecord" if data.cache == "disk" else None
     train_examples = examples(part=images.train, mask=train_mask, in_memory=in_memory, file=file)
     train_examples = train_examples.written()
 
-    size = image_size or info.image_size
+    size = data.image_size or info.image_size
     return TaskData(
         train_examples=train_examples,
         validation_examples=examples(part=images.train, mask=validation_mask, in_memory=in_memory),
@@ -432,15 +399,15 @@ def load_task(
             # In the proportion of the paper's code, 256 to 224. Small images are not cropped.
             resize_size=max(size, round(size * info.resize_size / info.image_size)),
             augmentation=augmentation or info.augmentation,
-            rand_augment=rand_augment,
-            downscale=downscale,
-            decoding=decoding,
+            rand_augment=data.rand_augment,
+            downscale=data.downscale,
+            decoding=Decoding(exif=data.exif, alpha_background=data.alpha_background),
             highest_float=images.highest_float,
         ),
         class_names=tuple(names[label] for label in classes or range(len(names))),
         metric=info.metric,
         batch_size=batch_size,
-        mixing=mixing,
+        mixing=data.mixing,
         seed=seed,
         fingerprint=fingerprint,
         skipped=(

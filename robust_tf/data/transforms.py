@@ -8,7 +8,7 @@ import dataclasses
 import tensorflow as tf
 
 from robust_tf.config.checks import check_choices
-from robust_tf.config.job import AlphaBackground, Exif
+from robust_tf.config.data import AlphaBackground, Exif
 from robust_tf.data.orientation import jpeg_orientation, turned
 from robust_tf.data.transparency import on_background, opaque_gif
 

@@ -17,7 +17,7 @@ from robust_tf.console import console, meter
 from robust_tf.errors import UserError
 from robust_tf.evaluation import report
 from robust_tf.evaluation.calibration import calibration
-from robust_tf.evaluation.comparison import compared, comparison_lines
+from robust_tf.evaluation.comparison import compare_classifiers, comparison_lines
 from robust_tf.evaluation.corruption_error import (
     corrupted_images,
     error_of,
@@ -62,7 +62,7 @@ def run_evaluation(config: EvaluateConfig) -> None:
     except KeyboardInterrupt:
         console.print(f"Interrupted. The state is saved in {config.folder}; the same command continues from there.")
         raise SystemExit(130) from None
-    comparison = compared(measured)
+    comparison = compare_classifiers(measured)
     entries = [entry_of(config, each, measured[-1]) for each in measured]
     for each in measured:
         print_warnings(each)

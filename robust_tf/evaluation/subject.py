@@ -9,12 +9,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from robust_tf.config.data import DataConfig
 from robust_tf.data import TaskData, load_task
-from robust_tf.data.open_dataset import data_folder
-from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
-from robust_tf.results import FILE_NAME, JobRecord, read_job_record
+from robust_tf.results import FILE_NAME, JobResults, MeasuredAttack
 
 _PUBLISHED_DATASETS = {"imagenet": "imagenet2012", "fashion_mnist": "fashion_mnist"}
 
@@ -111,21 +110,23 @@ def load_subject(
         )
     same_data = dataset == job.dataset
     task = load_task(
-        dataset,
-        classes=kept or None,
-        image_size=classifier.input_shape[1] or job.image_size,
-        downscale=job.downscale,  # the classifier was trained on such images, and needs them for any data set
-        decoding=Decoding(exif=job.exif, alpha_background=job.alpha_background),
-        split_seed=job.split_seed
-        if same_data
-        else 0,  # with another seed, some of its training images would be test images
-        skip_bad_images=same_data and job.skip_bad_images,
+        DataConfig(
+            dataset=dataset,
+            classes=kept,
+            image_size=classifier.input_shape[1] or job.image_size,
+            downscale=job.downscale,  # the classifier was made for such images, whatever the data
+            exif=job.exif,
+            alpha_background=job.alpha_background,
+            split_seed=job.split_seed if same_data else 0,  # or some of the training images would be among the others
+            skip_bad_images=same_data and job.skip_bad_images,
+            data_dir=data_dir,
+        ),
         batch_size=batch_size,
-        data_dir=data_folder(data_dir),
     )
     if same_data and job.resize_size is not None:
         preprocessing = dataclasses.replace(task.preprocessing, resize_size=job.resize_size)
         task = dataclasses.replace(task, preprocessing=preprocessing)
+    attack = job.robust_accuracy_attack or MeasuredAttack()
     logits = classifier.output_shape[-1]
     if logits != len(task.class_names):
         raise UserError(
@@ -138,8 +139,8 @@ def load_subject(
         dataset=dataset,
         classes=kept,
         task=task,
-        norm=job.norm,
-        epsilon=job.epsilon,
+        norm=attack.norm,
+        epsilon=attack.epsilon,
     )
 
 
@@ -213,10 +214,10 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else [f"{name} ({number})" for number, name in enumerate(short, 1)]
 
 
-def _job_of(path: pathlib.Path, name: str) -> JobRecord:
+def _job_of(path: pathlib.Path, name: str) -> JobResults:
     """Returns what is known about the training of a classifier."""
     if name not in PUBLISHED:
-        return read_job_record(path.parent / FILE_NAME)
+        return JobResults.read(path.parent / FILE_NAME) or JobResults()
     model = PUBLISHED[name]
-    threat_model = (model.norm, model.epsilon) if model.epsilon else (None, None)
-    return JobRecord(dataset=_PUBLISHED_DATASETS[model.dataset], norm=threat_model[0], epsilon=threat_model[1])
+    attack = MeasuredAttack(norm=model.norm, epsilon=model.epsilon) if model.epsilon else None
+    return JobResults(dataset=_PUBLISHED_DATASETS[model.dataset], robust_accuracy_attack=attack)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
+from robust_tf.config.attack import Norm
 from robust_tf.errors import UserError, unknown_name, warn_user
 from robust_tf.files import cache_folder, temporary_cache, write_json
 from robust_tf.models.architectures import ARCHITECTURES
@@ -47,7 +48,7 @@ class PublishedModel:
     """
 
     architecture: str
-    norm: Literal["l2", "linf"]
+    norm: Norm
     epsilon: float
     dataset: Literal["imagenet", "fashion_mnist"]
     filename: str
@@ -62,8 +63,7 @@ class PublishedModel:
 
 # ImageNet top-1 accuracies by norm, epsilon and architecture. Epsilon is written as in the file names, in 1/255 for
 # linf. Source: Salman et al. 2020 (arXiv 2007.08489) and the tables of the code published with it.
-_Norm = Literal["l2", "linf"]
-_IMAGENET: tuple[tuple[_Norm, tuple[str, ...], dict[str, tuple[float, ...]]], ...] = (
+_IMAGENET: tuple[tuple[Norm, tuple[str, ...], dict[str, tuple[float, ...]]], ...] = (
     (
         "l2",
         ("0", "0.01", "0.03", "0.05", "0.1", "0.25", "0.5", "1", "3", "5"),

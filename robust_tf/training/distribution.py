@@ -10,16 +10,16 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
+from robust_tf.config.run import DistributionKind
 from robust_tf.console import console
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 
-Kind = Literal["none", "mirrored", "multi_worker", "tpu"]
 Result = TypeVar("Result")
 
 _RESTARTS = "ROBUST_TF_RESTARTS"  # environment variable that tells a restarted process the number of restarts so far
@@ -201,7 +201,7 @@ class Distribution:
 
 
 @functools.cache
-def start_distribution(kind: Kind) -> Distribution:
+def start_distribution(kind: DistributionKind) -> Distribution:
     """Returns the distribution of the given kind. A second call in the same process returns the same object.
 
     Call it before anything else uses TensorFlow's devices.

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import keras
 
+from robust_tf.config.transfer import FrozenBatchNorm, TransferMode
 from robust_tf.training.optimizers import average_statistics, carry_over_optimizer_state
-from robust_tf.transfer.stages import FrozenBatchNorm, TransferMode, freeze
+from robust_tf.transfer.stages import freeze
 
 
 def unfreeze(

@@ -7,17 +7,15 @@ belongs to the head. Layers without weights may have any name.
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Literal, cast
+from typing import cast, get_args
 
 import keras
 
+from robust_tf.config.transfer import FrozenBatchNorm, TransferMode
 from robust_tf.errors import UserError, unknown_name
 
-TransferMode = Literal["fixed_feature", "full_network", "partial"]
-FrozenBatchNorm = Literal["frozen", "update"]
-
-TRANSFER_MODES: tuple[TransferMode, ...] = ("fixed_feature", "full_network", "partial")
-FROZEN_BATCHNORM: tuple[FrozenBatchNorm, ...] = ("frozen", "update")
+TRANSFER_MODES: tuple[TransferMode, ...] = get_args(TransferMode)
+FROZEN_BATCHNORM: tuple[FrozenBatchNorm, ...] = get_args(FrozenBatchNorm)
 
 HEAD = "head"
 

@@ -16,8 +16,8 @@ import tempfile
 import time
 from typing import Any
 
-from robust_tf import train
 from robust_tf.config.job import JobConfig
+from robust_tf.job.run import run_job
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def _run(
     arguments: argparse.Namespace, folder: pathlib.Path, name: str, seed: int, flags: dict[str, Any]
 ) -> dict[str, Any]:
     workdir = folder / f"{name} {seed}"
-    config = JobConfig(
+    config = JobConfig.from_flags(
         task="transfer",
         source=arguments.source,
         dataset=arguments.dataset,
@@ -68,7 +68,7 @@ def _run(
         **flags,
     )
     start = time.perf_counter()
-    train.run_job(config)
+    run_job(config)
     seconds = time.perf_counter() - start
     return {**json.loads((workdir / "results.json").read_text(encoding="utf-8")), "job_seconds": seconds}
 

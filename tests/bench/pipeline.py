@@ -76,10 +76,12 @@ def _pipeline(folder: pathlib.Path, *, epochs: int, augmentation: str) -> Any:
     from robust_tf.environment import set_tensorflow_defaults
 
     set_tensorflow_defaults()
+    from robust_tf.config.data import DataConfig
     from robust_tf.data import load_task
 
-    task = load_task(f"folder:{folder}", batch_size=BATCH, image_size=SIZE, augmentation=augmentation, cache="none")
-    return task.train(first_epoch=0, epochs=2 * epochs)  # twice as many, since the validation part is held out
+    data = DataConfig(dataset=f"folder:{folder}", image_size=SIZE, augmentation=augmentation, cache="none")
+    task = load_task(data, batch_size=BATCH)
+    return task.train(first_epoch=0, epochs=2 * epochs)  # what is held out leaves a little less in each
 
 
 def _consume(dataset: Any, batches: int) -> None:

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from robust_tf.data import DATASETS, dataset_info, load_task
+from robust_tf.data import DATASETS, dataset_info
 from robust_tf.data.builders import OWN_BUILDERS
 from robust_tf.data.tfds_preparation import builder_of
 from robust_tf.errors import UserError
+from tests.tasks import make_task
 
 TWELVE = "aircraft birdsnap caltech101 caltech256 cifar10 cifar100 dtd flowers food pets cars sun397".split()
 FROM_TFDS = [name for name in DATASETS if builder_of(name).name not in OWN_BUILDERS]
@@ -38,7 +39,7 @@ def test_the_version_of_every_row_exists(name, tmp_path):
 def test_every_data_set_of_tfds_can_be_loaded(name, mocked_tfds):
     """The images are random, with the shape and the labels of the real ones."""
     with mocked_tfds(num_examples=20):
-        task = load_task(name, batch_size=4, image_size=32)
+        task = make_task(name, batch_size=4, image_size=32)
         images, labels = next(task.train(first_epoch=0, epochs=1).as_numpy_iterator())
     assert len(task.class_names) == DATASETS[name].num_classes
     assert images.shape == (4, 32, 32, 3) and images.dtype == np.float32
@@ -71,4 +72,4 @@ def test_other_data_sets_get_the_papers_recipe(name):
 )
 def test_unknown_names_are_refused_with_their_value(name, message, tmp_path):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
-        load_task(name, batch_size=4, data_dir=tmp_path)
+        make_task(name, batch_size=4, data_dir=tmp_path)

@@ -11,9 +11,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from robust_tf.data import broken_images, load_task
+from robust_tf.data import broken_images
 from robust_tf.data import examples as examples_module
 from robust_tf.errors import UserError
+from tests.tasks import make_task
 
 PER_CLASS = 20
 
@@ -35,7 +36,7 @@ def folder(tmp_path) -> pathlib.Path:
 def load(folder, tmp_path):
     def make(**options):
         settings = {"batch_size": 8, "image_size": 8, "augmentation": "none", "cache_dir": tmp_path / "cache"}
-        return load_task(f"folder:{folder}", **{**settings, **options})
+        return make_task(f"folder:{folder}", **{**settings, **options})
 
     return make
 

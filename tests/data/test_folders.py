@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robust_tf.data import decode, load_task
+from robust_tf.data import decode
 from robust_tf.data.open_dataset import open_dataset
 from robust_tf.errors import UserError
 from tests.data.images import encoded, jpeg, write, write_folder
+from tests.tasks import make_task
 
 SVG = '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>'
 WHOLE = {"train/cat": 8, "train/dog": 6, "test/cat": 3, "test/dog": 2}
@@ -21,7 +22,7 @@ def names(part) -> list[str]:
 
 
 def load(root, **options):
-    return load_task(f"folder:{root}", **{"batch_size": 4, "image_size": 8} | options)
+    return make_task(f"folder:{root}", **{"batch_size": 4, "image_size": 8} | options)
 
 
 def test_records_are_the_files_in_order(tmp_path):
@@ -273,4 +274,4 @@ def test_a_file_without_permission_is_named(tmp_path):
 def test_a_split_seed_that_would_have_no_effect_is_refused(tmp_path, data_dir, name):
     dataset = f"folder:{write_folder(tmp_path, WHOLE)}" if name == "split" else name
     with pytest.raises(UserError, match="split_seed is only for a folder.*Received: split_seed=7"):
-        load_task(dataset, batch_size=4, split_seed=7, data_dir=data_dir)
+        make_task(dataset, batch_size=4, split_seed=7, data_dir=data_dir)

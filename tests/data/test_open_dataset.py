@@ -8,7 +8,7 @@ from robust_tf.config.job import JobConfig
 from robust_tf.data.open_dataset import data_folder
 from robust_tf.data.tfds_preparation import builder_of, root_of
 from robust_tf.errors import UserError
-from robust_tf.job.building import task_of
+from robust_tf.job.task import load_job_task
 
 
 def test_local_paths_may_begin_with_the_home_folder():
@@ -25,8 +25,8 @@ def test_tfds_gets_the_address_of_a_bucket_unchanged(monkeypatch):
         raise Opened(str(data_dir))
 
     monkeypatch.setattr("robust_tf.data.open_dataset.open_tfds", opened)
-    with pytest.raises(Opened, match="^gs://bucket/tfds$"):  # pathlib would turn it into gs:/bucket/tfds
-        task_of(JobConfig(data_dir="gs://bucket/tfds"))
+    with pytest.raises(Opened, match="^gs://bucket/tfds$"):  # pathlib would make gs:/bucket/tfds of it
+        load_job_task(JobConfig.from_flags(data_dir="gs://bucket/tfds"))
 
 
 def test_root_of_a_prepared_data_set_is_the_data_dir(data_dir):

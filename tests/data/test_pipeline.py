@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from robust_tf.data import load_task
 from robust_tf.errors import UserError
+from tests.tasks import make_task
 
 
 def batches(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -20,7 +20,7 @@ def rows(images: np.ndarray) -> set[bytes]:
 @pytest.fixture
 def digits(data_dir):
     def load(**options):
-        return load_task("digits", **{"batch_size": 64, "augmentation": "none", "data_dir": data_dir} | options)
+        return make_task("digits", **{"batch_size": 64, "augmentation": "none", "data_dir": data_dir} | options)
 
     return load
 
@@ -98,14 +98,14 @@ def test_examples_per_class_limits_only_the_training_part(digits):
 
 def test_resize_size_keeps_the_proportion_of_the_paper(mocked_tfds):
     with mocked_tfds(num_examples=20):
-        assert load_task("pets", batch_size=4).resize_size == 256
-        assert load_task("pets", batch_size=4, image_size=112).resize_size == 128
+        assert make_task("pets", batch_size=4).resize_size == 256
+        assert make_task("pets", batch_size=4, image_size=112).resize_size == 128
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "digit"}, "Received: 'digit'. Did you mean 'digits'"),
+        ({"dataset": "digit"}, "Received: 'digit'. Did you mean 'digits'"),
         ({"classes": (3, 10)}, r"0 to 9. Received: \[10\] in classes=\[3, 10\]"),
         ({"classes": (3, 3)}, r"Received: classes=\[3, 3\]"),
         ({"classes": (3,)}, r"two or more.*classes=\[3\]"),
@@ -116,10 +116,10 @@ def test_resize_size_keeps_the_proportion_of_the_paper(mocked_tfds):
 )
 def test_wrong_arguments_are_refused_with_their_value(data_dir, options, message):
     with pytest.raises(UserError, match=message):
-        load_task(**{"name": "digits", "batch_size": 64, "data_dir": data_dir} | options)
+        make_task(**{"dataset": "digits", "batch_size": 64, "data_dir": data_dir} | options)
 
 
 def test_the_error_for_a_missing_data_set_says_how_to_get_it(tmp_path):
     """Users have to fetch these files by hand, so the test needs no network."""
     with pytest.raises(UserError, match=r"(?s)imagenet2012.*144 GiB.*--prepare=imagenet2012 --data_dir="):
-        load_task("imagenet2012", batch_size=4, data_dir=tmp_path)
+        make_task("imagenet2012", batch_size=4, data_dir=tmp_path)

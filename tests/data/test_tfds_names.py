@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from robust_tf.data import load_task
 from robust_tf.data.open_dataset import open_dataset
 from robust_tf.errors import UserError
+from tests.tasks import make_task
 
 
 class _Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -120,7 +120,7 @@ class SmallLines(SmallSingle):
 @pytest.mark.parametrize("augmentation", ["none", "random_resized_crop"])
 @pytest.mark.parametrize("name", ["small_floats_one", "small_floats_byte"])
 def test_float_images_are_scaled_to_the_unit_range(tmp_path, name, augmentation):
-    task = load_task(f"tfds:{name}", batch_size=4, image_size=4, augmentation=augmentation, data_dir=tmp_path)
+    task = make_task(f"tfds:{name}", batch_size=4, image_size=4, augmentation=augmentation, data_dir=tmp_path)
     trained = np.concatenate([images for images, _ in task.train(first_epoch=0, epochs=1).as_numpy_iterator()])
     tested = np.concatenate([images for images, _ in task.test.as_numpy_iterator()])
     assert trained.shape[1:] == tested.shape[1:] == (4, 4, 3) and tested.dtype == np.float32
@@ -140,7 +140,7 @@ def test_float_images_in_another_range_are_refused(tmp_path):
 
 
 def test_a_float_image_that_leaves_the_range_later_is_an_error(tmp_path):
-    task = load_task("tfds:small_floats_late", batch_size=64, image_size=4, data_dir=tmp_path)
+    task = make_task("tfds:small_floats_late", batch_size=64, image_size=4, data_dir=tmp_path)
     assert task.preprocessing.highest_float != 255.0  # TFDS did not shuffle the image to the front
     with (
         pytest.raises(UserError, match=r"must lie in \[0, 1\] like those of the first images\. Received: pixels out"),
@@ -169,7 +169,7 @@ def test_a_single_split_is_divided_into_training_and_test_part(tmp_path):
 
 def test_the_validation_part_of_the_data_set_is_used(tmp_path):
     assert counts("small_complete", tmp_path) == (15, 3, 4)
-    task = load_task("tfds:small_complete:1.0.0", batch_size=4, image_size=8, data_dir=tmp_path)
+    task = make_task("tfds:small_complete:1.0.0", batch_size=4, image_size=8, data_dir=tmp_path)
     assert (task.num_train, task.num_validation, task.num_test) == (12, 3, 4)
     labels = np.concatenate([labels for _, labels in task.validation.as_numpy_iterator()])
     assert sorted(labels) == [0, 1, 2]
@@ -199,9 +199,9 @@ def test_the_name_of_a_record_is_its_tfds_id(tmp_path):
 )
 def test_unsuitable_data_sets_are_refused(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        load_task(f"tfds:{name}", batch_size=4, image_size=8, data_dir=tmp_path)
+        make_task(f"tfds:{name}", batch_size=4, image_size=8, data_dir=tmp_path)
 
 
 def test_only_the_classes_in_use_need_images(tmp_path):
-    task = load_task("tfds:small_incomplete", batch_size=4, image_size=8, classes=(0, 2), data_dir=tmp_path)
+    task = make_task("tfds:small_incomplete", batch_size=4, image_size=8, classes=(0, 2), data_dir=tmp_path)
     assert (task.num_train + task.num_validation, task.num_test) == (8, 2)

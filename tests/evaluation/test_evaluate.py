@@ -18,12 +18,12 @@ from small_jobs import small_classifier, write_job
 from robust_tf import evaluate
 from robust_tf.attacks import ATTACKS, CascadeState, pgd
 from robust_tf.config.evaluation import EvaluateConfig
-from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.evaluation import robustness, run
 from robust_tf.flags import parse_flags
 from robust_tf.models import load_classifier
 from robust_tf.statistics import in_words, paired_difference, wilson_interval
+from tests.tasks import make_task
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -147,7 +147,9 @@ def test_two_classifiers_are_compared_with_corruptions(flags, jobs, tmp_path, ca
     expected = {name: paired_difference(*pair) for name, pair in (("clean", right), ("robust", robust))}
     clean, (attacked,) = evaluation["comparison"]["clean_accuracy"], evaluation["comparison"]["attacks"]
     for row, pair in ((clean, expected["clean"]), (attacked, expected["robust"])):
-        assert (row["difference"], *row["interval"], row["p_value"]) == pytest.approx((pair[0], *pair[1], pair[2]))
+        assert (row["difference"], *row["interval"], row["p_value"]) == pytest.approx(
+            (pair.difference, *pair.interval, pair.p_value)
+        )
     assert clean["difference"] == pytest.approx(good["clean"]["accuracy"] - poor["clean"]["accuracy"])
     assert f"clean accuracy, good minus poor: {in_words(expected['clean'])}" in out
     assert f"fgsm, l2 0.5, good minus poor: {in_words(expected['robust'])}" in out
@@ -398,7 +400,7 @@ def test_a_classifier_of_reduced_images_is_measured_on_reduced_images(jobs, data
     (job.folder / "results.json").write_text(
         json.dumps({"dataset": "digits", "classes": [0, 1, 2, 3, 4], "downscale": 4})
     )
-    task = load_task("digits", classes=range(5), image_size=8, batch_size=32, downscale=4, data_dir=data_dir)
+    task = make_task("digits", classes=(0, 1, 2, 3, 4), image_size=8, batch_size=32, downscale=4, data_dir=data_dir)
     images, labels = (np.concatenate(part) for part in zip(*task.test.as_numpy_iterator(), strict=True))
     expected = float(np.mean(np.argmax(load_classifier(job.folder / "classifier.keras")(images), axis=1) == labels))
     arguments = flags(classifier=job.classifier, attack="none", num_images=0)

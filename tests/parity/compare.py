@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from robust_tf import attacks as ours  # noqa: E402
+from robust_tf.config.data import DataConfig  # noqa: E402
 from robust_tf.data import load_task  # noqa: E402
 from robust_tf.flags import parse_number  # noqa: E402
 
@@ -64,7 +65,9 @@ def main() -> None:
 
 def _images(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     classes = tuple(int(label) for label in arguments.classes.split(",") if label)
-    task = load_task(arguments.dataset, batch_size=100, data_dir=arguments.data_dir, classes=classes or None)
+    task = load_task(
+        DataConfig(dataset=arguments.dataset, data_dir=arguments.data_dir, classes=classes), batch_size=100
+    )
     images, labels = zip(*task.test.as_numpy_iterator(), strict=True)
     chosen = np.random.default_rng(0).permutation(len(np.concatenate(labels)))[: arguments.num_images]
     return np.concatenate(images)[chosen], np.concatenate(labels)[chosen].astype(np.int32)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from smallbn import build_smallbn, golden_batches
 
 from robust_tf.config.job import JobConfig
-from robust_tf.job.building import optimizer_of
+from robust_tf.job.building import job_optimizer, optimizer_steps_per_epoch
 from robust_tf.training.optimizers import average_statistics, averages_of, build_optimizer
 from robust_tf.training.unfreezing import unfreeze
 from robust_tf.transfer.stages import freeze
@@ -26,6 +26,11 @@ SCHEDULES = {
 }
 
 
+def optimizer_of(config: JobConfig, batches: int) -> keras.optimizers.Optimizer:
+    steps = optimizer_steps_per_epoch(config.optimization, replays=config.adversarial.replays, batches=batches)
+    return job_optimizer(config.optimization, steps)
+
+
 def rates_that_acted(config: JobConfig, *, batches: int, scaled: bool) -> list[float]:
     """The learning rate of every update of one weight, measured with a gradient of 1."""
     optimizer = optimizer_of(config, batches)
@@ -36,11 +41,11 @@ def rates_that_acted(config: JobConfig, *, batches: int, scaled: bool) -> list[f
     optimizer.build([weight])
     step = tf.function(lambda: optimizer.apply([tf.constant([scale])], [weight]))
     values, shown = [0.0], []
-    for batch in range(batches * config.passes):
-        if batch % config.accumulate_steps == 0:
+    for batch in range(batches * config.data_epochs):
+        if batch % config.optimization.accumulate_steps == 0:
             shown.append(float(optimizer.learning_rate))  # what TensorBoard charts
         step()
-        if (batch + 1) % config.accumulate_steps == 0:
+        if (batch + 1) % config.optimization.accumulate_steps == 0:
             values.append(float(weight.numpy()[0]))
     rates = -np.diff(values)
     np.testing.assert_allclose(shown, rates, rtol=1e-3)
@@ -59,8 +64,10 @@ def test_accumulated_gradients_use_the_learning_rates_of_the_large_batch(schedul
         "momentum": 0.0,
         "weight_decay": 0.0,
     }
-    large = rates_that_acted(JobConfig(**settings, batch_size=32), batches=3, scaled=scaled)
-    small = rates_that_acted(JobConfig(**settings, batch_size=8, accumulate_steps=4), batches=12, scaled=scaled)
+    large = rates_that_acted(JobConfig.from_flags(**settings, batch_size=32), batches=3, scaled=scaled)
+    small = rates_that_acted(
+        JobConfig.from_flags(**settings, batch_size=8, accumulate_steps=4), batches=12, scaled=scaled
+    )
     assert len(large) == 12
     np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-7)
 
@@ -73,7 +80,7 @@ def test_accumulated_gradients_give_the_weights_of_the_large_batch(name):
     for batch_size, steps in ((32, 1), (8, 4)):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(10)])
-        config = JobConfig(
+        config = JobConfig.from_flags(
             optimizer=name,
             epochs=3,
             lr_schedule="cosine",

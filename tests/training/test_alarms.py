@@ -1,6 +1,5 @@
 """Alarms are raised for a failed adversarial training, are not raised for a good one, and have consequences."""
 
-import dataclasses
 import json
 import pathlib
 import types
@@ -97,7 +96,7 @@ def job(tmp_path, data_dir, monkeypatch):
     def make(*script: Reading, **changes) -> JobConfig:
         readings = iter(script)
         monkeypatch.setattr(Alarms, "reading", lambda self: next(readings, FINE))
-        return JobConfig(
+        return JobConfig.from_flags(
             workdir=str(tmp_path / "job"),
             data_dir=str(data_dir),
             architecture="resnet8",
@@ -119,13 +118,13 @@ def job(tmp_path, data_dir, monkeypatch):
 
 def finished(config: JobConfig) -> tuple[dict, list[dict[str, float]]]:
     """results.json and the history of the epochs."""
-    workdir = pathlib.Path(config.workdir)
+    workdir = pathlib.Path(config.run.workdir)
     progress = Checkpoints(workdir / "checkpoints").latest().progress
     return json.loads((workdir / "results.json").read_text()), progress.history
 
 
 def chart(config: JobConfig, part: str, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(f"{config.workdir}/tensorboard/{part}", size_guidance={"tensors": 0}).Reload()
+    events = EventAccumulator(f"{config.run.workdir}/tensorboard/{part}", size_guidance={"tensors": 0}).Reload()
     return [(event.step, float(tf.make_ndarray(event.tensor_proto))) for event in events.Tensors(tag)]
 
 
@@ -181,8 +180,8 @@ def test_stop_ends_the_training_and_keeps_the_epoch_before(job, capsys):
     results, history = finished(config)
     assert results["best_epoch"] == 1 and len(history) == 1
     assert "epoch 1, the best before the alarm, is kept" in capsys.readouterr().out
-    best = np.load(pathlib.Path(config.workdir) / "checkpoints" / "best_epoch0000.npz")
-    classifier = load_classifier(pathlib.Path(config.workdir) / "classifier.keras")
+    best = np.load(pathlib.Path(config.run.workdir) / "checkpoints" / "best_epoch0000.npz")
+    classifier = load_classifier(pathlib.Path(config.run.workdir) / "classifier.keras")
     np.testing.assert_array_equal(best["0000 " + classifier.variables[0].name], classifier.variables[0].numpy())
 
 
@@ -191,8 +190,7 @@ def test_rollback_repeats_the_epoch_with_a_lower_learning_rate(job, tmp_path, ca
     """Here the rollback also goes back to before the unfreezing, which happens again in the second attempt."""
     source = build_classifier("resnet8", 3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
     source.save(tmp_path / "source.keras")
-    config = dataclasses.replace(
-        job(FINE, OVERFITTED, FINE, on_alarm="rollback", epochs=2),
+    config = job(FINE, OVERFITTED, FINE, on_alarm="rollback", epochs=2).with_flags(
         task="transfer",
         source=str(tmp_path / "source.keras"),
         classes=(3, 4, 5),
@@ -207,14 +205,15 @@ def test_rollback_repeats_the_epoch_with_a_lower_learning_rate(job, tmp_path, ca
     assert [step for step, _ in rates] == [0, 1, 1]
     np.testing.assert_allclose([rate for _, rate in rates], [0.05, 0.05, 0.005], rtol=1e-5)
     # A run that is killed at this point must continue with the lower rate.
-    assert Checkpoints(pathlib.Path(config.workdir) / "checkpoints").latest().progress.rollbacks == 1
+    assert Checkpoints(pathlib.Path(config.run.workdir) / "checkpoints").latest().progress.rollbacks == 1
 
 
 def fake_fit(monkeypatch, *, alarm_from_epoch: int) -> list[int]:
     """Replaces training by attempts that end with an alarm in this epoch (from 1); returns their rollbacks."""
     tries: list[int] = []
 
-    def fit(config, classifier, task, workdir, checkpoints, distribution):
+    def train_once(fit):
+        checkpoints, classifier = fit.checkpoints, fit.classifier
         state = checkpoints.latest()
         progress = state.progress if state else TrainingProgress()
         tries.append(progress.rollbacks)
@@ -228,14 +227,14 @@ def fake_fit(monkeypatch, *, alarm_from_epoch: int) -> list[int]:
         progress.alarms.append(f"WARNING after epoch {alarm_from_epoch}")
         return progress, True
 
-    monkeypatch.setattr(fitting, "_fit", fit)
+    monkeypatch.setattr(fitting, "_train", train_once)
     return tries
 
 
 def test_rollback_gives_up_after_three(monkeypatch, tmp_path, capsys):
     classifier = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     tries = fake_fit(monkeypatch, alarm_from_epoch=2)
-    config = JobConfig(epsilon=1.0, on_alarm="rollback")
+    config = JobConfig.from_flags(epsilon=1.0, on_alarm="rollback")
     progress = fitting.fit_classifier(config, classifier, None, tmp_path, start_distribution("none"))
     assert tries == [0, 1, 2, 3] and len(progress.alarms) == 4 and progress.best_epoch == 0
     assert "epoch 1, the best before the alarm, is kept" in capsys.readouterr().out
@@ -245,7 +244,7 @@ def test_the_job_fails_if_no_epoch_can_be_kept(monkeypatch, tmp_path):
     classifier = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     fake_fit(monkeypatch, alarm_from_epoch=1)
     with pytest.raises(UserError, match=r"alarm in 4 tries. Received: WARNING after epoch 1"):
-        config = JobConfig(epsilon=1.0, on_alarm="rollback")
+        config = JobConfig.from_flags(epsilon=1.0, on_alarm="rollback")
         fitting.fit_classifier(config, classifier, None, tmp_path, start_distribution("none"))
 
 
@@ -264,4 +263,4 @@ def test_the_first_epoch_is_kept_if_there_is_no_other():
 
 def test_an_action_without_an_attack_is_refused():
     with pytest.raises(UserError, match="--on_alarm=stop needs an attack.*--epsilon=0"):
-        JobConfig(on_alarm="stop")
+        JobConfig.from_flags(on_alarm="stop")

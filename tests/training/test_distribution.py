@@ -9,11 +9,11 @@ import pytest
 
 from robust_tf import train
 from robust_tf.config.job import JobConfig
-from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.evaluation.outcomes import read_outcomes
 from robust_tf.models import load_classifier
-from robust_tf.training.distribution import start_distribution
+from robust_tf.training.distribution import restart_process, start_distribution
+from tests.tasks import make_task
 from tests.training.workers import free_ports, job, job_on_two_cpus, start_worker, wait_until
 
 # Few steps, because a difference in the last bit grows a thousandfold where it decides the gradient of a ReLU.
@@ -101,11 +101,11 @@ def test_two_workers_give_the_same_weights_as_one_even_if_one_is_killed(single, 
 def test_shares_count_every_image_once(data_dir, kind):
     """Two workers with two replicas each get equally many batches, weighted so that the means are exact."""
     options = {"batch_size": 8, "image_size": 8, "data_dir": data_dir}
-    whole = load_task("digits", **options)
+    whole = make_task("digits", **options)
     images, labels = (np.concatenate(part) for part in zip(*getattr(whole, kind).as_numpy_iterator(), strict=True))
     shares = []
     for worker in (0, 1):
-        task = load_task("digits", worker=worker, num_workers=2, **options)
+        task = make_task("digits", worker=worker, num_workers=2, **options)
         shares.append(list(getattr(task, f"{kind}_share")(replicas=2).as_numpy_iterator()))
     assert len(shares[0]) == len(shares[1]) and len(shares[0]) % 2 == 0
     batches = [batch for share in shares for batch in share]
@@ -123,7 +123,7 @@ def test_shares_count_every_image_once(data_dir, kind):
 def test_the_ids_are_in_the_order_of_the_results(data_dir, workers, replicas):
     """As in `strategy.gather`: step by step the batches of all replicas, the first worker's first."""
     options = {"batch_size": 12, "image_size": 8, "classes": (0, 1, 2), "data_dir": data_dir, "num_workers": workers}
-    tasks = [load_task("digits", worker=worker, **options) for worker in range(workers)]
+    tasks = [make_task("digits", worker=worker, **options) for worker in range(workers)]
     shares = [iter(task.test_share(replicas=replicas).as_numpy_iterator()) for task in tasks]
     labels = []
     for step in iter(lambda: [next(share, None) for share in shares for _ in range(replicas)], None):
@@ -147,7 +147,7 @@ def test_the_ids_are_in_the_order_of_the_results(data_dir, workers, replicas):
 )
 def test_unsupported_settings_with_several_devices_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        JobConfig(**settings)
+        JobConfig.from_flags(**settings)
 
 
 @pytest.mark.parametrize(
@@ -176,21 +176,21 @@ def test_the_batch_size_must_be_a_multiple_of_the_number_of_replicas(monkeypatch
 def test_the_number_of_restarts_is_limited(monkeypatch):
     monkeypatch.setenv("ROBUST_TF_RESTARTS", "2")
     with pytest.raises(UserError, match=r"already been restarted 2 times \(restarts=2\). Received: peer lost"):
-        train.restart_process(RuntimeError("peer lost"), most=2)
+        restart_process(RuntimeError("peer lost"), most=2)
 
 
 def test_the_learning_rate_is_scaled_only_if_asked_for():
-    from robust_tf.training.schedules import schedule_of
-
     settings = {"batch_size": 512, "learning_rate": 0.1, "lr_schedule": "constant"}
-    assert float(schedule_of(JobConfig(**settings, distribution="mirrored"), 10)(0)) == pytest.approx(0.1)
-    assert float(schedule_of(JobConfig(**settings, base_batch_size=256), 10)(0)) == pytest.approx(0.2)
+    assert JobConfig.from_flags(**settings, distribution="mirrored").optimization.peak_learning_rate == pytest.approx(
+        0.1
+    )
+    assert JobConfig.from_flags(**settings, base_batch_size=256).optimization.peak_learning_rate == pytest.approx(0.2)
 
 
 @pytest.mark.slow
 def test_saved_classifiers_have_no_synchronized_batchnorm(tmp_path, data_dir):
     flags = {"architecture": "resnet8", "image_size": 8, "classes": (0, 1), "examples_per_class": 8, "epochs": 1}
-    config = JobConfig(workdir=str(tmp_path / "w"), data_dir=str(data_dir), sync_batchnorm=True, **flags)
+    config = JobConfig.from_flags(workdir=str(tmp_path / "w"), data_dir=str(data_dir), sync_batchnorm=True, **flags)
     train.run(config)
     classifier = load_classifier(tmp_path / "w" / "classifier.keras")
     norms = [layer for layer in classifier.layers if isinstance(layer, keras.layers.BatchNormalization)]

@@ -9,6 +9,7 @@ from robust_tf.attacks import AttackConfig
 from robust_tf.attacks.threat_models import l2_norm, linf_norm
 from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
+from robust_tf.job.building import job_recipe, optimizer_steps_per_epoch
 from robust_tf.training import AdversarialTrainer, objectives
 from robust_tf.training.objectives import (
     Recipe,
@@ -16,11 +17,10 @@ from robust_tf.training.objectives import (
     divergence,
     moved_perturbation,
     perturbed_weights,
-    recipe_of,
     weight_perturbation,
 )
 from robust_tf.training.optimizers import build_optimizer
-from robust_tf.training.schedules import schedule_of
+from robust_tf.training.schedules import build_schedule
 
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 LINF = AttackConfig(norm="linf", epsilon=0.1, step_size=0.03, steps=4, use_best=False)
@@ -438,8 +438,8 @@ def test_the_fgsm_preset_takes_the_steps_of_the_paper(norm, mode):
     """
     epsilon = {"linf": 0.1, "l2": 0.5}[norm]
     options = {} if mode == "training" else {"attack_mode": mode}
-    job = JobConfig(fast="fgsm", norm=norm, epsilon=epsilon, **options)
-    attack, recipe = job.attack, recipe_of(job, steps_per_epoch=3)
+    job = JobConfig.from_flags(fast="fgsm", norm=norm, epsilon=epsilon, **options)
+    attack, recipe = job.adversarial.training_attack, recipe_of(job, 3)
     assert recipe.attack_mode == mode
     ours, theirs = new_classifier(), new_classifier()
     trainer = new_trainer(ours, attack, recipe=recipe)
@@ -553,24 +553,34 @@ def test_features_of_the_optimizer_keep_working(recipe):
     assert len(averages) == len(classifier.trainable_weights)
 
 
+def steps_of(job: JobConfig, batches: int) -> float:
+    return optimizer_steps_per_epoch(job.optimization, replays=job.adversarial.replays, batches=batches)
+
+
+def recipe_of(job: JobConfig, batches: int) -> Recipe:
+    return job_recipe(job.adversarial, job.optimization, steps_of(job, batches))
+
+
 def test_recipes_of_jobs_count_optimizer_steps():
     common = {"epsilon": 0.5, "epochs": 10, "batch_size": 32}
-    assert recipe_of(JobConfig(**common), 100) == Recipe()
-    config = JobConfig(**common, objective="trades_awp", trades_beta=3.0, awp_gamma=0.01, awp_warmup_epochs=1.5)
+    assert recipe_of(JobConfig.from_flags(**common), 100) == Recipe()
+    config = JobConfig.from_flags(
+        **common, objective="trades_awp", trades_beta=3.0, awp_gamma=0.01, awp_warmup_epochs=1.5
+    )
     assert recipe_of(config, 100) == Recipe(trades_beta=3.0, awp_gamma=0.01, awp_warmup_steps=150)
-    config = JobConfig(**common, fast="epsilon_warmup", epsilon_warmup_epochs=2.5)
+    config = JobConfig.from_flags(**common, fast="epsilon_warmup", epsilon_warmup_epochs=2.5)
     assert recipe_of(config, 100) == Recipe(epsilon_warmup_steps=250)
-    config = JobConfig(**common, fast="free", free_replays=5)
+    config = JobConfig.from_flags(**common, fast="free", free_replays=5)
     assert recipe_of(config, 100) == Recipe(free_replays=5, free_batch_size=32)
 
 
 @pytest.mark.parametrize("epochs", [12, 10, 1])
 def test_the_schedule_of_free_training_ends_with_its_steps(epochs):
     """12 epochs with 4 replays are 3 passes. Other numbers are rounded up, and the schedule is stretched."""
-    config = JobConfig(epsilon=0.5, epochs=epochs, fast="free", lr_schedule="cyclic", learning_rate=1.0)
-    steps = config.passes * 100 * 4
-    schedule = schedule_of(config, 100)
-    assert config.passes == {12: 3, 10: 3, 1: 1}[epochs]
+    config = JobConfig.from_flags(epsilon=0.5, epochs=epochs, fast="free", lr_schedule="cyclic", learning_rate=1.0)
+    steps = config.data_epochs * 100 * 4
+    schedule = build_schedule(config.optimization, steps_of(config, 100))
+    assert config.data_epochs == {12: 3, 10: 3, 1: 1}[epochs]
     assert float(schedule(steps * 4 / 15)) == pytest.approx(1.0)
     assert 0 < float(schedule(steps - 1)) < 0.01 and float(schedule(steps)) == pytest.approx(0, abs=1e-6)
 

@@ -4,8 +4,8 @@ import types
 
 import pytest
 
+from robust_tf import console
 from robust_tf.console import meter, track
-from robust_tf.training import progress
 from robust_tf.training.progress import ProgressBar
 
 
@@ -13,7 +13,7 @@ from robust_tf.training.progress import ProgressBar
 def clock(monkeypatch):
     """A clock that the test moves by hand, in seconds."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -62,7 +62,7 @@ def test_a_task_with_minutes_between_two_updates_has_a_remaining_time(clock, cap
 
 
 def test_the_bar_counts_down_between_two_updates(clock):
-    column, task = progress._Remaining(), types.SimpleNamespace(fields={"ends": 200.0})
+    column, task = console._Remaining(), types.SimpleNamespace(fields={"ends": 200.0})
     shown = []
     for clock[0] in (0.0, 90.0, 600.0):
         shown.append(column.render(task).plain)

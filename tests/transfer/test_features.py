@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from huggingface_hub.utils import WeakFileLock
 
-from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.models import build_classifier, features_of
 from robust_tf.transfer import features as features_module
 from robust_tf.transfer.features import stored_features
+from tests.tasks import make_task
 
 
 @pytest.fixture
 def task(data_dir):
-    return load_task("digits", classes=(3, 4, 5), subset="40", image_size=8, batch_size=16, data_dir=data_dir)
+    return make_task("digits", classes=(3, 4, 5), subset="40", image_size=8, batch_size=16, data_dir=data_dir)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from robust_tf.training.objectives.awp import AdversarialWeights, perturbed_weig
 from robust_tf.training.objectives.base import Batch, Objective, Outputs, Trainer
 from robust_tf.training.objectives.free import FreeReplays, moved_perturbation
 from robust_tf.training.objectives.madry import AdversarialLoss, StandardLoss
-from robust_tf.training.objectives.recipe import Recipe, recipe_of
+from robust_tf.training.objectives.recipe import Recipe
 from robust_tf.training.objectives.trades import Trades, ascend_divergence, divergence
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "divergence",
     "moved_perturbation",
     "perturbed_weights",
-    "recipe_of",
     "weight_perturbation",
 ]
 
