@@ -7,6 +7,7 @@ the command line stays flat, however the records are nested.
 import dataclasses
 import fractions
 import functools
+import os
 import re
 import sys
 import textwrap
@@ -150,8 +151,7 @@ def parse_flags(
         reason = str(error).removeprefix("ERROR:: ").rstrip(".")
         raise UserError(f"{reason}. Use --help for the list of flags.") from error
     if values["help"].value:
-        print(usage.strip() + "\n" + _help_of(fields))
-        print(_COMMON_FLAGS)
+        _print_help(usage.strip() + "\n" + _help_of(fields) + "\n" + _COMMON_FLAGS)
         raise SystemExit(0)
     if values["verbosity"].present:
         _set_verbosity(values["verbosity"].value)
@@ -162,6 +162,13 @@ def parse_flags(
             value = _parse_items(field.name, value, typing.get_args(field.kind)[0])
         parsed[field.name] = value
     return from_flat_values(config_class, parsed), positional
+
+
+def _print_help(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `--help | head` reads only the first lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def to_flag_file(config: Any) -> str:

@@ -2,7 +2,7 @@
 
     python -m robust_tf.train --flagfile=configs/quickstart.cfg [--workdir=W] [any flag]
 
-Started again with the same workdir, it goes on where it stopped.
+Run the same command again after an interruption, and the job continues from its last checkpoint.
 """
 
 import pathlib
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, and runs the job that they describe."""
     job, rest = parse_flags(JobConfig, argv, __doc__ or "")
     if rest:
-        raise UserError(f"Every argument must be a flag, --name=value. Received: {rest[0]!r}.")
+        raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
     # TensorFlow, and what imports it, comes only now: --help and a mistake in the flags need not wait for it.
     start_tensorflow()
     from robust_tf.training.interruption import Interrupted, signals_raise

@@ -7,8 +7,8 @@ import numpy as np
 
 from robust_tf.attacks.cascade import cascade
 from robust_tf.attacks.losses import Model
-from robust_tf.attacks.threat_models import AttackNorm
 from robust_tf.attacks.warning_flags import issue
+from robust_tf.config.names import AttackNorm
 from robust_tf.errors import UserError, unknown_name
 
 # The attacks of each version, in their order.

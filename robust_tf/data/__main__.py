@@ -10,9 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from absl import logging
-
-from robust_tf.environment import set_tensorflow_defaults
+from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import flag, parse_flags
 
@@ -47,7 +45,7 @@ def main(argv: list[str]) -> int:
     flags, names = parse_flags(DataFlags, argv, usage=__doc__ or "")
 
     # Only now, so that `--help` and a wrong flag do not wait for TensorFlow.
-    set_tensorflow_defaults()
+    start_tensorflow()
     from robust_tf.data.dataset_check import check_dataset
     from robust_tf.data.datasets import DATASETS
     from robust_tf.data.open_dataset import data_folder, open_dataset
@@ -87,6 +85,5 @@ def _text(result: "CheckResult") -> str:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)  # TFDS warns about folders that do not exist yet
     with exit_on_user_error():
         sys.exit(main(sys.argv))
