@@ -73,8 +73,8 @@ class FeatureCache(Record):
     """How a job with `--features=cached` used the store of features.
 
     Attributes:
-        hits: Number of images whose features were in the store.
-        misses: Number of images whose features were computed.
+        hits: Number of rows of features (one image in one view) that were in the store.
+        misses: Number of rows that were computed.
         seconds: Time until all features were there.
     """
 
