@@ -2,7 +2,7 @@
 
     python -m robust_tf.predict --server=http://localhost:8501 --model_name=pets cat.jpg photos/
 
-prints the most probable classes of each image; folders are searched for images. Needs no TensorFlow (except for gRPC).
+prints the most probable classes of each image. Folders are searched for images. TensorFlow is needed only for gRPC.
 """
 
 import collections
@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import flag, parse_flags
-from robust_tf.serving.client.client import RETRY_SECONDS, Guess, ServerError, connect
+from robust_tf.serving.client import Guess, ServerError, connect
 from robust_tf.serving.client.pictures import find_pictures
+from robust_tf.serving.client.retries import RETRY_SECONDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,37 +24,42 @@ class PredictConfig:
     """The flags of this program."""
 
     server: str = flag(
-        "http://localhost:8501", "http://host:port, https://host:port, grpc://host:port or grpcs://host:port (TLS)."
+        "http://localhost:8501",
+        "Address of the server: http://host:port, https://host:port, grpc://host:port or grpcs://host:port (TLS).",
     )
-    model_name: str = flag("", "Model to ask. Default: the only one of a `robust_tf.serve`.")
-    version: int | None = flag(None, "Version to ask. Default: the latest.")
-    label: str = flag("", "Label of the version to ask.")
-    top: int = flag(3, "Classes to print; the server gives 5 at most.")
-    batch_size: int = flag(16, "Images in a request.")
-    concurrency: int = flag(4, "Requests at the same time.")
-    timeout_seconds: float = flag(60.0, "Of each request.")
+    model_name: str = flag("", "Name of the model. Default: the only model of a `robust_tf.serve`.")
+    version: int | None = flag(None, "Version of the model. Default: the latest.")
+    label: str = flag("", "Label of the version, instead of its number.")
+    top: int = flag(3, "Number of classes to print for each image. The server returns at most 5.")
+    batch_size: int = flag(16, "Number of images in a request.")
+    concurrency: int = flag(4, "Number of requests at the same time.")
+    timeout_seconds: float = flag(60.0, "Longest time in seconds that a request may take.")
     retry_seconds: float = flag(
-        RETRY_SECONDS, "Longest time to ask again when the server has no room (429, 503), for each request; 0: never."
+        RETRY_SECONDS, "Longest time in seconds to keep repeating a request while the server is busy. 0 never repeats."
     )
-    token: str = flag("", "Sent as `Authorization: Bearer`, for a proxy; over gRPC with grpcs:// only.")
-    ca_file: str = flag("", "PEM file of the authority behind the server's certificate (https://, grpcs://).")
-    json: bool = flag(False, "Print one JSON object a line.")
+    token: str = flag("", "Token for a proxy, sent as `Authorization: Bearer`. Over gRPC, it needs grpcs://.")
+    ca_file: str = flag("", "PEM file of the authority that signed the server's certificate (https://, grpcs://).")
+    json: bool = flag(False, "Print one JSON object per line.")
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size", "concurrency"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name} is at least 1. Received: {getattr(self, name)}.")
+                raise UserError(f"--{name} must be at least 1. Received: {getattr(self, name)}.")
         if not self.retry_seconds >= 0:
-            raise UserError(f"--retry_seconds is a time of 0 or more. Received: {self.retry_seconds}.")
+            raise UserError(f"--retry_seconds must be 0 or more. Received: {self.retry_seconds}.")
         if not self.timeout_seconds > 0:
-            raise UserError(f"--timeout_seconds is a time of more than 0. Received: {self.timeout_seconds}.")
+            raise UserError(f"--timeout_seconds must be more than 0. Received: {self.timeout_seconds}.")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Classifies as the arguments say; gives the exit code: 1 when an image was refused."""
+    """Classifies the images that the arguments name, and returns the exit code, 1 if an image was refused.
+
+    Args:
+        argv: Name of the program and its arguments.
+    """
     config, names = parse_flags(PredictConfig, argv, __doc__ or "")
     if not names:
-        raise UserError("Images or folders to classify are needed. Received: none.")
+        raise UserError("Name the images or folders to classify. Received: none.")
     pictures = find_pictures(names)
     if line := pictures.left_out_line():
         print(line, file=sys.stderr)
@@ -78,26 +84,26 @@ def main(argv: Sequence[str]) -> int:
                 print(_as_json(path, result, config.top) if config.json else _as_text(path, result, config.top))
     except ServerError as error:
         busy = error.reached and error.code in ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
-        way_out = f" Try again later, or with more than --retry_seconds={config.retry_seconds:g}." if busy else ""
-        raise UserError(f"The server refuses. Received: {error}.{way_out}") from error
+        way_out = f" Try again later, or increase --retry_seconds={config.retry_seconds:g}." if busy else ""
+        raise UserError(f"The server cannot answer. Received: {error}.{way_out}") from error
     return int(failed)
 
 
 class _Answers:
-    """Reads pictures as they are asked for, and joins the answers with the reasons for those that can't be read."""
+    """Reads pictures when they are needed, and joins the answers with the pictures that cannot be read."""
 
     def __init__(self, entries: Sequence[tuple[pathlib.Path, str]]) -> None:
         self._entries = entries
         self._seen: collections.deque[tuple[pathlib.Path, str]] = collections.deque()
 
     def contents(self) -> Iterator[bytes]:
-        """The pictures' bytes; what can't be read is left out and remembered."""
+        """Yields the content of each picture. Pictures that cannot be read are left out and remembered."""
         for path, reason in self._entries:
             content = b""
             if not reason:
                 try:
                     content = path.read_bytes()
-                except OSError as error:  # it has gone since the folder was searched
+                except OSError as error:  # e.g. the file has been removed since the folder was searched
                     reason = f"can't be read: {error.strerror}"
             self._seen.append((path, reason))
             if not reason:
@@ -106,7 +112,7 @@ class _Answers:
     def in_order(
         self, results: Iterable[list[Guess] | ServerError]
     ) -> Iterator[tuple[pathlib.Path, list[Guess] | str]]:
-        """Each picture with its classes, or with the reason why there are none."""
+        """Yields each picture with its classes, or with the reason why there are none."""
         for result in results:
             yield from self._without_content()
             path, _ = self._seen.popleft()
@@ -132,5 +138,5 @@ def _as_json(path: pathlib.Path, result: list[Guess] | str, top: int) -> str:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name may not be text
         sys.exit(main(sys.argv))

@@ -11,10 +11,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Self
 
-from robust_tf.config.job import AlphaBackground, Exif, JobConfig
+from robust_tf.config.data import AlphaBackground, Exif
+from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
-from robust_tf.flags import parse_flags
+from robust_tf.flags import flat_values, parse_flags
 from robust_tf.json_records import Record, WrongValueError, from_json
 from robust_tf.statistics import Interval, PairedDifference, in_words
 
@@ -359,7 +360,8 @@ class JobResults(Record):
         missing = [name for name in _ALSO_FLAGS if name not in content]
         if missing and content.get("flags") is not None:
             config = _config_of(content["flags"], where)
-            content |= {name: getattr(config, name) for name in missing}
+            values = flat_values(config)
+            content |= {name: values[name] for name in missing}
         return content
 
 
@@ -383,7 +385,7 @@ def _config_of(flags: Any, where: str) -> JobConfig:
     try:
         if any(_FLAGS_OF_ABSL.match(each) for each in flags):
             raise UserError("a job lists neither --help nor --flagfile")
-        config, _ = parse_flags(JobConfig, ["train", *flags])
+        config, _ = parse_flags(JobConfig, ["train", *flags], announce_former_names=False)
     except UserError as error:
         raise WrongValueError(f"{name} that this version does not know: {error}") from error
     return config

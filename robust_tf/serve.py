@@ -1,10 +1,10 @@
-"""A local server that speaks TensorFlow Serving's REST and gRPC, for a laptop and for tests.
+"""Serves models over REST and gRPC as TensorFlow Serving does, for a laptop and for tests.
 
     python -m robust_tf.serve --model_name=pets --model_base_path=E/pets
 
-then open http://localhost:8501/ in a browser. With --check it looks at the files, folders, versions and labels that the
-flags name, loads nothing, and ends with 1 when something is wrong. The flags are those of `tensorflow_model_server`;
-production runs the real one.
+Then open http://localhost:8501/ in a browser. With --check, the program only checks the files, folders, versions and
+labels that the flags name, and exits with 1 if something is wrong. The flags are those of `tensorflow_model_server`,
+which is the server for production.
 """
 
 import logging
@@ -14,24 +14,30 @@ from collections.abc import Sequence
 
 from robust_tf.environment import set_tensorflow_defaults
 from robust_tf.errors import UserError, exit_on_user_error
+from robust_tf.flags import parse_flags
+from robust_tf.serving.server.serve_config import ServeConfig
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serves until SIGTERM or Ctrl-C, then finishes what was accepted; gives the exit code."""
+    """Serves until SIGTERM or Ctrl-C, finishes the requests that were accepted, and returns the exit code.
+
+    Args:
+        argv: Name of the program and its arguments.
+    """
+    config, rest = parse_flags(ServeConfig, argv, __doc__ or "")
+    if rest:
+        raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
     set_tensorflow_defaults()
     try:
-        from robust_tf.flags import parse_flags
+        # TensorFlow takes seconds to import, which --help and a mistyped flag need not wait for.
         from robust_tf.serving.server.check import check
-        from robust_tf.serving.server.server import ServeConfig, Server
+        from robust_tf.serving.server.server import Server
     except ModuleNotFoundError as error:
         raise UserError(
             f"The server needs more packages: pip install 'robust_tf[serve]'. Missing: {error.name}."
         ) from error
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    config, rest = parse_flags(ServeConfig, argv, __doc__ or "")
-    if rest:
-        raise UserError(f"Everything is a flag, --name=value. Received: {rest[0]!r}.")
     if config.check:
         report = check(config)
         print("\n".join(report.lines))

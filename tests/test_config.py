@@ -1,13 +1,13 @@
 """Flags: every one is checked, written back and read again without a change."""
 
-import dataclasses
 import pathlib
 
 import pytest
 
-from robust_tf.config.job import AttackConfig, JobConfig, read_flag_file
+from robust_tf.config.attack import AttackConfig
+from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.errors import UserError
-from robust_tf.flags import parse_number, to_flag_file, to_text
+from robust_tf.flags import flat_values, parse_number, to_flag_file, to_text
 
 CACHED = ["--task=transfer", "--source=x.keras", "--features=cached"]
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.cfg"))
@@ -37,7 +37,7 @@ def test_every_config_parses_and_is_documented(path, tmp_path):
 
 
 def test_all_kinds_of_values_survive_a_flag_file(tmp_path):
-    config = JobConfig(
+    config = JobConfig.from_flags(
         task="transfer",
         source="resnet50_l2_eps3",
         classes=(5, 6, 7),
@@ -50,7 +50,7 @@ def test_all_kinds_of_values_survive_a_flag_file(tmp_path):
     )
     (tmp_path / "flags.cfg").write_text(to_flag_file(config))
     assert read_flag_file(tmp_path / "flags.cfg") == config
-    assert config.multipliers == {"stem": 0.1, "head": 10.0}
+    assert config.optimization.multipliers == {"stem": 0.1, "head": 10.0}
 
 
 PRESETS = {
@@ -76,22 +76,24 @@ GIVEN = {
 def test_presets_fill_what_is_not_given_and_survive_a_flag_file(tmp_path, fast):
     common = {"epsilon": 0.5, "epochs": 12, "fast": fast}
     for given in ({}, GIVEN[fast]):
-        config = JobConfig(**common, **given)
+        config = JobConfig.from_flags(**common, **given)
         expected = {**PRESETS[fast], **given}
-        assert {name: getattr(config, name) for name in expected} == expected
+        resolved = config.resolved()
+        assert expected.items() <= flat_values(resolved).items()
         path = tmp_path / "flags.cfg"
-        path.write_text(to_flag_file(config))
-        assert read_flag_file(path) == config
+        path.write_text(to_flag_file(resolved))
+        assert read_flag_file(path) == resolved == resolved.resolved()
+        assert not config.differences(resolved)
         lines = path.read_text().splitlines()
         assert all(f"--{name}={to_text(value)}" in lines for name, value in expected.items() if value is not None)
     typed = config_of(tmp_path, "--epsilon=0.5", "--epochs=12", f"--fast={fast}")
-    assert typed == JobConfig(**common)
+    assert typed == JobConfig.from_flags(**common)
 
 
 def test_trades_takes_the_last_iterate_unless_told_otherwise():
-    assert not JobConfig(epsilon=1.0, objective="trades").attack.use_best
-    assert JobConfig(epsilon=1.0, objective="trades_awp", use_best=True).attack.use_best
-    assert JobConfig(epsilon=1.0, objective="awp").attack.use_best
+    assert not JobConfig.from_flags(epsilon=1.0, objective="trades").adversarial.training_attack.use_best
+    assert JobConfig.from_flags(epsilon=1.0, objective="trades_awp", use_best=True).adversarial.training_attack.use_best
+    assert JobConfig.from_flags(epsilon=1.0, objective="awp").adversarial.training_attack.use_best
 
 
 @pytest.mark.parametrize(
@@ -111,17 +113,18 @@ def test_trades_takes_the_last_iterate_unless_told_otherwise():
     ],
 )
 def test_gradients_of_each_recipe(settings, gradients):
-    assert JobConfig(**{"epsilon": 1.0, "epochs": 10, **settings}).gradients_per_image == gradients
+    assert JobConfig.from_flags(**{"epsilon": 1.0, "epochs": 10, **settings}).gradients_per_image == gradients
 
 
 def test_validation_is_under_several_steps_and_the_whole_epsilon():
     """Under the one step of training, what has overfitted to it looks best."""
     for fast in ("fgsm", "free"):
-        attack = JobConfig(epsilon=0.3, fast=fast).validation_attack
+        attack = JobConfig.from_flags(epsilon=0.3, fast=fast).adversarial.validation_attack
         assert attack == AttackConfig(norm="l2", epsilon=0.3, step_size=2.5 * 0.3 / 3, steps=3)
     for settings in ({"fast": "epsilon_warmup"}, {"objective": "trades"}, {"random_start": True}):
-        config = JobConfig(epsilon=0.3, **settings)
-        assert config.validation_attack == config.attack and config.attack.epsilon == 0.3
+        adversarial = JobConfig.from_flags(epsilon=0.3, **settings).adversarial
+        attack = adversarial.training_attack
+        assert adversarial.validation_attack == attack and attack.epsilon == 0.3
 
 
 @pytest.mark.parametrize(
@@ -134,10 +137,11 @@ def test_validation_is_under_several_steps_and_the_whole_epsilon():
     ],
 )
 def test_the_standard_twin_of_any_recipe_is_a_job(tmp_path, recipe):
-    config = JobConfig(epsilon=0.5, eval_epsilon=0.25, epochs=10, **recipe)
+    config = JobConfig.from_flags(epsilon=0.5, eval_epsilon=0.25, epochs=10, **recipe)
     twin = config.standard_twin()
-    assert not twin.attack.active and twin.evaluation_attack == config.evaluation_attack
-    assert (twin.objective, twin.fast, twin.passes) == ("adversarial", "none", 10)
+    assert not twin.adversarial.training_attack.active
+    assert twin.adversarial.evaluation_attack == config.adversarial.evaluation_attack
+    assert (twin.adversarial.objective, twin.adversarial.fast, twin.data_epochs) == ("adversarial", "none", 10)
     (tmp_path / "flags.cfg").write_text(to_flag_file(twin))
     assert read_flag_file(tmp_path / "flags.cfg") == twin
 
@@ -145,7 +149,7 @@ def test_the_standard_twin_of_any_recipe_is_a_job(tmp_path, recipe):
 def test_overrides_win(tmp_path):
     (tmp_path / "job.cfg").write_text("--epsilon=1\n--epochs=3\n")
     config = read_flag_file(tmp_path / "job.cfg", ["--epsilon=0"])
-    assert (config.epsilon, config.epochs) == (0.0, 3)
+    assert (config.adversarial.epsilon, config.optimization.epochs) == (0.0, 3)
 
 
 @pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.5", 0.5), ("1e-3", 1e-3), ("2", 2.0)])
@@ -160,16 +164,16 @@ def test_anything_else_is_no_number(text):
 
 
 def test_attack_settings_default_to_the_usual_ones():
-    config = JobConfig(norm="linf", epsilon=8 / 255, attack_steps=10, eval_steps=50)
-    assert config.attack.step_size == pytest.approx(2.5 * 8 / 255 / 10)
-    assert config.evaluation_attack.epsilon == 8 / 255
-    assert config.evaluation_attack.step_size == pytest.approx(2.5 * 8 / 255 / 50)
-    assert JobConfig(epsilon=0.0, eval_epsilon=1.0).evaluation_attack.epsilon == 1.0
+    config = JobConfig.from_flags(norm="linf", epsilon=8 / 255, attack_steps=10, eval_steps=50)
+    assert config.adversarial.training_attack.step_size == pytest.approx(2.5 * 8 / 255 / 10)
+    assert config.adversarial.evaluation_attack.epsilon == 8 / 255
+    assert config.adversarial.evaluation_attack.step_size == pytest.approx(2.5 * 8 / 255 / 50)
+    assert JobConfig.from_flags(epsilon=0.0, eval_epsilon=1.0).adversarial.evaluation_attack.epsilon == 1.0
 
 
 def test_differences_name_both_values_and_leave_out_what_is_no_part_of_the_job():
-    first = JobConfig(epsilon=1.0, workdir="a", export_dir="b")
-    second = dataclasses.replace(first, epsilon=0.5, workdir="c", export_dir="d")
+    first = JobConfig.from_flags(epsilon=1.0, workdir="a", export_dir="b")
+    second = first.with_flags(epsilon=0.5, workdir="c", export_dir="d")
     assert first.differences(second) == ["--epsilon: 1.0 -> 0.5"]
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from robust_tf import convert, evaluate, export, visualize
 from robust_tf.errors import UserError
-from robust_tf.evaluation.settings import EvaluateConfig
 from robust_tf.files import check_output_file, check_output_folder
 
 
@@ -63,7 +62,7 @@ def test_a_folder_that_could_be_made_is_not_made(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "run"),
     [
-        ("--output", lambda path: evaluate.run(EvaluateConfig(classifier="none.keras", output=path))),
+        ("--output", lambda path: evaluate.main(["evaluate", "--classifier=none.keras", f"--output={path}"])),
         ("--output", lambda path: visualize.main(["visualize", "--classifier=none.keras", f"--output={path}/x.png"])),
         (
             "--tensorboard",

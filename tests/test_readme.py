@@ -8,9 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks import pgd
+from robust_tf.config.evaluation import EvaluateConfig
 from robust_tf.config.job import JobConfig
 from robust_tf.convert import ConvertConfig
-from robust_tf.evaluation.settings import EvaluateConfig
 from robust_tf.flags import parse_flags
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

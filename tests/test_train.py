@@ -18,13 +18,16 @@ import torch_writer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from robust_tf import train
+from robust_tf.config.data import DataConfig
 from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.evaluation.outcomes import read_outcomes
 from robust_tf.evaluation.subject import load_subject
 from robust_tf.flags import to_flag_file
-from robust_tf.job.building import task_of
+from robust_tf.job import outputs, run
+from robust_tf.job.task import load_job_task
+from robust_tf.job.workdir import claim_workdir
 from robust_tf.models import build_classifier, fetch_published, load_classifier, to_reference_state
 from robust_tf.results import JobResults
 from robust_tf.serving.publish.model_card import decoding_from_results
@@ -58,7 +61,7 @@ def job(tmp_path, data_dir):
     """Makes small jobs; each name is a workdir."""
 
     def make(name: str = "job", **changes) -> JobConfig:
-        return JobConfig(workdir=str(tmp_path / name), data_dir=str(data_dir), **{**SMALL, **changes})
+        return JobConfig.from_flags(workdir=str(tmp_path / name), data_dir=str(data_dir), **{**SMALL, **changes})
 
     return make
 
@@ -66,7 +69,9 @@ def job(tmp_path, data_dir):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_dir) -> JobConfig:
     """A small job that has been run, for the tests that only look at it."""
-    config = JobConfig(workdir=str(tmp_path_factory.mktemp("trained") / "job"), data_dir=str(data_dir), **SMALL)
+    config = JobConfig.from_flags(
+        workdir=str(tmp_path_factory.mktemp("trained") / "job"), data_dir=str(data_dir), **SMALL
+    )
     train.run(config)
     keras.backend.clear_session(free_memory=False)
     return config
@@ -76,7 +81,7 @@ def trained(tmp_path_factory, data_dir) -> JobConfig:
 def source_file(job, tmp_path):
     """A flag file of a pretraining job."""
     path = tmp_path / "source.cfg"
-    path.write_text(to_flag_file(dataclasses.replace(job(), workdir="")))
+    path.write_text(to_flag_file(job().with_flags(workdir="")))
     return path
 
 
@@ -100,11 +105,11 @@ def transfer(job, source_file):
 
 
 def results_of(config: JobConfig) -> dict:
-    return json.loads((pathlib.Path(config.workdir) / "results.json").read_text())
+    return json.loads((pathlib.Path(config.run.workdir) / "results.json").read_text())
 
 
 def classifier_of(config: JobConfig) -> keras.Model:
-    return load_classifier(pathlib.Path(config.workdir) / "classifier.keras")
+    return load_classifier(pathlib.Path(config.run.workdir) / "classifier.keras")
 
 
 def weights_by_path(classifier: keras.Model) -> dict[str, np.ndarray]:
@@ -112,13 +117,13 @@ def weights_by_path(classifier: keras.Model) -> dict[str, np.ndarray]:
 
 
 def events(config: JobConfig, part: str) -> EventAccumulator:
-    accumulator = EventAccumulator(f"{config.workdir}/tensorboard/{part}", size_guidance={"tensors": 0})
+    accumulator = EventAccumulator(f"{config.run.workdir}/tensorboard/{part}", size_guidance={"tensors": 0})
     return accumulator.Reload()
 
 
 def test_pretraining_leaves_the_promised_files(trained):
     config = trained
-    workdir = pathlib.Path(config.workdir)
+    workdir = pathlib.Path(config.run.workdir)
     assert {path.name for path in workdir.iterdir()} == {
         "flags.cfg",
         "classifier.keras",
@@ -131,7 +136,7 @@ def test_pretraining_leaves_the_promised_files(trained):
         "tensorboard",
         "checkpoints",
     }
-    assert read_flag_file(workdir / "flags.cfg") == config
+    assert read_flag_file(workdir / "flags.cfg") == config.resolved()
     results = results_of(config)
     assert results["task"] == "pretrain" and results["class_names"] == ["0", "1", "2"]
     assert results["robust_accuracy_attack"] == {
@@ -157,7 +162,9 @@ def test_pretraining_leaves_the_promised_files(trained):
 def test_classifier_is_plain_keras_and_the_one_that_was_measured(trained, data_dir, tmp_path):
     """Loaded in safe mode where robust_tf cannot be imported, it has the accuracy that results.json says."""
     config = trained
-    task = load_task("digits", classes=(0, 1, 2), image_size=8, batch_size=1000, data_dir=data_dir)
+    task = load_task(
+        DataConfig(dataset="digits", classes=(0, 1, 2), image_size=8, data_dir=str(data_dir)), batch_size=1000
+    )
     images, labels = next(task.test.as_numpy_iterator())
     np.savez(tmp_path / "test.npz", images=images, labels=labels)
     code = (
@@ -166,7 +173,7 @@ def test_classifier_is_plain_keras_and_the_one_that_was_measured(trained, data_d
         "assert type(model).__name__ == 'Functional';"
         "print((model.predict(data['images'], verbose=0).argmax(1) == data['labels']).mean())"
     )
-    command = [sys.executable, "-c", code, f"{config.workdir}/classifier.keras", tmp_path / "test.npz"]
+    command = [sys.executable, "-c", code, f"{config.run.workdir}/classifier.keras", tmp_path / "test.npz"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert float(printed) == pytest.approx(results_of(config)["clean_accuracy"])
 
@@ -218,10 +225,10 @@ def test_each_recipe_trains_and_says_what_it_did(job, capsys, name):
     config = job(**{**settings, **RECIPES[name]})
     train.run(config)
     out = capsys.readouterr().out
-    assert read_flag_file(pathlib.Path(config.workdir) / "flags.cfg") == config
+    assert read_flag_file(pathlib.Path(config.run.workdir) / "flags.cfg") == config.resolved()
     results = results_of(config)
     gradients = {"fgsm": 2, "free": 2, "epsilon_warmup": 3, "trades": 4, "trades_awp": 5}[name]
-    assert (results["objective"], results["fast"]) == (config.objective, config.fast)
+    assert (results["objective"], results["fast"]) == (config.adversarial.objective, config.adversarial.fast)
     assert (results["epochs"], results["gradients_per_image"]) == (2, gradients)
     assert "epoch 2/2" in out
     charts = events(config, "train")
@@ -309,7 +316,8 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(job, monkeypatch, caps
         ours, theirs = ({k: v for k, v in results_of(job(n)).items() if k not in ignored} for n in (name, "whole"))
         assert ours == theirs
         history = [
-            Checkpoints(pathlib.Path(job(n).workdir) / "checkpoints").latest().progress.history for n in (name, "whole")
+            Checkpoints(pathlib.Path(job(n).run.workdir) / "checkpoints").latest().progress.history
+            for n in (name, "whole")
         ]
         assert history[0] == history[1]
 
@@ -348,7 +356,7 @@ def test_the_moving_average_is_what_is_measured_and_kept(job):
     """Statistics of BatchNorm included; training itself goes on from the weights that are not averaged."""
     config = job("average", ema_decay=0.9, select_by="last")
     train.run(config)
-    arrays = Checkpoints(pathlib.Path(config.workdir) / "checkpoints").latest().arrays
+    arrays = Checkpoints(pathlib.Path(config.run.workdir) / "checkpoints").latest().arrays
     averages = {name.split()[1].removesuffix("_average"): a for name, a in arrays.items() if name.endswith("_average")}
     kept = {path.replace("/", "_"): weight for path, weight in weights_by_path(classifier_of(config)).items()}
     assert averages.keys() == {name for name in kept if not name.startswith("normalization")}
@@ -361,26 +369,26 @@ def test_the_moving_average_is_what_is_measured_and_kept(job):
 @pytest.mark.slow
 def test_profile_of_some_steps(job):
     train.run(job(epochs=1, profile_steps=(2, 3)))
-    assert list((pathlib.Path(job().workdir) / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb"))
+    assert list((pathlib.Path(job().run.workdir) / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_workdir_of_another_job_is_refused_and_kept(trained):
-    before = {path: path.read_bytes() for path in pathlib.Path(trained.workdir).rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in pathlib.Path(trained.run.workdir).rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"--epsilon: 0.5 -> 0.25; --epochs: 2 -> 3"):
-        train.run(dataclasses.replace(trained, epsilon=0.25, epochs=3))
+        train.run(trained.with_flags(epsilon=0.25, epochs=3))
     assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_finished_job_is_not_run_again(trained, capsys):
-    first = (pathlib.Path(trained.workdir) / "classifier.keras").read_bytes()
+    first = (pathlib.Path(trained.run.workdir) / "classifier.keras").read_bytes()
     train.run(trained)
     assert "is finished already" in capsys.readouterr().out
-    assert (pathlib.Path(trained.workdir) / "classifier.keras").read_bytes() == first
+    assert (pathlib.Path(trained.run.workdir) / "classifier.keras").read_bytes() == first
 
 
 def test_a_finished_job_gets_the_report_that_it_lacks(trained, capsys):
     """Also one of an older version: without predictions there is none, and not a word about that."""
-    workdir = pathlib.Path(trained.workdir)
+    workdir = pathlib.Path(trained.run.workdir)
     report = (workdir / "report.html").read_bytes()
     (workdir / "report.html").unlink()
     train.run(trained)
@@ -401,15 +409,16 @@ def test_a_report_that_cannot_be_drawn_is_one_line(trained, monkeypatch, capsys)
     def fail(workdir):
         raise RuntimeError("no fonts\nat all")
 
-    report = pathlib.Path(trained.workdir) / "report.html"
+    report = pathlib.Path(trained.run.workdir) / "report.html"
     content = report.read_bytes()
     report.unlink()
-    monkeypatch.setattr(train, "write_report", fail)
+    monkeypatch.setattr(outputs, "write_report", fail)
     train.run(trained)
     report.write_bytes(content)
     out = capsys.readouterr().out
     assert (
-        f"WARNING: The report of {trained.workdir} could not be written. Received: RuntimeError: no fonts at all" in out
+        f"WARNING: The report of {trained.run.workdir} could not be written. Received: RuntimeError: no fonts at all"
+        in out
     )
     assert "clean accuracy" in out
 
@@ -417,14 +426,14 @@ def test_a_report_that_cannot_be_drawn_is_one_line(trained, monkeypatch, capsys)
 def test_the_comparison_with_a_baseline_that_was_finished_before(trained, tmp_path, capsys):
     """The figures are compared image by image, on the page too; without predictions a line says why not."""
     workdir = tmp_path / "job"
-    shutil.copytree(trained.workdir, workdir)
-    shutil.copytree(trained.workdir, workdir / "baseline")
+    shutil.copytree(trained.run.workdir, workdir)
+    shutil.copytree(trained.run.workdir, workdir / "baseline")
     ours = read_outcomes(workdir)
     worse = dataclasses.replace(ours, predictions=(ours.labels + (np.arange(len(ours.labels)) % 2)) % 3)
     worse.write(workdir / "baseline")
-    config = dataclasses.replace(trained, workdir=str(workdir))
+    config = trained.with_flags(workdir=str(workdir))
     results, baseline = (JobResults.read(folder / "results.json") for folder in (workdir, workdir / "baseline"))
-    train.finish(config, results, baseline)
+    outputs.finish_job(config, results, baseline)
     compared = results_of(config)["comparison"]
     expected = paired_difference(ours.right, worse.right)
     clean = compared["clean_accuracy"]
@@ -437,7 +446,7 @@ def test_the_comparison_with_a_baseline_that_was_finished_before(trained, tmp_pa
     assert line in capsys.readouterr().out
     assert html.escape(line) in (workdir / "report.html").read_text()
     (workdir / "baseline" / "predictions.csv").unlink()
-    train.finish(config, results, baseline)
+    outputs.finish_job(config, results, baseline)
     assert results_of(config)["comparison"] is None
     assert "There are no paired differences between the two sources" in capsys.readouterr().out
 
@@ -477,7 +486,10 @@ def test_transfer_with_its_baseline(transfer, tmp_path, capsys):
         low, high = row["clean_accuracy_interval"]
         assert f"{row['clean_accuracy']:.1%} ({low:.1%} to {high:.1%})" in out
     # Fixed-feature: the backbone is bit-equal to its source, BatchNorm statistics included; the head is new.
-    for folder, job_folder in ((robust_source, config.workdir), (standard_source, f"{config.workdir}/baseline")):
+    for folder, job_folder in (
+        (robust_source, config.run.workdir),
+        (standard_source, f"{config.run.workdir}/baseline"),
+    ):
         before = weights_by_path(load_classifier(folder / "classifier.keras"))
         after = weights_by_path(load_classifier(pathlib.Path(job_folder) / "classifier.keras"))
         assert before.keys() == after.keys()
@@ -503,7 +515,7 @@ def test_transfer_of_the_packaged_classifiers(transfer, monkeypatch):
     results = results_of(config)
     assert results["source"] == "resnet20_fashion_mnist_l2_eps1"
     assert results["baseline"]["source"] == "resnet20_fashion_mnist_l2_eps0"
-    source = weights_by_path(load_classifier(fetch_published(config.source)))
+    source = weights_by_path(load_classifier(fetch_published(config.transfer.source)))
     after = weights_by_path(classifier_of(config))
     assert all(np.array_equal(weight, after[path]) for path, weight in source.items() if not path.startswith("logits"))
 
@@ -513,7 +525,7 @@ def test_partial_transfer_with_moving_statistics(transfer):
     """Weights through the stage stay bit-equal; with frozen_batchnorm=update their statistics do not."""
     config = transfer(transfer_mode="partial", freeze_through="stage2", frozen_batchnorm="update", epochs=1)
     train.run(config)
-    source = weights_by_path(classifier_of(dataclasses.replace(config, workdir=config.workdir[:-8] + "source")))
+    source = weights_by_path(classifier_of(config.with_flags(workdir=config.run.workdir[:-8] + "source")))
     after = weights_by_path(classifier_of(config))
     for path, weight in source.items():
         frozen = path.startswith(("stem", "stage1", "stage2")) and "moving" not in path
@@ -565,7 +577,7 @@ def test_compiled_by_xla_a_job_gives_the_same_figures(job, recwarn):
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_mixed_precision_job(job, monkeypatch, capsys, precision):
-    monkeypatch.setattr(train, "emulation_warning", lambda precision: f"{precision} is emulated here")
+    monkeypatch.setattr(run, "emulation_warning", lambda precision: f"{precision} is emulated here")
     config = job(precision=precision, epochs=1)
     train.run(config)
     assert f"{precision} is emulated here" in capsys.readouterr().out
@@ -625,13 +637,13 @@ def test_a_broken_image_is_named_or_skipped_and_counted(job, tmp_path, capsys):
     assert results["skipped_images"] == [str(broken)]
     assert results["num_train_images"] + results["num_validation_images"] + results["num_test_images"] == 59
     out = capsys.readouterr().out
-    assert f"Left out: 1 files that are no images: {notes}." in out
+    assert f"Left out: 1 files that are not images: {notes}." in out
     assert f"Left out 1 images that cannot be decoded: {broken}" in out
     assert (results["exif"], results["alpha_background"], results["split_seed"]) == ("apply", "white", 3)
 
     # The evaluation looks at the same images, and reads them in the same way.
-    subject = load_subject(f"{job('goes_on').workdir}/classifier.keras")
-    of_training = task_of(job("goes_on", **options))
+    subject = load_subject(f"{job('goes_on').run.workdir}/classifier.keras")
+    of_training = load_job_task(job("goes_on", **options))
     assert subject.task.preprocessing.decoding == of_training.preprocessing.decoding
     assert subject.task.preprocessing.decoding == decoding_from_results(JobResults.from_json(results))
     assert subject.task.test_examples.part.paths == of_training.test_examples.part.paths
@@ -642,7 +654,7 @@ def test_a_loss_that_is_no_number_stops_the_run(job):
     config = job(learning_rate=1e30, epochs=3)
     with pytest.raises(UserError, match=r"Received: loss=(nan|inf) in step \d+ of epoch \d"):
         train.run(config)
-    assert not (pathlib.Path(config.workdir) / "results.json").exists()
+    assert not (pathlib.Path(config.run.workdir) / "results.json").exists()
 
 
 def test_weights_that_break_in_the_last_step_of_an_epoch_are_not_saved(job, monkeypatch):
@@ -658,7 +670,7 @@ def test_weights_that_break_in_the_last_step_of_an_epoch_are_not_saved(job, monk
     config = job(examples_per_class=8, epsilon=0.0, learning_rate=1e38, epochs=2)  # one step an epoch
     with pytest.raises(UserError, match="Received: val_loss=(nan|inf) in the validation of epoch 1"):
         train.run(config)
-    assert not list((pathlib.Path(config.workdir)).rglob("*.npz"))
+    assert not list((pathlib.Path(config.run.workdir)).rglob("*.npz"))
 
 
 @pytest.mark.parametrize(
@@ -673,8 +685,8 @@ def test_weights_that_break_in_the_last_step_of_an_epoch_are_not_saved(job, monk
 def test_a_mistake_found_before_training_leaves_the_workdir_to_the_corrected_command(job, mistake, message):
     with pytest.raises(UserError, match=message):
         train.run(job(**mistake))
-    train.claim_workdir(pathlib.Path(job().workdir), job())
-    assert read_flag_file(pathlib.Path(job().workdir) / "flags.cfg") == job()
+    claim_workdir(job())
+    assert read_flag_file(pathlib.Path(job().run.workdir) / "flags.cfg") == job().resolved()
 
 
 def test_a_source_with_the_workdir_of_its_transfer_is_refused(transfer, tmp_path):
@@ -694,7 +706,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(transfer, capsys):
     assert "195 trainable" in out  # 64 features to 3 logits
     assert "2 epochs x 3 = 6 steps" in out
     assert "GB (estimate)" in out
-    assert not pathlib.Path(transfer().workdir).exists()
+    assert not pathlib.Path(transfer().run.workdir).exists()
 
 
 def broken_file(tmp_path: pathlib.Path) -> str:
@@ -721,7 +733,7 @@ def test_a_source_that_cannot_be_used_is_named(transfer, tmp_path, source, archi
 
 
 def test_a_source_that_does_not_fit_is_refused(transfer, trained):
-    source = f"{trained.workdir}/classifier.keras"
+    source = f"{trained.run.workdir}/classifier.keras"
     with pytest.raises(UserError, match="is a resnet8. Received: --architecture=resnet20"):
         train.run(transfer("a", source=source, architecture="resnet20"))
     with pytest.raises(UserError, match="'stage9'.*stage3"):
@@ -738,7 +750,7 @@ def test_a_workdir_that_cannot_be_written_is_named(job, tmp_path):
 
 @pytest.mark.parametrize("blocked", ["export_dir", "workdir", "twin"])
 def test_a_place_that_cannot_be_written_is_found_before_training(transfer, tmp_path, monkeypatch, capsys, blocked):
-    monkeypatch.setattr(train, "run_job", lambda config: pytest.fail("training began"))
+    monkeypatch.setattr(run, "run_job", lambda config: pytest.fail("training began"))
     (tmp_path / "afile").write_text("")
     changes = {
         "export_dir": {"export_dir": str(tmp_path / "afile" / "exports")},
@@ -746,18 +758,18 @@ def test_a_place_that_cannot_be_written_is_found_before_training(transfer, tmp_p
         "twin": {"baseline": True},
     }[blocked]
     (tmp_path / "source_eps0").write_text("")  # where the twin of the source would be
-    config = dataclasses.replace(transfer(), **changes)
+    config = transfer().with_flags(**changes)
     flag = "--export_dir" if blocked == "export_dir" else "--workdir"
     with pytest.raises(UserError, match=f"{flag} needs a folder that can be made .* Received: .*Not a directory"):
         train.run(config)
-    train.run(dataclasses.replace(config, dry_run=True))  # its plan may be for another machine
+    train.run(config.with_flags(dry_run=True))  # its plan may be for another machine
     out = capsys.readouterr().out
     assert "dry run: nothing is trained" in out and "WARNING: on this machine the job could not" in out
 
 
 def test_the_next_commands_can_be_copied_into_a_shell(job, tmp_path, capsys):
     config = job("my run #1", export_dir=str(tmp_path / "ex & port"))
-    train.print_next_commands(config)
+    outputs.print_next_commands(config)
     lines = [shlex.split(line, comments=True) for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == ["tensorboard", "--logdir", str(tmp_path)]
     assert lines[2][-2:] == ["--model_name=my run #1", f"--model_base_path={tmp_path / 'ex & port' / 'my run #1'}"]
@@ -801,7 +813,7 @@ def test_a_signal_saves_and_says_how_to_go_on(job, tmp_path, number, code):
     out = process.stdout.read()
     assert process.wait(timeout=60) == code
     assert "epochs are saved" in out and "Traceback" not in out
-    assert Checkpoints(pathlib.Path(job().workdir) / "checkpoints").latest().progress.epochs_done >= 2
+    assert Checkpoints(pathlib.Path(job().run.workdir) / "checkpoints").latest().progress.epochs_done >= 2
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ from robust_tf.data import TaskData
 from robust_tf.evaluation.outcomes import compare_outcomes, read_outcomes
 from robust_tf.flags import to_flag_file
 from robust_tf.job.head_fitting import HeadFit
-from robust_tf.job.patience import stopped_early
+from robust_tf.job.patience import patience_of
 from robust_tf.job.testing import Evaluation
 from robust_tf.results import BASELINE, FeatureCache, JobResults, MeasuredAttack
-from robust_tf.training.checkpoint import Progress
+from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.transfer.stages import parameter_counts
 
 _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy")
@@ -31,7 +31,7 @@ def job_results(
     task: TaskData,
     classifier: keras.Model,
     evaluation: Evaluation,
-    progress: Progress,
+    progress: TrainingProgress,
     head_fit: HeadFit | None = None,
 ) -> JobResults:
     """Returns the results of a finished job, without a baseline.
@@ -45,24 +45,24 @@ def job_results(
         head_fit: How the head was fitted, for a job with `--features=cached`.
     """
     trainable, total = parameter_counts(classifier)
-    transfer = config.task == "transfer"
+    transfer = config.is_transfer
     return JobResults(
         task=config.task,
-        dataset=config.dataset,
-        classes=config.classes,
+        dataset=config.data.dataset,
+        classes=config.data.classes,
         class_names=tuple(task.class_names),
         architecture=classifier.name,
         image_size=task.image_size,
         resize_size=task.resize_size,
-        downscale=config.downscale,
-        exif=config.exif,
-        alpha_background=config.alpha_background,
-        split_seed=config.split_seed,
-        skip_bad_images=config.skip_bad_images,
-        source=config.source if transfer else None,
-        transfer_mode=config.transfer_mode if transfer else None,
-        head=config.head if transfer else None,
-        views=config.views if head_fit else None,
+        downscale=config.data.downscale,
+        exif=config.data.exif,
+        alpha_background=config.data.alpha_background,
+        split_seed=config.data.split_seed,
+        skip_bad_images=config.data.skip_bad_images,
+        source=config.transfer.source if transfer else None,
+        transfer_mode=config.transfer.transfer_mode if transfer else None,
+        head=config.transfer.head if transfer else None,
+        views=config.transfer.views if head_fit else None,
         feature_cache=_feature_cache(head_fit) if head_fit else None,
         head_penalty=head_fit.penalty if head_fit else None,
         metric=task.metric,
@@ -71,17 +71,17 @@ def job_results(
         mean_per_class_accuracy=evaluation.mean_per_class_accuracy,
         robust_accuracy=evaluation.robust_accuracy,
         robust_accuracy_interval=evaluation.robust_interval,
-        robust_accuracy_attack=measured_attack(config.evaluation_attack),
+        robust_accuracy_attack=measured_attack(config.adversarial.evaluation_attack),
         num_train_images=task.num_train,
         num_validation_images=task.num_validation,
         num_test_images=task.num_test,
         skipped_images=tuple(task.skipped),
-        objective=config.objective,
-        fast=config.fast,
-        epochs=config.passes,
+        objective=config.adversarial.objective,
+        fast=config.adversarial.fast,
+        epochs=config.data_epochs,
         gradients_per_image=config.gradients_per_image,
         epochs_done=progress.epochs_done,
-        stopped_early=stopped_early(config, progress),
+        stopped_early=patience_of(config).is_exhausted(progress),
         best_epoch=progress.best_epoch + 1,
         alarms=tuple(progress.alarms),
         validation_value=progress.best_value,
@@ -90,9 +90,9 @@ def job_results(
         seconds=round(progress.seconds, 1),
         # Training steps only, at the median speed of the epochs; `seconds` includes validation and checkpoints.
         images_per_second=round(statistics.median(progress.rates), 1) if progress.rates else None,
-        seed=config.seed,
+        seed=config.run.seed,
         versions=_versions(),
-        flags=tuple(to_flag_file(config).splitlines()),
+        flags=tuple(to_flag_file(config.resolved()).splitlines()),
     )
 
 

@@ -1,13 +1,12 @@
 """Facts that both the report and the model card of a job state: training, flags, commands and limitations."""
 
-import dataclasses
 import pathlib
 import re
 import shlex
 from typing import Any
 
 from robust_tf.config.job import JobConfig
-from robust_tf.flags import to_text
+from robust_tf.flags import flat_values, to_text
 from robust_tf.reporting.job_files import FinishedJob
 from robust_tf.results import BASELINE
 
@@ -24,31 +23,33 @@ def title_of(job: FinishedJob) -> str:
 
 def training_of(job: FinishedJob) -> str:
     """Returns a sentence about how the classifier was trained."""
-    config, num_images = job.config, f"{job.results.num_train_images:,}"
-    attack = config.attack
+    config, results = job.config, job.results
+    attack = config.adversarial.training_attack
     if attack.active:
         recipe = {"fgsm": "single-step FGSM", "free": "free adversarial training"}.get(
-            config.fast, f"PGD-{attack.steps} adversarial training"
+            config.adversarial.fast, f"PGD-{attack.steps} adversarial training"
         )
-        objective = "" if config.objective == "adversarial" else f", objective {config.objective}"
+        objective = (
+            "" if config.adversarial.objective == "adversarial" else f", objective {config.adversarial.objective}"
+        )
         how = f"{recipe} ({attack.norm}, epsilon {attack.epsilon:.4g}{objective})"
     else:
         how = "standard training, without an attack"
-    if config.task == "pretrain":
-        return f"Trained from scratch on {num_images} images: {how}."
+    if not config.is_transfer:
+        return f"Trained from scratch on {results.num_train_images:,} images: {how}."
     return (
-        f"Transferred from {config.source} to {num_images} images "
-        f"({config.transfer_mode.replace('_', ' ')}, head {config.head}): {how}."
+        f"Transferred from {config.transfer.source} to {results.num_train_images:,} images "
+        f"({config.transfer.transfer_mode.replace('_', ' ')}, head {config.transfer.head}): {how}."
     )
 
 
 def changed_flags(config: JobConfig) -> list[tuple[str, str, str]]:
     """Returns name, value and default of every flag that differs from its default."""
-    default = JobConfig()
+    values, defaults = flat_values(config.resolved()), flat_values(JobConfig().resolved())
     return [
-        (f"--{field.name}", _value(getattr(config, field.name)), _value(getattr(default, field.name)))
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) != getattr(default, field.name)
+        (f"--{name}", _value(value), _value(defaults[name]))
+        for name, value in values.items()
+        if value != defaults[name]
     ]
 
 
@@ -63,7 +64,7 @@ def commands(job: FinishedJob, *, workdir: pathlib.Path) -> list[tuple[str, str]
         Pairs of what a command does and the command itself, quoted for a shell.
     """
     classifier = f"--classifier={workdir / 'classifier.keras'}"
-    name, exports = _served_name(job), job.config.export_dir or "exports"
+    name, exports = _served_name(job), job.config.run.export_dir or "exports"
     found = [
         (
             "Repeat the job in another folder",
@@ -87,7 +88,7 @@ def commands(job: FinishedJob, *, workdir: pathlib.Path) -> list[tuple[str, str]
             ["robust_tf.predict", "--server=http://localhost:8501", f"--model_name={name}", "IMAGE_OR_FOLDER"],
         ),
     ]
-    if job.config.task == "pretrain":
+    if not job.config.is_transfer:
         source = f"--source={workdir / 'classifier.keras'}"
         found.append(
             (
@@ -101,8 +102,8 @@ def commands(job: FinishedJob, *, workdir: pathlib.Path) -> list[tuple[str, str]
 
 def _served_name(job: FinishedJob) -> str:
     """Returns the name under which the job exported its classifier, or else one that is easy to type."""
-    name = job.config.model_name or job.workdir.absolute().name
-    return name if job.config.export_dir else re.sub(r"[^\w-]+", "_", name).strip("_") or "classifier"
+    name = job.config.run.model_name or job.workdir.absolute().name
+    return name if job.config.run.export_dir else re.sub(r"[^\w-]+", "_", name).strip("_") or "classifier"
 
 
 def _value(value: Any) -> str:

@@ -123,7 +123,7 @@ def class_accuracies(job: FinishedJob) -> list[ClassAccuracy]:
 
 
 def _losses(job: FinishedJob) -> dict[str, tuple[list[float], str, str]]:
-    kind = "under attack" if job.config.attack.active else "clean"
+    kind = "under attack" if job.config.adversarial.training_attack.active else "clean"
     return _present(
         {
             f"training, {kind}": (_column(job, "loss"), _BLUE, "--"),
@@ -133,7 +133,7 @@ def _losses(job: FinishedJob) -> dict[str, tuple[list[float], str, str]]:
 
 
 def _accuracies(job: FinishedJob) -> dict[str, tuple[list[float], str, str]]:
-    if job.config.attack.active:
+    if job.config.adversarial.training_attack.active:
         names = {
             "training, under attack": ("accuracy", _BLUE, "--"),
             "validation, clean": ("val_clean_accuracy", _GREEN, "-"),

@@ -6,28 +6,23 @@ import pathlib
 import shlex
 import urllib.parse
 
-from robust_tf.config.job import JobConfig
+from robust_tf.config.run import RunConfig
 
 # A test image of at most this many bytes fits into a command.
 _LARGEST_SAMPLE = 1000
 
 
-def served_name(config: JobConfig) -> str:
-    """Returns the name under which the model is exported and served."""
-    return config.model_name or pathlib.Path(config.workdir).name
-
-
-def next_commands(config: JobConfig, sample: bytes) -> list[str]:
-    """Returns the command that starts TensorBoard and, after an export, those that start and query a server.
+def next_commands(run: RunConfig, sample: bytes) -> list[str]:
+    """Returns the commands: TensorBoard, and after an export a server and a query of it.
 
     Args:
-        config: Configuration of the finished job.
-        sample: Encoded test image for the query. It is not used without an export.
+        run: Record of the run of a finished job.
+        sample: encoded test image to ask the server about; unused without an export.
     """
-    commands = [shlex.join(["tensorboard", "--logdir", str(pathlib.Path(config.workdir).parent)])]
-    if config.export_dir:
-        name = served_name(config)
-        base = pathlib.Path(config.export_dir).resolve() / name
+    commands = [shlex.join(["tensorboard", "--logdir", str(pathlib.Path(run.workdir).parent)])]
+    if run.export_dir:
+        name = run.served_name
+        base = pathlib.Path(run.export_dir).resolve() / name
         serve = ["python", "-m", "robust_tf.serve", "--rest_api_port=8501", f"--model_name={name}"]
         serve.append(f"--model_base_path={base}")
         commands += [f"python -m pip install '.[serve]' && {shlex.join(serve)}", _query(name, sample)]

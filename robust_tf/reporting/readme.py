@@ -94,7 +94,7 @@ def _data(job: FinishedJob) -> str:
     return (
         f"{results.dataset}: {results.num_train_images:,} training images, {results.num_validation_images:,} "
         f"validation images and {results.num_test_images:,} test images.{about} License of the images: "
-        f"{info.licence or LICENSE_NOT_STATED}. License of the classifier: {LICENSE_NOT_STATED}."
+        f"{info.license or LICENSE_NOT_STATED}. License of the classifier: {LICENSE_NOT_STATED}."
     )
 
 

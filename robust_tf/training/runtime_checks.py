@@ -1,4 +1,4 @@
-"""Checks of values that are known only while a step runs, and their errors as one clear line."""
+"""Checks of values that are known only while a step runs, with one clear line as the error message."""
 
 import contextlib
 import re
@@ -13,18 +13,16 @@ _START, _END = "[robust_tf] ", " [/robust_tf]"
 
 
 def checked(value: tf.Tensor, condition: tf.Tensor, message: str, *received: tf.Tensor) -> tf.Tensor:
-    """Returns `value` once `condition` holds: nothing that depends on it runs before.
-
-    XLA leaves such checks out.
+    """Returns `value` unchanged, and checks a condition before anything uses the result. XLA drops the check.
 
     Args:
-        value: any tensor.
-        condition: scalar bool.
-        message: one line for the user, with a `{}` for each value of `received`.
-        received: scalars that the message shows.
+        value: Any tensor.
+        condition: Condition that must hold, a scalar bool.
+        message: Error message of one line, with a `{}` for each value in `received`.
+        *received: Scalars to show in the message.
 
     Raises:
-        UserError: within `explained`, when the condition does not hold.
+        UserError: The condition does not hold, and the step runs within `explained`.
     """
     with tf.control_dependencies([tf.debugging.Assert(condition, [_START + message + _END, *received])]):
         return tf.identity(value)
@@ -32,15 +30,18 @@ def checked(value: tf.Tensor, condition: tf.Tensor, message: str, *received: tf.
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turns a failure of `checked` or `assert_pixels`, which TensorFlow buries in a page of text, into a UserError."""
+    """Returns a context that turns a failure of `checked` or `assert_pixels` into a UserError of one line.
+
+    TensorFlow's own error message fills a page.
+    """
     try:
         yield
     except NotImplementedError as error:
         if "symbolic tf.Tensor" not in str(error):
             raise
         raise UserError(
-            "The attack needs a classifier of TensorFlow operations or keras.ops, which have gradients. Received: one "
-            "whose `call` makes a NumPy array of its input."
+            "The attack needs gradients, so the classifier must consist of TensorFlow operations or keras.ops. "
+            "Received: a classifier whose `call` converts its input to a NumPy array."
         ) from None
     except tf.errors.InvalidArgumentError as error:
         if pixels := pixel_error(error):

@@ -1,4 +1,4 @@
-"""`python -m robust_tf.data`: what it finds, and its exit codes."""
+"""`python -m robust_tf.data`: the faults that it finds, and its exit codes."""
 
 import os
 import shutil
@@ -17,25 +17,25 @@ from tests.data.images import encoded, jpeg, write, write_folder
 WHOLE = {"train/cat": 8, "train/dog": 6, "test/cat": 3, "test/dog": 2}
 
 
-def test_a_prepared_data_set(data_dir):
+def test_a_prepared_data_set_is_ready(data_dir):
     diagnosis = diagnose("digits", data_dir)
     assert diagnosis.state == "ready" and not diagnosis.advice
     assert f"in {data_dir / 'digits' / '1.0.0'}, 0." in diagnosis.facts[0]
     assert diagnosis.facts[1] == "10 classes, 1,000 training and 797 test images"
-    assert "licence: CC BY 4.0" in diagnosis.facts[2]
+    assert "license: CC BY 4.0" in diagnosis.facts[2]
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_every_row_says_what_to_do(name, tmp_path):
+def test_every_data_set_that_is_not_prepared_says_what_to_do(name, tmp_path):
     diagnosis = diagnose(name, tmp_path)
     assert diagnosis.state == "not prepared"
     advice = " ".join(diagnosis.advice)
     assert f"un python -m robust_tf.data --prepare={name} --data_dir={tmp_path}" in advice
     assert DATASETS[name].download_size in advice
-    assert list(tmp_path.iterdir()) == []  # it only looks
+    assert list(tmp_path.iterdir()) == []  # checking writes nothing
 
 
-def test_counts_that_are_not_the_papers(data_dir, monkeypatch):
+def test_a_wrong_number_of_images_is_a_fault(data_dir, monkeypatch):
     row = DatasetInfo(builder="digits:1.0.0", num_classes=10, num_train=1000, num_test=800)
     monkeypatch.setitem(DATASETS, "digits", row)
     diagnosis = diagnose("digits", data_dir)
@@ -46,7 +46,7 @@ def test_counts_that_are_not_the_papers(data_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off"])
-def test_damaged_files(data_dir, tmp_path, damage):
+def test_missing_and_damaged_files_are_faults(data_dir, tmp_path, damage):
     copy = tmp_path / "digits" / "1.0.0"
     shutil.copytree(data_dir / "digits" / "1.0.0", copy)
     path = copy / "digits-test.tfrecord-00000-of-00001"
@@ -60,7 +60,7 @@ def test_damaged_files(data_dir, tmp_path, damage):
     assert diagnosis.advice[0].startswith(expected)
 
 
-def test_a_folder_in_order(tmp_path):
+def test_a_folder_without_faults_is_ready(tmp_path):
     diagnosis = diagnose(f"folder:{write_folder(tmp_path, WHOLE)}")
     assert (diagnosis.state, diagnosis.advice) == ("ready", ())
     assert diagnosis.facts[1] == "2 classes, 14 training and 5 test images"
@@ -77,13 +77,13 @@ def test_faults_of_a_folder_are_named(tmp_path):
     assert "none of emu" in missing
     assert f"1 images cannot be decoded: {root}/train/cat/003.jpg" in broken
     assert (
-        f"1 images of the test part are in the training part too: {root}/test/dog/copy.jpg = {root}/train/cat/000.jpg"
+        f"1 images of the test part are also in the training part: {root}/test/dog/copy.jpg = {root}/train/cat/000.jpg"
         in twice
     )
     assert len(diagnose(f"folder:{root}", thorough=False).advice) == 1
 
 
-def test_a_name_that_is_no_text_can_be_printed(tmp_path, capsys):
+def test_a_name_that_is_not_text_can_be_printed(tmp_path, capsys):
     root = write_folder(tmp_path / os.fsdecode(b"x\xff\n"), {"cat": 1})
     assert main(["data", "--check", f"folder:{root}"]) == 1
     assert capsys.readouterr().out.startswith(f"folder:{tmp_path}/x\\udcff\\n: faulty\n  - A data set needs two")
@@ -96,14 +96,14 @@ def test_many_faults_are_counted(tmp_path):
     assert "and 2 more" in diagnose(f"folder:{root}").advice[0]
 
 
-def test_one_image_a_class_is_told(tmp_path):
+def test_one_image_per_class_is_a_fault(tmp_path):
     diagnosis = diagnose(f"folder:{write_folder(tmp_path, {'a': 1, 'b': 1})}")
     assert diagnosis.state == "faulty"
     (advice,) = diagnosis.advice
-    assert "training part" in advice and advice.endswith("Received: none of a, b. Add some.")
+    assert "training part" in advice and advice.endswith("Received: none of a, b. Add some images.")
 
 
-def test_everything_that_is_left_out_is_told(tmp_path):
+def test_all_files_that_are_left_out_are_named(tmp_path):
     root = write_folder(tmp_path, WHOLE)
     write(root / "train/cat/.DS_Store", "x")
     write(root / "train/cat/drawing.svg", "<svg/>")
@@ -111,12 +111,13 @@ def test_everything_that_is_left_out_is_told(tmp_path):
     diagnosis = diagnose(f"folder:{root}")
     assert f"Left out: 1 hidden and system files: {root}/train/cat/.DS_Store." in diagnosis.facts
     assert diagnosis.advice == (
-        f"2 images cannot be read: {root}/train/cat/drawing.svg (another kind of image), {root}/train/dog/photo.heic "
-        "(another kind of image). Convert, repair or remove them, or train with --skip_bad_images.",
+        f"2 images cannot be read: {root}/train/cat/drawing.svg (unsupported image format), "
+        f"{root}/train/dog/photo.heic (unsupported image format). "
+        "Convert, repair or remove them, or train with --skip_bad_images.",
     )
 
 
-def test_what_flags_can_change_is_counted(tmp_path):
+def test_rotated_and_transparent_images_are_counted(tmp_path):
     root = write_folder(tmp_path, WHOLE)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -130,11 +131,11 @@ def test_what_flags_can_change_is_counted(tmp_path):
     assert diagnosis.state == "ready"
     rotated, transparent, namesakes = diagnosis.facts[2:]
     assert rotated.startswith("1 images are stored rotated") and "train/cat/rotated. --exif=apply" in rotated
-    assert transparent.startswith("2 images have transparency: ") and "--alpha_background" in transparent
+    assert transparent.startswith("2 images have transparent pixels: ") and "--alpha_background" in transparent
     assert f"{root}/train/dog/001.jpg = {root}/train/dog/001.png" in namesakes or "001.png = " in namesakes
 
 
-def test_no_file_ends_in_a_traceback(tmp_path):
+def test_damaged_files_of_any_kind_raise_no_error(tmp_path):
     root = write_folder(tmp_path, WHOLE)
     rng = np.random.default_rng(0)
     rgba = Image.fromarray(rng.integers(0, 256, (30, 40, 4)).astype(np.uint8))
@@ -161,7 +162,7 @@ def test_no_file_ends_in_a_traceback(tmp_path):
     assert diagnose(f"folder:{root}/train/cat/one.png").state == diagnose("folder:/nowhere").state == "faulty"
 
 
-def test_program(data_dir, tmp_path, capsys):
+def test_the_program_prints_and_exits_as_documented(data_dir, tmp_path, capsys):
     folder = f"folder:{write_folder(tmp_path / 'photos', WHOLE)}"
     assert main(["data", "--check", "digits", folder, f"--data_dir={data_dir}"]) == 0
     assert capsys.readouterr().out.startswith("digits: ready\n    in ")
@@ -191,6 +192,6 @@ def test_program(data_dir, tmp_path, capsys):
         (["--check", "folder:"], "Received: 'folder:'"),
     ],
 )
-def test_wrong_command_lines(arguments, message, tmp_path):
+def test_wrong_command_lines_are_refused(arguments, message, tmp_path):
     with pytest.raises(UserError, match=message):
         main(["data", *arguments, f"--data_dir={tmp_path}"])

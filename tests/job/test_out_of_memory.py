@@ -28,7 +28,7 @@ def classifier() -> keras.Model:
 def test_names_batch_size_estimate_and_ways_out(classifier, error, reason):
     with (
         pytest.raises(UserError, match=rf"Received: --batch_size=4096, .* about 6\.\d GB .*{reason}") as raised,
-        out_of_memory_explained(JobConfig(batch_size=4096), classifier),
+        out_of_memory_explained(JobConfig.from_flags(batch_size=4096), classifier),
     ):
         raise error
     for way in ("than 4096", "--batch_size=2048 --accumulate_steps=2", "--precision=mixed_", "--image_size than 32"):
@@ -41,7 +41,7 @@ def test_leaves_other_errors_and_what_is_in_use_alone(classifier):
         raise KeyError
     with (
         pytest.raises(UserError) as raised,
-        out_of_memory_explained(JobConfig(precision="mixed_bfloat16"), classifier),
+        out_of_memory_explained(JobConfig.from_flags(precision="mixed_bfloat16"), classifier),
     ):
         raise MemoryError
     assert "--precision" not in str(raised.value)
@@ -56,7 +56,7 @@ def test_leaves_other_errors_and_what_is_in_use_alone(classifier):
     ],
 )
 def test_the_way_out_with_parts_of_a_batch_is_one_that_the_flags_allow(classifier, settings, way):
-    config = JobConfig(**settings)
+    config = JobConfig.from_flags(**settings)
     with pytest.raises(UserError) as raised, out_of_memory_explained(config, classifier):
         raise MemoryError
     assert (f" {way} (the same batch, in parts)" in str(raised.value)) == (way is not None)
@@ -65,7 +65,7 @@ def test_the_way_out_with_parts_of_a_batch_is_one_that_the_flags_allow(classifie
 
 @pytest.mark.slow
 def test_the_last_checkpoint_stays_and_the_job_goes_on_from_it(tmp_path, data_dir, monkeypatch):
-    config = JobConfig(
+    config = JobConfig.from_flags(
         workdir=str(tmp_path / "job"),
         data_dir=str(data_dir),
         architecture="resnet8",
@@ -84,6 +84,6 @@ def test_the_last_checkpoint_stays_and_the_job_goes_on_from_it(tmp_path, data_di
         patched.setattr(StopOnNaN, "on_epoch_begin", exhaust)
         with pytest.raises(UserError, match="Received: --batch_size=50"):
             train.run(config)
-    assert Checkpoints(pathlib.Path(config.workdir) / "checkpoints").latest().progress.epochs_done == 1
+    assert Checkpoints(pathlib.Path(config.run.workdir) / "checkpoints").latest().progress.epochs_done == 1
     train.run(config)
-    assert (pathlib.Path(config.workdir) / "results.json").exists()
+    assert (pathlib.Path(config.run.workdir) / "results.json").exists()

@@ -11,15 +11,16 @@ import tensorflow as tf
 
 from robust_tf import train
 from robust_tf.config.job import JobConfig, read_flag_file
+from robust_tf.config.optimization import OptimizationConfig
 from robust_tf.errors import UserError
-from robust_tf.job.building import PlannedTask, planned_task
 from robust_tf.job.planning import table as plan
 from robust_tf.job.planning.devices import DEVICES, parse_clusters
 from robust_tf.job.planning.flops import GraphWork, Loop, Work, count_work
+from robust_tf.job.planning.plan import PlannedTask, planned_job, planned_task
 from robust_tf.job.planning.roofline import JobWork, device_plan, job_work
 from robust_tf.job.planning.table import estimated_bytes
+from robust_tf.job.task import load_job_task
 from robust_tf.models import build_classifier
-from robust_tf.transfer.stages import parameter_counts
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -86,12 +87,12 @@ def test_a_loop_counts_as_often_as_it_turns():
 
 def digits(**changes) -> JobConfig:
     options = {"dry_run": True, "plan_devices": ("A100",), "norm": "l2", "epsilon": 1.0, "attack_steps": 5}
-    return JobConfig(**{**options, "architecture": "resnet8", "batch_size": 64, **changes})
+    return JobConfig.from_flags(**{**options, "architecture": "resnet8", "batch_size": 64, **changes})
 
 
 def work_of(config: JobConfig) -> JobWork:
-    keras.config.set_dtype_policy(config.precision)
-    classifier, task = train.planned_job(config)
+    keras.config.set_dtype_policy(config.optimization.precision)
+    classifier, task = planned_job(config)
     return job_work(config, classifier, task)
 
 
@@ -142,7 +143,7 @@ WORK = JobWork(
 
 
 def rows_of(config: JobConfig, work: JobWork = WORK, task: PlannedTask = TASK) -> dict[str, str]:
-    (cluster,) = parse_clusters(config.plan_devices)
+    (cluster,) = parse_clusters(config.plan.plan_devices)
     table = device_plan(config, task, work, cluster)
     return dict(zip(*(list(column.cells) for column in table.columns), strict=True))
 
@@ -158,7 +159,7 @@ def test_arithmetic_of_a_plan():
     assert config_rows["compute time"] == f"800 GFLOP / (8 x 156 TFLOP/s) = {compute * 1e3:.3g} ms"
     assert config_rows["memory time"].endswith("= 0.129 ms")
     assert config_rows["all-reduce"] == "100 MB x 2 x 3/4 / 300 GB/s + 100 MB x 2 x 1/2 / 200 GB/s = 1 ms"
-    assert config_rows["time of a step"].startswith(f"{compute * 1e3:.3g} ms / 0.35 utilisation + 1 ms = ")
+    assert config_rows["time of a step"].startswith(f"{compute * 1e3:.3g} ms / 0.35 utilization + 1 ms = ")
     assert f"= {step * 1e3:.3g} ms, {80 / step:,.0f} images/s" in config_rows["time of a step"]
     assert config_rows["time of the run"].endswith(f"= {run:.3g} s")
     assert config_rows["cost"] == f"{run * 8 / 3600:,.2f} device-hours x 3 = {run * 8 / 1200:,.2f}"
@@ -226,8 +227,8 @@ def test_plan_refuses(changes, message):
     [
         ({"dry_run": False}, "--plan_devices is for --dry_run. Received: --plan_devices=A100"),
         ({"plan_devices": (), "plan_price": 2.0}, "--plan_price=2.0"),
-        ({"plan_devices": (), "plan_utilisation": 0.5}, "--plan_utilisation=0.5"),
-        ({"plan_utilisation": 1.5}, "at most 1. Received: 1.5"),
+        ({"plan_devices": (), "plan_utilization": 0.5}, "--plan_utilization=0.5"),
+        ({"plan_utilization": 1.5}, "at most 1. Received: 1.5"),
         ({"plan_price": -1.0}, "Received: -1.0"),
         ({"workdir": "gs://bucket/run"}, "Received: --workdir=gs://bucket/run"),
     ],
@@ -247,11 +248,11 @@ def test_imagenet_is_planned_without_its_data(tmp_path):
 
 def test_planned_figures_are_those_of_the_data(data_dir):
     config = digits(data_dir=str(data_dir))
-    planned, real = planned_task(config), train.task_of(config)
+    planned, real = planned_task(config), load_job_task(config)
     for name in ("num_train", "num_validation", "num_test", "image_size", "augmentation", "steps_per_epoch"):
         assert getattr(planned, name) == getattr(real, name)
     chosen = digits(data_dir=str(data_dir), classes=(1, 2))
-    assert planned_task(chosen).num_train == train.task_of(chosen).num_train < planned.num_train
+    assert planned_task(chosen).num_train == load_job_task(chosen).num_train < planned.num_train
 
 
 def test_dry_run_prints_a_plan_for_each_cluster(capsys, data_dir):
@@ -274,7 +275,7 @@ def test_dry_run_prints_a_plan_for_each_cluster(capsys, data_dir):
         ("A100", "mixed_float16", 256, 2375),
     ],
 )
-def test_default_utilisation_against_published_speeds(device, precision, batch_size, published):
+def test_default_utilization_against_published_speeds(device, precision, batch_size, published):
     config = digits(
         dataset="imagenet2012",
         architecture="resnet50",
@@ -294,7 +295,7 @@ import json, re, sys
 from robust_tf.environment import set_tensorflow_defaults
 set_tensorflow_defaults()
 import keras, numpy as np, tensorflow as tf
-from robust_tf.config.job import AttackConfig
+from robust_tf.config.attack import AttackConfig
 from robust_tf.models import build_classifier
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.optimizers import build_optimizer
@@ -319,8 +320,7 @@ def test_estimated_memory_is_right_within_its_factor(architecture, size, batch_s
     arguments = [sys.executable, "-c", _MEASURE, architecture, str(size), str(batch_size)]
     measured = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
     classifier = network(architecture, size, num_classes=10)
-    trainable, total = parameter_counts(classifier)
-    estimate = estimated_bytes(digits(batch_size=batch_size), classifier, trainable, total)
+    estimate = estimated_bytes(digits(batch_size=batch_size), classifier)
     assert 1 / 1.5 < estimate / measured < 1.5, (estimate / 2**20, measured / 2**20)
 
 
@@ -336,4 +336,4 @@ def test_estimated_memory_is_right_within_its_factor(architecture, size, batch_s
     ],
 )
 def test_the_learning_rate_is_shown_with_the_drops_that_the_job_reaches(settings, shown):
-    assert plan._learning_rate(JobConfig(epochs=10, **settings)).startswith(f"learning rate {shown}")
+    assert plan._learning_rate(OptimizationConfig(epochs=10, **settings)).startswith(f"learning rate {shown}")

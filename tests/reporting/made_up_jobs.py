@@ -77,7 +77,9 @@ def write_job(
     """Writes the files of a finished job without its report. Returns its results."""
     workdir.mkdir(parents=True)
     epsilon = 0.5 if attacked else 0.0
-    config = JobConfig(workdir=str(workdir), dataset="folder:/pictures", norm="l2", epsilon=epsilon, batch_size=32)
+    config = JobConfig.from_flags(
+        workdir=str(workdir), dataset="folder:/pictures", norm="l2", epsilon=epsilon, batch_size=32
+    )
     (workdir / "flags.cfg").write_text(to_flag_file(config))
     made = outcomes(0, attacked=attacked)
     made.write(workdir)

@@ -1,4 +1,4 @@
-"""What the serving tests share: models on disk, made once, and servers in this process."""
+"""Fixtures of the serving tests: models on disk, which are made once, and servers in this process."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,8 @@ import keras
 import pytest
 from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
 
-from robust_tf.serving.server.server import ServeConfig, Server
+from robust_tf.serving.server.serve_config import ServeConfig
+from robust_tf.serving.server.server import Server
 from tests.serving.models import (
     export_small_classifier,
     save_echo,
@@ -27,18 +28,19 @@ from tests.serving.models import (
     write_config,
 )
 
-LIMIT = 120  # seconds: for what happens at once, even on a machine with ten times the work it can do
+LIMIT = 120  # seconds for what takes a moment, even on a machine with ten times the work that it can do
 
 
 def free_port() -> int:
-    # Below the range that outgoing connections take theirs from: one of these could take the port in between.
+    """Returns a port that nobody uses."""
+    # Below the range of outgoing connections, one of which could take the port before the caller does.
     while True:
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randint(10_000, 30_000))) as found:
             return found.getsockname()[1]
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Returns as soon as the condition holds."""
+    """Waits until a condition holds."""
     deadline = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -46,10 +48,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Gate:
-    """Holds one request to the model of `save_gate` inside its run until it is opened.
+    """Holds a request to the model of `save_gate` in the middle of its run until `open` is called.
 
     Attributes:
-        inputs: what the request sends, beside `x`.
+        inputs: Inputs that the request must send in addition to `x`.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -59,29 +61,29 @@ class Gate:
         self.inputs = {name: [str(pipe)] for name, pipe in self._pipes.items()}
 
     def wait_until_entered(self) -> None:
-        """Returns when the request is in the middle of its run."""
+        """Waits until the request is in the middle of its run."""
         self._read("entrance")
 
     def open(self) -> None:
-        """Lets the request end."""
+        """Lets the request finish."""
         self._read("exit")
 
     def _read(self, name: str) -> None:
-        """Opening a pipe to write into it waits until it is opened for reading too."""
+        """Reads what the model writes. Until then, the model waits to open the pipe."""
         with open(os.open(self._pipes[name], os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
             until(lambda: pipe.read(1) == b"!")
 
 
 @dataclasses.dataclass
 class Running:
-    """A server that is up, and ways to ask it."""
+    """A running server and clients for it."""
 
     url: str
     target: str
     rest: httpx.Client
     predict: prediction_service_pb2_grpc.PredictionServiceStub
     models: model_service_pb2_grpc.ModelServiceStub
-    server: Server | None = None  # when it is ours and in this process
+    server: Server | None = None  # the embedded server, if this is one
 
     @property
     def rest_port(self) -> int:
@@ -103,7 +105,7 @@ def clients_of(url: str, target: str, server: Server | None = None) -> Iterator[
 
 
 def accepts_connections(port: int) -> bool:
-    """Whether somebody listens there."""
+    """Returns whether somebody listens on a port."""
     try:
         socket.create_connection(("127.0.0.1", port)).close()
     except ConnectionRefusedError:
@@ -113,7 +115,7 @@ def accepts_connections(port: int) -> bool:
 
 @contextlib.contextmanager
 def running_server(**flags) -> Iterator[Running]:
-    """The embedded server in this process."""
+    """Runs the embedded server in this process."""
     config = ServeConfig(**{"port": free_port(), "rest_api_port": free_port(), **flags})
     server = Server(config)
     try:
@@ -127,7 +129,7 @@ def running_server(**flags) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def tensorflow_serving(flags: dict[str, str]) -> Iterator[Running]:
-    """The real server: the one that the environment names, else a new one when it is installed."""
+    """Gives the real server that the environment names, or runs one if it is installed."""
     url, target = os.environ.get("TF_SERVING_REST_URL"), os.environ.get("TF_SERVING_GRPC_TARGET")
     if url and target:
         with clients_of(url, target) as running:
@@ -150,7 +152,7 @@ def tensorflow_serving(flags: dict[str, str]) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def half_plus_two(tmp_path_factory) -> pathlib.Path:
-    """A model's folder with the version 00000123."""
+    """Folder of a model with the version 00000123."""
     base = tmp_path_factory.mktemp("half_plus_two")
     save_half_plus_two(base / "00000123")
     return base
@@ -170,27 +172,27 @@ def classifier() -> keras.Model:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, classifier) -> pathlib.Path:
-    """The version folder of `classifier` as the model "digits"."""
+    """Version folder of `classifier`, exported as the model "digits"."""
     return export_small_classifier(classifier, tmp_path_factory.mktemp("export"))
 
 
 @pytest.fixture(scope="session")
 def server_flags(half_plus_two, echo, exported, tmp_path_factory) -> dict[str, str]:
-    """A configuration with all three models."""
+    """Flags of a server with all three models."""
     bases = {"half_plus_two": half_plus_two, "echo": echo, "digits": exported.parent}
     return write_config(tmp_path_factory.mktemp("config"), bases)
 
 
 @pytest.fixture(scope="session")
 def embedded(server_flags) -> Iterator[Running]:
-    """Our server, for every test that only asks."""
+    """The embedded server, shared by all tests that only send requests."""
     with running_server(**server_flags) as running:
         yield running
 
 
 @pytest.fixture(scope="session", params=["embedded", "tensorflow_serving"])
 def server(request, server_flags) -> Iterator[Running]:
-    """Our server and, where there is one, the real one: both pass the same tests."""
+    """The embedded server and, where it is available, the real one. Both must pass the same tests."""
     if request.param == "embedded":
         yield request.getfixturevalue("embedded")
     else:

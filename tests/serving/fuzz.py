@@ -1,4 +1,4 @@
-"""Damaged and senseless requests: each gets an error of the client's (or an answer), and none harms the server.
+"""Sends damaged and senseless requests. Each must get a client error or an answer, and none may harm the server.
 
 python -m tests.serving.fuzz --requests=10000
 """
@@ -36,7 +36,7 @@ _JSON = st.recursive(
 _SIGNATURES = ["", "predict_pixels", "predict_uint8", "features", "classify", "attack_probe", "pair", "echo_string"]
 _SIGNATURES += ["echo_float32", "echo_int64", "echo_bool", "echo_half", "serving_default", "?", "__saved_model_init_op"]
 _LOCAL = (tempfile.gettempdir() + "/", sys.prefix + "/", str(pathlib.Path(__file__).parents[2]) + "/")
-_SECONDS = 120  # an answer that takes longer counts as a hang, on a machine with other work too
+_SECONDS = 120  # an answer that takes longer counts as a hang, even on a busy machine
 
 
 def _rest_seeds() -> list[tuple[str, dict]]:
@@ -92,7 +92,7 @@ def _grpc_seeds() -> list[tuple[str, bytes]]:
 
 
 def _senseless(rng: random.Random) -> bytes:
-    """A well-formed PredictRequest whose parts don't go together."""
+    """Returns a well-formed PredictRequest whose parts do not fit together."""
     request = predict_pb2.PredictRequest()
     request.model_spec.name = rng.choice(["half_plus_two", "echo", "digits", "digits", "nobody", ""])
     request.model_spec.signature_name = rng.choice(_SIGNATURES)
@@ -114,7 +114,7 @@ def _senseless(rng: random.Random) -> bytes:
 
 
 def _damaged(rng: random.Random, content: bytes) -> bytes:
-    """Some bytes changed, removed, doubled or cut off."""
+    """Returns the content with some bytes changed, removed, repeated or cut off."""
     data = bytearray(content)
     for _ in range(rng.randint(1, 8)):
         if not data:
@@ -133,7 +133,7 @@ def _damaged(rng: random.Random, content: bytes) -> bytes:
 
 
 def _twisted(rng: random.Random, value: object, odd: object) -> object:
-    """The same JSON with odd values, missing keys and other lengths in places."""
+    """Returns the JSON value with odd values, missing keys and other lengths in some places."""
     if rng.random() < 0.15:
         return rng.choice([*_ODD, odd, odd])
     if isinstance(value, dict):
@@ -146,7 +146,7 @@ def _twisted(rng: random.Random, value: object, odd: object) -> object:
 
 
 def unfit_for_clients(message: str) -> str:
-    """What is wrong with an error's text: it is one line, and neither Python's trace nor a place on this machine."""
+    """Returns what is wrong with an error message: several lines, a traceback or a path of this machine; else ""."""
     if message.splitlines() not in ([message], []):
         return "more than one line"
     if "Traceback" in message:
@@ -155,9 +155,15 @@ def unfit_for_clients(message: str) -> str:
 
 
 def run(rest_url: str, grpc_target: str, *, requests: int, seed: int) -> dict:
-    """Sends so many requests over each transport; what came back, and the smallest that should not have come back so.
+    """Sends requests over both transports, and returns figures and the requests that got a wrong answer.
 
-    Hypothesis makes the choices, so it can look for the shortest request that does harm.
+    Hypothesis makes the random choices, so that it can search for the shortest such request.
+
+    Args:
+        rest_url: URL of the server for REST.
+        grpc_target: Address of the server for gRPC.
+        requests: Number of requests over each transport.
+        seed: Seed for the choices.
     """
     seen: Counter[str] = Counter()
     slowest = 0.0
@@ -220,7 +226,7 @@ def run(rest_url: str, grpc_target: str, *, requests: int, seed: int) -> dict:
                 code, details = error.code().name, error.details() or ""
             slowest = max(slowest, time.monotonic() - start)
             seen[f"gRPC {code}"] += 1
-            # gRPC itself answers INTERNAL to bytes that are no message.
+            # gRPC itself answers INTERNAL to bytes that are not a message.
             harmless = code not in ("UNKNOWN", "UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL")
             assert harmless or "deserializing" in details, f"{code} {details} for {method} {damaged[:300]!r}"
             fault = unfit_for_clients(details)

@@ -1,4 +1,4 @@
-"""kill -9 on an exporter at random moments: a version that is there is whole. For the short test and the long run.
+"""Kills exporters at random moments (kill -9), and checks that every published version is complete.
 
 python -m tests.serving.kill --kills=50
 """
@@ -37,10 +37,14 @@ _FILES = {
 
 
 def run(*, kills: int, seed: int) -> dict:
-    """Kills so many exporters, then loads whatever has been published.
+    """Kills exporters, then loads whatever has been published, and returns figures.
 
-    Each is killed at a random moment of its first export or soon after; the exporter before them all, which publishes
-    one version undisturbed, shows how long that takes on this machine.
+    A first exporter publishes one version undisturbed, which shows how long that takes on this machine. Each of the
+    others is killed at a random moment of its first export or soon after.
+
+    Args:
+        kills: Number of exporters to kill.
+        seed: Seed for the moments.
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:

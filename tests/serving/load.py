@@ -1,9 +1,10 @@
-"""Load on a server while its versions change: used by the short test and by the long run.
+"""Puts load on a server while its versions change. The short test and the long run both use this.
 
     python -m tests.serving.load --seconds=600 --clients=16 --swap_every=20
 
-starts `python -m robust_tf.serve` on versions of a model that answers with its own number, swaps them, and checks each
-answer against the versions that may have given it. Prints the figures as JSON; exit code 1 when anything failed.
+starts `python -m robust_tf.serve` on a model whose versions answer with their own number, replaces the versions one
+after another, and checks that each answer is right for its version. It prints figures as JSON, and exits with 1 if
+anything failed.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from tests.serving.conftest import LIMIT, free_port, until
 
 
 def save_version(base: pathlib.Path, number: int) -> None:
-    """A version that answers y = x + number, published with one rename; with some megabytes of weights."""
+    """Publishes a version that answers y = x + number, with one rename. It holds some megabytes of weights."""
     module = tf.Module()
     module.number = tf.Variable(float(number))
     module.ballast = tf.Variable(tf.random.uniform([1 << 20]))
@@ -42,7 +43,7 @@ def save_version(base: pathlib.Path, number: int) -> None:
 
 
 class Load:
-    """Clients that ask without a pause, and what they saw."""
+    """Clients that send requests without a pause, and a record of the answers."""
 
     def __init__(self, rest_port: int, grpc_port: int) -> None:
         self.url = f"http://127.0.0.1:{rest_port}/v1/models/m:predict"
@@ -53,14 +54,14 @@ class Load:
         self._lock = threading.Lock()
 
     def run_client(self, seed: int) -> None:
-        """Odd clients speak gRPC, even ones REST."""
+        """Runs one client, over gRPC if the seed is odd, over REST if it is even."""
         rng = np.random.default_rng(seed)
         ask = self._ask_grpc() if seed % 2 else self._ask_rest()
         while not self.stopping.is_set():
             sent = np.float32(rng.integers(0, 1000, rng.integers(1, 5)))
             try:
                 answer, version = ask(sent)
-                # An answer is whole: every row from one version, and right for that version.
+                # All rows of an answer must come from one version, and be right for it.
                 good = len(set(version)) == 1 and np.array_equal(answer, sent + version[0])
                 failure = "" if good else f"wrong answer {answer} of version {version} to {sent}"
             except (httpx.HTTPError, grpc.RpcError, KeyError) as error:
@@ -94,7 +95,7 @@ class Load:
 
 
 def resident_megabytes(pid: int) -> float:
-    """Memory of a process (Linux)."""
+    """Returns the memory of a process (Linux)."""
     for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -102,7 +103,14 @@ def resident_megabytes(pid: int) -> float:
 
 
 def run(*, swaps: int, clients: int, swap_every: float, batching: bool) -> dict:
-    """Runs the load over so many changes of version, each `swap_every` seconds after an answer of the last version."""
+    """Runs the load over a number of version changes, and returns figures.
+
+    Args:
+        swaps: Number of changes.
+        clients: Number of clients.
+        swap_every: Seconds from the first answer of a version to the next change.
+        batching: Whether the server batches requests.
+    """
     with tempfile.TemporaryDirectory() as folder:
         base = pathlib.Path(folder) / "m"
         base.mkdir()
@@ -127,7 +135,7 @@ def run(*, swaps: int, clients: int, swap_every: float, batching: bool) -> dict:
                     memory.append(round(resident_megabytes(server.pid), 1))
                     save_version(base, newest)
                     (base / str(newest - 1)).rename(base / f"{newest - 1}.withdrawn")
-                    until(lambda: load.seen[newest] > 0)  # noqa: B023  # called at once
+                    until(lambda: load.seen[newest] > 0)  # noqa: B023  # it is called within this pass of the loop
             finally:
                 load.stopping.set()
                 for thread in threads:

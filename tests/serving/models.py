@@ -1,10 +1,10 @@
-"""Small SavedModels for the tests: half_plus_two as TensorFlow Serving's own tests have it, an echo, a classifier.
+r"""Small SavedModels for the tests: half_plus_two, as in TensorFlow Serving's own tests, an echo and a classifier.
 
     python -m tests.serving.models FOLDER
 
-writes all three and their config files, for a server of any kind. The tests then ask that server too:
+writes all three and their config files, for any server. With these variables, the tests ask that server too:
 
-    tensorflow_model_server --port=8500 --rest_api_port=8501 --model_config_file=FOLDER/models.config \\
+    tensorflow_model_server --port=8500 --rest_api_port=8501 --model_config_file=FOLDER/models.config \
       --monitoring_config_file=FOLDER/monitoring.config
     TF_SERVING_REST_URL=http://localhost:8501 TF_SERVING_GRPC_TARGET=localhost:8500 python -m pytest tests/serving
 """
@@ -23,7 +23,7 @@ LABELS = ["zero", "one", "two", "three", "four"]
 
 
 def save_half_plus_two(path: pathlib.Path, *, addend: float = 2.0) -> None:
-    """Y = 0.5 x + addend, x of any shape, with signatures for predict, classify and regress."""
+    """Saves y = 0.5 x + addend for x of any shape, with signatures for predict, classify and regress."""
 
     def regress_signature(feature: str, extra: float) -> tf.types.experimental.PolymorphicFunction:
         @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
@@ -71,9 +71,9 @@ _ECHO_TYPES = {
 
 
 def save_echo(path: pathlib.Path) -> None:
-    """Signatures that give back what they get: `echo_<type>` (x -> y), `echo_bytes` (x -> y_bytes), `pair` (a, b).
+    """Saves signatures that return their inputs: `echo_<type>` (x -> y), `echo_bytes` (x -> y_bytes), `pair` (a, b).
 
-    `endless` (x -> y) runs until it is cancelled.
+    Another signature, `endless` (x -> y), runs until it is cancelled.
     """
 
     def echo(dtype: tf.DType, output: str) -> tf.types.experimental.PolymorphicFunction:
@@ -98,7 +98,7 @@ def save_echo(path: pathlib.Path) -> None:
 
 
 def save_gate(path: pathlib.Path) -> None:
-    """Y = x, when somebody reads what it writes into the named pipes `entrance` and then `exit`."""
+    """Saves y = x, which is computed only when somebody reads from the named pipes `entrance` and then `exit`."""
 
     @tf.function(
         input_signature=[
@@ -116,7 +116,7 @@ def save_gate(path: pathlib.Path) -> None:
 
 
 def small_classifier() -> keras.Model:
-    """resnet20 for 16x16 images with a head whose logits differ, as those of an untrained one hardly do."""
+    """Returns a resnet20 for 16x16 images. Its head is replaced, as logits of an untrained head hardly differ."""
     keras.utils.set_random_seed(0)
     model = build_classifier("resnet20", 5, image_size=16, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
     for weight in model.get_layer("logits").weights:
@@ -125,7 +125,7 @@ def small_classifier() -> keras.Model:
 
 
 def export_small_classifier(classifier: keras.Model, export_dir: pathlib.Path) -> pathlib.Path:
-    """The classifier as the model "digits", attack probe included; its version's folder."""
+    """Exports the classifier as the model "digits", with an attack probe, and returns its version folder."""
     return export_classifier(
         classifier,
         export_dir,
@@ -138,7 +138,7 @@ def export_small_classifier(classifier: keras.Model, export_dir: pathlib.Path) -
 
 
 def write_config(folder: pathlib.Path, bases: dict[str, pathlib.Path]) -> dict[str, str]:
-    """The config files for these models, by flag."""
+    """Writes config files for these models, and returns their paths by flag."""
     label = {"half_plus_two": 'version_labels { key: "stable" value: 123 }'}
     entries = "".join(model_entry(name, base, label.get(name, "")) for name, base in bases.items())
     (folder / "models.config").write_text("model_config_list {\n" + entries + "}\n")
@@ -150,12 +150,12 @@ def write_config(folder: pathlib.Path, bases: dict[str, pathlib.Path]) -> dict[s
 
 
 def model_entry(name: str, base_path: pathlib.Path, more: str = "") -> str:
-    """One model of a ModelServerConfig."""
+    """Returns the entry of one model in a ModelServerConfig."""
     return f'config {{ name: "{name}" base_path: "{base_path}" model_platform: "tensorflow" {more} }}\n'
 
 
 def write_all(folder: pathlib.Path) -> dict[str, str]:
-    """All three models in a new folder, and their config files by flag."""
+    """Writes all three models into a new folder, and returns the paths of their config files by flag."""
     save_half_plus_two(folder / "half_plus_two" / "00000123")
     save_echo(folder / "echo" / "1")
     export_small_classifier(small_classifier(), folder)

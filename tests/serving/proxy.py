@@ -1,4 +1,4 @@
-"""nginx with the configuration of serving/, its ports, hosts and folders replaced by ours."""
+"""Runs nginx with the configuration in serving/, except for ports, hosts and folders."""
 
 import contextlib
 import dataclasses
@@ -16,18 +16,18 @@ import pytest
 from tests.serving.conftest import LIMIT, accepts_connections, free_port, until
 
 SERVING = pathlib.Path(__file__).parents[2] / "serving"
-# Made as README.md makes them.
+# Created as README.md says.
 TOKENS = {name: secrets.token_hex(32) for name in ("laptop", "busy", "strange_case")}
 
 
 def bearer(name: str) -> dict[str, str]:
-    """The header of a client with a token."""
+    """Returns the header that carries the token of a client."""
     return {"Authorization": f"Bearer {TOKENS[name]}"}
 
 
 @dataclasses.dataclass
 class Proxy:
-    """A running nginx, and ways to ask it."""
+    """A running nginx: a REST client for it, its gRPC address and its certificate."""
 
     client: httpx.Client
     target: str
@@ -35,7 +35,7 @@ class Proxy:
 
 
 def tool(name: str) -> str:
-    """Where a program is; the test is skipped where it is missing."""
+    """Returns the path of a program, or skips the test if it is not installed."""
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if path is None:
         pytest.skip(f"needs {name} (Debian: nginx, prometheus, openssl, util-linux)")
@@ -44,7 +44,12 @@ def tool(name: str) -> str:
 
 @contextlib.contextmanager
 def running_nginx(folder: pathlib.Path, *replaced: Sequence[str]) -> Iterator[Proxy]:
-    """Nginx with the shipped configuration, where each pair of `replaced` is an old and a new text."""
+    """Runs nginx with the shipped configuration.
+
+    Args:
+        folder: Where to write its files.
+        *replaced: Pairs of an old text in the configuration and its replacement.
+    """
     nginx, openssl = tool("nginx"), tool("openssl")
     key, certificate = folder / "server.key", folder / "server.crt"
     subprocess.run(
@@ -57,7 +62,7 @@ def running_nginx(folder: pathlib.Path, *replaced: Sequence[str]) -> Iterator[Pr
     rest, grpc_port = free_port(), free_port()
     text = (SERVING / "nginx" / "nginx.conf").read_text()
     for old, new in [
-        ("/tmp", str(folder)),  # first: the other folders may lie in there too
+        ("/tmp", str(folder)),  # first, because the other folders may lie in it
         ("/etc/nginx/tokens.map", str(folder / "tokens.map")),
         ("/etc/nginx/tls", str(folder)),
         ("listen 8443", f"listen 127.0.0.1:{rest}"),
@@ -84,7 +89,7 @@ def running_nginx(folder: pathlib.Path, *replaced: Sequence[str]) -> Iterator[Pr
 
 
 def readme_blocks(section: str) -> list[str]:
-    """The shell blocks of a section of serving/README.md."""
+    """Returns the shell blocks in a section of serving/README.md."""
     text = (SERVING / "README.md").read_text()
     part = re.search(rf"^##+ {re.escape(section)}\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
     assert part, section

@@ -1,4 +1,4 @@
-"""`robust_tf.serve --check`: what it prints and how it ends."""
+"""Tests of `robust_tf.serve --check`: what it prints, and its exit code."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from tests.serving.models import model_entry
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_loaded(monkeypatch):
+def _no_model_may_be_loaded(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
@@ -39,7 +39,7 @@ def config(folder, policy, **labels):
     return f"--model_config_file={folder / 'models.config'}"
 
 
-def test_what_is_right_ends_with_0(models, capsys):
+def test_valid_configuration_exits_with_0(models, capsys):
     (models / "batching.config").write_text("max_batch_size { value: 8 }")
     (models / "monitoring.config").write_text("prometheus_config { enable: true }")
     flags = ["--enable_batching", f"--batching_parameters_file={models / 'batching.config'}"]
@@ -56,7 +56,7 @@ def test_what_is_right_ends_with_0(models, capsys):
     assert check(capsys, f"--model_base_path={models}/pets")[0] == 0
 
 
-def test_a_label_that_the_next_export_takes_away(models, capsys):
+def test_label_whose_version_the_next_export_unloads_is_a_fault(models, capsys):
     code, lines = check(capsys, config(models, "latest { num_versions: 2 }", stable=1, canary=2))
     assert code == 1
     assert (
@@ -66,7 +66,7 @@ def test_a_label_that_the_next_export_takes_away(models, capsys):
     assert any(line.startswith("note: Model pets: label canary") and "in 2 exports" in line for line in lines)
 
 
-def test_labels_and_versions_that_are_not_there(models, capsys):
+def test_labels_and_policies_that_name_missing_versions_are_faults(models, capsys):
     flag = config(models, "specific { versions: 1 versions: 7 }", stable=7)
     code, lines = check(capsys, flag)
     assert code == 1
@@ -97,7 +97,7 @@ def test_every_fault_is_listed(models, capsys):
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_tls_keys_must_belong_together(models, capsys):
+def test_tls_key_must_belong_to_the_certificate(models, capsys):
     parts = {}
     for name in ("a", "b"):
         key, certificate = models / f"{name}.key", models / f"{name}.crt"
@@ -115,4 +115,4 @@ def test_tls_keys_must_belong_together(models, capsys):
         assert check(capsys, *flags)[0] == code
     (models / "ssl.config").write_text('server_key: "k" server_cert: "c"')
     code, lines = check(capsys, *flags)
-    assert (code, "TLS needs PEM texts, and the key of its certificate" in lines[0]) == (1, True)
+    assert (code, "TLS needs PEM texts, and a key that belongs to the certificate" in lines[0]) == (1, True)

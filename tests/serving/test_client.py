@@ -1,4 +1,4 @@
-"""The client over REST and gRPC, and the program around it."""
+"""Tests of the client, over REST and gRPC."""
 
 import email.utils
 import http.server
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -17,7 +18,8 @@ import pytest
 from tensorflow_serving.apis import get_model_metadata_pb2, prediction_service_pb2_grpc
 
 from robust_tf.errors import UserError
-from robust_tf.serving.client.client import Retries, ServerError, connect, seconds_after
+from robust_tf.serving.client import ServerError, connect
+from robust_tf.serving.client.retries import Retries, seconds_after
 from tests.serving.conftest import LIMIT, free_port
 from tests.serving.models import LABELS
 
@@ -29,7 +31,7 @@ def address(embedded, request):
     return embedded.url if request.param == "rest" else f"grpc://{embedded.target}"
 
 
-def test_both_transports_give_the_same_arrays(embedded):
+def test_both_transports_return_the_same_arrays(embedded):
     pixels = np.random.default_rng(0).uniform(size=(3, 16, 16, 3)).astype(np.float32)
     answers = []
     for address in (embedded.url, f"grpc://{embedded.target}"):
@@ -45,7 +47,7 @@ def test_both_transports_give_the_same_arrays(embedded):
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_every_number_arrives_as_it_is(address, as_list):
+def test_numbers_are_transmitted_exactly(address, as_list):
     numbers = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     numbers[:4] = np.nan, np.inf, -np.inf, -0.0
     if as_list:
@@ -72,11 +74,11 @@ def test_images_are_classified(address):
         assert "Unknown image file format" in mixed[1].message
         for alone, together in [(mixed[0], results[0]), (mixed[2], results[1]), (mixed[6], results[0])]:
             assert [guess.label for guess in alone] == [guess.label for guess in together]
-            # Another batch size takes other kernels, with other roundings.
+            # Another batch size uses other kernels, which round differently.
             np.testing.assert_allclose([g.probability for g in alone], [g.probability for g in together], atol=1e-5)
 
 
-def test_bytes_come_back_as_bytes(address):
+def test_bytes_are_returned_as_bytes(address):
     with connect(address, model_name="digits") as client:
         answer = client.predict(
             {"image_bytes": [(IMAGES / "a.png").read_bytes()], "label": [-1], "epsilon": [0.5]},
@@ -100,12 +102,12 @@ def test_errors_have_code_and_message(address, options, code, message):
     assert message in raised.value.message
 
 
-def test_an_unknown_signature_is_the_servers_error(address):
+def test_server_reports_an_unknown_signature(address):
     with connect(address, model_name="digits") as client, pytest.raises(ServerError, match='"painting"'):
         client.predict({"image_bytes": [b""]}, signature_name="painting")
 
 
-def test_bad_addresses():
+def test_bad_addresses_are_refused():
     for address in ("localhost:8501", "ftp://x", "http://"):
         with pytest.raises(UserError, match=repr(address)):
             connect(address, model_name="m")
@@ -117,19 +119,20 @@ def test_bad_addresses():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes in pauses only."""
+    """Replaces the clock by one that advances only during pauses, and returns the list of pauses."""
     now, pauses = [100.0], []
 
     def sleep(seconds):
         pauses.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr("robust_tf.serving.client.client.time.sleep", sleep)
-    monkeypatch.setattr("robust_tf.serving.client.client.time.monotonic", lambda: now[0])
+    # Only the clock of this module: the event loop of a server that runs in this process needs the real one.
+    stand_in = types.SimpleNamespace(sleep=sleep, monotonic=lambda: now[0], time=time.time)
+    monkeypatch.setattr("robust_tf.serving.client.retries.time", stand_in)
     return pauses
 
 
-def test_what_a_scheme_cannot_carry_is_said():
+def test_options_that_a_scheme_cannot_carry_are_refused():
     for options, given in [
         ({"token": "t"}, "with a token. Use grpcs://"),
         ({"ca_file": "c"}, "with a CA file. Use grpcs://"),
@@ -144,7 +147,7 @@ def test_what_a_scheme_cannot_carry_is_said():
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_grpcs_carries_the_token(tmp_path, clock):
+def test_grpcs_sends_the_token(tmp_path, clock):
     key, certificate = tmp_path / "server.key", tmp_path / "server.crt"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
@@ -157,7 +160,7 @@ def test_grpcs_carries_the_token(tmp_path, clock):
     too_large = ["The request is too large", "Received message larger than max (9 vs. 4)"]
 
     class Proxy(prediction_service_pb2_grpc.PredictionServiceServicer):
-        """Answers as a proxy with tokens and a limit does."""
+        """Answers like a proxy that checks tokens and limits requests."""
 
         def GetModelMetadata(self, request, context):
             seen.append(dict(context.invocation_metadata()).get("authorization"))
@@ -184,36 +187,34 @@ def test_grpcs_carries_the_token(tmp_path, clock):
         assert [int(pause) for pause in clock] == [7]
         clock.clear()
         while too_large:
-            with pytest.raises(ServerError) as raised:  # asked once: it stays too large
+            with pytest.raises(ServerError) as raised:  # tried once, because the request stays too large
                 client.predict({"x": [1.0]})
             assert (raised.value.code, clock) == ("INVALID_ARGUMENT", [])
     with connect(address, **options) as client, pytest.raises(ServerError, match="UNAUTHENTICATED"):
         client.signatures  # noqa: B018
     assert seen == ["Bearer secret"] * 2 + [None]
     with connect(address, model_name="m", token="secret") as client, pytest.raises(ServerError, match="UNAVAILABLE"):
-        client.signatures  # noqa: B018  # nobody vouches for the certificate
+        client.signatures  # noqa: B018  # the certificate is not trusted
     assert len(seen) == 3
     server.stop(0)
 
 
-def test_an_absent_server_is_tried_again_and_then_named(monkeypatch):
-    pauses = []
-    monkeypatch.setattr("robust_tf.serving.client.client.time.sleep", pauses.append)
+def test_absent_server_is_tried_a_few_times_and_then_named(clock):
     port = free_port()
     for scheme in ("http", "grpc"):
-        pauses.clear()
+        clock.clear()
         with connect(f"{scheme}://127.0.0.1:{port}", model_name="m") as client:
             with pytest.raises(ServerError) as raised:
                 client.classify([b""])
             assert not client.available()
         assert raised.value.code == "UNAVAILABLE"
-        assert len(pauses) == 3
-        for pause, longest in zip(pauses, [0.1, 0.2, 0.4], strict=True):
+        assert len(clock) == 3
+        for pause, longest in zip(clock, [0.1, 0.2, 0.4], strict=True):
             assert longest / 2 <= pause <= longest
 
 
 class _Script(http.server.BaseHTTPRequestHandler):
-    """Answers with one status after the other."""
+    """Answers with the listed statuses, one after the other."""
 
     statuses: list[int] = []
     headers_sent: dict[str, str] = {}
@@ -241,8 +242,8 @@ def scripted():
         listener.shutdown()
 
 
-def test_only_what_has_no_room_is_asked_again(scripted, monkeypatch):
-    monkeypatch.setattr("robust_tf.serving.client.client.time.sleep", lambda _: None)
+@pytest.mark.usefixtures("clock")
+def test_only_refusals_for_lack_of_room_are_retried(scripted):
     with connect(scripted, model_name="a b", label="x", token="secret") as client:
         _Script.statuses[:] = [503, 429, 502, 503, 429, 200]
         assert client.signatures == {}
@@ -256,7 +257,7 @@ def test_only_what_has_no_room_is_asked_again(scripted, monkeypatch):
 
 
 @pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "UNAVAILABLE"])
-def test_pauses_grow_and_end_with_the_time_that_was_given(clock, caplog, code):
+def test_pauses_grow_until_the_time_is_up(clock, caplog, code):
     asked = []
 
     def ask():
@@ -269,8 +270,8 @@ def test_pauses_grow_and_end_with_the_time_that_was_given(clock, caplog, code):
     assert 40 < sum(clock) <= 60
     assert all(earlier < later for earlier, later in itertools.pairwise(clock[::2][:4]))
     assert max(clock) <= 10
-    assert f"The server has no room ({code}: no room). Asking again in " in caplog.text
-    assert 2 <= len(caplog.records) <= 13  # at most one in five seconds
+    assert f"The server is busy ({code}: no room). Trying again in " in caplog.text
+    assert 2 <= len(caplog.records) <= 13  # at most one every five seconds
     assert len({round(pause, 6) for pause in clock}) == len(clock)  # jitter
     asked.clear()
     with pytest.raises(ServerError):
@@ -278,7 +279,7 @@ def test_pauses_grow_and_end_with_the_time_that_was_given(clock, caplog, code):
     assert len(asked) == 1
 
 
-def test_the_server_says_how_long_to_wait(scripted, clock):
+def test_server_chooses_the_pause_with_retry_after(scripted, clock):
     _Script.headers_sent["Retry-After"] = "7"
     _Script.statuses[:] = [429, 503, 200]
     with connect(scripted, model_name="m") as client:
@@ -292,14 +293,14 @@ def test_the_server_says_how_long_to_wait(scripted, clock):
     assert (raised.value.retry_after, clock) == (3600, [])
 
 
-def test_retry_after_is_a_number_or_a_date():
+def test_retry_after_may_be_a_number_or_a_date():
     in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
     assert 0 < seconds_after(in_a_minute) <= 60
     assert seconds_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0
     assert [seconds_after(text) for text in ("3", "-1", "soon", "", None)] == [3, 0, None, None, None]
 
 
-def test_a_server_that_has_answered_is_waited_for_when_it_goes(clock):
+def test_client_waits_for_a_server_that_answered_before(clock):
     answers = [ServerError("UNAVAILABLE", "nobody there", reached=False)] * 8 + ["at last"]
 
     def ask():
@@ -314,6 +315,6 @@ def test_a_server_that_has_answered_is_waited_for_when_it_goes(clock):
     assert len(clock) == 8
 
 
-def test_the_client_does_not_import_tensorflow():
+def test_client_does_not_import_tensorflow():
     script = "import sys, robust_tf.predict; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

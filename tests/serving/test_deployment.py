@@ -1,4 +1,4 @@
-"""The files of serving/: read by the programs that they are for."""
+"""Tests that the files in serving/ are valid for the programs that read them, and agree with each other."""
 
 import json
 import os
@@ -21,17 +21,17 @@ def read_yaml(path):
     return yaml.safe_load((SERVING / path).read_text())
 
 
-def test_text_protos_are_what_the_server_reads():
+def test_server_reads_the_config_files():
     (pets,) = model_settings(read_model_config(SERVING / "config" / "models.config"))
     assert (pets.name, str(pets.base_path)) == ("pets", "/models/pets")
     assert pets.labels == {"stable": 1, "canary": 1}
-    assert set(pets.labels.values()) <= set(pets.specific)  # another policy would unload them one day
+    assert set(pets.labels.values()) <= set(pets.specific)  # any other policy would unload them some day
     assert read_batching(SERVING / "config" / "batching.config").max_batch_size == 32
     assert read_monitoring(SERVING / "config" / "monitoring.config") == "/monitoring/prometheus/metrics"
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
-def test_manifests_fit_the_schemas_of_kubernetes(path):
+def test_manifests_match_the_schemas_of_kubernetes(path):
     kubernetes_validate.validate(yaml.safe_load(path.read_text()), "1.30", strict=True)
 
 
@@ -49,7 +49,7 @@ def container():
     return read_yaml("kubernetes/deployment.yaml")["spec"]["template"]["spec"]["containers"][0]
 
 
-def test_the_pod_is_locked_down():
+def test_pod_is_locked_down():
     pod = read_yaml("kubernetes/deployment.yaml")["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert container()["securityContext"]["readOnlyRootFilesystem"] is True
@@ -57,7 +57,7 @@ def test_the_pod_is_locked_down():
     assert set(container()["resources"]["limits"]) == {"cpu", "memory"}
 
 
-def test_all_files_run_the_same_pinned_server():
+def test_all_files_pin_the_same_server_version():
     compose = read_yaml("compose.yaml")["services"]["tensorflow-serving"]
     pinned = re.search(r":-([\d.]+)}", compose["image"])[1]
     assert container()["image"] == f"tensorflow/serving:{pinned}"
@@ -77,8 +77,8 @@ def test_compose_mounts_files_that_exist():
     assert "ports" not in services["tensorflow-serving"]
 
 
-def test_the_probe_reads_the_state(embedded):
-    """The shell line of the readiness probe, against a server with and without the model."""
+def test_readiness_probe_reads_the_state(embedded):
+    """Runs the shell line of the probe against a server, for a model that it has and for one that it lacks."""
     line = container()["readinessProbe"]["exec"]["command"][-1]
     assert line == read_yaml("compose.yaml")["services"]["tensorflow-serving"]["healthcheck"]["test"][-1].replace(
         "$$", "$"
@@ -90,7 +90,7 @@ def test_the_probe_reads_the_state(embedded):
         assert run.returncode == code
 
 
-def test_dashboard_and_alerts_ask_for_metrics_that_exist(embedded):
+def test_dashboard_and_alerts_use_metrics_that_exist(embedded):
     embedded.rest.post("/v1/models/half_plus_two:predict", json={"instances": [1.0]})
     text = embedded.rest.get("/monitoring/prometheus/metrics").text
     known = set(re.findall(r"^(:[\w:]+)\{", text, re.MULTILINE))
@@ -101,7 +101,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_exist(embedded):
     asked = {name for query in queries for name in re.findall(r'__name__="([^"]+)"', query)}
     assert len(asked) >= 4
     assert asked <= known
-    # A selector with a label that the metric hasn't would find nothing.
+    # A selector with a label that the metric does not have would match nothing.
     for query in queries:
         for name, more in re.findall(r'__name__="([^"]+)"(.*?)\}', query):
             series = next(line for line in text.splitlines() if line.startswith(name + "{"))
@@ -110,10 +110,10 @@ def test_dashboard_and_alerts_ask_for_metrics_that_exist(embedded):
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     scrape = read_yaml("monitoring/prometheus.yaml")["scrape_configs"][0]
     assert scrape["metrics_path"] == read_monitoring(SERVING / "config" / "monitoring.config")
-    assert scrape["job_name"] == "tensorflow_serving"  # as tests/serving/alerts.test.yaml has it
+    assert scrape["job_name"] == "tensorflow_serving"  # the name in tests/serving/alerts.test.yaml
 
 
-def test_readme_and_setup_say_what_the_pin_was_tried_with():
+def test_readme_names_the_versions_that_were_tried_together():
     pinned = container()["image"].split(":")[1]
     setup = (SERVING.parent / "setup.py").read_text()
     exporter = re.search(r'"tensorflow>=([\d.]+)"', setup)[1]
@@ -124,7 +124,7 @@ def test_readme_and_setup_say_what_the_pin_was_tried_with():
 
 
 @pytest.mark.parametrize("name", ["tensorflow-serving", "nginx", "prometheus", "grafana"])
-def test_every_service_of_compose_is_locked_down(name):
+def test_compose_services_are_locked_down(name):
     service = read_yaml("compose.yaml")["services"][name]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -143,7 +143,7 @@ def compose_config(**environment):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
-def test_compose_takes_the_model_and_a_password_from_the_environment():
+def test_compose_takes_model_and_password_from_the_environment():
     found = compose_config(MODELS="/exports", MODEL_NAME="cars", GRAFANA_PASSWORD="p")
     assert found.returncode == 0, found.stderr
     services = yaml.safe_load(found.stdout)["services"]
@@ -154,31 +154,31 @@ def test_compose_takes_the_model_and_a_password_from_the_environment():
     assert "GRAFANA_PASSWORD" in refused.stderr
 
 
-def test_the_autoscaler_alone_sets_the_number_of_pods():
+def test_only_the_autoscaler_sets_the_number_of_pods():
     assert read_yaml("kubernetes/autoscaler.yaml")["spec"]["scaleTargetRef"]["kind"] == "Deployment"
     assert "replicas" not in read_yaml("kubernetes/deployment.yaml")["spec"]
 
 
-def test_a_moved_label_restarts_no_pod():
-    """The pods' template is the same after a change of models.config, as kustomize renders it."""
+def test_moving_a_label_restarts_no_pod():
+    """Kustomize renders a fixed name for the config map, so that a change of models.config leaves the pods alone."""
     rendered = subprocess.run([tool("kubectl"), "kustomize", str(SERVING)], capture_output=True, text=True, check=True)
     manifests = list(yaml.safe_load_all(rendered.stdout))
     config = next(manifest for manifest in manifests if manifest["kind"] == "ConfigMap")
-    assert config["metadata"]["name"] == "tensorflow-serving-config"  # no hash of what is in it
+    assert config["metadata"]["name"] == "tensorflow-serving-config"  # without a hash of its content
     assert config["data"]["models.config"] == (SERVING / "config" / "models.config").read_text()
 
 
-def test_the_network_policy_admits_clients_and_prometheus():
+def test_network_policy_admits_clients_and_prometheus():
     clients, prometheus = read_yaml("kubernetes/network_policy.yaml")["spec"]["ingress"]
     (label,) = clients["from"][0]["podSelector"]["matchLabels"].items()
     readme = (SERVING / "README.md").read_text()
     assert '{}: "{}"'.format(*label) in readme
     (peer,) = prometheus["from"]
     assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}
-    assert [port["port"] for port in prometheus["ports"]] == [8501]  # 8500 can reload the models
+    assert [port["port"] for port in prometheus["ports"]] == [8501]  # port 8500 can reload the models
 
 
-def test_the_namespace_admits_kserves_pod():
+def test_namespace_admits_the_pod_of_kserve():
     labels = read_yaml("kubernetes/namespace.yaml")["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
     service = read_yaml("kserve/inference_service.yaml")
@@ -199,6 +199,6 @@ def test_the_namespace_admits_kserves_pod():
     ],
     ids=["alerts", "config"],
 )
-def test_promtool_agrees(command):
+def test_promtool_accepts_alerts_and_config(command):
     run = subprocess.run([tool("promtool"), *command], capture_output=True, text=True, timeout=LIMIT, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,4 +1,4 @@
-"""The published version: what lies in it, what it answers, and that nothing half-made is ever published."""
+"""Tests of published versions: their files, their answers, and that nothing incomplete is ever published."""
 
 import json
 import os
@@ -42,13 +42,13 @@ def encoded(kind, image):
 
 @pytest.fixture
 def tiny():
-    """A classifier that exports in a second."""
+    """A classifier that is exported within a second."""
     images = keras.Input((8, 8, 3), name="images")
     features = keras.layers.Flatten(name="features")(images)
     return keras.Model(images, keras.layers.Dense(2, name="logits")(features), name="tiny")
 
 
-def test_signatures_have_names_types_and_a_free_batch(model):
+def test_signatures_have_fixed_names_and_types_and_a_free_batch(model):
     described = {
         name: tuple(
             {key: (info.dtype, info.tensor_shape.dim[0].size) for key, info in part.items()}
@@ -80,7 +80,7 @@ def test_signatures_have_names_types_and_a_free_batch(model):
     }
 
 
-def test_answers_are_the_classifiers(model, classifier):
+def test_answers_equal_those_of_the_classifier(model, classifier):
     pixels = np.random.default_rng(1).uniform(size=(3, 16, 16, 3)).astype(np.float32)
     answer = model.run("predict_pixels", {"images": pixels})
     logits = classifier.predict(pixels, verbose=0)
@@ -107,25 +107,25 @@ def test_encoded_images_are_prepared_as_in_evaluation(model, classifier, kind, s
         (b"", "Input is empty"),
         (b"no image", "Unknown image file format"),
         (encoded("png", np.zeros((20, 20, 3), np.uint8))[:60], "Invalid PNG data"),
-        (encoded("png", np.zeros((1, 21, 3), np.uint8)), "at most 20 times as long as it is wide"),
+        (encoded("png", np.zeros((1, 21, 3), np.uint8)), "must be at most 20 times as long as it is wide"),
     ],
 )
-def test_bad_images_are_errors(model, bytes_, message):
+def test_bad_images_are_refused(model, bytes_, message):
     with pytest.raises(ServingError) as raised:
         model.run("serving_default", {"image_bytes": np.array([bytes_], object)})
     assert raised.value.code == "INVALID_ARGUMENT"
     assert message in raised.value.message
 
 
-def test_a_missing_batch_dimension_is_an_error_in_the_graph_too(exported):
-    """TF Serving doesn't look at shapes: the graph itself has to refuse, or the process is gone."""
+def test_graph_itself_refuses_a_missing_batch_dimension(exported):
+    """TensorFlow Serving does not compare shapes, so without this its process would abort."""
     script = f"""
 import numpy as np, tensorflow as tf
 with tf.compat.v1.Session(graph=tf.Graph()) as session:
     meta = tf.compat.v1.saved_model.loader.load(session, ["serve"], {str(exported)!r})
     definition = meta.signature_def["predict_pixels"]
     from tensorflow.core.protobuf import config_pb2
-    # As C++ feeds: without Python's look at the shape.
+    # Feeds as C++ does, where Python does not compare the shapes first.
     call = session._make_callable_from_options(config_pb2.CallableOptions(
         feed=[definition.inputs["images"].name], fetch=[definition.outputs["logits"].name]))
     for shape in [(16, 16, 3), (1, 17, 16, 3), (1, 1, 16, 16, 3)]:
@@ -139,7 +139,7 @@ with tf.compat.v1.Session(graph=tf.Graph()) as session:
     assert result.stdout.count("refused") == 3
 
 
-def test_features_and_classify(model, classifier):
+def test_features_and_classify_agree_with_the_classifier(model, classifier):
     pixels = np.random.default_rng(3).uniform(size=(2, 16, 16, 3)).astype(np.float32)
     features = keras.Model(classifier.input, classifier.get_layer("features").output)
     np.testing.assert_allclose(
@@ -154,7 +154,7 @@ def test_features_and_classify(model, classifier):
     np.testing.assert_allclose(answer["scores"], -np.sort(-default["probabilities"]), atol=1e-6)
 
 
-def test_attack_probe(model, classifier):
+def test_attack_probe_stays_in_the_ball_and_changes_the_prediction(model, classifier):
     image = np.random.default_rng(4).integers(0, 256, (16, 16, 3), np.uint8)
     bytes_ = encoded("png", image)
     predicted = int(model.run("serving_default", {"image_bytes": np.array([bytes_], object)})["top_k"][0, 0])
@@ -195,7 +195,7 @@ def test_attack_probe(model, classifier):
             )
 
 
-def test_files_of_a_version(exported, classifier, tmp_path):
+def test_version_holds_labels_card_weights_and_warm_up(exported, classifier, tmp_path):
     assert (exported.name, exported.parent.name) == ("1", "digits")
     assert (exported / "assets" / "labels.txt").read_text().split() == LABELS
     card = json.loads((exported / "model_card.json").read_text())
@@ -214,7 +214,7 @@ def test_files_of_a_version(exported, classifier, tmp_path):
     assert [path.name for path in exported.parent.iterdir()] == ["1"]
 
 
-def test_loads_without_this_package(exported, tmp_path):
+def test_version_loads_without_this_package(exported, tmp_path):
     script = f"""
 import sys, tensorflow as tf
 model = tf.saved_model.load({str(exported)!r})
@@ -240,7 +240,7 @@ def test_versions_count_up_and_are_never_overwritten(tiny, tmp_path):
     assert (first / "assets" / "labels.txt").read_text() == "0\n1\n"
 
 
-def test_a_file_in_the_place_of_a_version_is_an_error(tiny, tmp_path):
+def test_file_in_place_of_a_version_is_an_error(tiny, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "1").write_text("no folder")
     with pytest.raises(UserError, match="Nothing was published"):
@@ -256,7 +256,7 @@ def test_a_file_in_the_place_of_a_version_is_an_error(tiny, tmp_path):
         ({"model_name": ".hidden"}, "'.hidden'"),
         ({"version": 0}, "version=0"),
         ({"version": 2**63}, f"version={2**63}"),
-        ({"labels": ["a"]}, "2 classes is needed. Received: 1 labels"),
+        ({"labels": ["a"]}, "2 classes needs a label. Received: 1 labels"),
         ({"labels": ["a", "a"]}, "more than once: a"),
         ({"labels": ["a", "b\nc"]}, r"'b\nc'"),
         ({"labels": ["a", " "]}, "' '"),
@@ -270,29 +270,29 @@ def test_bad_arguments_publish_nothing(tiny, tmp_path, arguments, message):
     assert not list(tmp_path.rglob("saved_model.pb"))
 
 
-def test_a_classifier_of_free_size_is_refused(tmp_path):
+def test_classifier_of_free_image_size_is_refused(tmp_path):
     images = keras.Input((None, None, 3), name="images")
     free = keras.Model(images, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(images)))
     with pytest.raises(UserError, match=r"input shape \(None, None, None, 3\)"):
         export_classifier(free, tmp_path, "m", model_card={})
 
 
-def test_an_export_that_answers_otherwise_is_not_published(tiny, tmp_path, monkeypatch):
+def test_export_with_other_answers_is_not_published(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "_predict", lambda model, images: model.predict(images, verbose=0) + 1e-3)
     with pytest.raises(UserError, match="a difference of"):
         export_classifier(tiny, tmp_path, "m", model_card={})
     assert list((tmp_path / "m").iterdir()) == []
 
 
-def test_a_diverged_classifier_is_not_published(tiny, tmp_path):
+def test_diverged_classifier_is_not_published(tiny, tmp_path):
     tiny.get_layer("logits").bias.assign([np.nan, 0.0])
     with pytest.raises(UserError, match="must be finite"):
         export_classifier(tiny, tmp_path, "m", model_card={})
     assert list((tmp_path / "m").iterdir()) == []
 
 
-def test_an_export_that_the_session_cannot_restore_is_not_published(tiny, tmp_path, monkeypatch):
-    """Keras variables instead of TensorFlow's: Python finds them again, TF Serving doesn't."""
+def test_export_that_the_session_cannot_restore_is_not_published(tiny, tmp_path, monkeypatch):
+    """Saves Keras variables instead of TensorFlow's, which only Python finds again."""
     save = tf.saved_model.save
 
     def save_badly(module, path, signatures):
@@ -305,7 +305,7 @@ def test_an_export_that_the_session_cannot_restore_is_not_published(tiny, tmp_pa
     assert list((tmp_path / "m").iterdir()) == []
 
 
-def test_a_full_disk_publishes_nothing(tiny, tmp_path, monkeypatch):
+def test_full_disk_publishes_nothing(tiny, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -315,7 +315,7 @@ def test_a_full_disk_publishes_nothing(tiny, tmp_path, monkeypatch):
     assert list((tmp_path / "m").iterdir()) == []
 
 
-def test_what_a_killed_exporter_left_is_removed(tiny, tmp_path):
+def test_leftovers_of_killed_exporters_are_removed(tiny, tmp_path):
     base = tmp_path / "m"
     for name in (".export-dead", ".export-working", ".export-young"):
         (base / name).mkdir(parents=True)
@@ -327,8 +327,8 @@ def test_what_a_killed_exporter_left_is_removed(tiny, tmp_path):
     assert {path.name for path in base.iterdir()} == {".export-working", ".export-young", "1"}
 
 
-def test_a_version_appears_with_one_rename(tiny, tmp_path, monkeypatch):
-    """What a kill at any moment depends on: all files lie synced under another name before the version is there."""
+def test_version_appears_with_one_rename(tiny, tmp_path, monkeypatch):
+    """All files are synced under another name first, so a kill at any moment leaves no partial version."""
     synced = {}
 
     def recording(folder):
@@ -339,12 +339,12 @@ def test_a_version_appears_with_one_rename(tiny, tmp_path, monkeypatch):
     sync = publish._sync
     monkeypatch.setattr(publish, "_sync", recording)
     version = export_classifier(tiny, tmp_path, "m", model_card={})
-    # The same files, not copies of them.
+    # These are the same files, not copies.
     assert {path.relative_to(version): path.stat().st_ino for path in version.rglob("*")} == synced
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision_is_float32_at_the_boundary(policy, tmp_path):
+def test_mixed_precision_has_float32_inputs_and_outputs(policy, tmp_path):
     keras.config.set_dtype_policy(policy)
     images = keras.Input((8, 8, 3), name="images", dtype="float32")
     features = keras.layers.Dense(4)(keras.layers.Flatten()(images))
@@ -356,7 +356,7 @@ def test_mixed_precision_is_float32_at_the_boundary(policy, tmp_path):
     assert features.dtype == np.float32
 
 
-def test_the_program(tiny, tmp_path, capsys):
+def test_program_exports_with_the_facts_of_results_json(tiny, tmp_path, capsys):
     tiny.save(tmp_path / "classifier.keras")
     results = {
         "exif": "apply",
@@ -395,20 +395,20 @@ def softmax_before_a_reshape(images):
 
 @pytest.mark.parametrize("end", [probabilities_by_hand, softmax_before_a_reshape])
 def test_probabilities_are_never_served_as_logits(end, tmp_path):
-    """Where nothing can be taken off the end, the check against the user's own model refuses."""
+    """Here, no softmax can be removed, so the comparison with the user's model must fail."""
     images = keras.Input((8, 8, 3))
     with pytest.raises(UserError, match="'mine', whose probabilities differ from them by.*Nothing was published"):
         export_classifier(keras.Model(images, end(images), name="mine"), tmp_path, "m", model_card={})
     assert list((tmp_path / "m").iterdir()) == []
 
 
-def test_the_probabilities_are_compared_with_those_of_the_model_before(tiny, tmp_path):
+def test_probabilities_are_compared_with_the_original_model(tiny, tmp_path):
     other = keras.models.clone_model(tiny)
     with pytest.raises(UserError, match="whose outputs differ from them by"):
         export_classifier(tiny, tmp_path, "m", model_card={}, original=other)
 
 
-def test_the_program_looks_at_the_record_and_the_first_layer(tmp_path, capsys):
+def test_program_checks_results_json_and_the_first_layer(tmp_path, capsys):
     model = keras.Sequential(
         [keras.Input((8, 8, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(2)]
     )
@@ -427,7 +427,7 @@ def test_the_program_looks_at_the_record_and_the_first_layer(tmp_path, capsys):
     assert "WARNING: The layer 'rescaling'" in capsys.readouterr().out
 
 
-def test_the_programs_errors(tmp_path):
+def test_bad_arguments_of_the_program_are_explained(tmp_path):
     file = tmp_path / "classifier.keras"
     flags = ["--export_dir=E", "--model_name=m"]
     with pytest.raises(UserError, match="no --classifier"):
@@ -444,7 +444,7 @@ def test_the_programs_errors(tmp_path):
         export.main(["export", f"--classifier={file}", *flags, "extra"])
 
 
-def test_the_probe_needs_a_norm():
+def test_probe_needs_a_norm():
     with pytest.raises(UserError, match="norm=''"):
         probe_from_results(JobResults())
     with pytest.raises(UserError, match="'l3'.*Valid: l2, linf"):
@@ -454,7 +454,7 @@ def test_the_probe_needs_a_norm():
     assert probe_from_results(JobResults(robust_accuracy_attack=MeasuredAttack(norm="l2", epsilon=1.0))).epsilon == 1.0
 
 
-def test_all_formats_of_one_image_agree(model):
+def test_all_formats_of_an_image_give_the_same_answer(model):
     folder = pathlib.Path(__file__).parent / "images"
     logits = [
         model.run("serving_default", {"image_bytes": np.array([path.read_bytes()], object)})["logits"][0]
@@ -465,8 +465,8 @@ def test_all_formats_of_one_image_agree(model):
         np.testing.assert_allclose(other, logits[0], atol=0.05 * np.abs(logits[0]).max())
 
 
-def test_encoded_images_are_read_as_in_training(tiny, tmp_path):
-    """EXIF rotation and transparency."""
+def test_encoded_images_are_decoded_as_in_training(tiny, tmp_path):
+    """This concerns EXIF rotation and transparency."""
     exif = Image.Exif()
     exif[0x0112] = 6
     picture = Image.fromarray(np.random.default_rng(5).integers(0, 256, (20, 30, 4)).astype(np.uint8))

@@ -1,10 +1,10 @@
-"""What is said of a folder in which a server finds no version."""
+"""Tests of the reasons given for a folder without a version."""
 
 import pytest
 
 from robust_tf.errors import UserError
 from robust_tf.serving.model.folders import complete_versions, is_remote, why_no_version
-from robust_tf.serving.server.server import ServeConfig
+from robust_tf.serving.server.serve_config import ServeConfig
 
 
 def saved_model(folder):
@@ -23,19 +23,24 @@ def saved_model(folder):
         (lambda p: saved_model(p / "m" / "v1"), "m/v1", "rename this one, for example to {}/m/1", True),
         (lambda p: saved_model(p / "m" / "v1"), "m", "'v1' holds a SavedModel, but a version is a folder", False),
         (lambda p: (p / "m" / "7").mkdir(parents=True), "m", "Version 7 has no saved_model.pb", False),
-        (lambda p: saved_model(p / "m" / "pets" / "1"), "m", "one folder deeper: the model is {}/m/pets", False),
+        (
+            lambda p: saved_model(p / "m" / "pets" / "1"),
+            "m",
+            "one folder deeper. Name the folder {}/m/pets instead",
+            False,
+        ),
     ],
 )
-def test_the_reason_and_the_way_out(tmp_path, make, name, said, final):
+def test_reason_names_the_way_out(tmp_path, make, name, said, final):
     make(tmp_path)
-    assert complete_versions(tmp_path / name) == {}  # so the server waits, or ends
+    assert complete_versions(tmp_path / name) == {}  # so the server waits or gives up
     absence = why_no_version(tmp_path / name)
     assert said.format(tmp_path) in absence.reason
     assert absence.final is final
     assert absence.reason.endswith(".")
 
 
-def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+def test_unreadable_folder_is_explained(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
@@ -54,7 +59,7 @@ def test_addresses_are_refused_at_once():
     assert not is_remote("/a:/b") and not is_remote("a/b") and not is_remote("models")
 
 
-def test_a_folder_with_a_version_lacks_nothing(tmp_path):
+def test_folder_with_a_version_has_no_reason(tmp_path):
     saved_model(tmp_path / "1")
     saved_model(tmp_path / "v2")
     assert why_no_version(tmp_path) is None

@@ -1,4 +1,4 @@
-"""The gRPC interface on the official protos."""
+"""Tests of the gRPC interface with the official protos."""
 
 import grpc
 import numpy as np
@@ -63,7 +63,7 @@ def test_predict(server, choice, outputs):
 
 
 @pytest.mark.parametrize("kind", ["float32", "int32", "int64", "uint8", "bool", "string", "half"])
-def test_all_types_come_back(server, kind):
+def test_all_types_are_returned_unchanged(server, kind):
     values = {
         "string": np.array([[b"a", b"\xff"]], object),
         "half": np.array([[0.5, -2.0]], np.float16),
@@ -76,7 +76,7 @@ def test_all_types_come_back(server, kind):
     np.testing.assert_array_equal(received, values)
 
 
-def test_a_short_value_list_is_repeated(server):
+def test_single_value_fills_the_shape(server):
     request = predict_request("echo", "echo_float32", {"x": np.zeros((2, 3), np.float32)})
     request.inputs["x"].ClearField("tensor_content")
     request.inputs["x"].float_val[:] = [7.0]
@@ -235,7 +235,7 @@ def test_metadata(server):
     refused(server.predict.GetModelMetadata, request, Code.NOT_FOUND, "Latest(foo)")
 
 
-def test_bad_reload_is_in_the_reply(server):
+def test_error_of_a_reload_is_in_the_reply(server):
     request = model_management_pb2.ReloadConfigRequest()
     assert server.models.HandleReloadConfigRequest(request).status.error_code == 3
     request.config.model_config_list.config.add(name="m", base_path="relative", model_platform="tensorflow")
@@ -243,11 +243,11 @@ def test_bad_reload_is_in_the_reply(server):
     assert (status.error_code, "got base_path()=relative" in status.error_message) == (3, True)
 
 
-def test_the_callers_deadline_ends_the_run(server):
+def test_deadline_of_the_caller_ends_the_run(server):
     request = predict_request("echo", "endless")
     with pytest.raises(grpc.RpcError) as raised:
         server.predict.Predict(request, timeout=2)
     assert raised.value.code() == Code.DEADLINE_EXCEEDED
-    # The client said that by itself; the server counts the run when it has ended.
+    # The client raised this on its own. The server counts the request when the run has ended.
     ended = ':tensorflow:serving:request_count{model_name="echo",status="DEADLINE_EXCEEDED"}'
     until(lambda: ended in server.rest.get("/monitoring/prometheus/metrics").text)

@@ -1,4 +1,4 @@
-"""Versions that come and go, configuration, labels, batching, shutting down."""
+"""Tests of changing versions, configuration, labels, batching and shutdown."""
 
 import json
 import os
@@ -21,7 +21,8 @@ from robust_tf.serving.model import folders
 from robust_tf.serving.model.session import LoadedModel
 from robust_tf.serving.server.config_files import Batching, read_batching, read_tls
 from robust_tf.serving.server.model_settings import ModelSettings
-from robust_tf.serving.server.server import ServeConfig, Server
+from robust_tf.serving.server.serve_config import ServeConfig
+from robust_tf.serving.server.server import Server
 from robust_tf.serving.server.versions import ModelManager
 from tests.serving.conftest import LIMIT, Gate, accepts_connections, free_port, running_server, until
 from tests.serving.models import model_entry, save_gate, save_half_plus_two
@@ -74,7 +75,7 @@ def test_versions_come_and_go(base):
         assert running.rest.get("/healthz").status_code == 503
 
 
-def test_a_request_keeps_its_version_loaded(tmp_path):
+def test_request_keeps_its_version_loaded(tmp_path):
     save_gate(tmp_path / "m" / "1")
     gate = Gate(tmp_path)
     with running_server(model_name="m", model_base_path=str(tmp_path / "m"), **FAST) as running:
@@ -93,8 +94,8 @@ def test_a_request_keeps_its_version_loaded(tmp_path):
         until(lambda: states(running) == {1: "END"})
 
 
-def test_a_version_that_replaces_another_during_a_look_leaves_no_gap(tmp_path, monkeypatch):
-    """The folder was read before the new version came; when its entry is examined, the old version has gone."""
+def test_version_that_replaces_another_during_a_look_leaves_no_gap(tmp_path, monkeypatch):
+    """The list of the folder still shows the old version alone, which is gone by the time its entry is examined."""
     save_half_plus_two(tmp_path / "1")
     manager = ModelManager(LoadedModel, poll_seconds=0)
     manager.configure([ModelSettings(name="m", base_path=tmp_path)])
@@ -112,11 +113,11 @@ def test_a_version_that_replaces_another_during_a_look_leaves_no_gap(tmp_path, m
     manager._close_unused = lambda leaving: (unloaded.append(manager.ready()), close_unused(leaving))
     manager._update()
     assert [number for number, state, _ in manager.states("m") if state == "AVAILABLE"] == [2]
-    assert unloaded == [True]  # when version 1 went, version 2 answered already
+    assert unloaded == [True]  # when version 1 was unloaded, version 2 was already available
     manager.stop()
 
 
-def test_a_half_copied_version_is_no_version_until_it_is_whole(base):
+def test_version_is_loaded_when_it_has_been_copied_completely(base):
     add_version(base, 2, 10.0)
     whole = base.parent / "whole"
     (base / "2").rename(whole)
@@ -149,16 +150,16 @@ def test_configured_models_policies_and_labels(base, tmp_path):
         configure('model_version_policy { latest { num_versions: 2 } } version_labels { key: "a" value: 7 }')
         until(lambda: states(running)[1] == "END")
         assert answer(running, path="/labels/a") == [21.0]  # a label never moves to a version that isn't there
-        path.write_text("")  # as when somebody is about to write it: nothing changes
+        path.write_text("")  # as if somebody were just writing it: nothing changes
         configure('version_labels { key: "b" value: 4 }')
         add_version(base, 4, 30.0)
-        until(lambda: answer(running, path="/labels/b") == [31.0])  # tried again until the version was there
+        until(lambda: answer(running, path="/labels/b") == [31.0])  # the server tries again until the version is there
         configure("", name="other")
         until(lambda: answer(running, "other") == [31.0])
         assert answer(running, "m") == 404
 
 
-def test_reload_by_grpc(base, half_plus_two):
+def test_grpc_reloads_the_configuration(base, half_plus_two):
     with running_server(model_name="m", model_base_path=str(base), **FAST) as running:
         request = model_management_pb2.ReloadConfigRequest()
         models = request.config.model_config_list.config
@@ -176,12 +177,14 @@ def test_reload_by_grpc(base, half_plus_two):
         assert states(running, "n") == {1: "AVAILABLE"}
 
 
-def test_labels_before_versions_are_a_choice(base, tmp_path):
+def test_labels_before_their_versions_need_a_flag(base, tmp_path):
     path = tmp_path / "models.config"
     path.write_text("model_config_list {" + model_entry("m", base, 'version_labels { key: "a" value: 9 }') + "}")
-    with pytest.raises(UserError, match="version 9 of model m, which is not currently available"):
-        with running_server(model_config_file=str(path)):
-            pass
+    with (
+        pytest.raises(UserError, match="version 9 of model m, which is not currently available"),
+        running_server(model_config_file=str(path)),
+    ):
+        pass
     allowed = {"allow_version_labels_for_unavailable_models": True}
     with running_server(model_config_file=str(path), **allowed) as running:
         assert answer(running, path="/labels/a") == 404
@@ -199,7 +202,7 @@ def test_labels_before_versions_are_a_choice(base, tmp_path):
         ("model_config_list {" + model_entry("m", "/a", "model_version_policy { specific {} }") + "}", "no version"),
     ],
 )
-def test_bad_model_config(tmp_path, text, message):
+def test_bad_model_config_is_refused(tmp_path, text, message):
     path = tmp_path / "models.config"
     path.write_text(text)
     with pytest.raises(UserError) as raised:
@@ -207,19 +210,23 @@ def test_bad_model_config(tmp_path, text, message):
     assert message in str(raised.value)
 
 
-def test_a_version_that_cannot_be_loaded_stops_the_start(base):
+def test_version_that_cannot_be_loaded_stops_the_start(base):
     (base / "1" / "saved_model.pb").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"1 servable\(s\) did not become available: m version 1"):
-        with running_server(model_name="m", model_base_path=str(base)):
-            pass
+    with (
+        pytest.raises(UserError, match=r"1 servable\(s\) did not become available: m version 1"),
+        running_server(model_name="m", model_base_path=str(base)),
+    ):
+        pass
 
 
-def test_a_bad_warm_up_refuses_the_version(base, tmp_path):
+def test_version_with_a_bad_warm_up_is_refused(base, tmp_path):
     (base / "1" / "assets.extra").mkdir()
     (base / "1" / "assets.extra" / "tf_serving_warmup_requests").write_bytes(b"no records at all, not a single one")
-    with pytest.raises(UserError, match="Cannot read the warm-up file"):
-        with running_server(model_name="m", model_base_path=str(base)):
-            pass
+    with (
+        pytest.raises(UserError, match="Cannot read the warm-up file"),
+        running_server(model_name="m", model_base_path=str(base)),
+    ):
+        pass
     with running_server(model_name="m", model_base_path=str(base), enable_model_warmup=False) as running:
         assert answer(running) == [3.0]
 
@@ -234,38 +241,44 @@ def test_a_bad_warm_up_refuses_the_version(base, tmp_path):
         ),
         ({"model_base_path": "/m", "port": 0, "rest_api_port": 0}, "--port=0 --rest_api_port=0"),
         ({"model_base_path": "/m", "port": 70000}, "70000"),
-        ({"model_base_path": "/m", "max_request_bytes": 0}, "--max_request_bytes is at least 1. Received: 0"),
+        ({"model_base_path": "/m", "max_request_bytes": 0}, "--max_request_bytes must be at least 1. Received: 0"),
     ],
 )
-def test_bad_flags(flags, message):
+def test_bad_flags_are_refused(flags, message):
     with pytest.raises(UserError) as raised:
         ServeConfig(**flags)
     assert message in str(raised.value)
 
 
-def test_a_taken_port_is_named(base):
+def test_message_names_the_taken_port(base):
     with running_server(model_name="m", model_base_path=str(base)) as running:
         taken = running.rest_port
-        with pytest.raises(UserError, match=f"--rest_api_port={taken}"):
-            with running_server(model_name="m", model_base_path=str(base), rest_api_port=taken):
-                pass
+        with (
+            pytest.raises(UserError, match=f"--rest_api_port={taken}"),
+            running_server(model_name="m", model_base_path=str(base), rest_api_port=taken),
+        ):
+            pass
         taken = int(running.target.rsplit(":", 1)[1])
-        with pytest.raises(UserError, match=f"--port={taken}"):
-            with running_server(model_name="m", model_base_path=str(base), port=taken):
-                pass
+        with (
+            pytest.raises(UserError, match=f"--port={taken}"),
+            running_server(model_name="m", model_base_path=str(base), port=taken),
+        ):
+            pass
 
 
-def test_grpc_over_a_unix_socket(base, tmp_path):
+def test_grpc_answers_on_a_unix_socket(base, tmp_path):
     socket_path = tmp_path / "s.sock"
-    with running_server(model_name="m", model_base_path=str(base), grpc_socket_path=str(socket_path)):
-        with grpc.insecure_channel(f"unix:{socket_path}") as channel:
-            assert ask_grpc(channel) == [3.0]
+    with (
+        running_server(model_name="m", model_base_path=str(base), grpc_socket_path=str(socket_path)),
+        grpc.insecure_channel(f"unix:{socket_path}") as channel,
+    ):
+        assert ask_grpc(channel) == [3.0]
 
 
 # -- batching
 
 
-def test_batching_file(tmp_path):
+def test_batching_file_is_read(tmp_path):
     path = tmp_path / "batching.config"
     path.write_text(
         "max_batch_size { value: 8 } batch_timeout_micros { value: 500 } max_enqueued_batches { value: 3 }\n"
@@ -287,7 +300,7 @@ def test_batching_file(tmp_path):
     ("text", "message"),
     [
         ("max_batch_size { value: 8 } allowed_batch_sizes: 4", "[4] with max_batch_size=8"),
-        ("max_batch_size { value: 0 }", "max_batch_size of at least 1. Received: 0"),
+        ("max_batch_size { value: 0 }", "max_batch_size to be at least 1. Received: 0"),
         ("max_execution_batch_size { value: 4 }", "needs enable_large_batch_splitting"),
         ("enable_large_batch_splitting { value: true } max_execution_batch_size { value: 2000 }", "2000 with"),
         (
@@ -297,7 +310,7 @@ def test_batching_file(tmp_path):
         ("pad_variable_length_inputs: true", "is not supported"),
     ],
 )
-def test_bad_batching_file(tmp_path, text, message):
+def test_bad_batching_file_is_refused(tmp_path, text, message):
     path = tmp_path / "batching.config"
     path.write_text(text)
     with pytest.raises(UserError) as raised:
@@ -305,7 +318,7 @@ def test_bad_batching_file(tmp_path, text, message):
     assert message in str(raised.value)
 
 
-def test_a_large_request_may_be_split(half_plus_two, monkeypatch, tmp_path):
+def test_large_request_may_be_split(half_plus_two, monkeypatch, tmp_path):
     path = tmp_path / "batching.config"
     path.write_text(
         "max_batch_size { value: 8 } enable_large_batch_splitting { value: true } max_execution_batch_size { value: 3 }"
@@ -326,14 +339,14 @@ def test_a_large_request_may_be_split(half_plus_two, monkeypatch, tmp_path):
         assert running.rest.post("/v1/models/m:predict", json={"instances": 9 * [1.0]}).status_code == 400
 
 
-def test_a_batch_that_runs_too_long_times_out(echo):
+def test_batch_that_runs_too_long_times_out(echo):
     flags = {"enable_batching": True, "rest_api_timeout_in_ms": 500}
     with running_server(model_name="m", model_base_path=str(echo), **flags) as running:
         reply = running.rest.post("/v1/models/m:predict", json={"signature_name": "endless", "instances": [1.0]})
     assert reply.status_code == 504
 
 
-def test_requests_share_batches_and_keep_their_own_answers(exported, monkeypatch, tmp_path):
+def test_requests_share_batches_and_get_their_own_answers(exported, monkeypatch, tmp_path):
     sizes = []
     run = LoadedModel.run
 
@@ -347,7 +360,7 @@ def test_requests_share_batches_and_keep_their_own_answers(exported, monkeypatch
         "max_enqueued_batches { value: 100 }"
     )
     images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
-    # Only full batches run, whoever is how late; a warm-up request alone would wait for company.
+    # With this timeout, only full batches run, however slow the machine is. A warm-up request would wait for others.
     flags = {"enable_batching": True, "batching_parameters_file": str(path), "enable_model_warmup": False}
     with running_server(model_name="digits", model_base_path=str(exported.parent), **flags) as running:
         monkeypatch.setattr(LoadedModel, "run", counting)
@@ -367,7 +380,7 @@ def test_requests_share_batches_and_keep_their_own_answers(exported, monkeypatch
         assert reply.status_code == 400
         assert "Task size 5 is larger than maximum input batch size 4" in reply.json()["error"]
 
-        # Two broken images in a batch with good ones: only the broken ones fail.
+        # Broken images in batches with good ones: only the broken ones fail.
         def ask_bytes(index):
             good = {"b64": _png(images[index])}
             body = {"instances": [{"b64": "bm8gaW1hZ2U="} if index % 8 == 0 else good]}
@@ -397,7 +410,7 @@ def test_scalars_cannot_be_batched(half_plus_two):
         assert reply.json() == {"outputs": []}
 
 
-def test_tls_file_needs_its_keys(tmp_path):
+def test_tls_file_needs_keys_and_certificates(tmp_path):
     path = tmp_path / "ssl.config"
     path.write_text('server_key: "k"')
     with pytest.raises(UserError, match="ssl.config without them"):
@@ -408,7 +421,7 @@ def test_tls_file_needs_its_keys(tmp_path):
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
-def test_an_ipv6_address(base):
+def test_server_answers_on_an_ipv6_address(base):
     with socket.socket(socket.AF_INET6) as probe:
         try:
             probe.bind(("::1", 0))
@@ -423,7 +436,7 @@ def test_an_ipv6_address(base):
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_grpc_over_tls(base, tmp_path):
+def test_grpc_answers_over_tls_only(base, tmp_path):
     key, certificate = tmp_path / "server.key", tmp_path / "server.crt"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
@@ -444,7 +457,7 @@ def test_grpc_over_tls(base, tmp_path):
         assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
-def test_other_origins_are_let_in_on_demand(base):
+def test_pages_of_other_origins_are_allowed_by_a_flag(base):
     for allowed in (False, True):
         flags = {"rest_api_enable_cors_support": allowed}
         with running_server(model_name="m", model_base_path=str(base), **flags) as running:
@@ -455,12 +468,12 @@ def test_other_origins_are_let_in_on_demand(base):
 # -- the program
 
 
-def test_sigterm_finishes_what_was_accepted(tmp_path):
+def test_accepted_requests_finish_after_sigterm(tmp_path):
     save_gate(tmp_path / "m" / "1")
     rest_port, port = free_port(), free_port()
     command = [sys.executable, "-m", "robust_tf.serve", f"--port={port}", f"--rest_api_port={rest_port}"]
     command += ["--model_name=m", f"--model_base_path={tmp_path / 'm'}"]
-    # A held request keeps one of TensorFlow's threads, and by default there are as many as cores.
+    # Each held request occupies one of TensorFlow's threads, of which there are as many as cores by default.
     command += ["--tensorflow_inter_op_parallelism=8"]
     command += [f"--rest_api_timeout_in_ms={LIMIT * 1000}", f"--shutdown_grace_seconds={LIMIT}"]
     log = (tmp_path / "log").open("w")
@@ -488,7 +501,7 @@ def test_sigterm_finishes_what_was_accepted(tmp_path):
                 for gate in gates:
                     gate.open()
             except BaseException:
-                process.kill()  # else the threads would wait for their answers
+                process.kill()  # otherwise the threads would wait for their answers forever
                 raise
             assert [reply.result().json() for reply in held[:2]] == [{"outputs": [2.0]}] * 2
             assert [reply.result() for reply in held[2:]] == [[2.0]] * 2
@@ -500,7 +513,7 @@ def test_sigterm_finishes_what_was_accepted(tmp_path):
         log.close()
 
 
-def test_what_outlasts_the_grace_is_cancelled(echo):
+def test_requests_that_outlast_the_grace_period_are_cancelled(echo):
     running = running_server(model_name="echo", model_base_path=str(echo), shutdown_grace_seconds=1)
     with ThreadPoolExecutor(1) as threads:
         with running as server:
@@ -516,7 +529,7 @@ def test_what_outlasts_the_grace_is_cancelled(echo):
         until(lambda: version.in_flight == 0)
 
 
-def test_bad_flag_of_the_program(tmp_path):
+def test_mistyped_flag_of_the_program_is_named(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "robust_tf.serve", "--model_base_pth=/m"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Policies, and labels that point to versions which they do not keep."""
+"""Tests of version policies and of labels whose versions a policy does not keep."""
 
 import pathlib
 
@@ -23,7 +23,7 @@ def present(*numbers):
         ({"latest": 0}, (), "which is not in base. Versions there: none", True),
     ],
 )
-def test_a_label_that_will_lose_its_version(policy, numbers, said, due):
+def test_label_that_loses_its_version_is_found(policy, numbers, said, due):
     settings = ModelSettings(name="pets", base_path=pathlib.Path("base"), labels={"stable": 1}, **policy)
     (finding,) = settings.label_findings(present(*numbers))
     assert finding.text.startswith("Model pets: label stable points to version 1, which ")
@@ -33,6 +33,6 @@ def test_a_label_that_will_lose_its_version(policy, numbers, said, due):
 
 
 @pytest.mark.parametrize("policy", [{"latest": 0}, {"specific": (1, 2)}])
-def test_a_label_that_keeps_its_version(policy):
+def test_label_that_keeps_its_version_is_not_reported(policy):
     settings = ModelSettings(name="pets", base_path=pathlib.Path("base"), labels={"stable": 1}, **policy)
     assert settings.label_findings(present(1, 2, 3)) == []

@@ -1,4 +1,4 @@
-"""The page at GET / in a real browser."""
+"""Tests of the web page at `GET /`, one of them in a real browser."""
 
 import base64
 import hashlib
@@ -10,17 +10,17 @@ import pytest
 IMAGES = pathlib.Path(__file__).parent / "images"
 
 
-def test_only_the_pages_own_script_may_run(embedded):
+def test_browser_may_run_only_the_script_of_the_page(embedded):
     reply = embedded.rest.get("/")
     assert (reply.status_code, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
     (script,) = re.findall(r"<script>(.*?)</script>", reply.text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}';" in reply.headers["content-security-policy"]
-    assert "innerHTML" not in script  # names and labels are text, whatever stands in them
+    assert "innerHTML" not in script  # so names and labels are always shown as text
 
 
 @pytest.mark.slow
-def test_an_image_is_predicted_and_attacked(embedded, browser, tmp_path):
+def test_page_classifies_and_attacks_an_image(embedded, browser, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 

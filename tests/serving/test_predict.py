@@ -1,4 +1,4 @@
-"""The program that classifies pictures with a served model."""
+"""Tests of `python -m robust_tf.predict`."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from robust_tf.serving.client.pictures import find_pictures
 IMAGES = pathlib.Path(__file__).parent / "images"
 
 
-def test_the_program(embedded, tmp_path, capsys):
+def test_program_prints_the_classes_of_each_image(embedded, tmp_path, capsys):
     shutil.copytree(IMAGES, tmp_path / "photos" / "more")
     (tmp_path / "photos" / "notes.txt").write_text("no image")
     flags = ["predict", f"--server={embedded.url}", "--model_name=digits"]
@@ -32,7 +32,7 @@ def test_the_program(embedded, tmp_path, capsys):
     assert [set(guess) for guess in good["predictions"]] == [{"label", "probability"}] * 3
 
 
-def test_the_programs_errors(embedded, tmp_path):
+def test_bad_arguments_are_explained(embedded, tmp_path):
     flags = ["predict", f"--server={embedded.url}"]
     image = str(IMAGES / "a.png")
     for arguments, message in [
@@ -41,7 +41,7 @@ def test_the_programs_errors(embedded, tmp_path):
         ([*flags, "--model_name=nobody", image], "Servable not found for request: Latest(nobody)"),
         ([*flags, "--model_name=digits", "nothing.jpg"], "nothing.jpg"),
         ([*flags, "--model_name=digits", str(tmp_path)], str(tmp_path)),
-        ([*flags, "--top=0", image], "--top is at least 1. Received: 0"),
+        ([*flags, "--top=0", image], "--top must be at least 1. Received: 0"),
         (["predict", "--ca_file=none.pem", "--server=https://x", "--model_name=m", image], "none.pem"),
     ]:
         with pytest.raises(UserError) as raised:
@@ -49,7 +49,7 @@ def test_the_programs_errors(embedded, tmp_path):
         assert message in str(raised.value)
 
 
-def test_one_bad_name_does_not_end_the_run(embedded, tmp_path, capsys):
+def test_unreadable_files_do_not_end_the_run(embedded, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     shutil.copy(IMAGES / "a.png", folder / "a.png")
@@ -77,18 +77,18 @@ def test_one_bad_name_does_not_end_the_run(embedded, tmp_path, capsys):
         "d.jfif": True,
         "x.jpg/inside.png": True,
         "link.jpg": "a link to a file that does not exist",
-        "text.png": "the file is no JPEG, PNG, GIF, BMP, WebP or JPEG XL",
+        "text.png": "the file is not a JPEG, PNG, GIF, BMP, WebP or JPEG XL image",
         "empty.jpg": "the file is empty",
-        "pipe.jpg": "no regular file",
+        "pipe.jpg": "not a regular file",
     }
     assert output.err == "Not sent: 2 hidden files and 1 other file.\n"
     assert [line["image"] for line in map(json.loads, output.out.splitlines())][:2] == [
         str(folder / "a.png"),
         str(folder / "d.jfif"),
-    ]  # in order, whatever can't be sent
+    ]  # in order, even if some files can't be sent
 
 
-def test_a_picture_that_goes_while_others_are_sent(embedded, tmp_path, capsys, monkeypatch):
+def test_picture_that_vanishes_during_the_run_is_reported(embedded, tmp_path, capsys, monkeypatch):
     for name in ("a.png", "b.png", "c.png"):
         shutil.copy(IMAGES / "a.png", tmp_path / name)
     found = find_pictures([str(tmp_path)])
@@ -100,7 +100,7 @@ def test_a_picture_that_goes_while_others_are_sent(embedded, tmp_path, capsys, m
     assert lines[1].endswith("refused: can't be read: No such file or directory")
 
 
-def test_a_folder_without_pictures_says_what_is_there(tmp_path):
+def test_folder_without_pictures_is_an_error_that_counts_the_other_files(tmp_path):
     (tmp_path / "._a.jpg").write_bytes(b"x")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="There is no picture .*Not sent: 1 hidden file and 1 other file"):

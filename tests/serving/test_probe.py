@@ -1,4 +1,4 @@
-"""The probe's result is that of PGD written out by hand."""
+"""Compares the attack probe with PGD written out by hand."""
 
 import keras
 import numpy as np
@@ -17,7 +17,7 @@ def margin(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("norm", "largest"), [("l2", 2.0), ("linf", 0.1)])
-def test_each_image_keeps_its_point_of_smallest_margin(norm, largest):
+def test_probe_returns_the_point_of_smallest_margin_of_each_image(norm, largest):
     images_in = keras.Input((6, 6, 3))
     x = keras.layers.Conv2D(6, 3, activation="relu")(images_in)
     classifier = keras.Model(images_in, keras.layers.Dense(5)(keras.layers.Flatten()(x)))

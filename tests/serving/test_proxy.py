@@ -1,4 +1,4 @@
-"""The proxy of serving/nginx: in front of the embedded server, and of small servers that record what reaches them."""
+"""Tests of nginx with the shipped configuration, in front of the embedded server and of servers that record."""
 
 import contextlib
 import http.server
@@ -19,7 +19,7 @@ from tests.serving.conftest import LIMIT, free_port, until
 from tests.serving.proxy import TOKENS, bearer, running_nginx
 
 PREDICT = "/v1/models/half_plus_two:predict"
-# So that what a test sends beyond the burst is too much, however slowly it does.
+# A rate so low that requests beyond the burst are refused even on a slow machine.
 SLOWLY = ("rate=50r/s", "rate=1r/m")
 
 
@@ -35,7 +35,7 @@ def proxy(embedded, tmp_path_factory):
 
 @pytest.fixture
 def limited(tmp_path):
-    """A proxy that nothing is behind, with the burst and hardly any rate."""
+    """A proxy without a server behind it, which allows the burst and hardly any rate."""
     nobody = f"127.0.0.1:{free_port()}"
     replaced = [("tensorflow-serving:8501", nobody), ("tensorflow-serving:8500", nobody), SLOWLY]
     with running_nginx(tmp_path, *replaced) as running:
@@ -70,12 +70,12 @@ def failure(call, *arguments, token="laptop"):
     return raised.value.code(), raised.value.details()
 
 
-def test_good_requests_pass(proxy):
+def test_valid_requests_pass(proxy):
     reply = proxy.client.post(PREDICT, json={"instances": [2.0]}, headers=bearer("laptop"))
     assert (reply.status_code, reply.json()) == (200, {"predictions": [3.0]})
     for path in ("", "/versions/123", "/labels/stable/metadata"):
         assert proxy.client.get(f"/v1/models/half_plus_two{path}", headers=bearer("laptop")).status_code == 200
-    # The model server's errors come through as they are.
+    # Errors of the model server pass unchanged.
     refused = proxy.client.post(PREDICT, json={"instances": []}, headers=bearer("laptop"))
     assert (refused.status_code, refused.json()) == (400, {"error": "No values in 'instances' array"})
 
@@ -101,19 +101,21 @@ def test_good_requests_pass(proxy):
         ("GET", "/v1/models/m", {"X-Long": "x" * 20_000}, 400, "The request is not valid"),
     ],
 )
-def test_the_rest_is_refused_in_json(proxy, method, path, headers, status, message):
+def test_other_requests_are_refused_in_json(proxy, method, path, headers, status, message):
     reply = proxy.client.request(method, path, headers=headers, content=b"{}")
     assert (reply.status_code, reply.headers["content-type"]) == (status, "application/json")
     assert reply.json() == {"error": message}
 
 
-def test_the_size_is_limited(proxy):
+def test_size_of_requests_is_limited(proxy):
     large = proxy.client.post(PREDICT, content=bytes(48 * 2**20 + 1), headers=bearer("laptop"))
     assert (large.status_code, large.json()) == (413, {"error": "The request is too large"})
 
 
-def test_each_client_has_its_rate_however_it_writes_its_header(limited):
-    assert set(statuses(limited, bearer("busy"), 101)) == {503}  # the burst, and nobody behind the proxy
+def test_each_client_has_one_rate_however_it_writes_its_header(limited):
+    assert set(statuses(limited, bearer("busy"), 101)) == {
+        503
+    }  # the burst passes, but there is no server behind the proxy
     token = TOKENS["busy"]
     for written in (f"Bearer {token}", f"bEArer {token}", f"BEARER {token.upper()}"):
         reply = limited.client.get("/v1/models/m", headers={"Authorization": written})
@@ -127,10 +129,12 @@ def test_wrong_tokens_are_limited_by_address(limited):
         limited.client.get("/v1/models/m", headers={"Authorization": f"Bearer {i}"}).status_code for i in range(110)
     ]
     assert (set(seen[:101]), set(seen[102:])) == ({401}, {429})
-    assert set(statuses(limited, bearer("laptop"), 5)) == {503}  # a good client of the same address goes on
+    assert set(statuses(limited, bearer("laptop"), 5)) == {
+        503
+    }  # a client with a valid token at the same address is not affected
 
 
-def test_grpc_passes_without_reload(proxy):
+def test_grpc_passes_except_for_the_model_service(proxy):
     with channel_to(proxy) as channel:
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
         metadata = [("authorization", f"Bearer {TOKENS['laptop']}")]
@@ -143,16 +147,16 @@ def test_grpc_passes_without_reload(proxy):
         assert failure(status, get_model_status_pb2.GetModelStatusRequest())[0] == grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_a_large_grpc_request_is_resource_exhausted(proxy):
+def test_large_grpc_request_is_resource_exhausted(proxy):
     with channel_to(proxy) as channel:
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
         request = predict_pb2.PredictRequest()
         request.inputs["x"].tensor_content = bytes(48 * 2**20 + 1)
-        # The client tells the two kinds apart by their words: a request that is too large is not sent again.
+        # The client tells by these words that it need not retry.
         assert failure(stub.Predict, request) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "The request is too large")
 
 
-def test_grpc_has_a_rate_and_says_when_the_server_is_away(limited):
+def test_grpc_has_a_rate_and_reports_an_absent_server(limited):
     with channel_to(limited) as channel:
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
         codes = [failure(stub.Predict, predict_request())[0] for _ in range(105)]
@@ -162,7 +166,7 @@ def test_grpc_has_a_rate_and_says_when_the_server_is_away(limited):
 
 @contextlib.contextmanager
 def recording_server(address, port, seen):
-    """An HTTP server that answers with its address and keeps the headers of requests."""
+    """Runs an HTTP server that answers with its address and records the headers of requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -173,7 +177,7 @@ def recording_server(address, port, seen):
             self.wfile.write(address.encode())
 
         def log_message(self, *arguments):
-            """Quiet."""
+            """Logs nothing."""
 
     with http.server.ThreadingHTTPServer((address, port), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -185,12 +189,12 @@ def recording_server(address, port, seen):
 
 @contextlib.contextmanager
 def name_server(answer):
-    """A DNS server for one name, with the address that `answer` holds at the time; yields its port."""
+    """Runs a DNS server that always answers with the address in `answer`, and yields its port."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", 0))
 
         def serve():
-            with contextlib.suppress(OSError):  # closed: the test is over
+            with contextlib.suppress(OSError):  # the socket was closed because the test is over
                 while True:
                     query, client = server.recvfrom(512)
                     if not query:
@@ -208,7 +212,7 @@ def name_server(answer):
         thread.join(LIMIT)
 
 
-def test_the_server_may_move_to_another_address(tmp_path):
+def test_server_may_move_to_another_address(tmp_path):
     port, answer = free_port(), {"address": "127.0.0.2"}
     with (
         recording_server("127.0.0.2", port, []),
@@ -229,7 +233,7 @@ def test_the_server_may_move_to_another_address(tmp_path):
         until(lambda: who() == "127.0.0.3")
 
 
-def test_tokens_stay_in_the_proxy(tmp_path):
+def test_tokens_do_not_reach_the_server(tmp_path):
     seen_rest, seen_grpc, port = [], [], free_port()
 
     class Recorder(prediction_service_pb2_grpc.PredictionServiceServicer):

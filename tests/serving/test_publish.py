@@ -1,4 +1,4 @@
-"""The permissions of what is published."""
+"""Tests of the permissions of a published version."""
 
 import os
 
@@ -10,7 +10,7 @@ from tests.serving.models import small_classifier
 
 
 @pytest.mark.parametrize("readable", [True, False])
-def test_a_server_with_its_own_user_can_read_a_version(readable, tmp_path, capsys):
+def test_every_user_can_read_a_version_unless_told_otherwise(readable, tmp_path, capsys):
     small_classifier().save(tmp_path / "classifier.keras")
     flags = [f"--classifier={tmp_path / 'classifier.keras'}", f"--export_dir={tmp_path / 'E'}", "--model_name=pets"]
     umask = os.umask(0o077)

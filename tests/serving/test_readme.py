@@ -1,4 +1,4 @@
-"""The commands of serving/README.md, run as they stand up to where a daemon or a cluster is needed."""
+"""Runs the commands of serving/README.md as they are written, up to those that need a daemon or a cluster."""
 
 import json
 import os
@@ -13,12 +13,12 @@ import pytest
 from robust_tf.flags import parse_flags
 from robust_tf.predict import PredictConfig
 from robust_tf.serving.server.config_files import model_settings, read_model_config
-from robust_tf.serving.server.server import ServeConfig
+from robust_tf.serving.server.serve_config import ServeConfig
 from tests.serving.conftest import LIMIT
 from tests.serving.proxy import SERVING, bearer, readme_blocks, running_nginx, tool
 
 IMAGE = pathlib.Path(__file__).parent / "images" / "d.jpg"
-WAYS = ["The package's own server", "Docker", "Compose", "Kubernetes"]
+SECTIONS = ["The embedded server", "Docker", "Compose", "Kubernetes"]
 
 
 def shell(commands, folder, **environment):
@@ -37,7 +37,7 @@ def shell(commands, folder, **environment):
 
 
 def documents(text):
-    """The JSON documents that curl printed one after another."""
+    """Returns the JSON documents that curl printed one after another."""
     decoder, found = json.JSONDecoder(), []
     while text := text.lstrip():
         document, end = decoder.raw_decode(text)
@@ -51,9 +51,9 @@ def curl_block(section):
     return block
 
 
-def test_the_questions_to_the_packages_own_server(embedded, tmp_path):
+def test_requests_to_the_embedded_server_succeed(embedded, tmp_path):
     shutil.copy(IMAGE, tmp_path / "cat.jpg")
-    here = curl_block(WAYS[0]).replace("http://localhost:8501", embedded.url).replace("pets", "digits")
+    here = curl_block(SECTIONS[0]).replace("http://localhost:8501", embedded.url).replace("pets", "digits")
     answers = documents(shell(here, tmp_path))
     assert [next(iter(answer)) for answer in answers] == [
         "model_version_status",
@@ -63,7 +63,7 @@ def test_the_questions_to_the_packages_own_server(embedded, tmp_path):
     ]
 
 
-def test_the_questions_to_compose(embedded, tmp_path):
+def test_requests_to_compose_succeed(embedded, tmp_path):
     (tmp_path / "nginx").mkdir()
     shutil.copy(IMAGE, tmp_path / "cat.jpg")
     upstreams = [
@@ -81,7 +81,7 @@ def test_the_questions_to_compose(embedded, tmp_path):
 
 @pytest.fixture(params=["022", "077"])
 def prepared(request, tmp_path):
-    """A copy of serving/ in which Compose's first block has run; docker and sudo only take their arguments."""
+    """Runs the first block of the section on Compose in a copy of serving/, with stand-ins for docker and sudo."""
     tool("openssl")
     tmp_path.chmod(0o755)
     shutil.copytree(SERVING, tmp_path / "serving", ignore=shutil.ignore_patterns("tls", "tokens.map", ".env"))
@@ -92,14 +92,14 @@ def prepared(request, tmp_path):
         (programs / name).write_text(f"#!/bin/sh\n{does}\n")
         (programs / name).chmod(0o755)
     if os.geteuid() != 0:
-        pytest.skip("needs to be root, to give nginx's user its key")
+        pytest.skip("needs root, to give the key to nginx's user")
     commands = readme_blocks("Compose")[0] + 'echo "$TOKEN"'
     printed = shell(f"umask {request.param}\n{commands}", tmp_path, PATH=f"{programs}:{os.environ['PATH']}")
     return tmp_path, printed.split()[-1]
 
 
-def test_nginx_starts_with_what_readme_makes(prepared):
-    """As user 101, who is nginx in the unprivileged image."""
+def test_nginx_starts_with_the_files_that_readme_creates(prepared):
+    """Runs nginx as user 101, as the unprivileged image does."""
     folder, token = prepared
     assert re.fullmatch("[0-9a-f]{64}", token)
     made = folder / "serving" / "nginx"
@@ -107,7 +107,7 @@ def test_nginx_starts_with_what_readme_makes(prepared):
         assert (secret.stat().st_uid, stat.S_IMODE(secret.stat().st_mode)) == (101, 0o600)
     assert stat.S_IMODE((folder / "serving" / ".env").stat().st_mode) == 0o600
     assert (folder / "docker.log").read_text() == "compose up --detach\n"
-    # In the container the files lie where everybody can enter; here user 101 has to get into pytest's folders.
+    # In the container, every user can enter the folders. Here, user 101 must be let into those of pytest.
     writable = folder / "tmp"
     writable.mkdir()
     shutil.chown(writable, 101, 101)
@@ -128,12 +128,12 @@ def test_nginx_starts_with_what_readme_makes(prepared):
     check = [*as_nginx, tool("nginx"), "-t", "-c", str(config), "-p", str(writable), "-e", str(writable / "error.log")]
     run = subprocess.run(check, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert run.returncode == 0, run.stderr
-    # The settings are those that compose asks for.
+    # The settings in .env are those that compose asks for.
     compose = [tool("docker-compose"), "config", "--quiet"]
     subprocess.run(compose, cwd=folder / "serving", timeout=LIMIT, check=True)
 
 
-def test_docker_and_kubernetes_lines_are_whole(tmp_path):
+def test_commands_for_docker_and_kubernetes_are_valid(tmp_path):
     (docker,) = readme_blocks("Docker")
     words = subprocess.run(
         ["bash", "-c", 'docker() { printf "%s\\n" "$@"; }\n' + docker], capture_output=True, text=True, check=True
@@ -149,11 +149,11 @@ def test_docker_and_kubernetes_lines_are_whole(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
-def test_the_programs_take_their_flags():
-    """Each line of README for predict and serve; the servers are asked in the tests of the programs."""
+def test_programs_accept_the_flags_in_the_readme():
+    """Checks the names of the flags only. Other tests run the programs."""
     lines = [
         line
-        for section in [*WAYS, "A new version"]
+        for section in [*SECTIONS, "Release a new version"]
         for block in readme_blocks(section)
         for line in block.replace("\\\n", "").splitlines()
     ]
@@ -164,8 +164,8 @@ def test_the_programs_take_their_flags():
         assert {flag for line in asked for flag in re.findall(r"--(\w+)", line)} <= known
 
 
-def test_a_release_keeps_what_its_labels_need(tmp_path):
-    """The policies of README's steps, in models.config as it is shipped."""
+def test_policies_of_a_release_keep_the_labeled_versions(tmp_path):
+    """Writes the policies of the README's steps into the shipped models.config."""
     text = (SERVING / "config" / "models.config").read_text()
     readme = (SERVING / "README.md").read_text()
     steps = re.findall(r"^\d\. .*?`(specific \{[\d\w: ]+\})`", readme, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""A release on this package's own server: three versions, labels that move on and back, no request lost."""
+"""Tests a release on the embedded server: three versions, labels that move on and back, and no request lost."""
 
 import threading
 from collections import Counter
@@ -17,7 +17,7 @@ ANSWERS = {1: 11.0, 2: 21.0, 3: 31.0}  # 0.5 x 2 + 10 * version
 
 
 class Clients:
-    """Asks for labels over REST and gRPC without a pause, and keeps what did not go well."""
+    """Clients that ask for labels over REST and gRPC without a pause, and record failures and wrong answers."""
 
     def __init__(self, running, labels):
         self.allowed = {label: {ANSWERS[version]} for label, version in labels.items()}
@@ -38,11 +38,12 @@ class Clients:
         self._threads.shutdown()
 
     def see(self, label, version):
-        """Waits until both transports have answered with a version, which is allowed from now on; then it alone is."""
+        """Allows the answers of a version as well, and waits until both transports have given one."""
         self.allowed[label].add(ANSWERS[version])
         until(lambda: all(self.last.get((ask.__name__, label)) == ANSWERS[version] for ask in (self._rest, self._grpc)))
 
     def settle(self, label, version):
+        """Allows the answers of this version only."""
         self.allowed[label] = {ANSWERS[version]}
 
     def _loop(self, ask, label):
@@ -70,7 +71,7 @@ class Clients:
 
 
 @pytest.mark.parametrize("batching", [False, True])
-def test_three_exports_labels_moved_and_rolled_back(tmp_path, batching):
+def test_labels_move_through_three_exports_and_back_without_a_lost_request(tmp_path, batching):
     base, path = tmp_path / "m", tmp_path / "models.config"
 
     def export(version):
@@ -111,12 +112,12 @@ def test_three_exports_labels_moved_and_rolled_back(tmp_path, batching):
             export(3)
             move("canary", 3)
             clients.allowed["stable"].add(ANSWERS[3])
-            # The label moves and the versions that it leaves go, in one step.
+            # In one step, the label moves and the versions that it leaves are unloaded.
             configure(3, stable=3, canary=3)
             clients.see("stable", 3)
             clients.settle("stable", 3)
             until(lambda: available() == {3})
-            # Rolled back: version 1 comes again, and both labels move to it in the same step.
+            # Rollback: in one step, version 1 is loaded again and both labels move to it.
             for label in labels:
                 clients.allowed[label].add(ANSWERS[1])
             configure(1, stable=1, canary=1)

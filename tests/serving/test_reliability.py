@@ -1,4 +1,4 @@
-"""Short forms of the long runs: load during swaps, killed exporters, damaged requests."""
+"""Short forms of the long tests: load while versions change, killed exporters, damaged requests."""
 
 import pytest
 
@@ -15,14 +15,14 @@ def test_no_request_fails_and_no_answer_is_wrong_while_versions_change(batching)
 
 
 @pytest.mark.slow
-def test_a_killed_exporter_leaves_no_broken_version():
+def test_killed_exporter_leaves_no_broken_version():
     figures = kill.run(kills=2, seed=0)
     assert figures["broken"] == []
     assert figures["published"] > 0
 
 
 @pytest.mark.slow
-def test_damaged_requests_are_the_clients_errors(embedded):
+def test_damaged_requests_get_client_errors(embedded):
     figures = fuzz.run(embedded.url, embedded.target, requests=250, seed=0)
     assert figures["wrong"] == []
     assert figures["seen"]["HTTP 400"] > 50

@@ -1,4 +1,4 @@
-"""The REST interface against TensorFlow Serving's own cases and the contract behind them."""
+"""Tests of the REST interface with the cases of TensorFlow Serving's own tests, and with more of its behavior."""
 
 import gzip
 import json
@@ -190,7 +190,7 @@ def test_other_methods_and_paths(server, method, path, status, message):
 
 
 @pytest.mark.parametrize("number", ["9223372036854775808", 5000 * "9"])
-def test_a_version_beyond_int64_is_refused_without_a_word(server, number):
+def test_version_beyond_int64_is_refused_without_a_message(server, number):
     for reply in (
         server.rest.get(f"/v1/models/half_plus_two/versions/{number}"),
         server.rest.get(f"/v1/models/half_plus_two/versions/{number}/metadata"),
@@ -199,18 +199,18 @@ def test_a_version_beyond_int64_is_refused_without_a_word(server, number):
         assert (reply.status_code, reply.content) == (400, b"")
 
 
-def test_outside_the_api(server):
+def test_paths_outside_the_api_are_not_found(server):
     for path in ("/statuspage", "/index", "/v2/models"):
         assert server.rest.get(path).status_code == 404
     assert server.rest.options(PREDICT, headers={"Origin": "https://example.org"}).status_code == 200
     assert server.rest.options(PREDICT).status_code == 400
 
 
-def test_health(embedded):
+def test_health_lists_the_models(embedded):
     assert embedded.rest.get("/healthz").json() == {"ready": True, "models": ["digits", "echo", "half_plus_two"]}
 
 
-def test_gzip(server):
+def test_gzip_bodies_are_accepted(server):
     headers = {"Content-Encoding": "gzip"}
     good = ask(server, PREDICT, gzip.compress(b'{"instances": [2.0]}'), headers=headers)
     assert good.json() == {"predictions": [3.0]}
@@ -218,18 +218,18 @@ def test_gzip(server):
     assert (bad.status_code, "The document is empty" in bad.json()["error"]) == (400, True)
 
 
-def test_a_small_body_that_unpacks_to_a_large_one_is_refused(embedded):
+def test_small_body_that_unpacks_to_a_large_one_is_refused(embedded):
     headers = {"Content-Encoding": "gzip"}
     bomb = ask(embedded, PREDICT, gzip.compress(bytes(101 * 2**20), 1), headers=headers)
     assert (bomb.status_code, "104857600 bytes" in bomb.json()["error"]) == (413, True)
 
 
-def test_a_body_over_the_limit_is_refused(embedded):
+def test_body_over_the_limit_is_refused(embedded):
     reply = ask(embedded, PREDICT, bytes(100 * 2**20 + 1))
     assert (reply.status_code, "104857600 bytes" in reply.json()["error"]) == (413, True)
 
 
-def test_deep_nesting_is_an_error_not_a_crash(embedded):
+def test_deep_nesting_is_an_error_rather_than_a_crash(embedded):
     deep = 500_000 * "["
     for body in (f'{{"ignored": {deep}', f'{{"signature_name": {deep}', f'{{"instances": {deep}'):
         assert ask(embedded, PREDICT, body).status_code == 400
@@ -293,7 +293,7 @@ def test_integers_never_wrap_around(embedded, kind, value):
 def test_float32_is_exact_and_may_be_infinite(server):
     rng = np.random.default_rng(0)
     values = rng.normal(size=200).astype(np.float32) * 10.0 ** rng.integers(-30, 30, 200).astype(np.float32)
-    # Infinity takes another way through the writer: both must give back the same float32.
+    # Infinity makes the server use another JSON writer. Both must return the same float32.
     for extra in ([], [np.nan, np.inf, -np.inf]):
         sent = [*map(float, values), *extra]
         body = json.dumps({"signature_name": "echo_float32", "instances": sent})
@@ -303,12 +303,12 @@ def test_float32_is_exact_and_may_be_infinite(server):
     assert json.loads(limits.content)["outputs"] == [np.inf, -np.inf, 0.0]
 
 
-def test_what_follows_the_document_is_ignored(server):
+def test_bytes_after_the_document_are_ignored(server):
     for rest in (b" X", b"\xff\x00", b'{"instances": [3.0]}'):
         assert ask(server, PREDICT, b'{"instances": [2.0]}' + rest).json() == {"predictions": [3.0]}
 
 
-def test_metrics(embedded):
+def test_metrics_have_the_names_and_buckets_of_tensorflow_serving(embedded):
     ask(embedded, PREDICT, {"instances": [2.0, 4.0]})
     ask(embedded, "/v1/models/nobody-knows:predict", {"instances": [2.0]})
     text = embedded.rest.get("/monitoring/prometheus/metrics").text
@@ -319,7 +319,7 @@ def test_metrics(embedded):
     examples = re.findall(r':tensorflow:serving:request_example_counts_bucket\{model="half_plus_two",le="(.+)"\}', text)
     assert examples == [*(str(2**exponent) for exponent in range(15)), "+Inf"]
     (path,) = re.findall(r':model_warmup_latency_count\{model_path="(.+)",status="OK"\} 1', text)
-    assert path.endswith("/digits/1")  # the only one with warm-up requests
+    assert path.endswith("/digits/1")  # the only model with warm-up requests
     buckets = [
         int(line.rsplit(" ", 1)[1])
         for line in text.splitlines()
@@ -331,7 +331,7 @@ def test_metrics(embedded):
     assert buckets[-1] >= 1
 
 
-def test_a_long_run_times_out(echo):
+def test_long_run_times_out(echo):
     flags = {"model_name": "echo", "model_base_path": str(echo), "rest_api_timeout_in_ms": 1}
     with running_server(**flags) as running:
         reply = running.rest.post("/v1/models/echo:predict", json={"signature_name": "endless", "inputs": [1.0]})

@@ -1,4 +1,4 @@
-"""How the server starts: ports first, reasons while it waits, flags of TensorFlow Serving's command lines."""
+"""Tests of the start of the server: its ports, what it says while it waits, and the flags of TensorFlow Serving."""
 
 import contextlib
 import logging
@@ -14,7 +14,8 @@ from robust_tf.errors import UserError
 from robust_tf.flags import parse_flags
 from robust_tf.serving.model.session import LoadedModel
 from robust_tf.serving.server import versions
-from robust_tf.serving.server.server import ServeConfig, Server
+from robust_tf.serving.server.serve_config import ServeConfig
+from robust_tf.serving.server.server import Server
 from tests.serving.conftest import LIMIT, free_port, running_server, until
 from tests.serving.models import model_entry, save_half_plus_two
 
@@ -23,7 +24,7 @@ SERVING = pathlib.Path(__file__).parents[2] / "serving"
 
 @contextlib.contextmanager
 def starting(**flags):
-    """A server that starts in a thread, as it may wait for ever; gives it and its errors."""
+    """Starts a server in a thread, as it may wait forever, and yields the server and a list of its errors."""
     server, errors = Server(ServeConfig(**{"port": 0, "rest_api_port": free_port(), **flags})), []
 
     def start():
@@ -51,23 +52,23 @@ def nothing_is_loaded(monkeypatch):
 
 
 @pytest.mark.parametrize("flag_name", ["port", "rest_api_port"])
-def test_a_taken_port_is_found_before_a_model_is_loaded(half_plus_two, nothing_is_loaded, flag_name):
+def test_taken_port_is_reported_before_a_model_is_loaded(half_plus_two, nothing_is_loaded, flag_name):
     with socket.create_server(("127.0.0.1", free_port())) as other:
         taken = other.getsockname()[1]
         flags = {"port": free_port(), "rest_api_port": free_port(), flag_name: taken}
         with pytest.raises(UserError, match=f"--{flag_name}={taken} on 127.0.0.1.* Choose another one, for example"):
             Server(ServeConfig(model_base_path=str(half_plus_two), **flags))
-    # What was taken for the other port is free again.
+    # The server has released the other port.
     for port in (flags["port"], flags["rest_api_port"]):
         socket.create_server(("127.0.0.1", port)).close()
 
 
-def test_one_port_is_not_enough_for_two():
-    with pytest.raises(UserError, match="a port each. Received: --port=8501 --rest_api_port=8501"):
+def test_grpc_and_rest_need_different_ports():
+    with pytest.raises(UserError, match="need different ports. Received: --port=8501 --rest_api_port=8501"):
         ServeConfig(model_base_path="/m", port=8501, rest_api_port=8501)
 
 
-def test_nobody_is_let_in_before_the_model_is_there(tmp_path):
+def test_port_opens_when_the_model_is_loaded(tmp_path):
     port = free_port()
     flags = {"model_name": "m", "model_base_path": str(tmp_path), "file_system_poll_wait_seconds": 0.05}
     with starting(rest_api_port=port, **flags) as (server, errors):
@@ -94,7 +95,7 @@ def _healthy(port):
         ("missing", "This folder does not exist, only"),
     ],
 )
-def test_while_it_waits_it_says_why(tmp_path, caplog, monkeypatch, name, said):
+def test_waiting_server_says_why(tmp_path, caplog, monkeypatch, name, said):
     (tmp_path / "m" / "v1").mkdir(parents=True)
     (tmp_path / "m" / "v1" / "saved_model.pb").touch()
     base = tmp_path / name
@@ -109,7 +110,7 @@ def test_while_it_waits_it_says_why(tmp_path, caplog, monkeypatch, name, said):
     with starting(**flags) as (_, errors):
         until(lambda: len(looks) > 20 or errors)
         assert errors == []
-        (warning,) = warnings()  # at once, and not at each look
+        (warning,) = warnings()  # once at the start, not at each look
         assert warning.startswith(f"No version of model pets to serve under {base}. ")
         assert said in warning
         monkeypatch.setattr(versions, "_SECONDS_BETWEEN_WARNINGS", 0.0)
@@ -119,7 +120,7 @@ def test_while_it_waits_it_says_why(tmp_path, caplog, monkeypatch, name, said):
 
 @pytest.mark.parametrize("name", ["m/1", "m/v1", "file.keras"])
 @pytest.mark.parametrize("by_config_file", [False, True])
-def test_where_waiting_does_not_help_it_ends(tmp_path, name, by_config_file):
+def test_server_gives_up_where_no_version_can_appear(tmp_path, name, by_config_file):
     for version in ("1", "v1"):
         (tmp_path / "m" / version).mkdir(parents=True)
         (tmp_path / "m" / version / "saved_model.pb").touch()
@@ -136,22 +137,22 @@ def test_where_waiting_does_not_help_it_ends(tmp_path, name, by_config_file):
     assert "\n" not in errors[0]
 
 
-def test_an_address_in_the_config_file_is_refused(tmp_path):
+def test_remote_path_in_the_config_file_is_refused(tmp_path):
     text = "model_config_list {" + model_entry("pets", "gs://bucket/pets") + "}"
     (tmp_path / "models.config").write_text(text)
     with pytest.raises(UserError, match="base_path of model pets: gs://bucket/pets. Copy the model"):
         Server(ServeConfig(model_config_file=str(tmp_path / "models.config")))
 
 
-def test_a_policy_that_asks_for_other_versions(half_plus_two, tmp_path, caplog):
+def test_policy_that_asks_for_missing_versions_is_explained(half_plus_two, tmp_path, caplog):
     entry = model_entry("m", half_plus_two, "model_version_policy { specific { versions: 7 } }")
     (tmp_path / "models.config").write_text("model_config_list {" + entry + "}")
     with starting(model_config_file=str(tmp_path / "models.config")):
         until(lambda: caplog.records)
-    assert "} asks for others than are there. Received: versions 123." in caplog.text
+    assert "} asks for versions that are not there. Received: versions 123." in caplog.text
 
 
-def test_a_label_that_will_lose_its_version_is_a_warning(half_plus_two, tmp_path, caplog):
+def test_label_that_will_lose_its_version_is_a_warning(half_plus_two, tmp_path, caplog):
     path = tmp_path / "models.config"
 
     def configure(more):
@@ -169,7 +170,7 @@ def test_a_label_that_will_lose_its_version_is_a_warning(half_plus_two, tmp_path
         until(lambda: said in caplog.text)
 
 
-def test_the_profilers_flag_is_taken(half_plus_two, caplog, monkeypatch):
+def test_flag_of_the_profiler_is_accepted(half_plus_two, caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
     for text, warned in [("false", False), ("true", True)]:
         config, _ = parse_flags(ServeConfig, ["serve", "--model_base_path=/m", f"--enable_profiler={text}"])
@@ -180,7 +181,7 @@ def test_the_profilers_flag_is_taken(half_plus_two, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "kubernetes/deployment.yaml"])
-def test_the_command_lines_of_the_deployment_are_taken(name):
+def test_command_lines_of_the_deployment_are_accepted(name):
     document = yaml.safe_load((SERVING / name).read_text())
     if "services" in document:
         flags = document["services"]["tensorflow-serving"]["command"]

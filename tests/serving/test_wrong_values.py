@@ -1,4 +1,4 @@
-"""Values of the wrong kind or shape for each signature: the client's error in one line, over REST and gRPC."""
+"""Tests that values of the wrong type or shape are refused in one line, for each signature, over REST and gRPC."""
 
 import base64
 import json
@@ -61,7 +61,7 @@ JSON_VALUES = [
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)
-def test_rest(asked, signature):
+def test_wrong_values_over_rest_are_refused_in_one_line(asked, signature):
     refused = 0
     for value in JSON_VALUES:
         instance = value
@@ -73,12 +73,12 @@ def test_rest(asked, signature):
         if reply.status_code == 400:
             refused += 1
             assert not unfit_for_clients(reply.json()["error"]), reply.text
-    # Only an image is right for the first and the last, and for uint8 none of these is.
+    # Only the first value, an image, is valid, and only for the two signatures that take images.
     assert len(JSON_VALUES) - refused == (1 if signature in ("serving_default", "attack_probe") else 0)
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)
-def test_grpc(asked, signature):
+def test_wrong_values_over_grpc_are_refused_in_one_line(asked, signature):
     more = {"label": np.int64([0]), "epsilon": np.float32([0.1])} if signature == "attack_probe" else {}
     values = [np.array([JPEG], object), np.array(JPEG, object), np.float16([1]), np.int64([[1]]), np.bool_([True])]
     values += [pixels(0.5)[:, :8], pixels(0.5)[0], pixels(255.0), np.array([[JPEG]], object), np.zeros(0, object)]
@@ -94,8 +94,8 @@ def test_grpc(asked, signature):
             assert value.shape == (1,)
 
 
-def test_an_image_for_classify_is_no_example(asked):
-    """TensorFlow quotes the bytes, which are no text, and Python can't decode its message."""
+def test_classify_refuses_an_image_in_place_of_an_example(asked):
+    """TensorFlow's message quotes the bytes, which are not text, so Python cannot decode it."""
     instance = {"b64": base64.b64encode(JPEG).decode()}
     reply = asked.rest.post(
         "/v1/models/digits:predict", content=json.dumps({"signature_name": "classify", "instances": [instance]})
@@ -123,25 +123,25 @@ def test_pixels_in_other_units_are_refused(asked, signature, low, high, said):
     with pytest.raises(grpc.RpcError) as raised:
         asked.predict.Predict(predict_request("digits", signature, {"images": images}), timeout=LIMIT)
     assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "Pixels are numbers in [0, 1]. Received: from" in raised.value.details()
+    assert "Pixels must be in [0, 1]. Received: from" in raised.value.details()
     assert said in raised.value.details()
 
 
-def test_pixels_that_a_resize_left_a_little_outside_are_taken(asked):
+def test_pixels_slightly_outside_the_range_are_accepted(asked):
     images = np.concatenate([pixels(1.02), pixels(-0.02)])
     asked.predict.Predict(predict_request("digits", "predict_pixels", {"images": images}), timeout=LIMIT)
 
 
 @pytest.mark.parametrize("outputs", [(), ("logits",), ("top_k",)])
-def test_the_check_of_the_pixels_is_in_the_graph(exported, outputs):
-    """TensorFlow Serving runs the same kind of Session with the outputs that a request names."""
+def test_pixels_are_checked_inside_the_graph(exported, outputs):
+    """TensorFlow Serving also runs a Session, and with only those outputs that a request names."""
     model = LoadedModel(exported)
-    with pytest.raises(ServingError, match=r"Pixels are numbers in \[0, 1\]"):
+    with pytest.raises(ServingError, match=r"Pixels must be in \[0, 1\]"):
         model.run("predict_pixels", {"images": pixels(255.0)}, outputs)
     model.close()
 
 
-def test_any_error_of_the_server_itself_is_one_line_without_a_trace(half_plus_two, monkeypatch, caplog):
+def test_internal_errors_are_one_line_without_a_traceback(half_plus_two, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise KeyError(f"secret in {__file__}")
 
@@ -160,7 +160,7 @@ def test_any_error_of_the_server_itself_is_one_line_without_a_trace(half_plus_tw
     assert 'status="INTERNAL"} 2' in running.server._service.metrics.render()
 
 
-def test_messages_are_one_line():
+def test_messages_are_one_short_line_without_control_characters():
     message = ServingError("INTERNAL", "a\n\n  b\x00\x1b[31m \ud800" + 3000 * "x").message
     assert message.startswith(r"a  b\x00\x1b[31m \ud800xxx")
     assert message.endswith("x...TRUNCATED")
@@ -168,7 +168,7 @@ def test_messages_are_one_line():
 
 
 @pytest.mark.parametrize("batching", [False, True])
-def test_python_errors_in_a_run_are_mapped(half_plus_two, batching, monkeypatch):
+def test_python_errors_during_a_run_get_a_status_code(half_plus_two, batching, monkeypatch):
     errors = {
         ValueError("first\nsecond"): "INVALID_ARGUMENT",
         MemoryError(): "RESOURCE_EXHAUSTED",
@@ -182,14 +182,15 @@ def test_python_errors_in_a_run_are_mapped(half_plus_two, batching, monkeypatch)
             def call(*args, error=error, **kwargs):
                 raise error
 
-            monkeypatch.setattr(version.model, "_callable", lambda *args, call=call: call)
+            loaded = version.model._model if batching else version.model
+            monkeypatch.setattr(loaded, "_callable", lambda *args, call=call: call)
             with pytest.raises(grpc.RpcError) as raised:
                 running.predict.Predict(predict_request("m"), timeout=LIMIT)
             assert raised.value.code().name == code
             assert not unfit_for_clients(raised.value.details())
 
 
-def test_the_status_of_a_failed_version_does_not_say_where_it_lies(tmp_path, half_plus_two):
+def test_status_of_a_failed_version_hides_the_path(tmp_path, half_plus_two):
     base = tmp_path / "m"
     shutil.copytree(half_plus_two, base)
     (base / "200").mkdir()

@@ -1,4 +1,4 @@
-"""Unfreezing inside `fit`: still before, moving after, and no momentum lost on the way."""
+"""Unfreezing during `fit`: weights stay frozen before, train afterwards, and no optimizer state is lost."""
 
 import keras
 import numpy as np
@@ -15,7 +15,7 @@ DATASET = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).batch(32)
 
 
 class Recorder(keras.callbacks.Callback):
-    """Keeps the weights, and the momentum of the head, at the end of every epoch."""
+    """Records the weights and the momentum of the head at the end of every epoch."""
 
     def __init__(self, classifier: keras.Model):
         super().__init__()
@@ -42,7 +42,7 @@ class Recompile:
 
 
 def compiled(**freezing: str) -> tuple[keras.Model, keras.Model, Recompile]:
-    """A classifier, another model on its layers that is compiled, and what compiles it."""
+    """Returns a classifier, a compiled model on its layers, and the function that compiles it."""
     classifier = build_smallbn()
     freeze(classifier, **freezing)
     model = keras.Model(classifier.input, classifier.output)
@@ -53,7 +53,7 @@ def compiled(**freezing: str) -> tuple[keras.Model, keras.Model, Recompile]:
 
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_frozen_weights_are_bit_equal_until_the_epoch_and_move_after_it(policy):
+def test_frozen_weights_are_bit_equal_until_the_epoch_and_change_after_it(policy):
     keras.config.set_dtype_policy(policy)
     classifier, model, recompile = compiled(mode="fixed_feature")
     start = {weight.path: weight.numpy() for weight in classifier.weights}
@@ -67,11 +67,11 @@ def test_frozen_weights_are_bit_equal_until_the_epoch_and_move_after_it(policy):
         expected = {"stem": [True] * 4, "stage1": [True, True, False, False], "logits": [False] * 4}
         assert still == expected[path.replace("/", "_").split("_")[0]], path
     assert len(history.history["val_accuracy"]) == 4
-    assert int(model.optimizer.iterations) > 2 * 3  # less than 4 * 3 where the loss scale has to fall first
+    assert int(model.optimizer.iterations) > 2 * 3  # fewer than 4 * 3 if the loss scale has to fall first
 
 
-def test_nothing_jumps_when_nothing_is_unfrozen():
-    """With the same weights trainable before and after, the run equals one without the callback: all state is kept."""
+def test_unfreezing_nothing_changes_nothing():
+    """If the same weights train before and after, the run equals one without the callback, so all state is kept."""
     runs = []
     for with_callback in (False, True):
         classifier, model, recompile = compiled(mode="partial", through="stem")
@@ -86,7 +86,7 @@ def test_nothing_jumps_when_nothing_is_unfrozen():
     np.testing.assert_allclose(runs[1].momentum[-1], runs[0].momentum[-1], atol=1e-6)
 
 
-def test_the_momentum_of_the_head_is_kept_and_the_learning_rate_too():
+def test_the_momentum_and_the_learning_rate_of_the_head_are_kept():
     classifier, model, recompile = compiled(mode="fixed_feature")
     recorder = Recorder(classifier)
     model.fit(DATASET, epochs=1, shuffle=False, verbose=0, callbacks=[recorder])
@@ -99,7 +99,7 @@ def test_the_momentum_of_the_head_is_kept_and_the_learning_rate_too():
     assert [weight.path for weight in model.trainable_weights] == [w.path for w in build_smallbn().trainable_weights]
 
 
-def test_a_later_part_of_a_run_does_not_unfreeze_again():
+def test_a_resumed_run_does_not_unfreeze_again():
     classifier, model, recompile = compiled(mode="fixed_feature")
     unfreezing = UnfreezeAtEpoch(1, classifier, recompile=recompile)
     model.fit(DATASET, epochs=4, initial_epoch=2, shuffle=False, verbose=0, callbacks=[unfreezing])

@@ -1,4 +1,4 @@
-"""The client over gRPC: needs the official protos, which import TensorFlow."""
+"""The client over gRPC. It needs the official protos, which import TensorFlow."""
 
 import pathlib
 import re
@@ -18,34 +18,28 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from robust_tf.serving.client.client import (
-    Client,
-    Retries,
-    ServerError,
-    Signature,
-    TensorInfo,
-    read_authority,
-    seconds_after,
-)
+from robust_tf.serving.client.base import Client, ServerError, Signature, TensorInfo, trust_authority
+from robust_tf.serving.client.retries import Retries, seconds_after
+from robust_tf.serving.wire.names import DEFAULT_SIGNATURE, INIT_SIGNATURE
 
-_NO_LIMIT = -1  # gRPC refuses replies over 4 MB otherwise
-_TOO_LARGE = re.compile("larger than|too large")  # gRPC's words, and those of a proxy
-_NOT_REACHED = ("failed to connect", "DNS resolution failed", "name resolution")  # gRPC's words when nobody answers
+_NO_LIMIT = -1  # by default, gRPC refuses replies over 4 MB
+_TOO_LARGE = re.compile("larger than|too large")  # as gRPC says it, and as the proxy in serving/nginx does
+_NOT_REACHED = ("failed to connect", "DNS resolution failed", "name resolution")  # as gRPC says that nobody answers
 
 
 class GrpcClient(Client):
-    """`Client` over gRPC.
+    """A `Client` that speaks gRPC.
 
     Args:
         target: "host:port" or "unix:path".
-        model_name: the model.
-        version: this version; the latest when None.
-        label: the version with this label instead.
-        timeout_seconds: deadline of each request.
-        secure: over TLS.
-        token: sent with each call as "authorization: Bearer ..."; with TLS only.
-        ca_file: PEM file of the authority behind the server's certificate; "": those that gRPC brings along.
-        retries: how a request is asked again.
+        model_name: Name of the model.
+        version: Number of the version. None uses the latest.
+        label: Label of the version, instead of its number.
+        timeout_seconds: Longest time that a request may take, in seconds.
+        secure: Whether to use TLS.
+        token: Token to send with each call as "authorization: Bearer ...", or "". It is sent over TLS only.
+        ca_file: PEM file of the authority behind the server's certificate, or "" for the authorities that gRPC knows.
+        retries: How requests are repeated.
     """
 
     def __init__(
@@ -77,11 +71,12 @@ class GrpcClient(Client):
         if label:
             self._spec.version_label = label
 
-    def predict(self, inputs: Mapping[str, Any], *, signature_name: str = "serving_default") -> dict[str, np.ndarray]:
+    def predict(self, inputs: Mapping[str, Any], *, signature_name: str = DEFAULT_SIGNATURE) -> dict[str, np.ndarray]:
+        """Runs a signature of the model; see `Client.predict`."""
         request = predict_pb2.PredictRequest(model_spec=self._spec)
         request.model_spec.signature_name = signature_name
         signature = self.signatures.get(signature_name)
-        types = signature.inputs if signature else {}  # the server refuses what it doesn't know
+        types = signature.inputs if signature else {}  # the server will refuse a signature it doesn't know
         for name, value in inputs.items():
             dtype = types_pb2.DataType.Value(types[name].dtype) if name in types else None
             request.inputs[name].CopyFrom(tf.make_tensor_proto(value, dtype=dtype))
@@ -89,6 +84,7 @@ class GrpcClient(Client):
         return {name: tf.make_ndarray(proto) for name, proto in reply.outputs.items()}
 
     def available(self) -> bool:
+        """Returns whether the server is up and a version of the model answers requests."""
         request = get_model_status_pb2.GetModelStatusRequest(model_spec=self._spec)
         try:
             reply = self._call(self._models.GetModelStatus, request)
@@ -100,6 +96,7 @@ class GrpcClient(Client):
         return any(entry.state == available for entry in reply.model_version_status)
 
     def close(self) -> None:
+        """Closes the channel."""
         self._channel.close()
 
     def _read_signatures(self) -> dict[str, Signature]:
@@ -112,7 +109,7 @@ class GrpcClient(Client):
         return {
             name: Signature(_tensor_infos(definition.inputs), _tensor_infos(definition.outputs))
             for name, definition in signatures.signature_def.items()
-            if name != "__saved_model_init_op"
+            if name != INIT_SIGNATURE
         }
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
@@ -125,7 +122,7 @@ class GrpcClient(Client):
 def _server_error(error: Any) -> ServerError:
     code, details = error.code().name, error.details() or ""
     if code == "RESOURCE_EXHAUSTED" and _TOO_LARGE.search(details) and "too many" not in details:
-        code = "INVALID_ARGUMENT"  # as over REST: the request is too large, and stays so however often it is sent
+        code = "INVALID_ARGUMENT"  # as over REST: sending the request again would not make it smaller
     reached = code != "UNAVAILABLE" or not any(words in details for words in _NOT_REACHED)
     headers = {key: value for key, value in [*(error.initial_metadata() or ()), *(error.trailing_metadata() or ())]}
     return ServerError(code, details, reached=reached, retry_after=seconds_after(headers.get("retry-after")))
@@ -134,7 +131,7 @@ def _server_error(error: Any) -> ServerError:
 def _credentials(token: str, ca_file: str) -> grpc.ChannelCredentials:
     authority = None
     if ca_file:
-        read_authority(ca_file)  # gRPC itself would only say that no server can be reached
+        trust_authority(ca_file)  # for its error: gRPC would only say that no server can be reached
         authority = pathlib.Path(ca_file).read_bytes()
     credentials = grpc.ssl_channel_credentials(authority)
     if not token:

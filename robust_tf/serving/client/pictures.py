@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures: by their first bytes, so that neither a suffix nor its absence decides."""
+"""Finds the pictures in folders. The first bytes of a file tell whether it is one, not its suffix."""
 
 import dataclasses
 import pathlib
@@ -13,12 +13,13 @@ _KINDS = "JPEG, PNG, GIF, BMP, WebP or JPEG XL"
 
 @dataclasses.dataclass
 class Pictures:
-    """What was found under the names that somebody gave.
+    """The result of a search for pictures.
 
     Attributes:
-        entries: each picture, and each file that should be one and can't be sent, with the reason ("" for pictures).
-        hidden: number of hidden files, such as ._cat.jpg; none is sent.
-        others: number of other files in the folders; none is sent.
+        entries: Pairs of a path and a reason. The reason is "" for a picture. For a file that looks like a picture but
+            cannot be sent, it says why.
+        hidden: Number of hidden files, such as ._cat.jpg. They are not sent.
+        others: Number of other files in the folders. They are not sent.
     """
 
     entries: list[tuple[pathlib.Path, str]] = dataclasses.field(default_factory=list)
@@ -26,19 +27,21 @@ class Pictures:
     others: int = 0
 
     def left_out_line(self) -> str:
-        """One line about the files that are not sent, "" when there are none."""
+        """Returns one line about the hidden and other files, or "" if there are none."""
         counts = [(self.hidden, "hidden file", "hidden files"), (self.others, "other file", "other files")]
         texts = [f"{count} {one if count == 1 else many}" for count, one, many in counts if count]
         return f"Not sent: {' and '.join(texts)}." if texts else ""
 
 
 def find_pictures(names: Sequence[str]) -> Pictures:
-    """The pictures among files, and those in folders and their sub-folders.
+    """Finds the pictures among files and folders.
 
-    A file that was named itself counts as a picture, whatever its content: the server says what it thinks of it.
+    Args:
+        names: Paths of files and folders. Folders are searched with their subfolders. A file counts as a picture
+            whatever its content, because the server will report it if it is not.
 
     Raises:
-        UserError: a name stands for nothing, or there is no picture at all.
+        UserError: A path does not exist, or there is no picture at all.
     """
     found = Pictures()
     for path in map(pathlib.Path, names):
@@ -49,7 +52,7 @@ def find_pictures(names: Sequence[str]) -> Pictures:
         elif path.is_symlink():
             found.entries.append((path, "a link to a file that does not exist"))
         elif path.exists():
-            found.entries.append((path, "no regular file"))
+            found.entries.append((path, "not a regular file"))
         else:
             raise UserError(f"There is no such file or folder. Received: {path}.")
     if not found.entries:
@@ -68,7 +71,7 @@ def _search(folder: pathlib.Path, found: Pictures) -> None:
             found.hidden += 1
         elif not path.is_file():
             if should_be_one:
-                reason = "a link to a file that does not exist" if path.is_symlink() else "no regular file"
+                reason = "a link to a file that does not exist" if path.is_symlink() else "not a regular file"
                 found.entries.append((path, reason))
             else:
                 found.others += 1
@@ -84,12 +87,12 @@ def _look_at(path: pathlib.Path, should_be_one: bool, found: Pictures) -> None:
         found.entries.append((path, f"can't be read: {error.strerror}"))
         return
     if beginning.startswith(_BEGINNINGS) or (beginning[:4], beginning[8:]) == (b"RIFF", b"WEBP"):
-        # "BM" begins many a text too.
+        # Texts may start with "BM" too.
         if beginning.startswith(b"BM") and not should_be_one:
             found.others += 1
         else:
             found.entries.append((path, ""))
     elif should_be_one:
-        found.entries.append((path, f"the file is no {_KINDS}" if beginning else "the file is empty"))
+        found.entries.append((path, f"the file is not a {_KINDS} image" if beginning else "the file is empty"))
     else:
         found.others += 1

@@ -1,4 +1,4 @@
-"""The client over REST: needs httpx, numpy and orjson, no TensorFlow."""
+"""The client over REST, which needs no TensorFlow."""
 
 import base64
 import itertools
@@ -11,22 +11,28 @@ import httpx
 import numpy as np
 
 from robust_tf.errors import UserError
-from robust_tf.serving.client.client import (
-    Client,
-    Retries,
-    ServerError,
-    Signature,
-    TensorInfo,
-    read_authority,
-    seconds_after,
-)
-from robust_tf.serving.json_arrays import dump_json
+from robust_tf.serving.client.base import Client, ServerError, Signature, TensorInfo, trust_authority
+from robust_tf.serving.client.retries import Retries, seconds_after
+from robust_tf.serving.wire.json_arrays import dump_json
+from robust_tf.serving.wire.names import DEFAULT_SIGNATURE, INIT_SIGNATURE
 
 _ARRAY_TYPES = {"DT_FLOAT": np.float32, "DT_DOUBLE": np.float64, "DT_INT64": np.int64, "DT_INT32": np.int32}
 
 
 class RestClient(Client):
-    """`Client` over REST; the arguments are those of `connect`."""
+    """A `Client` that speaks REST.
+
+    Args:
+        server: "http://host:port" or "https://host:port".
+        model_name: Name of the model, or "" for the only model of a `robust_tf.serve`.
+        version: Number of the version. None uses the latest.
+        label: Label of the version, instead of its number.
+        timeout_seconds: Longest time that a request may take, in seconds.
+        token: Token to send as "Authorization: Bearer ...", or "".
+        ca_file: PEM file of the authority behind the server's certificate, or "" for the authorities that this machine
+            knows.
+        retries: How requests are repeated.
+    """
 
     def __init__(
         self,
@@ -46,7 +52,7 @@ class RestClient(Client):
             base_url=server.rstrip("/"),
             timeout=timeout_seconds,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            verify=read_authority(ca_file) if ca_file else True,
+            verify=trust_authority(ca_file) if ca_file else True,
         )
         try:
             self._path = "/v1/models/" + _quote(model_name or _only_model(self._http, retries))
@@ -58,7 +64,8 @@ class RestClient(Client):
         if label:
             self._path += f"/labels/{_quote(label)}"
 
-    def predict(self, inputs: Mapping[str, Any], *, signature_name: str = "serving_default") -> dict[str, np.ndarray]:
+    def predict(self, inputs: Mapping[str, Any], *, signature_name: str = DEFAULT_SIGNATURE) -> dict[str, np.ndarray]:
+        """Runs a signature of the model; see `Client.predict`."""
         body = {
             "signature_name": signature_name,
             "inputs": {name: _to_json(value) for name, value in inputs.items()},
@@ -72,6 +79,7 @@ class RestClient(Client):
         return {name: _from_json(values[name], info.dtype) for name, info in outputs.items()}
 
     def available(self) -> bool:
+        """Returns whether the server is up and a version of the model answers requests."""
         try:
             entries = _ask(self._http, "GET", self._path)["model_version_status"]
         except ServerError as error:
@@ -81,6 +89,7 @@ class RestClient(Client):
         return any(entry["state"] == "AVAILABLE" for entry in entries)
 
     def close(self) -> None:
+        """Closes the connections."""
         self._http.close()
 
     def _read_signatures(self) -> dict[str, Signature]:
@@ -88,19 +97,19 @@ class RestClient(Client):
         return {
             name: Signature(_tensor_infos(definition["inputs"]), _tensor_infos(definition["outputs"]))
             for name, definition in metadata["signature_def"]["signature_def"].items()
-            if name != "__saved_model_init_op"
+            if name != INIT_SIGNATURE
         }
 
 
 def _ask(http: httpx.Client, method: str, path: str, body: bytes = b"") -> Any:
-    """A JSON reply of the server; its error as `ServerError`."""
+    """Returns the JSON document in the server's reply, or raises `ServerError` for an error."""
     try:
         reply = http.request(method, path, content=body, headers={"Content-Type": "application/json"})
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise ServerError("UNAVAILABLE", f"Cannot reach {http.base_url}: {error}", reached=False) from error
     except httpx.TimeoutException as error:
         raise ServerError("DEADLINE_EXCEEDED", f"No answer from {http.base_url} in time") from error
-    except httpx.HTTPError as error:  # it may have been worked on: not asked again
+    except httpx.HTTPError as error:  # the server may have run the request already, so it is not sent again
         raise ServerError("UNKNOWN", f"The connection to {http.base_url} broke: {error}") from error
     try:
         document = json.loads(reply.content)
@@ -123,7 +132,7 @@ _CODES = {
     413: "INVALID_ARGUMENT",
     429: "RESOURCE_EXHAUSTED",
     501: "UNIMPLEMENTED",
-    502: "UNAVAILABLE",  # a proxy whose server is being started again
+    502: "UNAVAILABLE",  # a proxy whose server is restarting
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
@@ -135,11 +144,11 @@ def _only_model(http: httpx.Client, retries: Retries) -> str:
     except ServerError as error:
         if error.code in ("UNAVAILABLE", "UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"):
             raise
-        names = []  # not a server of ours
+        names = []  # not a `robust_tf.serve`
     if len(names) != 1:
         known = f" It has: {', '.join(names)}." if names else ""
-        raise UserError(f"The model must be named for this server. Received: model_name=''.{known}")
-    return names[0]
+        raise UserError(f"This server needs the name of a model. Received: model_name=''.{known}")
+    return str(names[0])
 
 
 def _to_json(value: Any) -> Any:
@@ -158,11 +167,12 @@ def _from_json(value: Any, dtype: str) -> np.ndarray:
     if dtype != "DT_STRING":
         return np.array(value, _ARRAY_TYPES.get(dtype))
     decode = np.frompyfunc(_to_bytes, 1, 1)
-    return decode(_object_array(value))
+    array: np.ndarray = decode(_object_array(value))
+    return array
 
 
 def _object_array(value: Any) -> np.ndarray:
-    """Nested lists of strings as an array; numpy alone would make fixed-width text of them."""
+    """Returns nested lists of strings as an array of objects; NumPy would make fixed-width text of them."""
     shape = []
     inner = value
     while isinstance(inner, list):

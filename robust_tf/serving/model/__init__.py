@@ -1,1 +1,1 @@
-"""A SavedModel that is loaded: its signatures, requests in and answers out."""
+"""A SavedModel in memory: loading it, running its signatures, and finding its versions on disk."""

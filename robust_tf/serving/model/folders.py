@@ -1,9 +1,11 @@
-"""How versions lie in a model's folder: exporter, server and TensorFlow Serving share this layout."""
+"""The layout of a model's folder, which the exporter, the server and TensorFlow Serving share."""
 
 import os
 import pathlib
 import re
 from typing import NamedTuple
+
+from robust_tf.errors import UserError
 
 MAX_VERSION = 2**63 - 1
 SAVED_MODEL = "saved_model.pb"
@@ -15,8 +17,8 @@ class Absence(NamedTuple):
     """Why a model's folder has no version.
 
     Attributes:
-        reason: the reason and what to do, whole sentences.
-        final: a version cannot come there, however long a server waits.
+        reason: The reason and the way out, in whole sentences.
+        final: Whether no version can ever appear there, so that a server need not wait.
     """
 
     reason: str
@@ -24,7 +26,19 @@ class Absence(NamedTuple):
 
 
 def version_folders(base: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The versions in a model's folder: children whose name is a number, leading zeros allowed."""
+    """Returns the versions in a model's folder: the subfolders whose name is a number, which may have leading zeros.
+
+    Args:
+        base: Folder of the model.
+
+    Example:
+        >>> import tempfile
+        >>> base = pathlib.Path(tempfile.mkdtemp())
+        >>> for name in ("1", "0002", "old"):
+        ...     (base / name).mkdir()
+        >>> sorted(version_folders(base))
+        [1, 2]
+    """
     if not base.is_dir():
         return {}
     numbered = [path for path in sorted(base.iterdir()) if path.name.isascii() and path.name.isdigit()]
@@ -32,17 +46,39 @@ def version_folders(base: pathlib.Path) -> dict[int, pathlib.Path]:
 
 
 def complete_versions(base: pathlib.Path) -> dict[int, pathlib.Path]:
-    """Those of the versions that hold a SavedModel: without that file, somebody is still copying the folder."""
+    """Returns the versions that hold a SavedModel. A folder without one is probably still being copied."""
     return {number: path for number, path in version_folders(base).items() if (path / SAVED_MODEL).is_file()}
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address such as gs://bucket/model."""
+    """Returns whether a path is an address such as gs://bucket/model.
+
+    Example:
+        >>> is_remote("gs://bucket/pets"), is_remote("/models/pets")
+        (True, False)
+    """
     return _URL.match(path) is not None
 
 
+def check_local(path: str, what: str) -> None:
+    """Refuses a path that is an address such as gs://bucket/model.
+
+    Args:
+        path: Path to check.
+        what: What the path is for, as the message names it.
+
+    Raises:
+        UserError: The path is an address.
+    """
+    if is_remote(path):
+        raise UserError(
+            f"This server reads folders of this machine only. Received: {what}: {path}. Copy the model to a local "
+            "folder and name that, or run tensorflow_model_server."
+        )
+
+
 def why_no_version(base: pathlib.Path) -> Absence | None:
-    """The reason why a folder has no complete version, or None when it has one."""
+    """Returns the reason why a folder has no complete version, or None if it has one."""
     try:
         return None if complete_versions(base) else _why_no_version(base)
     except OSError as error:
@@ -87,9 +123,9 @@ def _why_no_version(base: pathlib.Path) -> Absence:
         )
     deeper = [path for path in folders if complete_versions(path)]
     if deeper:
-        return Absence(f"The versions lie one folder deeper: the model is {deeper[0]}.", False)
+        return Absence(f"The versions are one folder deeper. Name the folder {deeper[0]} instead.", False)
     return Absence(
-        f"A version is a folder whose name is a number and that holds {SAVED_MODEL}; python -m robust_tf.export writes "
-        "one.",
+        f"A version is a folder whose name is a number and that holds {SAVED_MODEL}, as python -m robust_tf.export "
+        "writes it.",
         False,
     )

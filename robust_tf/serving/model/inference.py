@@ -1,4 +1,4 @@
-"""Predict, Classify and Regress on a loaded model, whatever the transport: arrays in, arrays out."""
+"""Predict, Classify and Regress on a model in memory, with arrays in and out, whatever the transport."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -7,16 +7,18 @@ import numpy as np
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import meta_graph_pb2
 
-from robust_tf.serving.model.session import DEFAULT_SIGNATURE, LoadedModel, type_name
+from robust_tf.serving.model.served_model import ServedModel
+from robust_tf.serving.model.session import type_name
 from robust_tf.serving.model.status import ServingError, invalid
+from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
 
 
 class Classification(NamedTuple):
-    """What Classify answers for a batch.
+    """The classes of a batch and their scores.
 
     Attributes:
-        classes: (batch, k) bytes as objects, or None when the signature gives scores only.
-        scores: (batch, k) float32, or None when the signature gives classes only.
+        classes: Names of the classes, (batch, k) bytes as objects. None if the signature gives scores only.
+        scores: Scores of the classes, (batch, k) float32. None if the signature gives classes only.
     """
 
     classes: np.ndarray | None
@@ -24,17 +26,28 @@ class Classification(NamedTuple):
 
 
 def predict(
-    model: LoadedModel,
+    model: ServedModel,
     inputs: Mapping[str, np.ndarray],
     *,
     signature_name: str = "",
     outputs: Iterable[str] = (),
     timeout_ms: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Runs a signature by the names of its inputs and outputs.
+    """Runs a signature.
+
+    Args:
+        model: Model to run.
+        inputs: An array for each input of the signature, by name.
+        signature_name: Name of the signature. "" stands for `serving_default`.
+        outputs: Names of the outputs to compute. All if empty.
+        timeout_ms: Longest time of the run in milliseconds. 0 sets no limit.
+
+    Returns:
+        An array for each output, by name.
 
     Raises:
-        ServingError: FAILED_PRECONDITION when there is no such signature, else what `LoadedModel.run` raises.
+        ServingError: There is no such signature (FAILED_PRECONDITION), or the model refuses the request as
+            `LoadedModel.run` describes.
     """
     name = signature_name or DEFAULT_SIGNATURE
     if model.signature(name) is None:
@@ -43,12 +56,19 @@ def predict(
 
 
 def classify(
-    model: LoadedModel, examples: Sequence[bytes], *, signature_name: str = "", timeout_ms: int = 0
+    model: ServedModel, examples: Sequence[bytes], *, signature_name: str = "", timeout_ms: int = 0
 ) -> Classification:
-    """Classes and scores for serialised tf.Examples.
+    """Runs a signature that classifies examples.
+
+    Args:
+        model: Model to run.
+        examples: Serialized tf.Examples.
+        signature_name: Name of the signature. "" stands for `serving_default`.
+        timeout_ms: Longest time of the run in milliseconds. 0 sets no limit.
 
     Raises:
-        ServingError: INVALID_ARGUMENT when the signature is not made for Classify, or its outputs don't fit.
+        ServingError: The signature does not have the inputs and outputs that Classify needs, or what it computes does
+            not have the right shape (INVALID_ARGUMENT).
     """
     definition = _signature_for_examples(model, signature_name)
     if not 1 <= len(definition.outputs) <= 2:
@@ -76,12 +96,22 @@ def classify(
 
 
 def regress(
-    model: LoadedModel, examples: Sequence[bytes], *, signature_name: str = "", timeout_ms: int = 0
+    model: ServedModel, examples: Sequence[bytes], *, signature_name: str = "", timeout_ms: int = 0
 ) -> np.ndarray:
-    """One value for each serialised tf.Example, (batch,) float32.
+    """Runs a signature that computes one number for each example.
+
+    Args:
+        model: Model to run.
+        examples: Serialized tf.Examples.
+        signature_name: Name of the signature. "" stands for `serving_default`.
+        timeout_ms: Longest time of the run in milliseconds. 0 sets no limit.
+
+    Returns:
+        The numbers, (batch,) float32.
 
     Raises:
-        ServingError: INVALID_ARGUMENT when the signature is not made for Regress, or its output doesn't fit.
+        ServingError: The signature does not have the inputs and outputs that Regress needs, or what it computes does
+            not have the right shape (INVALID_ARGUMENT).
     """
     definition = _signature_for_examples(model, signature_name)
     if len(definition.outputs) != 1:
@@ -99,7 +129,7 @@ def regress(
     return values.reshape(-1)
 
 
-def _signature_for_examples(model: LoadedModel, signature_name: str) -> meta_graph_pb2.SignatureDef:
+def _signature_for_examples(model: ServedModel, signature_name: str) -> meta_graph_pb2.SignatureDef:
     name = signature_name or DEFAULT_SIGNATURE
     definition = model.signature(name)
     if definition is None:
@@ -116,7 +146,7 @@ def _expect_type(definition: meta_graph_pb2.SignatureDef, output: str, expected:
 
 
 def _run_on_examples(
-    model: LoadedModel, examples: Sequence[bytes], signature_name: str, timeout_ms: int
+    model: ServedModel, examples: Sequence[bytes], signature_name: str, timeout_ms: int
 ) -> dict[str, np.ndarray]:
     if not examples:
         raise invalid("Input is empty.")

@@ -1,8 +1,8 @@
-"""A SavedModel, loaded and run in a Session as TF Serving does it.
+"""Loads and runs a SavedModel in a Session, as TensorFlow Serving does.
 
-`tf.saved_model.load` restores some exports that TF Serving cannot serve (variables that only Python finds again), and
-it lets a tensor of a wrong rank through to kernels that abort the process. A Session shows the first when it runs,
-and here names, types and shapes are compared with the signature before anything runs.
+`tf.saved_model.load` would hide two problems. It restores some exports that TensorFlow Serving cannot serve, because
+only Python finds their variables again: a Session fails on them, too. And it passes a tensor of a wrong rank on to
+kernels that abort the process: here, names, types and shapes are compared with the signature before anything runs.
 """
 
 import contextlib
@@ -18,20 +18,25 @@ from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import meta_graph_pb2
 
 from robust_tf.serving.model.status import ServingError, code_name, invalid
+from robust_tf.serving.wire.names import DEFAULT_SIGNATURE, INIT_SIGNATURE
 
-DEFAULT_SIGNATURE = "serving_default"
-_INIT_OP = "__saved_model_init_op"
 _LONGEST_KERNEL_MESSAGE = 300
 
 
 class LoadedModel:
-    """One version of a model in memory.
+    """One version of a model in memory; a `ServedModel`.
+
+    Args:
+        path: Folder of the version.
+        tags: Tags of the SavedModel's graph.
+        session_config: Settings of the Session, such as its number of threads.
 
     Attributes:
-        signatures: what the SavedModel declares, by signature name, the entry of the initialisation op included.
+        path: Folder of the version.
+        signatures: The signatures that the SavedModel declares, by name, including the entry that initializes it.
 
     Raises:
-        ServingError: the folder holds no SavedModel with these tags, or it cannot be restored.
+        ServingError: The folder holds no SavedModel with these tags, or the SavedModel cannot be restored.
     """
 
     def __init__(
@@ -57,9 +62,9 @@ class LoadedModel:
         self._lock = threading.Lock()
 
     def signature(self, name: str) -> meta_graph_pb2.SignatureDef | None:
-        """The signature of that name ("" stands for `serving_default`), or None."""
+        """Returns the signature with this name, or None. "" stands for `serving_default`."""
         name = name or DEFAULT_SIGNATURE
-        return None if name == _INIT_OP else self.signatures.get(name)
+        return None if name == INIT_SIGNATURE else self.signatures.get(name)
 
     def run(
         self,
@@ -72,13 +77,16 @@ class LoadedModel:
         """Runs one signature.
 
         Args:
-            signature_name: one of `signatures`.
-            inputs: an array for each input's name; strings as object arrays of bytes.
-            outputs: names of the outputs to compute; all when empty.
-            timeout_ms: 0 waits for ever.
+            signature_name: One of `signatures`.
+            inputs: An array for each input, by name. Strings are object arrays of bytes.
+            outputs: Names of the outputs to compute. All if empty.
+            timeout_ms: Longest time of the run in milliseconds. 0 sets no limit.
+
+        Returns:
+            An array for each output, by name.
 
         Raises:
-            ServingError: a name, type or shape doesn't fit the signature, or the model refuses the values.
+            ServingError: A name, type or shape does not fit the signature, or the model refuses the values.
         """
         inputs, wanted = self.checked(signature_name, inputs, outputs)
         options = tf.compat.v1.RunOptions(timeout_in_ms=timeout_ms) if timeout_ms > 0 else None
@@ -87,24 +95,33 @@ class LoadedModel:
         except tf.errors.OpError as error:
             raise from_tensorflow(error, self.path) from error
         except UnicodeDecodeError as error:
-            # TensorFlow's own message, which quotes bytes of the request that are no text; the code is lost.
+            # TensorFlow's message quotes bytes of the request that are not text. Python failed to decode it, and its
+            # status code is lost.
             message = error.object.decode("utf-8", "backslashreplace")
             raise invalid(_kernel_message(message, self.path)) from error
         except (ArithmeticError, TypeError, ValueError) as error:
             raise invalid(f"The values do not fit signature {signature_name!r}: {error}") from error
         except MemoryError as error:
             raise ServingError("RESOURCE_EXHAUSTED", "There is not enough memory for this request") from error
-        except RuntimeError as error:  # of a session that has been closed
+        except RuntimeError as error:  # the session has been closed
             raise ServingError("UNAVAILABLE", f"The model cannot run: {error}") from error
         return dict(zip(wanted, map(_as_array, values), strict=True))
 
     def checked(
         self, signature_name: str, inputs: Mapping[str, np.ndarray], outputs: Iterable[str]
     ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-        """The inputs in the signature's order and the names of the wanted outputs, when they fit the signature.
+        """Checks a request against its signature.
+
+        Args:
+            signature_name: One of `signatures`.
+            inputs: An array for each input, by name.
+            outputs: Names of the outputs to compute. All if empty.
+
+        Returns:
+            The inputs and the names of the outputs to compute, both in the signature's order.
 
         Raises:
-            ServingError: INVALID_ARGUMENT when they don't.
+            ServingError: The request does not fit (INVALID_ARGUMENT).
         """
         definition = self.signatures[signature_name]
         inputs = _with_defaults(definition, inputs)
@@ -118,7 +135,10 @@ class LoadedModel:
         self._session.close()
 
     def _callable(self, signature_name: str, outputs: tuple[str, ...]) -> Any:
-        """The prepared call for one signature and one choice of outputs: preparing takes longer than running."""
+        """Returns the call that runs a signature for these outputs.
+
+        Calls are kept, because preparing one takes longer than running it.
+        """
         key = signature_name, outputs
         with self._lock:
             if key not in self._callables:
@@ -134,7 +154,7 @@ class LoadedModel:
 
 @contextlib.contextmanager
 def _without_deprecation_warning() -> Iterator[None]:
-    """TensorFlow advises the loader that cannot show what TensorFlow Serving would say."""
+    """Silences TensorFlow's advice to use another loader, one that would hide what TensorFlow Serving refuses."""
     logger = tf.get_logger()
     level = logger.level
     logger.setLevel("ERROR")
@@ -145,17 +165,17 @@ def _without_deprecation_warning() -> Iterator[None]:
 
 
 def from_tensorflow(error: tf.errors.OpError, path: pathlib.Path | None = None) -> ServingError:
-    """The same error with the kernel's own message only, without TensorFlow's account of where it stands.
+    """Returns an error of TensorFlow as a `ServingError` with the kernel's message only.
 
     Args:
-        error: the error.
-        path: folder of the version, which clients read as "model/version".
+        error: Error of TensorFlow. What its message says about nodes and stacks is left out.
+        path: Folder of the version. The message names it "model/version".
     """
     return ServingError(code_name(error.error_code), _kernel_message(error.message or type(error).__name__, path))
 
 
 def without_path(message: str, path: pathlib.Path) -> str:
-    """The message with "model/version" in place of the version's folder: where it lies is no client's business."""
+    """Returns a message with "model/version" in place of the version's folder, whose path clients should not learn."""
     return message.replace(str(path), f"{path.parent.name}/{path.name}")
 
 
@@ -172,17 +192,25 @@ def _kernel_message(message: str, path: pathlib.Path | None) -> str:
 
 
 def _as_array(value: Any) -> np.ndarray:
-    """A Session gives a scalar string as bytes, and numpy by itself would cut zeros off its end."""
+    """Returns an output as an array. A scalar string is bytes, and NumPy would cut zeros off its end."""
     return np.array(value, dtype=object) if isinstance(value, bytes) else np.asarray(value)
 
 
 def type_name(number: int) -> str:
-    """A tensor type's name as TensorFlow's own messages write it: "float", "int64", "string"."""
-    return types_pb2.DataType.Name(number).removeprefix("DT_").lower()
+    """Returns the name of a tensor type as TensorFlow's messages write it, e.g. "float", "int64" or "string".
+
+    Args:
+        number: Number of the type in the enumeration `DataType`.
+
+    Example:
+        >>> type_name(1)
+        'float'
+    """
+    return str(types_pb2.DataType.Name(number)).removeprefix("DT_").lower()
 
 
 def shape_of(info: meta_graph_pb2.TensorInfo) -> list[int | None] | None:
-    """Declared shape, None for a free dimension, or None altogether when the rank is free."""
+    """Returns the declared shape of a tensor, with None for dimensions that may vary, or None if the rank may vary."""
     if info.tensor_shape.unknown_rank:
         return None
     return [None if dim.size < 0 else dim.size for dim in info.tensor_shape.dim]
@@ -193,7 +221,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _with_defaults(definition: meta_graph_pb2.SignatureDef, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inputs in the signature's order, with the signature's own defaults for what the request leaves out."""
+    """Returns the inputs in the signature's order, with defaults for those that the request leaves out."""
     missing = [name for name in definition.inputs if name not in inputs and name not in definition.defaults]
     extra = [name for name in inputs if name not in definition.inputs]
     if len(inputs) == len(definition.inputs) and missing:
@@ -242,5 +270,5 @@ def _checked_outputs(definition: meta_graph_pb2.SignatureDef, outputs: Iterable[
             )
         if name in wanted[:position]:
             raise invalid(f"duplicate output tensor alias: {name}")
-    # In the signature's order: what is the same question keeps one prepared call.
+    # In the signature's order, so that requests for the same outputs share one prepared call.
     return tuple(name for name in definition.outputs if name in wanted or not wanted)

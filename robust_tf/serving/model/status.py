@@ -1,4 +1,4 @@
-"""The one error of the serving code: a canonical code and a message, with the two ways of sending them."""
+"""The error that the serving code raises: a canonical status code and a message, for both transports."""
 
 import contextlib
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 _LOG = logging.getLogger(__name__)
 
-# Canonical status codes by number (google.rpc.Code), with the HTTP status that TF Serving's REST interface gives them.
+# Canonical status codes (google.rpc.Code): number, and HTTP status in TensorFlow Serving's REST interface.
 _CODES = {
     "OK": (0, 200),
     "CANCELLED": (1, 499),
@@ -28,15 +28,19 @@ _CODES = {
 }
 _NAMES = {number: name for name, (number, _) in _CODES.items()}
 
-_LONGEST_MESSAGE = 1024  # gRPC puts the message into a header; TF Serving cuts at the same length
+_LONGEST_MESSAGE = 1024  # gRPC puts the message into a header; TensorFlow Serving cuts it at the same length
 
 
 class ServingError(Exception):
     """A request that cannot be answered.
 
+    Args:
+        code: Canonical name of the status, e.g. "INVALID_ARGUMENT".
+        message: What went wrong.
+
     Attributes:
-        code: canonical name, e.g. "INVALID_ARGUMENT".
-        message: what the client reads; always one line without control characters.
+        code: Canonical name of the status.
+        message: The message as the client reads it: a single line without control characters.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -46,46 +50,46 @@ class ServingError(Exception):
 
     @property
     def number(self) -> int:
-        """The canonical code's number, as gRPC and StatusProto carry it."""
+        """Number of the canonical code, as gRPC and StatusProto carry it."""
         return _CODES[self.code][0]
 
     @property
     def http_status(self) -> int:
-        """The HTTP status of the REST interface."""
+        """HTTP status in the REST interface."""
         return _CODES[self.code][1]
 
 
 def code_name(number: int) -> str:
-    """Name of a canonical code's number; numbers that don't exist are "UNKNOWN"."""
+    """Returns the name of a canonical code. Numbers that do not exist are "UNKNOWN"."""
     return _NAMES.get(number, "UNKNOWN")
 
 
 def invalid(message: str) -> ServingError:
-    """The commonest error: the request itself is at fault."""
+    """Returns the most common error, INVALID_ARGUMENT: the request is at fault."""
     return ServingError("INVALID_ARGUMENT", message)
 
 
 @contextlib.contextmanager
 def only_serving_errors() -> Iterator[None]:
-    """Turns any other exception of the block into INTERNAL, so that a client never reads Python's account of it.
+    """Turns any other exception of the block into INTERNAL, so that no client ever reads a Python traceback.
 
     Raises:
-        ServingError: what the block raises.
+        ServingError: The block raised this error, or another exception, which is logged.
     """
     try:
         yield
     except ServingError:
         raise
     except Exception as error:
-        _LOG.exception("A request has met an error in the server itself")
+        _LOG.exception("A request failed because of an error in the server")
         raise ServingError("INTERNAL", "The server failed to answer this request. Its log says why.") from error
 
 
 def _one_line(message: str) -> str:
-    """The message without line breaks and control characters, cut where it gets long."""
+    """Returns a message without line breaks and control characters, cut if it is too long."""
     lines = message.splitlines()
     text = message if len(lines) == 1 else " ".join(line.strip() for line in lines)
     if len(text) > _LONGEST_MESSAGE:
         text = text[:_LONGEST_MESSAGE] + "...TRUNCATED"
-    # What a client sent may stand in it, half a surrogate pair included.
+    # The message may quote the request, which may hold half a surrogate pair.
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,4 +1,4 @@
-"""The protocol's tensors and examples to arrays and back."""
+"""Conversions between the tensors and examples of the protocol and arrays."""
 
 import math
 
@@ -9,7 +9,7 @@ from tensorflow_serving.apis import input_pb2
 
 from robust_tf.serving.model.status import invalid
 
-# A request may name a huge shape and bring a single value, which is repeated to fill it.
+# A request may declare a huge shape and hold a single value, which is then repeated to fill it.
 _MAX_REPEATED_BYTES = 1 << 28
 
 _VALUE_FIELDS = {
@@ -29,10 +29,17 @@ _VALUE_FIELDS = {
 
 
 def to_array(name: str, proto: tensor_pb2.TensorProto) -> np.ndarray:
-    """A tensor of a request; strings as objects.
+    """Converts a tensor of a request to an array.
+
+    Args:
+        name: Name of the input, for the error.
+        proto: The tensor.
+
+    Returns:
+        The array. Strings are bytes in an object array.
 
     Raises:
-        ServingError: INVALID_ARGUMENT when values and shape don't go together.
+        ServingError: The values do not fit the shape (INVALID_ARGUMENT).
     """
     try:
         dtype = tf.as_dtype(proto.dtype)
@@ -41,13 +48,14 @@ def to_array(name: str, proto: tensor_pb2.TensorProto) -> np.ndarray:
             raise ValueError("the shape must be known")
         if math.prod(dims) * max(dtype.size or 1, 1) > max(_MAX_REPEATED_BYTES, proto.ByteSize()):
             raise ValueError(f"the shape {dims} is too large for its {proto.ByteSize()} bytes")
-        return tf.make_ndarray(proto)
+        array: np.ndarray = tf.make_ndarray(proto)
     except (ValueError, TypeError, OverflowError, KeyError, IndexError) as error:
         raise invalid(f"tensor parsing error: {name}: {error}") from error
+    return array
 
 
 def to_proto(value: np.ndarray) -> tensor_pb2.TensorProto:
-    """A tensor of a reply, in the typed field that TensorFlow Serving answers with."""
+    """Converts an array to a tensor of a reply, with its values in the typed field that TensorFlow Serving uses."""
     field = _VALUE_FIELDS.get(tf.as_dtype(value.dtype))
     if field is None:
         return tf.make_tensor_proto(value)
@@ -59,16 +67,16 @@ def to_proto(value: np.ndarray) -> tensor_pb2.TensorProto:
 
 
 def examples_of(source: input_pb2.Input) -> list[bytes]:
-    """The serialised tf.Examples of a Classify or Regress request, the common context merged into each.
+    """Returns the serialized tf.Examples of a Classify or Regress request, each merged with the request's context.
 
     Raises:
-        ServingError: INVALID_ARGUMENT when there are none.
+        ServingError: The request holds no example (INVALID_ARGUMENT).
     """
     kind = source.WhichOneof("kind")
     if kind == "example_list":
         examples = [example.SerializeToString() for example in source.example_list.examples]
     elif kind == "example_list_with_context":
-        # Serialised messages concatenate to their merge; an example's own feature wins over the context's.
+        # Concatenating serialized messages merges them. The later one wins, so examples override the context.
         listed = source.example_list_with_context
         context = listed.context.SerializeToString()
         examples = [context + example.SerializeToString() for example in listed.examples]

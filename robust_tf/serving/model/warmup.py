@@ -1,7 +1,7 @@
-"""Warm-up requests: what a server runs on a version before it lets requests in.
+"""Warm-up requests, which a server runs on a new version before clients may use it.
 
-They lie in `assets.extra/tf_serving_warmup_requests`, a TFRecord file of PredictionLog. TensorFlow Serving refuses a
-version whose warm-up fails, so the exporter replays what it wrote before it publishes.
+They are stored in `assets.extra/tf_serving_warmup_requests`, a TFRecord file of PredictionLog messages. TensorFlow
+Serving refuses a version whose warm-up fails, so the exporter replays the requests before it publishes a version.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import prediction_log_pb2
 
 from robust_tf.serving.model import inference
-from robust_tf.serving.model.session import LoadedModel
+from robust_tf.serving.model.served_model import ServedModel
 from robust_tf.serving.model.status import ServingError, invalid
 from robust_tf.serving.model.tensors import examples_of, to_array
 
@@ -24,7 +24,7 @@ _MAX_RECORDS = 1000  # TensorFlow Serving refuses a file with more
 def predict_log(
     model_name: str, signature_name: str, inputs: Mapping[str, np.ndarray]
 ) -> prediction_log_pb2.PredictionLog:
-    """A Predict request as a warm-up record."""
+    """Returns a Predict request as a warm-up record."""
     log = prediction_log_pb2.PredictionLog()
     request = log.predict_log.request
     request.model_spec.name = model_name
@@ -35,7 +35,7 @@ def predict_log(
 
 
 def classify_log(model_name: str, signature_name: str, examples: Sequence[bytes]) -> prediction_log_pb2.PredictionLog:
-    """A Classify request for serialised tf.Examples as a warm-up record."""
+    """Returns a Classify request for serialized tf.Examples as a warm-up record."""
     log = prediction_log_pb2.PredictionLog()
     request = log.classify_log.request
     request.model_spec.name = model_name
@@ -46,7 +46,7 @@ def classify_log(model_name: str, signature_name: str, examples: Sequence[bytes]
 
 
 def write_warmup(version_dir: pathlib.Path, logs: Sequence[prediction_log_pb2.PredictionLog]) -> None:
-    """Writes the records of a version, replacing those that are there."""
+    """Writes the warm-up records of a version. Earlier records are replaced."""
     path = version_dir / WARMUP_FILE
     path.parent.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(path)) as writer:
@@ -54,11 +54,11 @@ def write_warmup(version_dir: pathlib.Path, logs: Sequence[prediction_log_pb2.Pr
             writer.write(log.SerializeToString())
 
 
-def replay_warmup(model: LoadedModel) -> int:
-    """Runs the warm-up requests of a version, if it has any; gives their number.
+def replay_warmup(model: ServedModel) -> int:
+    """Runs the warm-up requests of a version, if it has any, and returns their number.
 
     Raises:
-        ServingError: the file is damaged or too long, or a request fails.
+        ServingError: The file is damaged or too long, or a request fails.
     """
     count = 0
     for count, log in enumerate(_read(model.path / WARMUP_FILE), start=1):
@@ -78,7 +78,7 @@ def _read(path: pathlib.Path) -> Iterator[prediction_log_pb2.PredictionLog]:
         raise ServingError("DATA_LOSS", f"Cannot read the warm-up file {path}: {error}") from error
 
 
-def _replay(model: LoadedModel, log: prediction_log_pb2.PredictionLog) -> None:
+def _replay(model: ServedModel, log: prediction_log_pb2.PredictionLog) -> None:
     kind = log.WhichOneof("log_type")
     if kind == "predict_log":
         request = log.predict_log.request

@@ -1,1 +1,1 @@
-"""From a classifier to a published, verified version folder."""
+"""Publishing a classifier: building its signatures, verifying the export, and putting it in place."""

@@ -1,4 +1,4 @@
-"""From a classifier to a checked version in a folder that TF Serving watches, all of it or nothing."""
+"""Publishes a classifier as a verified version in a folder that TensorFlow Serving watches, or not at all."""
 
 import contextlib
 import dataclasses
@@ -49,33 +49,35 @@ def export_classifier(
 ) -> pathlib.Path:
     """Publishes a classifier as `export_dir/model_name/version`, ready for TensorFlow Serving.
 
-    The version is written under another name beside its place, loaded as TensorFlow Serving loads it, every
-    signature run and compared with `classifier.predict`, the warm-up requests replayed, and only then renamed into
-    place. A server that watches the folder never sees a part of it, and an export that is stopped or goes wrong
-    publishes nothing. BatchNorm after a convolution is folded into it (float32): the SavedModel is for inference.
+    The version is first written under a temporary name and loaded as TensorFlow Serving loads it. Every signature is
+    run and compared with `classifier.predict`, and the warm-up requests are replayed. Only then is the version renamed
+    into place. So a server that watches the folder never sees part of a version, and an export that is interrupted or
+    fails publishes nothing. As the SavedModel is for inference only, each BatchNorm after a float32 convolution is
+    folded into it.
 
     Args:
-        classifier: any Keras model that `plain_classifier` takes, for images (batch, H, W, 3) in [0, 1], H = W.
-        export_dir: the folder of all models.
-        model_name: the name in requests, and of the folder; without "/" and ":".
-        model_card: facts to publish as `model_card.json` (data, metric, accuracies, licence, ...). What the classifier
-            itself tells (sizes, classes, pixel range, versions) is added.
-        labels: class names in the order of the logits; "0", "1", ... when None.
-        version: at least 1; None takes the next free one.
-        resize_size: what encoded images' shorter side is resized to before the centre crop; None takes the size of
-            the classifier's images.
-        decoding: how EXIF rotation and transparency of encoded images are treated, as in training.
-        attack_probe: serve this attack as the signature `attack_probe`.
-        original: the model that `classifier` was made from. The served probabilities must equal the ones that it gives.
-        world_readable: give the version, and the folders made for it, the modes 0755 and 0644, whatever the umask
-            is: a server usually runs as a user who could not read them under umask 077. False keeps the umask.
+        classifier: Any Keras model that `plain_classifier` accepts, for images (batch, size, size, 3) in [0, 1].
+        export_dir: Folder of all models.
+        model_name: Name of the model in requests and of its folder. It must not contain "/" or ":".
+        model_card: Facts to publish as `model_card.json`, such as data, metric, accuracies and license. What the
+            classifier itself shows (sizes, classes, pixel range, versions) is added.
+        labels: Names of the classes in the order of the logits. None names them "0", "1", ...
+        version: Number of the version, at least 1. None takes the next free number.
+        resize_size: Length to which the shorter side of an encoded image is resized before the center crop. None
+            takes the size of the classifier's images.
+        decoding: How EXIF rotation and transparency of encoded images are treated, as in training.
+        attack_probe: Attack to serve as the signature `attack_probe`. None serves none.
+        original: Model that `classifier` was made from. The served probabilities must equal those of this model.
+        world_readable: Whether to give the version, and the folders created for it, the modes 0755 and 0644 whatever
+            the umask is. A server usually runs as another user, who could not read them under umask 077. False keeps
+            the umask.
 
     Returns:
         The folder of the new version.
 
     Raises:
-        UserError: an argument is at fault, the version exists, the folder cannot be written, or the export does not
-            answer as the classifier does.
+        UserError: An argument is not valid, the version exists, the folder cannot be written, or the export does not
+            give the same answers as the classifier.
     """
     original = original or classifier
     classifier = plain_classifier(classifier)
@@ -84,7 +86,8 @@ def export_classifier(
     resize_size = image_size if resize_size is None else resize_size
     if resize_size < image_size:
         raise UserError(
-            f"resize_size is at least the classifier's image size, {image_size}. Received: resize_size={resize_size}."
+            f"resize_size must be at least the classifier's image size, {image_size}. Received: "
+            f"resize_size={resize_size}."
         )
     base = model_folder(pathlib.Path(export_dir), model_name)
     if version is not None:
@@ -97,8 +100,8 @@ def export_classifier(
     requests = sample_requests(image_size, attack_probe)
     with _staging_folder(base, world_readable) as staging:
         module = tf.Module()
-        # The tf.Variables themselves: a Keras model (or Keras variables) here would be stored twice over, or not be
-        # found again by TensorFlow Serving's loader.
+        # The tf.Variables, rather than the Keras model or its Keras variables: those would be stored twice, or
+        # TensorFlow Serving's loader would not find them again.
         module.weights = [weight.value for weight in served.weights]
         tf.saved_model.save(module, str(staging), signatures=signatures)
         (staging / "assets").mkdir(exist_ok=True)
@@ -142,7 +145,7 @@ def export_classifier(
 
 
 def _sizes(classifier: keras.Model) -> tuple[int, int]:
-    """Side of the images and number of classes."""
+    """Returns the side of the images and the number of classes."""
     _, height, width, channels = classifier.input_shape
     if height is None or height != width or channels != 3:
         raise UserError(
@@ -157,11 +160,11 @@ def _checked_labels(labels: Sequence[str] | None, num_classes: int) -> list[str]
         return [str(index) for index in range(num_classes)]
     if len(labels) != num_classes:
         raise UserError(
-            f"One label for each of the classifier's {num_classes} classes is needed. Received: {len(labels)} labels."
+            f"Each of the classifier's {num_classes} classes needs a label. Received: {len(labels)} labels."
         )
     for label in labels:
         if not label.strip() or "\n" in label or "\r" in label:
-            raise UserError(f"A label is one line of text that is not empty. Received: {label!r}.")
+            raise UserError(f"A label must be one line of text that is not empty. Received: {label!r}.")
     if len(set(labels)) != len(labels):
         twice = sorted({label for label in labels if list(labels).count(label) > 1})
         raise UserError(f"Labels must differ from each other. Received more than once: {', '.join(twice)}.")
@@ -169,29 +172,41 @@ def _checked_labels(labels: Sequence[str] | None, num_classes: int) -> list[str]
 
 
 def model_folder(export_dir: pathlib.Path, model_name: str) -> pathlib.Path:
-    """Where the versions of a model lie. Raises UserError for a name that is none of a folder."""
+    """Returns the folder that holds the versions of a model.
+
+    Args:
+        export_dir: Folder of all models.
+        model_name: Name of the model.
+
+    Raises:
+        UserError: The name is not valid.
+
+    Example:
+        >>> model_folder(pathlib.Path("export"), "pets").as_posix()
+        'export/pets'
+    """
     if not model_name or set(model_name) & set("/:\\\0") or model_name.startswith("."):
         raise UserError(
-            "A model name is a folder's name without '/', '\\' and ':' that doesn't start with a dot. Received: "
-            f"{model_name!r}."
+            "A model name must be the name of a folder, without '/', '\\' and ':', and must not start with a dot. "
+            f"Received: {model_name!r}."
         )
     return export_dir / model_name
 
 
 def _check_version(base: pathlib.Path, version: int) -> None:
     if not 1 <= version <= MAX_VERSION:
-        raise UserError(f"A version is a number from 1 to {MAX_VERSION}. Received: version={version}.")
+        raise UserError(f"A version must be a number from 1 to {MAX_VERSION}. Received: version={version}.")
     there = version_folders(base)
     if version in there:
         raise UserError(
             f"A published version is never overwritten. Received: version={version}, and {there[version]} exists. "
-            f"Take --version={max(there) + 1}, or none for the next free one."
+            f"Use --version={max(there) + 1}, or leave the flag out for the next free number."
         )
 
 
 @contextlib.contextmanager
 def _staging_folder(base: pathlib.Path, world_readable: bool) -> Iterator[pathlib.Path]:
-    """A folder beside the versions whose name is no number, so no server looks into it; gone after the block."""
+    """Creates a folder beside the versions for the block. Its name is not a number, so servers ignore it."""
     staging = base / f".export-{uuid.uuid4().hex[:12]}"
     try:
         missing = [folder for folder in (base, *base.parents) if not folder.exists()]
@@ -214,10 +229,10 @@ def _staging_folder(base: pathlib.Path, world_readable: bool) -> Iterator[pathli
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Holds a lock on a folder that ends with the process, however that ends.
+    """Holds a lock on a folder during the block. If the process dies, the lock is released.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: Another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -228,9 +243,9 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _remove_abandoned(base: pathlib.Path) -> None:
-    """Removes what exporters that were killed have left: folders that nobody holds the lock of."""
+    """Removes the folders of exporters that were killed, which are those that nobody has locked."""
     for folder in base.glob(".export-*"):
-        # Another process's folder may be gone by now, or be too young to be locked yet.
+        # The folder of another process may be gone by now, or so new that it is not locked yet.
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                 with _locked(folder):
@@ -238,13 +253,17 @@ def _remove_abandoned(base: pathlib.Path) -> None:
 
 
 def _make_readable(folder: pathlib.Path) -> None:
-    """Lets every user read a folder and what is in it, and its owner alone write."""
+    """Lets every user read a folder and its contents, but only the owner write."""
     for path in [*folder.rglob("*"), folder]:
         path.chmod(_FOLDER_MODE if path.is_dir() else _FILE_MODE)
 
 
 def readers_of(version_dir: pathlib.Path) -> str:
-    """Says who can read a published version, and names the folder that keeps other users from it."""
+    """Returns a sentence on who can read a published version. If a folder keeps other users out, it is named.
+
+    Args:
+        version_dir: Folder of the version.
+    """
     for folder in (version_dir, *version_dir.resolve().parents):
         mode = folder.stat().st_mode
         if not mode & stat.S_IXOTH:
@@ -253,7 +272,7 @@ def readers_of(version_dir: pathlib.Path) -> str:
 
 
 def _sync(folder: pathlib.Path) -> None:
-    """Everything below a folder onto the disk, so that a power cut after the rename can't leave empty files."""
+    """Writes everything in a folder to the disk, so that a power failure after the rename leaves no empty files."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -268,7 +287,7 @@ def _rename_into_place(staging: pathlib.Path, base: pathlib.Path, version: int |
         _check_version(base, number)
         target = base / str(number)
         try:
-            staging.rename(target)  # fails when another exporter was quicker: a folder with files is never replaced
+            staging.rename(target)  # fails if another exporter was faster, as a folder with files is never replaced
         except OSError:
             if version is None and target.is_dir():
                 continue

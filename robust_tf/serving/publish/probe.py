@@ -1,4 +1,4 @@
-"""The attack that runs inside the served graph: does this image keep its label within this epsilon?"""
+"""The attack inside the served graph, which tests whether an image keeps its label within an epsilon."""
 
 import dataclasses
 import math
@@ -15,12 +15,16 @@ from robust_tf.errors import UserError, unknown_name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackProbe:
-    """What the signature `attack_probe` runs: PGD without a random start, the radius given by each request.
+    """Settings of the signature `attack_probe`: PGD without a random start, with the epsilon of each request.
 
     Attributes:
-        norm: "linf" or "l2".
-        steps: gradient steps; each is 2.5 * epsilon / steps long.
-        epsilon: the radius that the classifier was evaluated at, in [0, 1] pixel units; only a hint for clients.
+        norm: Norm of the perturbation, "linf" or "l2".
+        steps: Number of gradient steps. Each is 2.5 * epsilon / steps long.
+        epsilon: Epsilon at which the classifier was evaluated, in [0, 1] pixel units. It is only a hint for clients.
+
+    Example:
+        >>> AttackProbe(norm="l2", epsilon=0.5).steps
+        20
     """
 
     norm: str
@@ -28,21 +32,22 @@ class AttackProbe:
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):  # steps of the l1 norm need more than a gradient
+        if self.norm not in ("linf", "l2"):  # in the l1 norm, a step is not a function of the gradient alone
             raise unknown_name("norm", self.norm, ("linf", "l2"))
         if self.steps < 1:
             raise UserError(f"The attack probe needs at least 1 step. Received: steps={self.steps}.")
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
-            raise UserError(f"epsilon is a distance of at least 0. Received: epsilon={self.epsilon}.")
+            raise UserError(f"epsilon must be at least 0. Received: epsilon={self.epsilon}.")
 
 
 class ProbeResult(NamedTuple):
-    """The worst point that the attack met for each image.
+    """The worst point that the attack found for each image.
 
     Attributes:
-        images_adv: (batch, height, width, 3) float32, in the ball and in [0, 1].
-        logits: (batch, classes) float32, the classifier's logits there.
-        margin: (batch,) float32, logit of the label minus the best other logit; positive: the label held everywhere.
+        images_adv: Adversarial images, (batch, height, width, 3) float32, in the ball and in [0, 1].
+        logits: The classifier's logits for these images, (batch, classes) float32.
+        margin: Logit of the label minus the largest other logit, (batch,) float32. If it is positive, the attack did
+            not change the prediction.
     """
 
     images_adv: tf.Tensor
@@ -58,14 +63,15 @@ def run_probe(
     *,
     probe: AttackProbe,
 ) -> ProbeResult:
-    """PGD with a radius of its own for each image, keeping the point of smallest margin, the start included.
+    """Attacks each image with PGD and its own epsilon, and keeps the point of smallest margin, start included.
 
     Args:
-        logits_of: (batch, height, width, 3) float32 in [0, 1] -> (batch, classes) float32, in inference mode.
-        images: (batch, height, width, 3) float32 in [0, 1].
-        labels: (batch,) int64.
-        epsilon: (batch,) float32, in [0, 1] pixel units.
-        probe: norm and number of steps.
+        logits_of: Function from images, (batch, height, width, 3) float32 in [0, 1], to logits, (batch, classes)
+            float32, in inference mode.
+        images: Images, (batch, height, width, 3) float32 in [0, 1].
+        labels: Labels, (batch,) int64.
+        epsilon: Epsilon of each image, (batch,) float32, in [0, 1] pixel units.
+        probe: Norm and number of steps.
 
     Source: Madry et al. 2018, arXiv 1706.06083, section 2.1.
     """
@@ -76,7 +82,7 @@ def run_probe(
         images,
         labels,
         images,
-        norm=NORMS[probe.norm],
+        geometry=NORMS[probe.norm],
         epsilon=radius,
         step_size=2.5 * radius / probe.steps,
         steps=probe.steps,
@@ -87,7 +93,7 @@ def run_probe(
 
 
 def _margin_with_the_slope_of_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """The attack climbs the cross-entropy, as in the source, but an iterate is worse where the margin is smaller."""
+    """Returns minus the margin, which ranks the points, with the gradient of the cross-entropy, which PGD ascends."""
     del targets
 
     @tf.custom_gradient

@@ -1,8 +1,8 @@
-"""The functions that TF Serving calls: one signature for each way of asking a classifier.
+"""The functions that TensorFlow Serving calls: one signature for each way of asking a classifier.
 
-TensorFlow Serving compares names of inputs with the signature but never shapes, and a request without the batch
-dimension can abort the whole server process inside a kernel. So `tf.ensure_shape` stands first in every signature that
-takes pixels: it turns such a request into an error reply.
+TensorFlow Serving compares the names of inputs with the signature, but not their shapes. A request without the batch
+dimension can therefore abort the whole server process inside a kernel. Every signature starts with `tf.ensure_shape`,
+which turns such a request into an error reply.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,29 +14,30 @@ from robust_tf.data.transforms import AS_STORED, Decoding, decode, evaluation_tr
 from robust_tf.models import features_of
 from robust_tf.serving.publish.probe import AttackProbe, run_probe
 
-TOP_K = 5  # class names in a reply, or as many as there are classes
+TOP_K = 5  # largest number of class names in a reply
 
-# A few kilobytes can hold an image that fills the server's memory once it is decoded and resized.
+# An image file of a few kilobytes can fill the server's memory when it is decoded and resized.
 _MAX_PIXELS = 50_000_000
 _MAX_SIDE_RATIO = 20
 
-# How far from [0, 1] pixels may be: a cubic resize overshoots a little, other units (0 to 255, -1 to 1) do so by far.
+# How far outside [0, 1] pixels may be. A cubic resize overshoots by less, other units (0 to 255, -1 to 1) by more.
 _PIXEL_TOLERANCE = 0.05
 
 
 def decode_images(
     image_bytes: tf.Tensor, *, image_size: int, resize_size: int, decoding: Decoding = AS_STORED
 ) -> tf.Tensor:
-    """Encoded images to what the classifier was evaluated on.
+    """Decodes and crops images as in the evaluation of the classifier.
 
     Args:
-        image_bytes: (batch,) string; JPEG, PNG, GIF (first frame), BMP or WebP of any size; grey becomes RGB.
-        image_size: side of the images that come out.
-        resize_size: what the shorter side is resized to before the centre crop.
-        decoding: how EXIF rotation and transparency are treated, as in training.
+        image_bytes: Encoded images of any size, (batch,) string: JPEG, PNG, GIF (first frame), BMP or WebP. Gray
+            images become RGB.
+        image_size: Side of the images to return, in pixels.
+        resize_size: Length in pixels to which the shorter side is resized before the center crop.
+        decoding: How EXIF rotation and transparency are treated, as in training.
 
     Returns:
-        (batch, image_size, image_size, 3) float32 in [0, 1].
+        Images, (batch, image_size, image_size, 3) float32 in [0, 1].
     """
 
     def prepare(encoded: tf.Tensor) -> tf.Tensor:
@@ -44,12 +45,14 @@ def decode_images(
         size = tf.shape(image, out_type=tf.int64)[:2]
         checks = [
             tf.debugging.assert_less_equal(
-                tf.reduce_prod(size), tf.constant(_MAX_PIXELS, tf.int64), f"An image has at most {_MAX_PIXELS} pixels."
+                tf.reduce_prod(size),
+                tf.constant(_MAX_PIXELS, tf.int64),
+                f"An image must have at most {_MAX_PIXELS} pixels.",
             ),
             tf.debugging.assert_less_equal(
                 tf.reduce_max(size),
                 _MAX_SIDE_RATIO * tf.reduce_min(size),
-                f"An image is at most {_MAX_SIDE_RATIO} times as long as it is wide.",
+                f"An image must be at most {_MAX_SIDE_RATIO} times as long as it is wide.",
             ),
         ]
         with tf.control_dependencies(checks):
@@ -67,32 +70,33 @@ def build_signatures(
     decoding: Decoding = AS_STORED,
     attack_probe: AttackProbe | None = None,
 ) -> dict[str, Callable[..., dict[str, tf.Tensor]]]:
-    """The serving functions of a classifier, by signature name, ready for `tf.saved_model.save`.
+    """Returns the serving functions of a classifier, by signature name, ready for `tf.saved_model.save`.
 
-    Every input and output is named, the batch dimension is free and everything at the boundary is float32, int64,
-    string or (`predict_uint8` only) uint8, because TF Serving's REST interface cannot carry half precision.
+    Every input and output has a fixed name, and the batch may have any size. Inputs and outputs are float32, int64,
+    string or (in `predict_uint8` only) uint8, because TensorFlow Serving's REST interface cannot carry half precision.
 
         serving_default  image_bytes (batch,) string           -> probabilities, logits, classes, top_k
         predict_pixels   images (batch, H, W, 3) float32, [0, 1] -> the same
         predict_uint8    images (batch, H, W, 3) uint8           -> the same
         features         images (batch, H, W, 3) float32, [0, 1] -> features (batch, feature_dim), see `features_of`
-        classify         inputs (batch,) serialised tf.Example with `image/encoded` -> classes, scores
+        classify         inputs (batch,) serialized tf.Example with `image/encoded` -> classes, scores
         preview          image_bytes (batch,) string           -> preview_image_bytes (batch,) string, PNG
-        attack_probe     image_bytes, label, epsilon (batch,) each -> see below; only with `attack_probe`
+        attack_probe     image_bytes, label, epsilon (batch,) each -> see below; only if `attack_probe` is given
 
-    `preview` shows what the classifier sees of an encoded image: decoded, resized and cropped, at its own size.
-    `probabilities` and `logits` are (batch, classes) in the order of the labels. `top_k` holds the k most probable
-    classes as int64 indices, best first, and `classes` their names. `attack_probe` takes the class index in `label`
-    (-1: whatever the classifier predicts) and answers `robust` (1 or 0), `margin` (label's logit minus the best
-    other, at the worst point found), `adversarial_class`, `adversarial_probabilities`, and two PNG pictures of the size
-    that the classifier sees: `clean_image_bytes` and `adversarial_image_bytes`.
+    `preview` shows an encoded image as the classifier sees it: decoded, resized and cropped.
+    `probabilities` and `logits` are (batch, classes) in the order of the labels. `top_k` holds the indices of the k
+    most probable classes, int64, the most probable first, and `classes` holds their names. `attack_probe` takes a class
+    index as `label`, where -1 stands for the predicted class. It answers with `robust` (1 or 0), `margin` (logit of the
+    label minus the largest other logit, at the worst point found), `adversarial_class`, `adversarial_probabilities`,
+    and two PNG pictures of the size that the classifier sees, `clean_image_bytes` and `adversarial_image_bytes`.
 
     Args:
-        classifier: images (batch, H, W, 3) float32 in [0, 1] -> logits, as of `plain_classifier`.
-        labels: class names in the order of the logits.
-        resize_size: of the evaluation transform.
-        decoding: of encoded images, as in training.
-        attack_probe: the attack to serve beside the predictions.
+        classifier: Model from images, (batch, height, width, 3) float32 in [0, 1], to logits, as `plain_classifier`
+            returns it.
+        labels: Names of the classes in the order of the logits.
+        resize_size: Length in pixels to which the shorter side of an encoded image is resized.
+        decoding: How EXIF rotation and transparency of encoded images are treated, as in training.
+        attack_probe: Attack to serve in addition to the predictions. None serves none.
     """
     _, height, width, channels = classifier.input_shape
     image_shape = [None, height, width, channels]
@@ -142,7 +146,7 @@ def build_signatures(
             tf.ensure_shape(inputs, [None]), {"image/encoded": tf.io.FixedLenFeature([], tf.string)}
         )
         best = tf.math.top_k(tf.nn.softmax(logits_of(images_of(examples["image/encoded"]))), top_k)
-        # TF Serving's Classify accepts exactly these two names.
+        # TensorFlow Serving's Classify accepts no other names than these two.
         return {"classes": tf.gather(names, best.indices), "scores": best.values}
 
     @tf.function(input_signature=[encoded])
@@ -170,9 +174,9 @@ def build_signatures(
     def probe(image_bytes: tf.Tensor, label: tf.Tensor, epsilon: tf.Tensor) -> dict[str, tf.Tensor]:
         label, epsilon = tf.ensure_shape(label, [None]), tf.ensure_shape(epsilon, [None])
         checks = [
-            tf.debugging.assert_greater_equal(label, tf.constant(-1, tf.int64), "label is a class index, or -1."),
-            tf.debugging.assert_less(label, tf.constant(len(labels), tf.int64), "label is a class index, or -1."),
-            tf.debugging.assert_greater_equal(epsilon, 0.0, "epsilon is a distance of at least 0."),
+            tf.debugging.assert_greater_equal(label, tf.constant(-1, tf.int64), "label must be a class index, or -1."),
+            tf.debugging.assert_less(label, tf.constant(len(labels), tf.int64), "label must be a class index, or -1."),
+            tf.debugging.assert_greater_equal(epsilon, 0.0, "epsilon must be at least 0."),
             tf.debugging.assert_all_finite(epsilon, "epsilon must be finite."),
         ]
         with tf.control_dependencies(checks):
@@ -192,17 +196,17 @@ def build_signatures(
 
 
 def _checked_pixels(images: tf.Tensor) -> tf.Tensor:
-    """The same images; running the graph with pixels clearly outside [0, 1], or NaN, ends with INVALID_ARGUMENT."""
+    """Returns the images unchanged. Pixels clearly outside [0, 1], or NaN, make the run fail with INVALID_ARGUMENT."""
     low, high = tf.reduce_min(images), tf.reduce_max(images)
-    check = tf.debugging.Assert(  # a comparison with NaN is false
+    check = tf.debugging.Assert(  # this fails for NaN as well, as any comparison with NaN is false
         tf.reduce_all((images >= -_PIXEL_TOLERANCE) & (images <= 1.0 + _PIXEL_TOLERANCE)),
-        ["Pixels are numbers in [0, 1]. Received: from", low, "to", high],
+        ["Pixels must be in [0, 1]. Received: from", low, "to", high],
     )
     with tf.control_dependencies([check]):
         return tf.identity(images)
 
 
 def _encode_png(images: tf.Tensor) -> tf.Tensor:
-    """(batch, H, W, 3) float32 in [0, 1] -> (batch,) string."""
+    """Encodes images (batch, height, width, 3) float32 in [0, 1] as PNG, (batch,) string."""
     as_uint8 = tf.cast(tf.round(tf.clip_by_value(images, 0.0, 1.0) * 255.0), tf.uint8)
     return tf.map_fn(tf.io.encode_png, as_uint8, fn_output_signature=tf.TensorSpec([], tf.string))

@@ -1,4 +1,4 @@
-"""The check before publishing: does the export answer, as TensorFlow Serving runs it, what the classifier says?"""
+"""Checks before publishing that an export, run as TensorFlow Serving does, answers like the classifier."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,18 @@ from robust_tf.serving.model.status import ServingError
 from robust_tf.serving.publish.probe import AttackProbe
 from robust_tf.serving.publish.signatures import decode_images
 
-# How far a served number may be from `classifier.predict`, relative to the largest expected one (at least 1).
-# TensorFlow Serving's graph optimiser fuses layers, which changes roundings: much in half precision.
+# How far a served number may differ from `classifier.predict`, relative to the largest expected number (at least 1).
+# The graph optimizer fuses layers, which changes the rounding, most of all in half precision.
 _TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
 
 
 def sample_requests(image_size: int, attack_probe: AttackProbe | None) -> dict[str, dict[str, np.ndarray]]:
-    """Two images as a request for each signature that Predict answers; the warm-up's too."""
+    """Returns a request of two images for each signature that Predict can run. They also serve as warm-up.
+
+    Args:
+        image_size: Side of the classifier's images.
+        attack_probe: The served attack, or None.
+    """
     images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), dtype=np.uint8)
     images[1] = np.linspace(0, 255, image_size, dtype=np.uint8)[:, None, None]
     image_bytes = np.array([tf.io.encode_png(image).numpy() for image in images], dtype=object)
@@ -48,7 +53,12 @@ def sample_requests(image_size: int, attack_probe: AttackProbe | None) -> dict[s
 def warmup_logs(
     model_name: str, requests: Mapping[str, Mapping[str, np.ndarray]]
 ) -> list[prediction_log_pb2.PredictionLog]:
-    """The sample requests as warm-up records, and one for Classify."""
+    """Returns the sample requests as warm-up records, and one more for Classify.
+
+    Args:
+        model_name: Name of the model.
+        requests: The sample requests, by signature.
+    """
     logs = [warmup.predict_log(model_name, name, request) for name, request in requests.items()]
     examples = _examples(requests["serving_default"]["image_bytes"])
     return [*logs, warmup.classify_log(model_name, "classify", examples)]
@@ -72,12 +82,20 @@ def verify_export(
     decoding: Decoding = AS_STORED,
     original: keras.Model,
 ) -> None:
-    """Runs every signature and the warm-up as TensorFlow Serving would, and compares with `classifier.predict`.
+    """Runs every signature and the warm-up as TensorFlow Serving would, and compares the answers with the classifier.
 
-    The probabilities are also compared with those of `original`, the model that the user knows.
+    Args:
+        version_dir: Folder of the export.
+        classifier: The exported classifier.
+        requests: The sample requests, by signature.
+        labels: Names of the classes.
+        resize_size: Length to which the shorter side of an encoded image is resized.
+        decoding: How encoded images are decoded.
+        original: Model that the classifier was made from. The probabilities are compared with it as well, because it
+            is the model that the user knows.
 
     Raises:
-        UserError: the export cannot be loaded or run, or answers something else.
+        UserError: The export cannot be loaded or run, or its answers differ.
     """
     try:
         model = LoadedModel(version_dir)
@@ -89,8 +107,8 @@ def verify_export(
             model.close()
     except ServingError as error:
         raise UserError(
-            f"The export cannot be served. Received: {error}. Nothing was published. A layer of the classifier may not "
-            "be made for export."
+            f"The export cannot be served. Received: {error}. Nothing was published. Perhaps a layer of the classifier "
+            "does not support export."
         ) from error
 
 
@@ -114,7 +132,7 @@ def _compare(
     from_pixels, from_bytes = np.split(_predict(classifier, np.concatenate([pixels, decoded])), 2)
     if not (np.isfinite(from_pixels).all() and np.isfinite(from_bytes).all()):
         raise UserError(
-            f"The classifier's logits must be finite. Received: {from_pixels.tolist()}. It has diverged in training."
+            f"The classifier's logits must be finite. Received: {from_pixels.tolist()}. Its training has diverged."
         )
     tolerance = _tolerance(classifier)
     for name, logits in [
@@ -135,8 +153,8 @@ def _compare(
     _expect_close("classify/scores", scores, best, tolerance)
     pictures = model.run("preview", requests["preview"])["preview_image_bytes"]
     shown = np.stack([tf.io.decode_png(picture).numpy() for picture in pictures]).astype(np.float32) / 255.0
-    _expect_close("preview", shown, decoded, 1.0 / 255.0)  # rounded to 8 bits
-    if "attack_probe" in requests:  # the first sample's epsilon is 0: nothing is attacked
+    _expect_close("preview", shown, decoded, 1.0 / 255.0)  # a PNG is rounded to 8 bits
+    if "attack_probe" in requests:  # the epsilon of the first sample is 0, so its answer is that of the clean image
         probed = model.run("attack_probe", requests["attack_probe"])["adversarial_probabilities"]
         _expect_close("attack_probe at epsilon 0", probed[:1], _softmax(from_bytes[:1]), tolerance)
 
@@ -144,11 +162,11 @@ def _compare(
 def _compare_probabilities(
     model: LoadedModel, classifier: keras.Model, original: keras.Model, request: Mapping[str, np.ndarray]
 ) -> None:
-    """Against the outputs of the user's own model: probabilities as they are, or the softmax or sigmoid of logits."""
+    """Compares the served probabilities with those of the original model, whatever kind of output it has."""
     answer = model.run("predict_pixels", request)
     outputs = outputs_of(original, request["images"]).numpy().astype(np.float32)
     if outputs.shape[1] == 1:
-        # One output is a logit where it is served as one; otherwise it is the sigmoid that was taken off.
+        # A single output is a logit if it is served unchanged. Else it is a probability, and its sigmoid was removed.
         is_logit = np.allclose(outputs[:, 0], answer["logits"][:, 1], rtol=1e-3, atol=1e-3)
         of_class_1 = tf.sigmoid(outputs).numpy() if is_logit else outputs
         expected = np.concatenate([1.0 - of_class_1, of_class_1], axis=1)
@@ -159,8 +177,8 @@ def _compare_probabilities(
         ending = "probabilities" if expected is outputs else "outputs"
         raise UserError(
             f"The served probabilities must be those of the classifier. Received: {original.name!r}, whose {ending} "
-            f"differ from them by {difference:g}. Nothing was published. Its end is none that can be turned into "
-            "logits: build it again with keras.Model(inputs, logits), the numbers that a softmax would take."
+            f"differ from them by {difference:g}. Nothing was published. Its last layers cannot be turned into logits: "
+            "build it again as keras.Model(inputs, logits), where logits are the numbers that go into the softmax."
         )
 
 
@@ -169,22 +187,24 @@ def _tolerance(classifier: keras.Model) -> float:
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    return tf.nn.softmax(logits).numpy()
+    probabilities: np.ndarray = tf.nn.softmax(logits).numpy()
+    return probabilities
 
 
 def _predict(model: keras.Model, images: np.ndarray) -> np.ndarray:
-    return model.predict(images, verbose=0).astype(np.float32)
+    outputs: np.ndarray = model.predict(images, verbose=0).astype(np.float32)
+    return outputs
 
 
 def _expect_close(what: str, received: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     if received.shape != expected.shape:
         raise UserError(
-            f"The export answers another shape than the classifier in {what}. Received: {received.shape}, expected "
+            f"The export and the classifier must give the same shape for {what}. Received: {received.shape} instead of "
             f"{expected.shape}. Nothing was published."
         )
     difference = float(np.max(np.abs(received - expected)) / max(1.0, float(np.max(np.abs(expected)))))
     if not difference <= tolerance:
         raise UserError(
-            f"The export answers otherwise than the classifier in {what}. Received: a difference of {difference:g}, "
-            f"allowed {tolerance:g}. Nothing was published."
+            f"The export and the classifier must give the same numbers for {what}. Received: a difference of "
+            f"{difference:g}, where {tolerance:g} is allowed. Nothing was published."
         )

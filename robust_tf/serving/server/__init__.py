@@ -1,1 +1,1 @@
-"""The server: REST and gRPC endpoints, versions, batching and metrics, as TF Serving has them."""
+"""The server, with REST, gRPC, versions, batching and metrics as in TensorFlow Serving."""

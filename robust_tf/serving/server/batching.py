@@ -1,14 +1,13 @@
-"""Dynamic batching with TensorFlow's own scheduler: requests that arrive together run together.
+"""Dynamic batching by TensorFlow's own scheduler: requests that arrive at the same time run as one batch.
 
-`tf.nondifferentiable_batch_function` collects rows in C++, by the same parameters and with the same messages as
-TensorFlow Serving; what it calls for each batch is the Session of `LoadedModel`.
+`tf.nondifferentiable_batch_function` collects the rows in C++, with the parameters and messages of TensorFlow Serving.
+For each batch, it calls the model.
 """
 
 import math
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -18,17 +17,32 @@ from robust_tf.serving.model.session import LoadedModel, from_tensorflow
 from robust_tf.serving.model.status import ServingError, invalid
 from robust_tf.serving.server.config_files import Batching
 
-_MAX_QUEUES = 64  # models of free shape could ask for any number
+_MAX_QUEUES = 64  # each shape of a row has a queue, and a model may accept any number of shapes
 
 
-class BatchedModel(LoadedModel):
-    """A `LoadedModel` whose `run` may share one call of the model with other requests."""
+class BatchedModel:
+    """A `ServedModel` that runs requests to another model in batches.
 
-    def __init__(self, *args: Any, batching: Batching, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Args:
+        model: Model that runs the batches.
+        batching: How batches are formed.
+
+    Attributes:
+        path: Folder of the version.
+        signatures: The signatures that the SavedModel declares, by name.
+    """
+
+    def __init__(self, model: LoadedModel, batching: Batching) -> None:
+        self.path = model.path
+        self.signatures = model.signatures
+        self._model = model
         self._batching = batching
-        self._queues: dict[tuple, _Queue] = {}
+        self._queues: dict[tuple[str, tuple[tuple[int, ...], ...]], _Queue] = {}
         self._queues_lock = threading.Lock()
+
+    def signature(self, name: str) -> meta_graph_pb2.SignatureDef | None:
+        """Returns the signature with this name, or None. "" stands for `serving_default`."""
+        return self._model.signature(name)
 
     def run(
         self,
@@ -38,12 +52,26 @@ class BatchedModel(LoadedModel):
         *,
         timeout_ms: int = 0,
     ) -> dict[str, np.ndarray]:
-        """As `LoadedModel.run`; when a request spoils a batch, its requests run again one by one.
+        """Runs one signature, in a batch with other requests where possible.
 
-        A batch runs for as long as the most patient of its requests would wait.
+        If a request makes its whole batch fail, the requests of the batch run again one by one. A batch may run until
+        the latest deadline among its requests.
+
+        Args:
+            signature_name: One of `signatures`.
+            inputs: An array for each input, by name. Strings are object arrays of bytes.
+            outputs: Names of the outputs to compute. All if empty.
+            timeout_ms: Longest time from now to the result in milliseconds. 0 sets no limit.
+
+        Returns:
+            An array for each output, by name.
+
+        Raises:
+            ServingError: As for `LoadedModel.run`; also if the queue is full, or if the inputs have no common first
+                dimension.
         """
         deadline = time.monotonic() + timeout_ms / 1000 if timeout_ms > 0 else math.inf
-        inputs, wanted = self.checked(signature_name, inputs, outputs)
+        inputs, wanted = self._model.checked(signature_name, inputs, outputs)
         if any(value.ndim == 0 for value in inputs.values()):
             raise invalid("Batching input tensors must have at least one dimension")
         if len({len(value) for value in inputs.values()}) != 1:
@@ -55,31 +83,34 @@ class BatchedModel(LoadedModel):
                 values = queue.run(*inputs.values(), deadline=deadline)
                 return {name: values[name] for name in wanted}
             except tf.errors.OpError as error:
-                # An error of the Python function around the batch: alone, each request gets its own answer.
+                # An error of the Python function that runs the batch. Alone, each request gets its own answer.
                 if not isinstance(error, tf.errors.UnknownError) and "Traceback" not in (error.message or ""):
                     raise from_tensorflow(error, self.path) from error
-        return super().run(signature_name, inputs, wanted, timeout_ms=_milliseconds_until(deadline))
+        return self._model.run(signature_name, inputs, wanted, timeout_ms=_milliseconds_until(deadline))
 
     def close(self) -> None:
-        """As `LoadedModel.close`."""
+        """Ends the queues and frees the model. Nothing may be running."""
         for queue in self._queues.values():
             queue.close()
-        super().close()
+        self._model.close()
 
     def _queue(self, signature_name: str, inputs: Mapping[str, np.ndarray]) -> "_Queue | None":
-        """The queue for this signature and shape of a row (other shapes can't share a batch), while there is room."""
-        key = signature_name, *(value.shape[1:] for value in inputs.values())
+        """Returns the queue for a signature and the shape of its rows, or None if there are too many queues.
+
+        Rows of different shapes cannot share a batch.
+        """
+        key = signature_name, tuple(value.shape[1:] for value in inputs.values())
         with self._queues_lock:
             if key not in self._queues and len(self._queues) < _MAX_QUEUES:
-                self._queues[key] = _Queue(self, signature_name, self._batching)
+                self._queues[key] = _Queue(self._model, signature_name, self._batching)
             return self._queues.get(key)
 
 
 def _milliseconds_until(deadline: float) -> int:
-    """0, which waits for ever, for an infinite one.
+    """Returns the time until a deadline of `time.monotonic`, or 0 (no limit) for an infinite one.
 
     Raises:
-        ServingError: it has passed.
+        ServingError: The deadline has passed.
     """
     if deadline == math.inf:
         return 0
@@ -90,7 +121,7 @@ def _milliseconds_until(deadline: float) -> int:
 
 
 class _Queue:
-    """The batch operation in a graph and a Session of its own, whose end takes its threads along."""
+    """The batch operation of one signature, in a separate graph and Session. Closing the Session ends its threads."""
 
     def __init__(self, model: LoadedModel, signature_name: str, batching: Batching) -> None:
         definition: meta_graph_pb2.SignatureDef = model.signatures[signature_name]
@@ -99,7 +130,7 @@ class _Queue:
         def run_batch(deadlines: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
             inputs = dict(zip(definition.inputs, arrays, strict=True))
             timeout_ms = _milliseconds_until(float(deadlines.max()))
-            answer = LoadedModel.run(model, signature_name, inputs, timeout_ms=timeout_ms)
+            answer = model.run(signature_name, inputs, timeout_ms=timeout_ms)
             return [answer[name] for name in self._names]
 
         @tf.nondifferentiable_batch_function(
@@ -112,9 +143,12 @@ class _Queue:
             enable_large_batch_splitting=batching.enable_large_batch_splitting,
         )
         def batch_function(*tensors: tf.Tensor) -> list[tf.Tensor]:
-            return tf.numpy_function(run_batch, tensors, [info.dtype for info in definition.outputs.values()])
+            types = [info.dtype for info in definition.outputs.values()]
+            outputs: list[tf.Tensor] = tf.numpy_function(run_batch, tensors, types)
+            return outputs
 
-        # Threads of its own: a batch waits inside one of them for the model's Session, which needs the common ones.
+        # A batch occupies a thread of this Session while it waits for the model's Session. If both shared their
+        # threads, the model could find none.
         config = tf.compat.v1.ConfigProto(
             use_per_session_threads=True, inter_op_parallelism_threads=batching.num_batch_threads + 1
         )
@@ -125,9 +159,11 @@ class _Queue:
             self._call = self._session.make_callable(list(batch_function(*feeds)), feed_list=feeds)
 
     def run(self, *arrays: np.ndarray, deadline: float) -> dict[str, np.ndarray]:
-        """Waits for a batch that holds these rows, and gives their part of the answer by output name.
+        """Waits until a batch with these rows has run, and returns their part of each output, by name.
 
-        The deadline is one of `time.monotonic`.
+        Args:
+            *arrays: The inputs in the signature's order.
+            deadline: When the request must end, on the clock of `time.monotonic`.
         """
         deadlines = np.full(len(arrays[0]), deadline)
         return dict(zip(self._names, self._call(deadlines, *arrays), strict=True))

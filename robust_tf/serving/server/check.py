@@ -1,4 +1,4 @@
-"""What `robust_tf.serve --check` finds out without loading a model: files, folders, versions and labels."""
+"""`robust_tf.serve --check`: checks files, folders, versions and labels without loading a model."""
 
 import pathlib
 from collections.abc import Callable
@@ -8,15 +8,15 @@ from robust_tf.errors import UserError
 from robust_tf.serving.model.folders import complete_versions, why_no_version
 from robust_tf.serving.server import config_files
 from robust_tf.serving.server.model_settings import ModelSettings
-from robust_tf.serving.server.server import ServeConfig
+from robust_tf.serving.server.serve_config import ServeConfig
 
 
 class Report:
-    """What a check found.
+    """The findings of a check.
 
     Attributes:
-        lines: one for each thing that was looked at, and for each fault.
-        failed: whether there is a fault.
+        lines: One line for each thing that was checked, and for each fault.
+        failed: Whether there is a fault.
     """
 
     def __init__(self) -> None:
@@ -24,17 +24,17 @@ class Report:
         self.failed = False
 
     def note(self, line: str) -> None:
-        """Something that is as it should be."""
+        """Adds a line about something that is right."""
         self.lines.append(line)
 
     def fault(self, line: str) -> None:
-        """Something that is wrong."""
+        """Adds a line about something that is wrong."""
         self.lines.append(f"error: {line}")
         self.failed = True
 
 
 def check(config: ServeConfig) -> Report:
-    """Looks at everything that the flags name. No model is loaded and no port is opened."""
+    """Checks everything that the flags name. No model is loaded and no port is opened."""
     report = Report()
     for flag_name, read in (
         ("batching_parameters_file", config_files.read_batching),
@@ -43,7 +43,7 @@ def check(config: ServeConfig) -> Report:
     ):
         _check_file(report, flag_name, getattr(config, flag_name), read)
     try:
-        models = config.models()
+        models = config_files.models_to_serve(config)
     except UserError as error:
         report.fault(str(error))
         return report

@@ -1,7 +1,7 @@
-"""The text files of `tensorflow_model_server`: models, batching, monitoring and TLS, in its own formats.
+"""Reads the configuration files of `tensorflow_model_server`: models, batching, monitoring and TLS.
 
-The message for models comes with the official protos. The other three are not packaged anywhere, so their fields are
-declared here, by the same names.
+They are protocol buffers in text form. The official package contains the message for models only, so the fields of the
+other three are declared here, with the same names.
 """
 
 import dataclasses
@@ -15,13 +15,14 @@ from google.protobuf.message import Message
 from tensorflow_serving.config import model_server_config_pb2
 
 from robust_tf.errors import UserError
-from robust_tf.serving.model.folders import MAX_VERSION, is_remote
+from robust_tf.serving.model.folders import MAX_VERSION, check_local
 from robust_tf.serving.server.model_settings import ModelSettings
+from robust_tf.serving.server.serve_config import ServeConfig
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
 _PACKAGE = "robust_tf.serving"
 
-# Message -> its fields: name, number, type (a scalar type, or the name of a message), repeated or not.
+# The fields of each message: name, number, type (a scalar type or the name of a message), and whether it is repeated.
 _MESSAGES: dict[str, list[tuple[str, int, Any, bool]]] = {
     "BatchingParameters": [
         ("max_batch_size", 1, "Int64Value", False),
@@ -48,16 +49,17 @@ _PROMETHEUS_PATH = "/monitoring/prometheus/metrics"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How single requests are put together; the defaults are TensorFlow Serving's.
+    """How requests are put together in batches. The defaults are those of TensorFlow Serving.
 
     Attributes:
-        max_batch_size: rows of a request at most, and of a batch unless large ones are split.
-        batch_timeout_micros: how long the first request of a batch waits for others.
-        max_enqueued_batches: batches that may wait; requests beyond are refused with UNAVAILABLE.
-        num_batch_threads: batches that run at the same time.
-        allowed_batch_sizes: a batch is filled up to the next of these sizes; empty: as it is.
-        enable_large_batch_splitting: run a request in parts when it is larger than a batch.
-        max_execution_batch_size: rows of a batch at most then; 0: `max_batch_size`.
+        max_batch_size: Largest number of rows in a request, and in a batch unless large requests are split.
+        batch_timeout_micros: Longest time that the first request of a batch waits for others, in microseconds.
+        max_enqueued_batches: Number of batches that may wait. Further requests are refused with UNAVAILABLE.
+        num_batch_threads: Number of batches that run at the same time.
+        allowed_batch_sizes: Sizes that a batch is padded to, the next larger one each time. Empty for no padding.
+        enable_large_batch_splitting: Whether a request that is larger than a batch runs in parts.
+        max_execution_batch_size: Largest number of rows in a batch if large requests are split. 0 for
+            `max_batch_size`.
     """
 
     max_batch_size: int = 1000
@@ -71,10 +73,10 @@ class Batching:
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_enqueued_batches", "num_batch_threads"):
             if getattr(self, name) < 1:
-                raise UserError(f"Batching needs {name} of at least 1. Received: {getattr(self, name)}.")
+                raise UserError(f"Batching needs {name} to be at least 1. Received: {getattr(self, name)}.")
         if self.batch_timeout_micros < 0:
             raise UserError(
-                f"Batching needs batch_timeout_micros of at least 0. Received: {self.batch_timeout_micros}."
+                f"Batching needs batch_timeout_micros to be at least 0. Received: {self.batch_timeout_micros}."
             )
         if self.max_execution_batch_size and not self.enable_large_batch_splitting:
             raise UserError(
@@ -83,7 +85,7 @@ class Batching:
             )
         if not 0 <= self.max_execution_batch_size <= self.max_batch_size:
             raise UserError(
-                "max_execution_batch_size is a number up to max_batch_size. Received: "
+                "max_execution_batch_size must be from 0 to max_batch_size. Received: "
                 f"{self.max_execution_batch_size} with max_batch_size={self.max_batch_size}."
             )
         sizes, last = self.allowed_batch_sizes, "max_batch_size"
@@ -96,7 +98,7 @@ class Batching:
             )
 
     def execution_sizes(self) -> list[int] | None:
-        """Sizes that a batch may have, or None for any up to `max_batch_size`."""
+        """Returns the sizes that a batch may have, or None if any size up to `max_batch_size` may occur."""
         if self.allowed_batch_sizes:
             return list(self.allowed_batch_sizes)
         return list(range(1, self.max_execution_batch_size + 1)) or None
@@ -104,7 +106,14 @@ class Batching:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tls:
-    """Keys and certificates of the gRPC port, PEM text."""
+    """Keys and certificates of the gRPC port.
+
+    Attributes:
+        server_key: Private key of the server, PEM text.
+        server_cert: Certificate of the server, PEM text.
+        custom_ca: Certificates of the authorities to verify clients with, PEM text, or "".
+        client_verify: Whether clients must show a certificate.
+    """
 
     server_key: str
     server_cert: str
@@ -112,16 +121,28 @@ class Tls:
     client_verify: bool
 
 
+def models_to_serve(config: ServeConfig) -> list[ModelSettings]:
+    """Returns the models that the flags name. The config file is read again at each call.
+
+    Raises:
+        UserError: The config file cannot be read, or what it says is not valid.
+    """
+    if config.model_config_file:
+        return model_settings(read_model_config(pathlib.Path(config.model_config_file)))
+    return [ModelSettings(name=config.model_name, base_path=pathlib.Path(config.model_base_path).absolute())]
+
+
 def read_model_config(path: pathlib.Path) -> model_server_config_pb2.ModelServerConfig:
-    """The file of `--model_config_file`."""
+    """Reads the file of `--model_config_file`."""
     return _parse(path, model_server_config_pb2.ModelServerConfig(), "tensorflow.serving.ModelServerConfig")
 
 
 def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[ModelSettings]:
-    """The models that a ModelServerConfig asks for.
+    """Returns the models that a ModelServerConfig names.
 
     Raises:
-        UserError: no models, a name twice or missing, a relative path, another platform, a bad policy.
+        UserError: There are no models, a name is missing or occurs twice, a path is relative, or a platform or policy
+            is not supported.
     """
     if config.WhichOneof("config") != "model_config_list":
         received = config.WhichOneof("config") or "an empty file"
@@ -129,7 +150,7 @@ def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[Mo
     settings: dict[str, ModelSettings] = {}
     for model in config.model_config_list.config:
         if not model.name:
-            raise UserError(f"Every model needs a name. Received: base_path: {model.base_path!r} without one.")
+            raise UserError(f"Every model needs a name. Received: base_path: {model.base_path!r} without a name.")
         if model.name in settings:
             raise UserError(f"Illegal to list model {model.name} multiple times in config list")
         check_local(model.base_path, f"base_path of model {model.name}")
@@ -148,19 +169,6 @@ def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[Mo
     return list(settings.values())
 
 
-def check_local(path: str, what: str) -> None:
-    """Refuses gs:// and the like.
-
-    Raises:
-        UserError: the path is an address.
-    """
-    if is_remote(path):
-        raise UserError(
-            f"This server reads folders of this machine only. Received: {what}: {path}. Copy the model to a local "
-            "folder and name that, or run tensorflow_model_server."
-        )
-
-
 def _one_model(model: model_server_config_pb2.ModelConfig) -> ModelSettings:
     policy = model.model_version_policy
     kind = policy.WhichOneof("policy_choice")
@@ -169,7 +177,7 @@ def _one_model(model: model_server_config_pb2.ModelConfig) -> ModelSettings:
         raise UserError(f"model_version_policy of {model.name} names no version. Received: specific {{ }}.")
     numbers = [*specific, *model.version_labels.values()]
     if any(not 0 <= number <= MAX_VERSION for number in numbers):
-        raise UserError(f"A version of model {model.name} is a number of 0 or more. Received: {numbers}.")
+        raise UserError(f"A version of model {model.name} must be a number of 0 or more. Received: {numbers}.")
     latest = 0 if kind == "all" else (policy.latest.num_versions or 1)
     return ModelSettings(
         name=model.name,
@@ -181,12 +189,12 @@ def _one_model(model: model_server_config_pb2.ModelConfig) -> ModelSettings:
 
 
 def read_batching(path: pathlib.Path) -> Batching:
-    """The file of `--batching_parameters_file`."""
+    """Reads the file of `--batching_parameters_file`."""
     message: Any = _parse(path, _MESSAGE_CLASSES["BatchingParameters"](), "tensorflow.serving.BatchingParameters")
     if message.pad_variable_length_inputs:
         raise UserError(
-            "pad_variable_length_inputs is not supported: requests with other shapes of a row go into other batches. "
-            f"Received: {path} with it."
+            "pad_variable_length_inputs is not supported: requests whose rows differ in shape go into different "
+            f"batches. Received: {path} with it."
         )
     values: dict[str, Any] = {
         field.name: getattr(message, field.name).value
@@ -197,33 +205,40 @@ def read_batching(path: pathlib.Path) -> Batching:
 
 
 def read_monitoring(path: pathlib.Path) -> str | None:
-    """The file of `--monitoring_config_file`: the path that Prometheus scrapes, or None when it is not enabled."""
+    """Reads the file of `--monitoring_config_file`: the path that Prometheus scrapes, or None if it is not enabled."""
     message: Any = _parse(path, _MESSAGE_CLASSES["MonitoringConfig"](), "tensorflow.serving.MonitoringConfig")
     return (message.prometheus_config.path or _PROMETHEUS_PATH) if message.prometheus_config.enable else None
 
 
 def read_tls(path: pathlib.Path) -> Tls:
-    """The file of `--ssl_config_file`."""
+    """Reads the file of `--ssl_config_file`.
+
+    Raises:
+        UserError: A key or certificate is missing or damaged, or the key does not belong to the certificate.
+    """
     message: Any = _parse(path, _MESSAGE_CLASSES["SSLConfig"](), "tensorflow.serving.SSLConfig")
     if not message.server_key or not message.server_cert:
         raise UserError(f"TLS needs server_key and server_cert. Received: {path} without them.")
     if message.client_verify and not message.custom_ca:
-        raise UserError(f"client_verify needs the custom_ca to verify with. Received: {path} without it.")
+        raise UserError(f"client_verify needs a custom_ca to verify clients with. Received: {path} without it.")
     tls = Tls(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Tls)})
     try:
         _check_pem(tls)
     except (ssl.SSLError, ValueError) as error:
-        raise UserError(f"TLS needs PEM texts, and the key of its certificate. Received: {path}: {error}.") from error
+        raise UserError(
+            f"TLS needs PEM texts, and a key that belongs to the certificate. Received: {path}: {error}."
+        ) from error
     return tls
 
 
 def _check_pem(tls: Tls) -> None:
-    """Python takes a key from a file only; gRPC would say later, and in other words, that it has no port."""
+    """Checks keys and certificates, because gRPC would only report that it cannot open its port."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:  # which only this user can read
+    # Python reads a key only from a file. Nobody else can read this one.
+    with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:
         pem.write(f"{tls.server_key}\n{tls.server_cert}\n")
         pem.flush()
-        context.load_cert_chain(pem.name, password="")  # without one, OpenSSL would ask the terminal
+        context.load_cert_chain(pem.name, password="")  # otherwise OpenSSL would ask for it on the terminal
     if tls.custom_ca:
         context.load_verify_locations(cadata=tls.custom_ca)
 

@@ -1,4 +1,4 @@
-"""The gRPC side: PredictionService and ModelService on the official protos."""
+"""The gRPC interface: PredictionService and ModelService from the official protos."""
 
 import contextlib
 from collections.abc import Callable
@@ -20,17 +20,23 @@ from tensorflow_serving.apis import (
 )
 
 from robust_tf.serving.model import inference
-from robust_tf.serving.model.session import DEFAULT_SIGNATURE, LoadedModel
+from robust_tf.serving.model.served_model import ServedModel
 from robust_tf.serving.model.status import ServingError, invalid, only_serving_errors
 from robust_tf.serving.model.tensors import examples_of, to_array, to_proto
 from robust_tf.serving.server.service import Service
+from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
 
 _CLASSIFY = "tensorflow/serving/classify"
 _REGRESS = "tensorflow/serving/regress"
 
 
 def add_services(server: grpc.Server, service: Service) -> None:
-    """Lets a gRPC server answer for these models."""
+    """Adds both services to a gRPC server.
+
+    Args:
+        server: Server to add them to.
+        service: The models that answer.
+    """
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(_PredictionService(service), server)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(_ModelService(service), server)
 
@@ -40,7 +46,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         self._service = service
 
     def Predict(self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext) -> Any:
-        def answer(model: LoadedModel, reply: predict_pb2.PredictResponse, timeout_ms: int) -> None:
+        def answer(model: ServedModel, reply: predict_pb2.PredictResponse, timeout_ms: int) -> None:
             inputs = {name: to_array(name, proto) for name, proto in request.inputs.items()}
             rows = max((len(value) for value in inputs.values() if value.ndim), default=1)
             with self._service.running(request.model_spec.name, "predict", examples=rows):
@@ -57,13 +63,13 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         return self._infer(request, context, "predict", predict_pb2.PredictResponse(), answer)
 
     def Classify(self, request: classification_pb2.ClassificationRequest, context: grpc.ServicerContext) -> Any:
-        def answer(model: LoadedModel, reply: classification_pb2.ClassificationResponse, timeout_ms: int) -> None:
+        def answer(model: ServedModel, reply: classification_pb2.ClassificationResponse, timeout_ms: int) -> None:
             self._classify(model, request.model_spec, request.input, reply.result, timeout_ms)
 
         return self._infer(request, context, "classify", classification_pb2.ClassificationResponse(), answer)
 
     def Regress(self, request: regression_pb2.RegressionRequest, context: grpc.ServicerContext) -> Any:
-        def answer(model: LoadedModel, reply: regression_pb2.RegressionResponse, timeout_ms: int) -> None:
+        def answer(model: ServedModel, reply: regression_pb2.RegressionResponse, timeout_ms: int) -> None:
             self._regress(model, request.model_spec, request.input, reply.result, timeout_ms)
 
         return self._infer(request, context, "regress", regression_pb2.RegressionResponse(), answer)
@@ -103,7 +109,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         context: grpc.ServicerContext,
         method: str,
         reply: Any,
-        answer: Callable[[LoadedModel, Any, int], None],
+        answer: Callable[[ServedModel, Any, int], None],
     ) -> Any:
         with _errors_to(context), self._service.counted(request.model_spec.name, method, "GRPC"):
             if not request.HasField("model_spec"):
@@ -115,7 +121,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 
     def _classify(
         self,
-        model: LoadedModel,
+        model: ServedModel,
         spec: model_pb2.ModelSpec,
         source: input_pb2.Input,
         result: classification_pb2.ClassificationResult,
@@ -126,7 +132,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             classes, scores = inference.classify(
                 model, examples, signature_name=spec.signature_name, timeout_ms=timeout_ms
             )
-        width = (scores if scores is not None else classes).shape[1]  # type: ignore[union-attr]  # one is there
+        width = (scores if scores is not None else classes).shape[1]  # type: ignore[union-attr]  # one is not None
         for row in range(len(examples)):
             entry = result.classifications.add()
             for column in range(width):
@@ -137,7 +143,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 
     def _regress(
         self,
-        model: LoadedModel,
+        model: ServedModel,
         spec: model_pb2.ModelSpec,
         source: input_pb2.Input,
         result: regression_pb2.RegressionResult,
@@ -169,7 +175,7 @@ class _ModelService(model_service_pb2_grpc.ModelServiceServicer):
                 if request.config.WhichOneof("config") is None:
                     raise invalid("ReloadConfigRequest does not contain a config.")
                 self._service.reload(request.config)
-        except ServingError as error:  # the call as such succeeds: the status stands in the reply
+        except ServingError as error:  # the call itself succeeds, and the reply carries the status
             reply.status.error_code = error.number
             reply.status.error_message = error.message
         return reply
@@ -185,9 +191,9 @@ def _errors_to(context: grpc.ServicerContext) -> Any:
 
 
 def _timeout_ms(context: grpc.ServicerContext) -> int:
-    """What the caller's deadline leaves; 0 when it has none."""
+    """Returns the time until the caller's deadline, or 0 if there is none."""
     remaining = context.time_remaining()
-    # Callers without a deadline get one in the far future; a day is more than any model takes.
+    # For callers without a deadline, gRPC names one in the far future. No model runs for a day.
     return 0 if remaining is None or remaining > 86_400 else max(1, int(remaining * 1000))
 
 
@@ -198,7 +204,7 @@ def _echo(reply: model_pb2.ModelSpec, request: model_pb2.ModelSpec, number: int)
 
 
 def _check_tasks(tasks: Any) -> str:
-    """The one model that all tasks of a MultiInference name."""
+    """Checks the tasks of a MultiInference request, and returns the name of the model, which they must share."""
     if not tasks:
         raise invalid("Inference request must contain at least one task.")
     seen = set()
@@ -216,4 +222,4 @@ def _check_tasks(tasks: Any) -> str:
         if signature in seen:
             raise invalid(f"Duplicate evaluation of signature: {signature}")
         seen.add(signature)
-    return tasks[0].model_spec.name
+    return str(tasks[0].model_spec.name)

@@ -1,17 +1,17 @@
-"""Counters and latency histograms by TensorFlow Serving's names, in Prometheus's text format."""
+"""Counters and histograms with the names of TensorFlow Serving, in the text format of Prometheus."""
 
 import bisect
 import threading
 from collections import defaultdict
 
 _PREFIX = ":tensorflow:serving:"
-# Upper bounds, in microseconds and in examples: TensorFlow Serving's, so that its dashboards fit.
+# Upper bounds in microseconds and in examples. They are TensorFlow Serving's, so dashboards made for it work here.
 _LATENCY_BOUNDS = [10 * 1.8**exponent for exponent in range(33)]
 _EXAMPLE_BOUNDS = [2.0**exponent for exponent in range(15)]
 
 
 class Metrics:
-    """All numbers of one server; every method may be called from any thread."""
+    """The metrics of one server. Every method may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -23,29 +23,54 @@ class Metrics:
         self._warmup_latency: dict[tuple[str, ...], _Histogram] = defaultdict(_latency_histogram)
 
     def count_request(self, model_name: str, status: str) -> None:
-        """One answered request; status is a canonical code's name, or "OK"."""
+        """Counts one answered request.
+
+        Args:
+            model_name: Name of the model.
+            status: Name of the canonical code, "OK" for success.
+        """
         with self._lock:
             self._counts[model_name, status] += 1
 
     def observe(self, model_name: str, method: str, entrypoint: str, *, microseconds: float) -> None:
-        """How long a good request took from its arrival to its reply, e.g. ("m", "predict", "REST")."""
+        """Records the time of a successful request.
+
+        Args:
+            model_name: Name of the model.
+            method: "predict", "classify", "regress" or "multi_inference".
+            entrypoint: "REST" or "GRPC".
+            microseconds: Time from the arrival of the request to its reply.
+        """
         with self._lock:
             self._request_latency[model_name, method, entrypoint].add(microseconds)
 
     def observe_run(self, model_name: str, method: str, *, microseconds: float, examples: int) -> None:
-        """How long the model alone took, and for how many examples."""
+        """Records one run of a model.
+
+        Args:
+            model_name: Name of the model.
+            method: "predict", "classify" or "regress".
+            microseconds: Time of the run.
+            examples: Number of examples in it.
+        """
         with self._lock:
             self._runtime_latency[model_name, method, "TF"].add(microseconds)
             self._examples[model_name] += examples
             self._example_counts[model_name,].add(examples)
 
     def observe_warmup(self, model_path: str, status: str, *, microseconds: float) -> None:
-        """How long the warm-up of a version took; status as for `count_request`."""
+        """Records the warm-up of a version.
+
+        Args:
+            model_path: Folder of the version.
+            status: Name of the canonical code, "OK" for success.
+            microseconds: Time of the warm-up.
+        """
         with self._lock:
             self._warmup_latency[model_path, status].add(microseconds)
 
     def render(self) -> str:
-        """Prometheus's text exposition format."""
+        """Returns all metrics in the text format of Prometheus."""
         with self._lock:
             lines = _counter_lines("request_count", ("model_name", "status"), self._counts)
             lines += _counter_lines(

@@ -1,4 +1,4 @@
-"""What the configuration says about one model: where it lies, which versions are served, and their labels."""
+"""The settings of one model: its folder, the versions to serve, and their labels."""
 
 import dataclasses
 import pathlib
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 
 class LabelFinding(NamedTuple):
-    """A label whose version is not there, or does not stay.
+    """A label whose version is missing, or will be unloaded.
 
     Attributes:
-        label: the label.
-        text: one sentence, with the way out.
-        due: a request meets it now or after the next export; else it is some exports away.
-        absent: the version is not in the folder.
+        label: The label.
+        text: What is wrong and the way out.
+        due: Whether requests fail now or after the next export, rather than after several exports.
+        absent: Whether the version is not in the folder.
     """
 
     label: str
@@ -24,14 +24,14 @@ class LabelFinding(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """One model as configured.
+    """The settings of one model.
 
     Attributes:
-        name: in requests.
-        base_path: folder of its versions.
-        latest: so many of the highest versions are served; 0 serves all.
-        specific: exactly these versions instead; empty: as `latest` says.
-        labels: names for versions.
+        name: Name of the model in requests.
+        base_path: Folder that holds the versions.
+        latest: Number of versions to serve, the highest first. 0 serves all.
+        specific: Versions to serve instead. Empty to serve what `latest` says.
+        labels: Numbers of versions by label.
     """
 
     name: str
@@ -42,20 +42,28 @@ class ModelSettings:
 
     @property
     def policy(self) -> str:
-        """The policy as a config file writes it, e.g. "latest {num_versions: 2}"."""
+        """The version policy as it is written in a config file, e.g. "latest {num_versions: 2}"."""
         if self.specific:
             return "specific {" + " ".join(f"versions: {number}" for number in self.specific) + "}"
         return f"latest {{num_versions: {self.latest}}}" if self.latest else "all {}"
 
     def wanted(self, present: Mapping[int, pathlib.Path]) -> dict[int, pathlib.Path]:
-        """Those of the present versions that should be served."""
+        """Returns the versions to serve.
+
+        Args:
+            present: Folders of the versions that are there, by number.
+        """
         if self.specific:
             return {number: present[number] for number in self.specific if number in present}
         highest = sorted(present, reverse=True)
         return {number: present[number] for number in (highest[: self.latest] if self.latest else highest)}
 
     def label_findings(self, present: Mapping[int, pathlib.Path]) -> list[LabelFinding]:
-        """The labels that point to versions which the policy does not keep."""
+        """Returns a finding for each label whose version is missing or will be unloaded.
+
+        Args:
+            present: Folders of the versions that are there, by number.
+        """
         return [
             finding for label, number in self.labels.items() if (finding := self._label_finding(label, number, present))
         ]

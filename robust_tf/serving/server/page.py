@@ -1,4 +1,4 @@
-"""The page at `GET /`: the served models, and a place to drop an image on."""
+"""The web page at `GET /`, which shows the served models and classifies an image."""
 
 import base64
 import functools
@@ -11,10 +11,10 @@ from starlette.responses import Response
 
 @functools.cache
 def _page() -> tuple[bytes, dict[str, str]]:
-    html = importlib.resources.files("robust_tf.serving").joinpath("page.html").read_bytes()
+    html = importlib.resources.files("robust_tf.serving.server").joinpath("page.html").read_bytes()
     script = re.search(rb"<script>(.*)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script[1] if script else b"").digest()).decode()
-    # Only this page's own script runs, and it can ask only this server.
+    # The browser runs no other script than the one in the page, and lets it ask this server only.
     policy = (
         "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -23,6 +23,6 @@ def _page() -> tuple[bytes, dict[str, str]]:
 
 
 def page() -> Response:
-    """The page as a reply; it reads everything else from the REST interface."""
+    """Returns the page. Its script reads everything else through the REST interface."""
     html, headers = _page()
     return Response(html, headers=headers, media_type="text/html")

@@ -1,4 +1,4 @@
-"""The REST side: TensorFlow Serving's paths and bodies as an ASGI application."""
+"""The REST interface: an ASGI application with the paths and bodies of TensorFlow Serving."""
 
 import asyncio
 import json
@@ -16,11 +16,11 @@ from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2  # noqa: F
 
 from robust_tf.serving.model import inference
 from robust_tf.serving.model.folders import MAX_VERSION
-from robust_tf.serving.model.session import DEFAULT_SIGNATURE
 from robust_tf.serving.model.status import ServingError, invalid, only_serving_errors
 from robust_tf.serving.server import rest_replies, rest_requests
 from robust_tf.serving.server.page import page
 from robust_tf.serving.server.service import Service
+from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
 
 _CHOICE = r"(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
 _INFER = re.compile(
@@ -40,12 +40,12 @@ class RestApp:
     """The application that uvicorn runs.
 
     Args:
-        service: the models.
-        workers: threads that the models run in.
-        timeout_ms: of one run of a model.
-        max_body_bytes: larger requests are refused with 413, before and after unpacking.
-        metrics_path: where Prometheus reads, or None.
-        cors: let pages of other origins ask.
+        service: The models.
+        workers: Threads in which the models run.
+        timeout_ms: Longest time of one run of a model in milliseconds.
+        max_body_bytes: Size above which a body is refused with 413, whether as sent or uncompressed.
+        metrics_path: Path that Prometheus reads, or None.
+        cors: Whether to allow requests from web pages of other origins.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class RestApp:
         self._cors = _CORS if cors else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
@@ -84,7 +85,7 @@ class RestApp:
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        # The raw path, query included: TensorFlow Serving matches names before it unescapes them.
+        # The raw path with its query, because TensorFlow Serving matches names before it unescapes them.
         path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1")
         if request.scope["query_string"]:
             path += "?" + request.scope["query_string"].decode("latin-1")
@@ -122,7 +123,7 @@ class RestApp:
         return bytes(body)
 
     def _unpacked(self, body: bytes) -> bytes:
-        """A gzip body unpacked; b"" for a broken one, which TensorFlow Serving answers as an empty document."""
+        """Returns a gzip body uncompressed. A broken one counts as empty, as in TensorFlow Serving."""
         decoder = zlib.decompressobj(wbits=31)
         try:
             unpacked = decoder.decompress(body, self._max_body_bytes + 1)
@@ -133,7 +134,7 @@ class RestApp:
         return unpacked if decoder.eof else b""
 
     def _answer_model(self, method: str, path: str, body: bytes, packed: bool) -> Response:
-        """Everything below /v1/; runs in a worker's thread."""
+        """Answers a request below /v1/. This runs in a thread of `workers`."""
         if packed:
             body = self._unpacked(body)
         try:
@@ -175,18 +176,22 @@ class RestApp:
         document = rest_requests.parse_body(body)
         signature_name = rest_requests.signature_name_of(document)
         examples = rest_requests.parse_examples(document)
-        with self._service.leased(spec) as (_, model):
-            with self._service.running(spec.name, "classify", examples=len(examples)):
-                result = inference.classify(model, examples, signature_name=signature_name, timeout_ms=self._timeout_ms)
+        with (
+            self._service.leased(spec) as (_, model),
+            self._service.running(spec.name, "classify", examples=len(examples)),
+        ):
+            result = inference.classify(model, examples, signature_name=signature_name, timeout_ms=self._timeout_ms)
         return rest_replies.classify_reply(result)
 
     def _regress(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
         document = rest_requests.parse_body(body)
         signature_name = rest_requests.signature_name_of(document)
         examples = rest_requests.parse_examples(document)
-        with self._service.leased(spec) as (_, model):
-            with self._service.running(spec.name, "regress", examples=len(examples)):
-                values = inference.regress(model, examples, signature_name=signature_name, timeout_ms=self._timeout_ms)
+        with (
+            self._service.leased(spec) as (_, model),
+            self._service.running(spec.name, "regress", examples=len(examples)),
+        ):
+            values = inference.regress(model, examples, signature_name=signature_name, timeout_ms=self._timeout_ms)
         return rest_replies.regress_reply(values)
 
     def _status(self, spec: model_pb2.ModelSpec) -> bytes:
@@ -211,7 +216,7 @@ def _spec(match: re.Match[str]) -> model_pb2.ModelSpec:
     if match["version"]:
         digits = match["version"].lstrip("0") or "0"
         if len(digits) > 19 or int(digits) > MAX_VERSION:
-            raise invalid("")  # without a word, as TensorFlow Serving answers it
+            raise invalid("")  # TensorFlow Serving sends no message either
         spec.version.value = int(digits)
     if match["label"]:
         spec.version_label = urllib.parse.unquote(match["label"], errors="replace")
@@ -219,7 +224,7 @@ def _spec(match: re.Match[str]) -> model_pb2.ModelSpec:
 
 
 def _proto_json(message: Message) -> bytes:
-    text = json_format.MessageToJson(
+    text: str = json_format.MessageToJson(
         message, always_print_fields_with_no_presence=True, preserving_proto_field_name=True, indent=1
     )
     return text.encode()

@@ -1,4 +1,4 @@
-"""The JSON that TensorFlow Serving's REST interface answers with."""
+"""The JSON replies of the REST interface, in TensorFlow Serving's format."""
 
 import base64
 from collections.abc import Mapping
@@ -7,14 +7,22 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from robust_tf.serving.json_arrays import dump_json
 from robust_tf.serving.model.inference import Classification
 from robust_tf.serving.model.session import type_name
 from robust_tf.serving.model.status import invalid
+from robust_tf.serving.wire.json_arrays import dump_json
 
 
 def predict_reply(outputs: Mapping[str, np.ndarray], *, by_row: bool) -> bytes:
-    """A predict reply in the form that the request had."""
+    """Returns the reply to a predict request.
+
+    Args:
+        outputs: An array for each output, by name.
+        by_row: Whether the request listed its inputs by row, so that the reply must do so with its outputs.
+
+    Raises:
+        ServingError: The outputs cannot be listed by row, or have a type that JSON cannot carry (INVALID_ARGUMENT).
+    """
     values = {name: _as_json(name, value) for name, value in outputs.items()}
     single = len(values) == 1
     if not by_row:
@@ -34,7 +42,7 @@ def predict_reply(outputs: Mapping[str, np.ndarray], *, by_row: bool) -> bytes:
 
 
 def classify_reply(result: Classification) -> bytes:
-    """A classify reply: for each example its [label, score] pairs."""
+    """Returns the reply to a classify request: [label, score] pairs for each example."""
     labels, scores = result.classes, result.scores
     if labels is None:
         labels = np.full(np.asarray(scores).shape, b"", object)
@@ -45,17 +53,17 @@ def classify_reply(result: Classification) -> bytes:
 
 
 def regress_reply(values: np.ndarray) -> bytes:
-    """A regress reply: one number for each example."""
+    """Returns the reply to a regress request: one number for each example."""
     return dump_json({"results": values})
 
 
 def error_reply(message: str) -> bytes:
-    """The body of every error."""
+    """Returns the body of an error."""
     return dump_json({"error": message})
 
 
 def _as_json(name: str, value: np.ndarray) -> Any:
-    """An output as something that `dump_json` writes: strings by the rule that names ending in `_bytes` are base64."""
+    """Returns an output in a form that `dump_json` can write. Strings are base64 if the name ends in `_bytes`."""
     if value.dtype.kind in "fiub" and value.dtype != np.float16:
         return np.ascontiguousarray(value) if value.ndim else value[()]
     if value.dtype.kind not in "OSU":
@@ -70,4 +78,4 @@ def _to_b64(value: Any) -> dict[str, str]:
 
 
 def _to_text(value: Any) -> str:
-    return value.decode("utf-8", "replace")
+    return str(value, "utf-8", "replace")

@@ -1,4 +1,4 @@
-"""The JSON that TensorFlow Serving's REST interface takes, as arrays."""
+"""Parses the JSON requests of the REST interface, in TensorFlow Serving's format."""
 
 import base64
 import binascii
@@ -20,8 +20,9 @@ class PredictRequest(NamedTuple):
     """A predict request as arrays.
 
     Attributes:
-        inputs: by input name.
-        by_row: the request said "instances", and the reply says "predictions", one item a row.
+        inputs: An array for each input, by name.
+        by_row: Whether the request lists its inputs by row under "instances". The reply then lists its outputs by row
+            under "predictions".
     """
 
     inputs: dict[str, np.ndarray]
@@ -29,24 +30,26 @@ class PredictRequest(NamedTuple):
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
-    """The JSON object of a request. NaN and Infinity are numbers here, and what follows the object is ignored.
+    """Parses the JSON object of a request.
+
+    As in TensorFlow Serving, NaN and Infinity are numbers, and bytes after the object are ignored.
 
     Raises:
-        ServingError: INVALID_ARGUMENT; also when it is nested too deeply.
+        ServingError: The body is not a JSON object, or is nested too deeply (INVALID_ARGUMENT).
     """
     if not body.strip():
         raise invalid("JSON Parse error: The document is empty at offset: 0")
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
-        document = _parse_leniently(body)  # an order of magnitude slower
+        document = _parse_leniently(body)  # tried second because it is ten times slower
     if not isinstance(document, dict):
         raise invalid(f"JSON Value: {_excerpt(document)} Is not object")
     return document
 
 
 def signature_name_of(document: Mapping[str, Any]) -> str:
-    """The `signature_name` of a request, "" when it has none."""
+    """Returns the `signature_name` of a request, or "" if it has none."""
     name = document.get("signature_name", "")
     if not isinstance(name, str):
         raise invalid(f"JSON Value: {_excerpt(name)} 'signature_name' key must be a string value.")
@@ -54,10 +57,15 @@ def signature_name_of(document: Mapping[str, Any]) -> str:
 
 
 def parse_predict(document: Mapping[str, Any], definition: meta_graph_pb2.SignatureDef) -> PredictRequest:
-    """The arrays of a predict request for a signature.
+    """Converts a predict request to arrays.
+
+    Args:
+        document: The JSON object of the request.
+        definition: Signature that the request is for.
 
     Raises:
-        ServingError: INVALID_ARGUMENT when the document doesn't fit, UNIMPLEMENTED for a type that JSON can't carry.
+        ServingError: The document does not fit the signature (INVALID_ARGUMENT), or an input has a type that JSON
+            cannot carry (UNIMPLEMENTED).
     """
     by_row = "instances" in document
     if by_row and "inputs" in document:
@@ -72,7 +80,7 @@ def parse_predict(document: Mapping[str, Any], definition: meta_graph_pb2.Signat
 
 
 def parse_examples(document: Mapping[str, Any]) -> list[bytes]:
-    """The examples of a classify or regress request as serialised tf.Examples, the context merged into each."""
+    """Returns the serialized tf.Examples of a classify or regress request, each merged with the request's context."""
     if "examples" not in document:
         raise invalid("When method is classify/regress, key 'examples' is expected and was not found.")
     examples, context = document["examples"], document.get("context", {})
@@ -89,13 +97,13 @@ def _parse_leniently(body: bytes) -> Any:
     try:
         text = body.decode("utf-8", "surrogateescape")
         document, end = json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
-        text[:end].encode("utf-8")  # what follows the document may be anything
+        text[:end].encode("utf-8")  # only the document must be valid UTF-8, not what follows it
         return document
     except json.JSONDecodeError as error:
         raise invalid(f"JSON Parse error: Invalid value. at offset: {error.pos}") from error
     except UnicodeEncodeError as error:
         raise invalid(f"JSON Parse error: Invalid encoding in string. at offset: {error.start}") from error
-    except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
+    except (RecursionError, ValueError) as error:  # ValueError: an integer with thousands of digits
         raise invalid(f"JSON Parse error: nested too deeply or too long a number: {error}") from error
 
 
@@ -156,7 +164,7 @@ def _is_bytes(value: Any) -> bool:
 
 
 def _to_array(value: Any, datatype: int) -> np.ndarray:
-    """A JSON value, nested lists with equal lengths, as an array of a TensorFlow type."""
+    """Converts a JSON value, or nested lists of equal length, to an array of a TensorFlow type."""
     dtype = tf.as_dtype(datatype)
     kinds = _LEAF_TYPES.get(dtype)
     if kinds is None:
@@ -175,13 +183,13 @@ def _to_array(value: Any, datatype: int) -> np.ndarray:
         array[:] = [_to_bytes(leaf) for leaf in leaves]
         return array.reshape(shape)
     try:
-        with np.errstate(over="ignore"):  # a double beyond float32 is infinite
+        with np.errstate(over="ignore"):  # a double beyond the range of float32 becomes infinite
             return np.array(leaves, dtype=dtype.as_numpy_dtype).reshape(shape)
     except OverflowError as error:
         raise invalid(f"A JSON number is outside the range of type: {type_name(datatype)}: {error}") from error
 
 
-# The JSON values that an element of each type may be; exactly these Python types (bool is no int here).
+# The Python types of the JSON values that each tensor type takes. The match is exact: a bool is not an int here.
 _LEAF_TYPES: dict[tf.DType, set[type]] = {
     tf.string: {str, dict},
     tf.bool: {bool},
@@ -194,7 +202,7 @@ _LEAF_TYPES: dict[tf.DType, set[type]] = {
 
 
 def _shape(value: Any) -> list[int]:
-    """Lengths of the lists down to the first element."""
+    """Returns the lengths of the nested lists along their first elements."""
     shape = []
     while isinstance(value, list):
         shape.append(len(value))
@@ -203,7 +211,7 @@ def _shape(value: Any) -> list[int]:
 
 
 def _leaves(value: Any, shape: Sequence[int]) -> list[Any]:
-    """The elements in order, when every list has the length that the first of its level has."""
+    """Returns the elements in order, after checking that all lists of a level have the same length."""
     level = [value]
     for depth, size in enumerate(shape):
         if set(map(type, level)) != {list} or set(map(len, level)) != {size}:
@@ -230,7 +238,7 @@ def _to_bytes(value: str | dict[str, Any]) -> bytes:
         return value.encode("utf-8", "surrogatepass")
     if not _is_bytes(value) or not isinstance(value["b64"], str):
         raise invalid(f"JSON Value: {_excerpt(value)} not formatted correctly for base64 data")
-    text = "".join(value["b64"].split())
+    text: str = "".join(value["b64"].split())
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -255,7 +263,8 @@ def _parse_example(example: Any, context: Mapping[str, Any]) -> bytes:
             getattr(message.features.feature[name], field).value.extend(map(convert, values))
         except (ValueError, OverflowError) as error:
             raise invalid(f"Unable to parse feature {name!r}: {error}") from error
-    return message.SerializeToString()
+    serialized: bytes = message.SerializeToString()
+    return serialized
 
 
 _FEATURE_LISTS: dict[type, str] = {int: "int", bool: "int", float: "float", str: "bytes", dict: "bytes"}

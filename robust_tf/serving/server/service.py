@@ -1,4 +1,4 @@
-"""What REST and gRPC share: which model, how long, how often, in which state."""
+"""What REST and gRPC share: choosing a version, measuring requests, status and metadata."""
 
 import contextlib
 import time
@@ -8,7 +8,7 @@ from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
 from robust_tf.errors import UserError
-from robust_tf.serving.model.session import LoadedModel
+from robust_tf.serving.model.served_model import ServedModel
 from robust_tf.serving.model.status import ServingError, invalid, only_serving_errors
 from robust_tf.serving.server.config_files import model_settings
 from robust_tf.serving.server.metrics import Metrics
@@ -18,11 +18,11 @@ _STATES = get_model_status_pb2.ModelVersionStatus.State
 
 
 class Service:
-    """The models of one server, measured.
+    """The models of one server and their metrics.
 
     Attributes:
-        manager: the loaded versions.
-        metrics: the numbers that Prometheus reads.
+        manager: The loaded versions.
+        metrics: The metrics that Prometheus reads.
     """
 
     def __init__(self, manager: ModelManager, metrics: Metrics) -> None:
@@ -31,8 +31,14 @@ class Service:
 
     @contextlib.contextmanager
     def counted(self, model_name: str, method: str, entrypoint: str) -> Iterator[None]:
-        """Counts the request that the block answers; a good one's time too."""
-        # Names that nobody configured would let a client grow the metrics without end.
+        """Counts the request that the block answers. If it succeeds, its time is recorded too.
+
+        Args:
+            model_name: Name of the model in the request.
+            method: "predict", "classify", "regress" or "multi_inference".
+            entrypoint: "REST" or "GRPC".
+        """
+        # Without this, a client could make the metrics grow without end by inventing names.
         name = model_name if model_name in self.manager.names() else "unknown"
         start = time.perf_counter()
         try:
@@ -45,8 +51,12 @@ class Service:
         self.metrics.observe(name, method, entrypoint, microseconds=(time.perf_counter() - start) * 1e6)
 
     @contextlib.contextmanager
-    def leased(self, spec: model_pb2.ModelSpec) -> Iterator[tuple[int, LoadedModel]]:
-        """The version that a request asks for."""
+    def leased(self, spec: model_pb2.ModelSpec) -> Iterator[tuple[int, ServedModel]]:
+        """Keeps the version that a request asks for loaded during the block, and gives its number and model.
+
+        Raises:
+            ServingError: There is no such version.
+        """
         if not spec.name:
             raise invalid("ModelSpec has no name specified.")
         choice = spec.WhichOneof("version_choice")
@@ -57,14 +67,20 @@ class Service:
 
     @contextlib.contextmanager
     def running(self, model_name: str, method: str, *, examples: int) -> Iterator[None]:
-        """Measures the model's own time."""
+        """Records the time of the block as one run of the model.
+
+        Args:
+            model_name: Name of the model in the request.
+            method: "predict", "classify" or "regress".
+            examples: Number of examples in the run.
+        """
         start = time.perf_counter()
         yield
         microseconds = (time.perf_counter() - start) * 1e6
         self.metrics.observe_run(model_name, method, microseconds=microseconds, examples=examples)
 
     def status(self, spec: model_pb2.ModelSpec) -> get_model_status_pb2.GetModelStatusResponse:
-        """The states of a model's versions; a label is ignored, as TensorFlow Serving does."""
+        """Returns the states of a model's versions. A label is ignored, as in TensorFlow Serving."""
         if not spec.name:
             raise invalid("ModelSpec has no name specified.")
         version = spec.version.value if spec.WhichOneof("version_choice") == "version" else None
@@ -76,7 +92,7 @@ class Service:
         return reply
 
     def metadata(self, spec: model_pb2.ModelSpec) -> get_model_metadata_pb2.GetModelMetadataResponse:
-        """The signatures of a version."""
+        """Returns the signatures of a version."""
         with self.leased(spec) as (number, model):
             reply = get_model_metadata_pb2.GetModelMetadataResponse()
             reply.model_spec.name = spec.name
@@ -91,7 +107,8 @@ class Service:
         """Serves the models of another configuration from now on.
 
         Raises:
-            ServingError: INVALID_ARGUMENT, and nothing changes; FAILED_PRECONDITION for labels.
+            ServingError: The configuration is not valid, and nothing has changed (INVALID_ARGUMENT); or a label names
+                a version that is not available (FAILED_PRECONDITION; see `ModelManager.configure`).
         """
         try:
             settings = model_settings(config)

@@ -1,7 +1,8 @@
-"""Which versions of which models are loaded: the folders are watched, new versions come in, old ones go.
+"""Loading and unloading versions while the server runs.
 
-A version that has been loaded and warmed up is put in its place by one assignment under a lock; the one that it
-replaces is closed when the last request that uses it has ended. Loading never blocks a request.
+The folders of the models are watched. A new version is loaded and warmed up, then becomes available by one assignment
+under a lock. The version that it replaces is closed when the last request that uses it has ended. Loading never blocks
+a request.
 """
 
 import contextlib
@@ -14,49 +15,63 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from robust_tf.serving.model.folders import complete_versions, why_no_version
-from robust_tf.serving.model.session import LoadedModel, without_path
+from robust_tf.serving.model.served_model import ServedModel
+from robust_tf.serving.model.session import without_path
 from robust_tf.serving.model.status import ServingError
 from robust_tf.serving.model.warmup import replay_warmup
 from robust_tf.serving.server.metrics import Metrics
 from robust_tf.serving.server.model_settings import ModelSettings
 
+# Path, size in bytes and time of the last change of each file.
+_Fingerprint = tuple[tuple[str, int, int], ...]
+
 _LOG = logging.getLogger(__name__)
-_ENDED_KEPT = 16  # versions that have ended and still show in the status, per model
-_SECONDS_BETWEEN_WARNINGS = 30.0  # of the same kind
+_ENDED_KEPT = 16  # unloaded versions per model that the status still shows
+_SECONDS_BETWEEN_WARNINGS = 30.0  # about the same subject
 
 
 @dataclasses.dataclass
 class Version:
-    """One version of a model and its state, by TensorFlow Serving's names; guarded by the manager's lock."""
+    """One version of a model. The lock of the `ModelManager` guards it.
+
+    Attributes:
+        number: Number of the version.
+        path: Folder of the version.
+        state: Its state, with the names of TensorFlow Serving.
+        error: Why it could not be loaded, or None.
+        model: The model, while it is loaded.
+        in_flight: Number of requests that use it.
+        fingerprint: Identifies the content of the folder when the version was loaded.
+    """
 
     number: int
     path: pathlib.Path
     state: str = "START"
     error: ServingError | None = None
-    model: LoadedModel | None = None
+    model: ServedModel | None = None
     in_flight: int = 0
-    fingerprint: tuple = ()
+    fingerprint: _Fingerprint = ()
 
     @property
     def client_error(self) -> ServingError | None:
-        """The error without the folder's place on this machine."""
+        """The error as clients may read it, without the path on this machine."""
         return self.error and ServingError(self.error.code, without_path(self.error.message, self.path))
 
 
 class ModelManager:
-    """The models of one server.
+    """The models of one server and their loaded versions.
 
     Args:
-        load: opens a version's folder; raises ServingError.
-        poll_seconds: time between two looks at the folders; 0 looks once.
-        warm_up: replay a version's warm-up requests before it takes others.
-        labels_before_versions: accept a new label for a version that is not loaded yet.
-        metrics: where the time of a warm-up is written down.
+        load: Function that loads the version in a folder, or raises `ServingError`.
+        poll_seconds: Time in seconds between two looks at the folders. 0 looks only when `configure` is called.
+        warm_up: Whether to run the warm-up requests of a version before clients may use it.
+        labels_before_versions: Whether to accept a new label before its version is available.
+        metrics: Where to record the time of a warm-up.
     """
 
     def __init__(
         self,
-        load: Callable[[pathlib.Path], LoadedModel],
+        load: Callable[[pathlib.Path], ServedModel],
         *,
         poll_seconds: float = 1.0,
         warm_up: bool = True,
@@ -78,16 +93,19 @@ class ModelManager:
         self._poller = threading.Thread(target=self._poll, name="version-poller", daemon=True)
 
     def configure(self, models: Sequence[ModelSettings]) -> None:
-        """Serves these models and no others; returns when what lies there has been loaded.
+        """Serves these models and no others. Returns when the versions in their folders have been loaded.
+
+        Args:
+            models: Settings of the models.
 
         Raises:
-            ServingError: FAILED_PRECONDITION when a label names a version that is not available; the models are
-                served all the same, and labels stay as they were.
+            ServingError: A label names a version that is not available (FAILED_PRECONDITION). The models are served
+                all the same, with the labels that they had before.
         """
         with self._updating:
             with self._lock:
                 before, self._settings = self._settings, {model.name: model for model in models}
-                # Versions of another folder are other versions, whatever their number.
+                # If the folder of a model changes, its versions are different ones, even with the same numbers.
                 moved = [
                     n for n in before if n not in self._settings or self._settings[n].base_path != before[n].base_path
                 ]
@@ -98,7 +116,7 @@ class ModelManager:
             self._close_unused(gone)
             wanted = {model.name: self._bring_in_wanted(model) for model in models}
             try:
-                # Labels move between the coming and the going: a label never stands at a version that has gone.
+                # After the new versions are loaded and before the old ones go, so labels always name a loaded version.
                 self._assign_labels(models, wanted)
             finally:
                 for name, versions in wanted.items():
@@ -109,12 +127,12 @@ class ModelManager:
                         self._warn(f"label {finding.text}", finding.text)
 
     def start_polling(self) -> None:
-        """Watches the folders from now on, unless `poll_seconds` is 0."""
+        """Starts watching the folders, unless `poll_seconds` is 0."""
         if self._poll_seconds > 0:
             self._poller.start()
 
     def stop(self) -> None:
-        """Ends the watching and frees all models; what still runs ends with CANCELLED."""
+        """Stops watching the folders and frees all models. Requests that still run end with CANCELLED."""
         self._stopping.set()
         if self._poller.is_alive():
             self._poller.join()
@@ -128,7 +146,7 @@ class ModelManager:
                 model.close()
 
     def failures(self) -> list[str]:
-        """One line for each version that could not be loaded."""
+        """Returns one line for each version that could not be loaded."""
         with self._lock:
             return [
                 f"{name} version {version.number}: {version.error}"
@@ -138,21 +156,26 @@ class ModelManager:
             ]
 
     def ready(self) -> bool:
-        """Whether every model has a version that answers."""
+        """Returns whether every model has an available version."""
         with self._lock:
             return all(self._available(name) for name in self._settings)
 
     def names(self) -> list[str]:
-        """The configured models."""
+        """Returns the names of the configured models."""
         with self._lock:
             return sorted(self._settings)
 
     @contextlib.contextmanager
-    def lease(self, name: str, *, version: int | None = None, label: str = "") -> Iterator[tuple[int, LoadedModel]]:
-        """A version's number and model, which stays loaded for the block: the one asked for, else the latest.
+    def lease(self, name: str, *, version: int | None = None, label: str = "") -> Iterator[tuple[int, ServedModel]]:
+        """Keeps a version loaded during the block, and gives its number and model.
+
+        Args:
+            name: Name of the model.
+            version: Number of the version. None takes the latest.
+            label: Label of the version, instead of its number.
 
         Raises:
-            ServingError: NOT_FOUND, or INVALID_ARGUMENT for an unknown label.
+            ServingError: There is no such version (NOT_FOUND), or the label is unknown (INVALID_ARGUMENT).
         """
         with self._lock:
             if label:
@@ -174,10 +197,14 @@ class ModelManager:
             self._close_unused([leased])
 
     def states(self, name: str, version: int | None = None) -> list[tuple[int, str, ServingError | None]]:
-        """Number, state and error of a model's versions, the highest first.
+        """Returns number, state and error of a model's versions, the highest first.
+
+        Args:
+            name: Name of the model.
+            version: Number of the only version to return. None returns all.
 
         Raises:
-            ServingError: NOT_FOUND.
+            ServingError: There is no such model or version (NOT_FOUND).
         """
         with self._lock:
             versions = self._versions.get(name, {})
@@ -194,17 +221,17 @@ class ModelManager:
                 self._update()
 
     def _update(self) -> None:
-        """Looks at the folders once: loads what is new, then lets go of what is no longer wanted."""
+        """Looks at the folders once, loads new versions and unloads those that are no longer wanted."""
         with self._lock:
             settings = list(self._settings.values())
         for model in settings:
             self._let_go(model.name, self._bring_in_wanted(model))
 
     def _bring_in_wanted(self, model: ModelSettings) -> dict[int, pathlib.Path] | None:
-        """Loads what is new of a model; gives what is wanted, None when the folder can't be read."""
+        """Loads the new versions of a model. Returns the wanted versions, or None if the folder can't be read."""
         try:
-            # A look misses a version that comes, and one that goes, while it reads the folder. When one replaced the
-            # other it finds nothing, and the next look finds the new one.
+            # Versions that appear or vanish while the folder is being read may be missed. If one has replaced another
+            # in this moment, the first look finds neither, and a second look finds the new one.
             wanted = model.wanted(complete_versions(model.base_path)) or model.wanted(
                 complete_versions(model.base_path)
             )
@@ -214,13 +241,13 @@ class ModelManager:
                 self._warn(model.name, _why_nothing(model))
             for number, path in sorted(wanted.items()):
                 self._bring_in(model.name, number, path)
-        except OSError as error:  # a folder that can't be read now may be readable the next time
+        except OSError as error:  # the folder may be readable at the next look
             self._warn(model.name, f"Cannot look for versions of model {model.name}: {error}")
             return None
         return wanted
 
     def _warn(self, subject: str, message: str) -> None:
-        """Warns at once of what is new, and from time to time of what stays."""
+        """Logs a warning about a subject at once, and repeats an unchanged one only from time to time."""
         said, when = self._warned.get(subject, ("", 0.0))
         now = time.monotonic()
         if message != said or now - when >= _SECONDS_BETWEEN_WARNINGS:
@@ -234,7 +261,7 @@ class ModelManager:
                 return
         fingerprint = _fingerprint(path)
         if known and known.error and known.fingerprint == fingerprint:
-            return  # it failed as it is; somebody has to change the files first
+            return  # loading it would fail again until somebody changes the files
         version = Version(number, path, state="LOADING", fingerprint=fingerprint)
         with self._lock:
             self._versions[name][number] = version
@@ -255,7 +282,7 @@ class ModelManager:
             version.model, version.state = model, "AVAILABLE"
         _LOG.info("Model %s version %d is available", name, number)
 
-    def _replay_warmup(self, model: LoadedModel) -> None:
+    def _replay_warmup(self, model: ServedModel) -> None:
         start, status, requests = time.perf_counter(), "OK", 0
         try:
             requests = replay_warmup(model)
@@ -268,14 +295,14 @@ class ModelManager:
                 self._metrics.observe_warmup(str(model.path), status, microseconds=microseconds)
 
     def _leaving(self, name: str, wanted: Mapping[int, pathlib.Path] | None) -> list[Version]:
-        """What is not wanted, unless nothing that is wanted answers yet; the lock is held."""
+        """Returns the versions to unload: those not wanted, once a wanted one is available. Needs the lock."""
         available = self._available(name)
         if wanted is None or (wanted and not available.keys() & wanted.keys()):
             return []
         return [version for number, version in available.items() if number not in wanted]
 
     def _let_go(self, name: str, wanted: Mapping[int, pathlib.Path] | None) -> None:
-        """Unloads what leaves."""
+        """Unloads the versions that `_leaving` returns, and forgets old unloaded ones."""
         with self._lock:
             versions = self._versions[name]
             leaving = self._leaving(name, wanted)
@@ -287,7 +314,7 @@ class ModelManager:
         self._close_unused(leaving)
 
     def _take(self, name: str) -> list[Version]:
-        """Removes a model and gives its versions; the lock is held."""
+        """Removes a model and returns its versions. Needs the lock."""
         versions = list(self._versions.pop(name).values())
         self._labels.pop(name, None)
         for version in versions:
@@ -295,7 +322,7 @@ class ModelManager:
         return versions
 
     def _close_unused(self, versions: Sequence[Version]) -> None:
-        """Frees those that are unloading and that no request uses."""
+        """Frees the versions that are unloading and that no request uses."""
         for version in versions:
             with self._lock:
                 if version.state != "UNLOADING" or version.in_flight:
@@ -304,11 +331,11 @@ class ModelManager:
             if model is not None:
                 model.close()
                 del model
-                gc.collect()  # a graph refers to itself
+                gc.collect()  # a graph refers to itself, so its memory would stay occupied
                 _LOG.info("Version %s is unloaded", version.path)
 
     def _available(self, name: str) -> dict[int, Version]:
-        """The lock is held."""
+        """Returns the available versions of a model. Needs the lock."""
         return {
             number: version for number, version in self._versions.get(name, {}).items() if version.state == "AVAILABLE"
         }
@@ -336,7 +363,7 @@ class ModelManager:
 def _present(model: ModelSettings) -> dict[int, pathlib.Path]:
     try:
         return complete_versions(model.base_path)
-    except OSError:  # a look at the folder has said so already
+    except OSError:  # `_bring_in_wanted` has logged it already
         return {}
 
 
@@ -346,7 +373,7 @@ def _why_nothing(model: ModelSettings) -> str:
     if absence is not None:
         return f"{beginning}. {absence.reason}"
     there = ", ".join(map(str, sorted(_present(model))))
-    return f"{beginning}: the policy {model.policy} asks for others than are there. Received: versions {there}."
+    return f"{beginning}: the policy {model.policy} asks for versions that are not there. Received: versions {there}."
 
 
 def _not_found(name: str, version: int | None) -> ServingError:
@@ -354,7 +381,7 @@ def _not_found(name: str, version: int | None) -> ServingError:
     return ServingError("NOT_FOUND", f"Servable not found for request: {asked}")
 
 
-def _fingerprint(path: pathlib.Path) -> tuple:
-    """Changes whenever a file of the folder does."""
+def _fingerprint(path: pathlib.Path) -> _Fingerprint:
+    """Returns a value that changes whenever a file in the folder does."""
     stats = [(str(file), file.stat()) for file in sorted(path.rglob("*"))]
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

@@ -1,0 +1,87 @@
+"""Tests of the structure of robust_tf/serving: imports go one way, and light modules stay light."""
+
+import ast
+import doctest
+import graphlib
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SERVING = pathlib.Path(__file__).parents[2] / "robust_tf" / "serving"
+PACKAGE = "robust_tf.serving"
+# Each package may import itself and these.
+MAY_IMPORT = {
+    "wire": set(),
+    "model": {"wire"},
+    "publish": {"wire", "model"},
+    "server": {"wire", "model"},
+    "client": {"wire"},
+}
+
+
+def module_name(path):
+    parts = path.relative_to(SERVING).with_suffix("").parts
+    return ".".join([PACKAGE, *(parts[:-1] if parts[-1] == "__init__" else parts)])
+
+
+MODULES = {module_name(path): path for path in sorted(SERVING.rglob("*.py"))}
+
+
+def imported(path):
+    """Returns the modules of serving that a module imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES)
+            found |= submodules or {node.module}
+    return found & set(MODULES)
+
+
+def test_packages_import_one_way():
+    for name, path in MODULES.items():
+        if name == PACKAGE:
+            assert not imported(path)
+            continue
+        own = name.split(".")[2]
+        others = {other.split(".")[2] for other in imported(path)} - {own}
+        assert others <= MAY_IMPORT[own], f"{name} must not import {others - MAY_IMPORT[own]}"
+
+
+def test_modules_import_each_other_without_a_circle():
+    graph = {name: imported(path) for name, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["client", "client.rest_client", "wire.json_arrays", "model.folders", "model.status", "server.serve_config"],
+)
+def test_light_modules_do_not_import_tensorflow(module):
+    heavy = "{'tensorflow', 'keras', 'grpc', 'tensorflow_serving'} & set(sys.modules)"
+    code = f"import sys, {PACKAGE}.{module}; sys.exit(repr({heavy}) if {heavy} else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("program", ["serve", "predict"])
+def test_help_does_not_import_tensorflow(program):
+    code = (
+        f"import sys, robust_tf.{program} as program\n"
+        "try:\n"
+        f"    program.main(['{program}', '--help'])\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0\n"
+        "assert not {'tensorflow', 'keras', 'grpc', 'tensorflow_serving'} & set(sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "--model_name: " in run.stdout
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_are_right(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
