@@ -308,7 +308,7 @@ def test_only_one_module_names_the_file():
     assert named == {PACKAGE / "results.py"}
 
 
-def nodes() -> Iterator[tuple[pathlib.Path, ast.AST]]:
+def nodes() -> Iterator[tuple[pathlib.Path, typing.Any]]:
     """Yields the syntax trees of the package, node by node."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -11,6 +11,9 @@ from robust_tf.reporting.job_files import FinishedJob
 from robust_tf.results import BASELINE
 
 _PROGRAM = ["python", "-m"]
+BASELINE_NOTE = (
+    "The two classifiers come from the same job, except that the standard source was trained without an attack."
+)
 
 
 def title_of(job: FinishedJob) -> str:
@@ -117,8 +120,8 @@ def limitations_of(job: FinishedJob) -> list[str]:
     if attack := results.robust_accuracy_attack:
         limitations.append(
             "PGD is only one attack, and a stronger one may fool the classifier more often: measure the accuracy with "
-            f"AutoAttack before you rely on it. It covers perturbations up to {attack.norm} {attack.epsilon:.4g}, but "
-            "neither larger ones nor other changes of an image."
+            "AutoAttack before you rely on it. It covers perturbations up to "
+            f"{attack.epsilon:.4g} in the {attack.norm} norm, but neither larger ones nor other changes of an image."
         )
     else:
         limitations.append("No attack was run: small, deliberate changes of an image may change any prediction.")
