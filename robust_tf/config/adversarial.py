@@ -30,6 +30,11 @@ class AdversarialConfig:
 
     A field whose value is None was left to the recipe that `fast` and `objective` choose; `resolved` fills it, and the
     properties return the values that training uses.
+
+    Example:
+        >>> adversarial = AdversarialConfig(norm="l2", epsilon=0.5, fast="fgsm")
+        >>> adversarial.training_attack.step_size, adversarial.network_mode
+        (0.625, 'training')
     """
 
     norm: Norm = flag("l2", "Norm of every attack of the job.")

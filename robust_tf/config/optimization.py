@@ -18,7 +18,12 @@ ClassWeight = Literal["none", "balanced"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
-    """The optimization of a job, and how it chooses the best epoch. See `--help` for each field."""
+    """The optimization of a job, and how it chooses the best epoch. See `--help` for each field.
+
+    Example:
+        >>> OptimizationConfig(learning_rate=0.1, batch_size=512, base_batch_size=256).peak_learning_rate
+        0.2
+    """
 
     epochs: int = flag(
         10,

@@ -18,7 +18,12 @@ TRANSFER_ONLY = ("transfer_mode", "hidden_layers", "normalization", "unfreeze_at
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferConfig:
-    """The network of a job: its architecture, and in transfer its source and head. See `--help` for each field."""
+    """The network of a job: its architecture, and in transfer its source and head. See `--help` for each field.
+
+    Example:
+        >>> TransferConfig(source="resnet50_l2_eps3", transfer_mode="partial", freeze_through="stage3").cached
+        False
+    """
 
     architecture: str = flag(
         "",
