@@ -26,7 +26,7 @@ _RECIPE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdversarialConfig:
-    """What training and evaluation attack with, and which loss training minimizes. See `--help` for each field.
+    """The attacks of training and evaluation, and the loss that training minimizes. See `--help` for each field.
 
     A field whose value is None was left to the recipe that `fast` and `objective` choose; `resolved` fills it, and the
     properties return the values that training uses.

@@ -27,8 +27,8 @@ class OptimizationConfig:
 
     epochs: int = flag(
         10,
-        "Number of passes over the training images. With --fast=free each replay of a batch counts as part of a pass, "
-        "so there are --free_replays times fewer.",
+        "Number of passes over the training images. With --fast=free each replay of a batch counts, so the number of "
+        "passes over the data is --free_replays times smaller.",
     )
     batch_size: int = flag(128, "Number of images in a training step, on all devices together.")
     optimizer: OptimizerName = flag(
