@@ -22,7 +22,7 @@ def config_of(tmp_path: pathlib.Path, *flags: str) -> JobConfig:
     return read_flag_file(path)
 
 
-def test_configs_are_there():
+def test_the_documented_configs_exist():
     assert {"quickstart", "fashion_mnist_l2", "pets", "imagenet_resnet50_l2_eps3"} <= {path.stem for path in CONFIGS}
 
 
@@ -35,7 +35,7 @@ def test_every_config_parses_and_is_documented(path, tmp_path):
     lines = path.read_text().splitlines()
     header = "\n".join(line for line in lines if line.startswith("#"))
     assert f"--flagfile=configs/{path.name}" in header  # the exact command
-    assert "not yet run" in header or "%" in header  # figures of a run, or the plain statement that there are none
+    assert "not yet run" in header or "%" in header  # the figures of a run, or a statement that there are none
     assert len(lines) <= 40
 
 
@@ -90,7 +90,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("fast", PRESETS)
-def test_presets_fill_what_is_not_given_and_survive_a_flag_file(tmp_path, fast):
+def test_recipes_decide_the_flags_that_are_left_out(tmp_path, fast):
     common = {"epsilon": 0.5, "epochs": 12, "fast": fast}
     for given in ({}, GIVEN[fast]):
         config = JobConfig.from_flags(**common, **given)
@@ -142,7 +142,7 @@ def test_the_standard_twin_of_an_older_workdir_is_the_same_job():
     assert older.differences(twin) == []
 
 
-def test_trades_takes_the_last_iterate_unless_told_otherwise():
+def test_trades_uses_the_last_iterate_by_default():
     assert not JobConfig.from_flags(epsilon=1.0, objective="trades").adversarial.training_attack.use_best
     assert JobConfig.from_flags(epsilon=1.0, objective="trades_awp", use_best=True).adversarial.training_attack.use_best
     assert JobConfig.from_flags(epsilon=1.0, objective="awp").adversarial.training_attack.use_best
@@ -161,15 +161,15 @@ def test_trades_takes_the_last_iterate_unless_told_otherwise():
         ({"objective": "trades"}, 9),
         ({"objective": "awp"}, 9),
         ({"objective": "trades_awp"}, 11),
-        ({"objective": "awp", "awp_warmup_epochs": 5.0}, 8.5),  # half of the epochs
+        ({"objective": "awp", "awp_warmup_epochs": 5.0}, 8.5),  # in half of the epochs
     ],
 )
-def test_gradients_of_each_recipe(settings, gradients):
+def test_each_recipe_counts_its_gradients(settings, gradients):
     assert JobConfig.from_flags(**{"epsilon": 1.0, "epochs": 10, **settings}).gradients_per_image == gradients
 
 
-def test_validation_is_under_several_steps_and_the_whole_epsilon():
-    """Under the one step of training, what has overfitted to it looks best."""
+def test_validation_uses_several_steps_and_the_whole_epsilon():
+    """A network that has overfitted to a single-step attack looks best under that attack."""
     for fast in ("fgsm", "free"):
         attack = JobConfig.from_flags(epsilon=0.3, fast=fast).adversarial.validation_attack
         assert attack == AttackConfig(norm="l2", epsilon=0.3, step_size=2.5 * 0.3 / 3, steps=3)
@@ -188,7 +188,7 @@ def test_validation_is_under_several_steps_and_the_whole_epsilon():
         {"fast": "fgsm"},
     ],
 )
-def test_the_standard_twin_of_any_recipe_is_a_job(tmp_path, recipe):
+def test_the_standard_twin_of_any_recipe_is_a_valid_job(tmp_path, recipe):
     config = JobConfig.from_flags(epsilon=0.5, eval_epsilon=0.25, epochs=10, **recipe)
     twin = config.standard_twin()
     assert not twin.adversarial.training_attack.active
@@ -248,24 +248,24 @@ def test_help_and_wrong_flags_do_not_wait_for_tensorflow(arguments):
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
 
 
-def test_overrides_win(tmp_path):
+def test_overrides_win_over_the_flag_file(tmp_path):
     (tmp_path / "job.cfg").write_text("--epsilon=1\n--epochs=3\n")
     config = read_flag_file(tmp_path / "job.cfg", ["--epsilon=0"])
     assert (config.adversarial.epsilon, config.optimization.epochs) == (0.0, 3)
 
 
 @pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.5", 0.5), ("1e-3", 1e-3), ("2", 2.0)])
-def test_numbers_and_fractions(text, value):
+def test_numbers_and_fractions_are_read(text, value):
     assert parse_number(text) == value
 
 
 @pytest.mark.parametrize("text", ["1/0", "two", "__import__('os')", "8/255/2"])
-def test_anything_else_is_no_number(text):
+def test_other_text_is_not_a_number(text):
     with pytest.raises(UserError, match="fraction such as 8/255"):
         parse_number(text)
 
 
-def test_attack_settings_default_to_the_usual_ones():
+def test_attacks_have_the_usual_step_sizes_by_default():
     config = JobConfig.from_flags(norm="linf", epsilon=8 / 255, attack_steps=10, eval_steps=50)
     assert config.adversarial.training_attack.step_size == pytest.approx(2.5 * 8 / 255 / 10)
     assert config.adversarial.evaluation_attack.epsilon == 8 / 255
@@ -273,7 +273,7 @@ def test_attack_settings_default_to_the_usual_ones():
     assert JobConfig.from_flags(epsilon=0.0, eval_epsilon=1.0).adversarial.evaluation_attack.epsilon == 1.0
 
 
-def test_differences_name_both_values_and_leave_out_what_is_no_part_of_the_job():
+def test_differences_have_both_values_and_skip_flags_that_do_not_change_the_job():
     first = JobConfig.from_flags(epsilon=1.0, workdir="a", export_dir="b")
     second = first.with_flags(epsilon=0.5, workdir="c", export_dir="d")
     assert first.differences(second) == ["--epsilon: 1.0 -> 0.5"]
@@ -378,7 +378,7 @@ def test_differences_name_both_values_and_leave_out_what_is_no_part_of_the_job()
         ([*CACHED, "--features_cache_size_gb=0"], "Received: 0.0"),
     ],
 )
-def test_wrong_values_are_refused_by_value(tmp_path, flags, message):
+def test_wrong_values_are_named_in_the_message(tmp_path, flags, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(").replace("?", r"\?")):
         config_of(tmp_path, *flags)
 
