@@ -298,7 +298,7 @@ def test_no_module_reads_results_by_string_keys():
         name = source.attr if isinstance(source, ast.Attribute) else getattr(source, "id", None)
         is_text = isinstance(key, ast.JoinedStr) or isinstance(key, ast.Constant) and isinstance(key.value, str)
         if name in names and is_text:
-            found.append(f"{path}:{node.lineno}")  # type: ignore[attr-defined]
+            found.append(f"{path}:{node.lineno}")
     assert not found
 
 

@@ -93,6 +93,16 @@ def test_a_circle_is_found():
     assert circles(imports) == [["b", "c"], ["d"]]
 
 
+def lines_without_docstrings(source: str) -> int:
+    """Returns the number of lines of a module. Docstrings do not count, so that nobody shortens them to pass."""
+    count = len(source.splitlines())
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            count -= (docstring.end_lineno or docstring.lineno) - docstring.lineno + 1
+    return count
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_no_file_is_too_long(name):
     text = MODULES[name].read_text(encoding="utf-8")

@@ -85,10 +85,10 @@ class _Pickler(_PythonPickler):
         return ("storage", storage_type, str(self.storages.index(value)), "cuda:0", count, *view)
 
     def _save_global(self, value: Global) -> None:
-        self.write(f"c{value.module}\n{value.name}\n".encode())  # type: ignore[attr-defined]
+        self.write(f"c{value.module}\n{value.name}\n".encode())
 
     def _save_call(self, value: Call) -> None:
-        self.save_reduce(value.function, value.arguments, value.state, obj=value)  # type: ignore[attr-defined]
+        self.save_reduce(value.function, value.arguments, value.state, obj=value)
 
     dispatch[Global] = _save_global
     dispatch[Call] = _save_call
