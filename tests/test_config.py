@@ -284,8 +284,11 @@ def test_differences_have_both_values_and_skip_flags_that_do_not_change_the_job(
     [
         (["--norm=l3"], "Received: 'l3'. Did you mean 'l2'"),
         (["--norm=linf", "--epsilon=8"], "Did you mean 8/255"),
-        (["--epsilon=-1"], "epsilon=-1"),
-        (["--epsilon=1", "--attack_step_size=0"], "step_size=0.0"),
+        (["--epsilon=-1"], "--epsilon=-1"),
+        (["--epsilon=1", "--attack_step_size=0"], "--attack_step_size=0.0"),
+        (["--epsilon=1", "--attack_steps=-1"], "--attack_steps must be 0 or more. Received: -1"),
+        (["--eval_epsilon=-1"], "--eval_epsilon=-1"),
+        (["--learning_rate_multipliers=stem=x"], "--learning_rate_multipliers: A number.*Received: 'x'"),
         (["--epsilon=x"], "Received: 'x'"),
         (["--epslon=1"], "Did you mean: epsilon"),
         (["--epochs=0"], "--epochs must be 1 or more. Received: 0"),

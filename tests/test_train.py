@@ -797,7 +797,7 @@ def program(*arguments: str, **options) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--epsilon=8", "--norm=linf"], 2, "error: epsilon of the linf norm"),
+        (["--epsilon=8", "--norm=linf"], 2, "error: --epsilon of the linf norm"),
         (["--dataset=digit"], 2, "Did you mean 'digits'"),
         (["--epslon=1"], 2, "Did you mean: epsilon"),
         (["--task=pretrain", "configs/quickstart.cfg"], 2, "'configs/quickstart.cfg'"),

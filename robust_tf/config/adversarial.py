@@ -5,7 +5,7 @@ import math
 from typing import Any, Literal
 
 from robust_tf.config.attack import AttackConfig, AttackMode, Norm
-from robust_tf.config.checks import check_choices, check_default, check_ranges
+from robust_tf.config.checks import check_choices, check_default, check_epsilon, check_ranges
 from robust_tf.errors import UserError
 from robust_tf.flags import flag
 
@@ -109,8 +109,17 @@ class AdversarialConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_ranges(self, ("free_replays", "alarm_every_epochs"), lowest=1)
-        check_ranges(self, ("eval_steps",), lowest=0)
-        attack, _ = self.training_attack, self.evaluation_attack  # both check their values
+        check_ranges(self, ("attack_steps", "eval_steps"), lowest=0)
+        # Checked here as well as in the attacks, whose messages could only name their arguments.
+        for name in ("epsilon", "eval_epsilon"):
+            if getattr(self, name) is not None:
+                check_epsilon(self.norm, getattr(self, name), name=f"--{name}")
+        if self.epsilon > 0 and self.attack_step_size is not None and not self.attack_step_size > 0:
+            raise UserError(
+                f"--attack_step_size must be more than 0. Received: --attack_step_size={self.attack_step_size}. Leave "
+                "it out for the usual step size."
+            )
+        attack = self.training_attack
         if self.epsilon > 0 and attack.steps < 1:
             raise UserError(
                 f"An attack of --epsilon={self.epsilon:g} needs 1 step or more. Received: "

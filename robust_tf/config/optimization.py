@@ -126,7 +126,10 @@ class OptimizationConfig:
             stage, separator, factor = item.partition("=")
             if not separator:
                 raise UserError(f"--learning_rate_multipliers takes stage=factor pairs. Received: {item!r}.")
-            pairs[stage] = parse_number(factor)
+            try:
+                pairs[stage] = parse_number(factor)
+            except UserError as error:
+                raise UserError(f"--learning_rate_multipliers: {error}") from None
         return pairs
 
     @property
