@@ -1,4 +1,4 @@
-"""Packaging of robust_tf. The lower bounds are the versions that the test-suite has been run with."""
+"""Packaging of robust_tf. The lower bounds are the versions that the tests have been run with."""
 
 import pathlib
 import re
@@ -9,7 +9,7 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "robust_tf" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 SERVE = ["uvicorn>=0.30", "starlette>=0.40", "orjson>=3.10.7", "httpx>=0.27"]
-TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.17", "mypy>=2.0", "build>=1.2"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.17", "mypy>=2.0", "build>=1.2", "pdoc>=15.0"]
 TEST += ["hypothesis>=6.100", "pyyaml>=6.0", "kubernetes-validate>=1.30", "selenium>=4.20"]  # for serving/
 
 setup(
@@ -22,7 +22,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["robust_tf", "robust_tf.*"]),
-    package_data={"robust_tf": ["models/weights/*", "serving/*.html"]},
+    package_data={"robust_tf": ["models/weights/*", "serving/server/*.html", "py.typed"]},
     install_requires=[
         "tensorflow>=2.21",
         "keras>=3.15",
@@ -49,6 +49,7 @@ setup(
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -1,4 +1,4 @@
-"""What programs print: one console, and bars with the rate and the remaining time."""
+"""Output of the programs: one console, and progress bars with the rate and the remaining time."""
 
 import contextlib
 import datetime
@@ -12,14 +12,14 @@ from rich.text import Text
 
 Batch = tuple[Any, Any]
 
-# One console for all output: a bar and lines printed beside it must not write over each other.
+# All output goes through one console, so that a progress bar and printed lines do not overwrite each other.
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 class _Remaining(ProgressColumn):
-    """Counts down to `ends`, in seconds of the clock, or None: unknown.
+    """Shows the time until the field `ends` of a task, in seconds of `time.perf_counter`, or None if it is unknown.
 
-    Rich's own column knows nothing where two updates are half a minute apart, as they are in an attack.
+    Rich's own column shows nothing when two updates are half a minute apart, as they are during an attack.
     """
 
     def render(self, task: Task) -> Text:
@@ -28,6 +28,7 @@ class _Remaining(ProgressColumn):
 
 
 def end_time(seconds: float | None) -> float | None:
+    """Returns the clock time in `seconds` from now, or None if that is unknown."""
     return None if seconds is None else time.perf_counter() + seconds
 
 
@@ -36,6 +37,7 @@ def _eta(seconds: float) -> str:
 
 
 def progress_bar() -> Progress:
+    """Returns a progress bar; its tasks have the fields `rate`, `ends` and `figures`."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -45,18 +47,28 @@ def progress_bar() -> Progress:
         TextColumn("{task.fields[figures]}"),
         console=console,
         transient=True,
-        disable=not console.is_terminal,  # a log file gets the lines only
+        disable=not console.is_terminal,  # a log file gets only the lines of `LogLines`
     )
 
 
 def speed_text(rate: float, unit: str = "images") -> str:
+    """Returns a rate such as "120 images/s", or nothing for a rate of 0.
+
+    Args:
+        rate: Units per second.
+        unit: Name of the units.
+    """
     if not rate:
         return ""
     return f"{rate:.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 
 class LogLines:
-    """Where no bar can be drawn (a log file), says once a minute how far the work is."""
+    """Prints the progress once a minute where no bar can be drawn, such as in a log file.
+
+    Args:
+        every: Seconds between two lines.
+    """
 
     def __init__(self, *, every: float = 60.0) -> None:
         self._every = every
@@ -65,6 +77,16 @@ class LogLines:
     def update(
         self, name: str, *, done: float, total: float, rate: str, seconds: float | None, figures: str = ""
     ) -> None:
+        """Prints a line if the last one is old enough.
+
+        Args:
+            name: Name of the work.
+            done: Units of work that are done.
+            total: Units of work in total.
+            rate: Speed, as `speed_text` returns it.
+            seconds: Remaining time; None if it is unknown, and then nothing is printed.
+            figures: Text for the end of the line.
+        """
         now = time.perf_counter()
         if console.is_terminal or now - self._last < self._every or seconds is None:
             return
@@ -74,7 +96,14 @@ class LogLines:
 
 
 class Meter:
-    """A bar over units of work; see `meter`."""
+    """A progress bar over units of work; see `meter`.
+
+    Args:
+        name: Name of the work.
+        bar: Progress bar that shows it.
+        total: Units of work in total.
+        unit: Name of the units.
+    """
 
     def __init__(self, name: str, bar: Progress, *, total: float, unit: str) -> None:
         self._name, self._bar, self._unit = name, bar, unit
@@ -85,10 +114,15 @@ class Meter:
         self._first: float | None = None
 
     def update(self, done: float, figures: str = "", *, total: float | None = None) -> None:
-        """Moves it to `done` units of `total` (None: as before), with figures beside it.
+        """Moves the bar.
 
-        The first call says where the work starts, which is not 0 when it was interrupted before: the rate is that
-        since then.
+        The first call tells where the work starts, which need not be 0: work that was interrupted goes on later. The
+        rate counts from there.
+
+        Args:
+            done: Units of work that are done.
+            figures: Text beside the bar.
+            total: Units of work in total; None if it is still the same.
         """
         self._total = self._total if total is None else total
         self._first = done if self._first is None else self._first
@@ -101,23 +135,39 @@ class Meter:
 
 @contextlib.contextmanager
 def meter(name: str, *, total: float, unit: str = "images") -> Iterator[Meter]:
-    """A bar over `total` units of work, with rate and remaining time; in a log file a line once a minute."""
+    """Yields a progress bar with rate and remaining time; a log file gets a line once a minute instead.
+
+    Args:
+        name: Name of the work.
+        total: Units of work in total.
+        unit: Name of the units.
+    """
     with progress_bar() as bar:
         yield Meter(name, bar, total=total, unit=unit)
 
 
 @contextlib.contextmanager
 def only_a_warning(what: str) -> Iterator[None]:
-    """Turns any error inside the block into one warning line, for work after a finished job has been written."""
+    """Turns any error inside the block into one warning, for output that a finished job can do without.
+
+    Args:
+        what: What the block writes, for the warning.
+    """
     try:
         yield
-    except Exception as error:  # noqa: BLE001  # drawing can fail in many ways, and none may end a finished job
+    except Exception as error:  # noqa: BLE001  # drawing can fail in many ways, none of which may end a finished job
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         console.print(f"WARNING: {what} could not be written. Received: {reason[:300]}", markup=False, soft_wrap=True)
 
 
 def track(batches: Iterable[Batch], name: str, *, num_images: int) -> Iterator[Batch]:
-    """Passes the (images, labels) batches on, with a bar in images."""
+    """Yields the batches one by one, and shows a progress bar that counts their images.
+
+    Args:
+        batches: Batches (images, labels).
+        name: Name of the work.
+        num_images: Number of images in all batches.
+    """
     with meter(name, total=num_images) as bar:
         images = 0
         bar.update(images)

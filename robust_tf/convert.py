@@ -1,12 +1,17 @@
-"""Converts between the checkpoints of the PyTorch reference and classifiers. PyTorch is not needed.
+"""Converts PyTorch checkpoints into Keras classifiers, and classifiers into checkpoints. PyTorch is not needed.
+
+Convert a file of torch.save, or a .safetensors file. It is read as data, so no code in it is run:
 
     python -m robust_tf.convert --checkpoint=resnet50.ckpt --architecture=resnet50 --output=resnet50.keras
+
+Download and convert a published model; list the published models:
+
     python -m robust_tf.convert --source=resnet50_l2_eps3 --output=resnet50.keras
-    python -m robust_tf.convert --classifier=W/classifier.keras --to_reference=W/classifier.npz
     python -m robust_tf.convert --list
 
-The first reads a file of torch.save, or a .safetensors file, as data and runs nothing that is in it. The second
-fetches a published model. The third writes a plain state_dict for PyTorch. The last shows the published models.
+Write the weights of a classifier as a plain state_dict for PyTorch:
+
+    python -m robust_tf.convert --classifier=W/classifier.keras --to_reference=W/classifier.npz
 """
 
 import dataclasses
@@ -18,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from robust_tf.environment import set_tensorflow_defaults
+from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_file, replaced_atomically
 from robust_tf.flags import flag, parse_flags
@@ -33,22 +38,22 @@ if TYPE_CHECKING:
 class ConvertConfig:
     """The flags of this program."""
 
-    checkpoint: str = flag("", "File of torch.save (.ckpt, .pt, .pth) or .safetensors file to convert.")
-    source: str = flag("", "Name of a published model to convert; see --list.")
+    checkpoint: str = flag("", "Checkpoint to convert: a file of torch.save (.ckpt, .pt, .pth) or a .safetensors file.")
+    source: str = flag("", "Name of a published model to convert. See --list.")
     architecture: str = flag("", "Architecture of --checkpoint.")
-    image_size: int = flag(224, "Side of the classifier's images in pixels; 32 for the CIFAR models of the reference.")
-    output: str = flag("", "The .keras file to write.")
-    verbose: bool = flag(False, "Show all layers with weights, and where these came from.")
-    classifier: str = flag("", "The .keras file to convert back.")
-    to_reference: str = flag("", "The .npz file to write for PyTorch.")
+    image_size: int = flag(224, "Height and width of the images in pixels. Use 32 for the reference's CIFAR models.")
+    output: str = flag("", "Path of the .keras file to write.")
+    verbose: bool = flag(False, "Show all layers with weights, and the modules that the weights come from.")
+    classifier: str = flag("", "Classifier (.keras file) to convert into a checkpoint.")
+    to_reference: str = flag("", "Path of the .npz file to write for PyTorch.")
     list: bool = flag(False, "Show the published models and their accuracies.")
-    cache_dir: str = flag("", "Where fetched models are kept. Default: robust_tf in the user's cache folder.")
+    cache_dir: str = flag("", "Folder for downloaded models. Default: robust_tf in the user's cache folder.")
 
     def __post_init__(self) -> None:
         tasks = [name for name in ("checkpoint", "source", "classifier", "list") if getattr(self, name)]
         if len(tasks) != 1:
             raise UserError(
-                "One of --checkpoint, --source, --classifier and --list is needed, and only one. Received: "
+                "Use exactly one of --checkpoint, --source, --classifier and --list. Received: "
                 f"{', '.join(f'--{task}' for task in tasks) or 'none'}."
             )
         if self.checkpoint and not self.architecture:
@@ -60,11 +65,15 @@ class ConvertConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Converts as the flags in `argv` say."""
+    """Runs the program.
+
+    Args:
+        argv: Name of the program and its flags.
+    """
     config, rest = parse_flags(ConvertConfig, argv, __doc__ or "")
     if rest:
-        raise UserError(f"Everything is a flag, --name=value. Received: {rest[0]!r}.")
-    set_tensorflow_defaults(onednn=False)
+        raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
+    start_tensorflow(onednn=False)
     if config.list:
         list_published()
     elif config.classifier:
@@ -85,8 +94,12 @@ def list_published() -> None:
 
 
 def convert_to_classifier(config: ConvertConfig) -> None:
-    """Writes the classifier of a checkpoint, and prints what is known about it."""
-    # TensorFlow takes seconds to import: not for a mistyped flag.
+    """Converts a checkpoint into a classifier and prints what is known about it.
+
+    Args:
+        config: The flags.
+    """
+    # Imported here, because TensorFlow takes seconds to import, and a mistyped flag should be reported at once.
     from robust_tf.models.classifier_file import save_classifier
     from robust_tf.models.conversion import classifier_from_checkpoint
     from robust_tf.models.published import fetch_checkpoint, published_model
@@ -103,30 +116,41 @@ def convert_to_classifier(config: ConvertConfig) -> None:
     print_summary(path, checkpoint, classifier)
     if config.verbose:
         print_layers(classifier)
-    del checkpoint  # lets go of the pages of the file that were read
+    del checkpoint  # releases the memory-mapped file
     save_classifier(classifier, output)
     print(f"Wrote {config.output}")
 
 
 def convert_to_reference(classifier_path: pathlib.Path, output: pathlib.Path) -> None:
-    """Writes the weights of a classifier as a PyTorch state_dict, an `.npz` of core keys."""
+    """Writes the weights of a classifier as a PyTorch state_dict in an `.npz` file.
+
+    Args:
+        classifier_path: Path of the classifier.
+        output: Path of the `.npz` file.
+    """
     from robust_tf.models import load_classifier, to_reference_state
 
     check_output_file(output, "--to_reference")
     classifier = load_classifier(classifier_path)
     state = to_reference_state(classifier)
     with replaced_atomically(output) as temporary:
-        np.savez(temporary, **state)  # type: ignore[arg-type]  # its stub knows no keywords but its own
+        np.savez(temporary, **state)  # type: ignore[arg-type]  # the type stub does not allow arbitrary keywords
     normalization = classifier.get_layer("normalization")
     print(f"Wrote {output}: {len(state)} arrays of {classifier.name}. In PyTorch:")
     print(f"  state = {{key: torch.from_numpy(array) for key, array in numpy.load({str(output)!r}).items()}}")
     print("  model.load_state_dict(state)")
-    print(f"Normalise images in [0, 1] with mean {_numbers(normalization.mean)}")
+    print(f"Normalize images in [0, 1] with mean {_numbers(normalization.mean)}")
     print(f"and standard deviation {_numbers(normalization.variance**0.5)}.")
 
 
 def print_summary(path: pathlib.Path, checkpoint: "ReferenceCheckpoint", classifier: "keras.Model") -> None:
-    """Prints where a classifier comes from and what it is."""
+    """Prints a summary of a checkpoint and its classifier.
+
+    Args:
+        path: Path of the checkpoint.
+        checkpoint: Content of the checkpoint.
+        classifier: Classifier of the checkpoint.
+    """
     from robust_tf.models import reference_normalization
 
     parameters = sum(math.prod(variable.shape) for variable in classifier.trainable_variables)
@@ -143,7 +167,11 @@ def print_summary(path: pathlib.Path, checkpoint: "ReferenceCheckpoint", classif
 
 
 def print_layers(classifier: "keras.Model") -> None:
-    """Prints the layers that hold weights, with the reference's modules that these came from."""
+    """Prints the layers with weights, together with the modules of the reference that the weights come from.
+
+    Args:
+        classifier: Classifier whose name is an architecture.
+    """
     from robust_tf.models import ARCHITECTURES
 
     reference_module = ARCHITECTURES[classifier.name].reference_module

@@ -1,4 +1,4 @@
-"""What the programs say when the input is at fault."""
+"""Errors and warnings that the programs show to their users."""
 
 import contextlib
 import difflib
@@ -7,27 +7,31 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
-    """The input (flag, file, image, checkpoint, request) is at fault, not the program.
+    """An error in the input (a flag, file, image, checkpoint or request), not in the program.
 
-    The message says the rule, the value received and the way out. The command-line programs print it without a
-    traceback and exit with code 2.
+    The message says the rule, the value that was received and what to do about it. The command-line programs print it
+    without a traceback and exit with code 2.
     """
 
-    # TensorFlow's autograph would make a StagingError of it, with a traceback of many lines, in a tf.function.
+    # Inside a tf.function, TensorFlow's autograph would otherwise turn it into a StagingError with a long traceback.
     ag_pass_through = True
 
 
 class AttackWarning(UserWarning):
-    """A sign that a robust accuracy is too good to be true: the attack could not do its work."""
+    """A sign that an attack did not work, so that the robust accuracy is too good to be true."""
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> UserError:
-    """The error for a name that is in no table: lists the valid ones and suggests the nearest.
+    """Returns the error for an unknown name, which lists the valid names and suggests the most similar one.
 
     Args:
-        kind: what the name stands for, e.g. "architecture".
-        name: the value received; names are text, so anything else is unknown too.
-        valid: the names that would have been accepted.
+        kind: What the name stands for, such as "architecture".
+        name: Value that was received. Names are text, so any other value is unknown.
+        valid: Names that would have been accepted.
+
+    Example:
+        >>> print(unknown_name("norm", "l3", ["l2", "linf"]))
+        Unknown norm. Received: 'l3'. Did you mean 'l2'? Valid: l2, linf.
     """
     names = sorted(valid)
     nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
@@ -36,13 +40,13 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> UserError:
 
 
 def warn_user(message: str) -> None:
-    """Prints what the user should know, though the program goes on: one line on stderr."""
+    """Prints a warning as one line on stderr."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """For the command-line programs: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Ends a command-line program without a traceback, with code 2 after a `UserError` and 130 after Ctrl-C."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the whole new one, never half of it."""
+"""Safe output: files that are replaced as a whole, and checks of output folders before the work begins."""
 
 import atexit
 import contextlib
@@ -17,13 +17,28 @@ from robust_tf.errors import UserError, warn_user
 
 @contextlib.contextmanager
 def replaced_atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary sibling to write to; it replaces `path` when the block ends well, and is removed when not.
+    """Yields a temporary file to write to, which replaces `path` when the block ends without an error.
 
-    The sibling keeps the suffix of `path` (Keras chooses the format by it) and lies in the same folder, so that the
-    replacement is one rename on one file system.
+    After an error the temporary file is removed, and `path` is as it was. The temporary file has the suffix of `path`,
+    because Keras chooses the format by it, and lies in the same folder, so that the replacement is a single rename on
+    one file system.
+
+    Args:
+        path: File to write. Its folder is made if it does not exist.
+
+    Yields:
+        Path of the temporary file.
 
     Raises:
-        UserError: the folder or the file cannot be written (permission, full disk); `path` is as it was.
+        UserError: The folder or the file cannot be written, for lack of permission or of disk space.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "figures" / "losses.csv"
+        ...     with replaced_atomically(path) as temporary:
+        ...         _ = temporary.write_text("epoch,loss")
+        ...     path.read_text()
+        'epoch,loss'
     """
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
@@ -36,27 +51,27 @@ def replaced_atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        kept = "the file that was there is unchanged" if path.exists() else "nothing was left behind"
+        kept = "the existing file is unchanged" if path.exists() else "nothing was left behind"
         raise UserError(
-            f"Cannot write {path}: {error.strerror or error}; {kept}. Free some space, or choose a folder that "
-            "you may write to."
+            f"Cannot write {path}: {error.strerror or error}; {kept}. Free some disk space, or choose a folder that "
+            "you are allowed to write to."
         ) from error
 
 
 def check_output_folder(folder: pathlib.Path, flag: str) -> None:
-    """Refuses a folder that can't be made or written to, before the work whose results go there; leaves nothing behind.
+    """Refuses a folder that cannot be made or written to. Programs call this before they do any work.
 
     Args:
-        folder: need not exist.
-        flag: the flag that chooses it, e.g. "--export_dir", for the message.
+        folder: Folder, which need not exist. It is not made.
+        flag: Flag that chooses the folder, such as "--export_dir", for the message.
 
     Raises:
-        UserError: names the folder and the reason.
+        UserError: Names the folder and the reason.
     """
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        # Permission bits don't tell what a read-only disk, a full one, or an administrator's account may do: try.
+        # Permission bits do not tell about read-only disks, full disks and administrators, so try it.
         trial = pathlib.Path(tempfile.mkdtemp(prefix=".robust_tf-", dir=there))
         try:
             (trial / folder.relative_to(there)).mkdir(parents=True, exist_ok=True)
@@ -66,54 +81,77 @@ def check_output_folder(folder: pathlib.Path, flag: str) -> None:
     except OSError as error:
         raise UserError(
             f"{flag} needs a folder that can be made and written to. Received: {folder} "
-            f"({there}: {error.strerror or error}). Choose another one."
+            f"({there}: {error.strerror or error}). Choose another folder."
         ) from error
 
 
 def check_output_file(path: pathlib.Path, flag: str) -> None:
-    """The same for a file, which may exist.
+    """Refuses a file that cannot be written. Programs call this before they do any work.
+
+    Args:
+        path: File, which may exist.
+        flag: Flag that chooses the file, such as "--output", for the message.
 
     Raises:
-        UserError: it is a folder, or the folder that it belongs into can't be made or written to.
+        UserError: The path is a folder, or its folder cannot be made or written to.
     """
     if path.is_dir():
-        raise UserError(f"{flag} is a file to write. Received: {path}, which is a folder. Choose another name.")
+        raise UserError(f"{flag} is the file to write. Received: {path}, which is a folder. Choose another name.")
     check_output_folder(path.parent, flag)
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes `content` as indented JSON, atomically; NaN and infinity are refused, since JSON has neither."""
+    """Writes a file of indented JSON, atomically.
+
+    Args:
+        path: File to write.
+        content: What to write. NaN and infinity are refused, because JSON has neither.
+
+    Raises:
+        UserError: The file cannot be written.
+        ValueError: The content cannot be written as JSON.
+    """
     with replaced_atomically(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-# What an operating system says of a folder that cannot be written at all, however much room there is.
+# Errors of the operating system for a folder that cannot be written to, however much disk space is free.
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def is_not_writable(error: OSError) -> bool:
-    """Whether an error says that a folder cannot be written at all; a full disk is another matter."""
+    """Returns whether an error says that a folder cannot be written to at all. A full disk does not count."""
     return error.errno in _NOT_WRITABLE
 
 
 def temporary_cache(reason: OSError, folder: pathlib.Path) -> pathlib.Path:
-    """A folder to use in place of a cache folder that cannot be written; it goes when the process ends.
+    """Returns a temporary folder to use instead of a cache folder that cannot be written to, and warns the user.
+
+    The folder is removed when the process ends.
 
     Args:
-        reason: why it cannot be.
-        folder: the cache folder, for the warning.
+        reason: Error that the cache folder gave.
+        folder: The cache folder, for the warning.
     """
     temporary = tempfile.mkdtemp(prefix="robust_tf-")
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     warn_user(
-        f"Cannot write the cache folder {folder}: {reason.strerror or reason}. What is made now is kept in {temporary} "
+        f"Cannot write the cache folder {folder}: {reason.strerror or reason}. New files are kept in {temporary} "
         "until the program ends."
     )
     return pathlib.Path(temporary)
 
 
 def cache_folder(folder: str | pathlib.Path | None = None) -> pathlib.Path:
-    """Where what can be made again is kept: `folder`, by default `robust_tf` in the user's cache folder."""
+    """Returns the folder for files that can be made again.
+
+    Args:
+        folder: Folder that the user chose. Default: `robust_tf` in the user's cache folder.
+
+    Example:
+        >>> cache_folder("cache").name
+        'cache'
+    """
     users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = pathlib.Path(folder or pathlib.Path(users) / "robust_tf")
     try:

@@ -1,99 +1,190 @@
-"""Flags of the programs: the fields of a frozen dataclass, each with its default and help, parsed by absl."""
+"""Flags of the programs: the fields of a frozen dataclass, each with a default and a help text, parsed by absl.
+
+A field made with `flag` is one flag. A field made with `record` holds another dataclass, whose fields are flags too:
+the command line stays flat, however the records are nested.
+"""
 
 import dataclasses
 import fractions
+import functools
+import os
 import re
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from absl import flags
 
-from robust_tf.errors import UserError
+from robust_tf.environment import Verbosity, set_verbosity
+from robust_tf.errors import UserError, unknown_name
 
 Config = TypeVar("Config")
+_HELP_WIDTH = 100
+
+# The flags that every program has.
+_COMMON_FLAGS = """
+Flags of every program:
+  --flagfile: File to read more flags from, one on each line.
+  --verbosity: Least severe messages of TensorFlow and other libraries to show. One of error,
+      warning, info. Default: error.
+  --help: Show this help."""
 
 
 def flag(default: Any, help_text: str, **metadata: Any) -> Any:
-    """A dataclass field that is a flag.
+    """Declares a dataclass field that is a flag.
 
     Args:
-        metadata: `formerly`, an older name that still works; anything else is for the dataclass itself.
+        default: Value of the flag when the user leaves it out.
+        help_text: Text that `--help` prints, in whole sentences.
+        **metadata: `formerly` is an older name of the flag that still works, and `heading` replaces the heading of the
+            record in `--help`; the rest is for the dataclass itself.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
 
-def parse_flags(config_class: type[Config], argv: Sequence[str], usage: str = "") -> tuple[Config, list[str]]:
+def record(config_class: type[Any], heading: str) -> Any:
+    """Declares a dataclass field that holds further flags.
+
+    Args:
+        config_class: Dataclass whose fields are made with `flag` or `record`, each with a default.
+        heading: Heading of these flags in `--help`.
+    """
+    return dataclasses.field(default_factory=config_class, metadata={"heading": heading})
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatField:
+    """One flag of a config.
+
+    Attributes:
+        name: Name of the flag, and of the field in its record.
+        kind: Type of its value. None may be allowed in addition.
+        default: Value when it is left out.
+        metadata: Help text and further arguments of `flag`.
+        records: Names of the fields that lead from the config to the record; empty for the config's own fields.
+        heading: Heading of the flag in `--help`.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    metadata: Mapping[str, Any]
+    records: tuple[str, ...]
+    heading: str
+
+    def value_in(self, config: Any) -> Any:
+        """Returns the value of this flag in a config."""
+        return getattr(functools.reduce(getattr, self.records, config), self.name)
+
+
+def flat_fields(config_class: type[Any]) -> tuple[FlatField, ...]:
+    """Returns every flag of a dataclass and of the records within it, in the order of `--help`.
+
+    Raises:
+        TypeError: Two fields have the same name, or a former name of one is taken.
+    """
+    key: Any = config_class  # the cache asks for Hashable, which mypy does not see in a class
+    return _flat_fields(key)
+
+
+@functools.cache
+def _flat_fields(config_class: Any) -> tuple[FlatField, ...]:
+    found = tuple(_walk(config_class, records=(), heading="Flags"))
+    names = [name for field in found for name in (field.name, field.metadata.get("formerly")) if name]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise TypeError(f"Flags must have different names. {config_class.__name__} has twice: {', '.join(repeated)}.")
+    return found
+
+
+def flat_values(config: Any) -> dict[str, Any]:
+    """Returns the values of all flags of a config by name."""
+    return {field.name: field.value_in(config) for field in flat_fields(type(config))}
+
+
+def from_flat_values(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """Builds a config, with its records, from flags by name; flags that are left out take their defaults.
+
+    Raises:
+        TypeError: There is no flag of that name.
+        UserError: The config refuses a value.
+    """
+    if unknown := sorted(values.keys() - {field.name for field in flat_fields(config_class)}):
+        raise TypeError(f"{config_class.__name__} has no flag {', '.join(unknown)}.")
+    return _build(config_class, values)
+
+
+def parse_flags(
+    config_class: type[Config], argv: Sequence[str], usage: str = "", *, announce_former_names: bool = True
+) -> tuple[Config, list[str]]:
     """Reads `--name=value` arguments (and `--flagfile`) into a dataclass; prints help and exits for `--help`.
 
     Args:
-        config_class: its fields are made with `flag`, of type str, int, float, bool, a Literal of strings, one of
-            these or None, or a tuple of one of them (written with commas). It checks its values itself.
-        argv: the program's name and its arguments.
-        usage: what `--help` prints above the flags.
+        config_class: Dataclass whose fields are made with `flag` (of type str, int, float, bool, a Literal of strings,
+            one of these or None, or a tuple of one of them, written with commas) or with `record`. It checks its
+            values itself.
+        argv: Name of the program and its arguments.
+        usage: Text that `--help` prints above the flags.
+        announce_former_names: Whether to say on stderr that a flag has been renamed; not for files that a program
+            wrote itself.
 
     Returns:
-        The config, and the arguments that are no flags.
+        The config, and the arguments that are not flags.
 
     Raises:
-        UserError: an unknown flag (with the nearest one), or a value of the wrong type.
+        UserError: An unknown flag (the message suggests the nearest one), or a value of the wrong type.
     """
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
-    hints = typing.get_type_hints(config_class)
-    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    fields = flat_fields(config_class)
     for field in fields:
         for name in (field.name, field.metadata.get("formerly")):
             if name:
-                _define(name, _without_none(hints[field.name]), field.default, field.metadata["help"], values)
+                _define(name, field.kind, field.default, field.metadata["help"], values)
     flags.DEFINE_boolean("help", False, "Show this help.", short_name="h", flag_values=values)
+    flags.DEFINE_string("verbosity", "error", "Show messages of the libraries.", flag_values=values)
     try:
         positional = values(list(argv))[1:]
     except flags.Error as error:
         reason = str(error).removeprefix("ERROR:: ").rstrip(".")
         raise UserError(f"{reason}. Use --help for the list of flags.") from error
     if values["help"].value:
-        print(usage.strip() + "\n\nFlags:")
-        for field in fields:
-            print(f"  --{field.name}: {_help(_without_none(hints[field.name]), field)}")
+        _print_help(usage.strip() + "\n" + _help_of(fields) + "\n" + _COMMON_FLAGS)
         raise SystemExit(0)
+    if values["verbosity"].present:
+        _set_verbosity(values["verbosity"].value)
     parsed = {}
     for field in fields:
-        value: Any = values[_name_used(field, values)].value
-        if typing.get_origin(hints[field.name]) is tuple:
-            value = _parse_items(field.name, value, typing.get_args(hints[field.name])[0])
+        value: Any = values[_name_used(field, values, announce=announce_former_names)].value
+        if typing.get_origin(field.kind) is tuple:
+            value = _parse_items(field.name, value, typing.get_args(field.kind)[0])
         parsed[field.name] = value
-    return config_class(**parsed), positional
+    return from_flat_values(config_class, parsed), positional
 
 
-def _name_used(field: Any, values: flags.FlagValues) -> str:
-    """The name that a flag was given by, which may be the one it had before; says so then."""
-    former = field.metadata.get("formerly")
-    if not former or not values[former].present:
-        return field.name
-    if values[field.name].present:
-        raise UserError(f"--{former} is now called --{field.name}. Received: both. Leave out --{former}.")
-    print(f"--{former} is now called --{field.name}; the old name still works.", file=sys.stderr)
-    return former
+def _print_help(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `--help | head` reads only the first lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def to_flag_file(config: Any) -> str:
-    """All fields of a config as a flag file that gives the same config; those without a value are left out."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return "".join(f"--{name}={to_text(value)}\n" for name, value in values.items() if value not in (None, "", ()))
+    """Returns all flags of a config as a flag file that gives the same config; those without a value are left out."""
+    return "".join(f"--{name}={to_text(value)}\n" for name, value in flat_values(config).items() if _is_set(value))
 
 
 def to_text(value: Any) -> str:
-    """A value as it is written behind a flag."""
+    """Returns a value as it is written behind a flag."""
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def parse_number(text: str) -> float:
-    """A decimal number or a fraction such as 8/255, without evaluating anything."""
+    """Reads a decimal number or a fraction such as 8/255, without evaluating anything."""
     try:
         return float(fractions.Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError):
@@ -101,7 +192,7 @@ def parse_number(text: str) -> float:
 
 
 def parse_amount(text: str) -> int | float:
-    """ "1000" -> 1000 of something; "0.1" -> that share of it, in (0, 1]."""
+    """Reads a number of images ("1000", an int) or a share of them ("0.1", a float in (0, 1])."""
     if re.fullmatch(r"[1-9]\d*", text):
         return int(text)
     if re.fullmatch(r"0?\.\d+|1\.0*", text) and float(text) > 0:
@@ -109,11 +200,64 @@ def parse_amount(text: str) -> int | float:
     raise UserError(f"--subset is a number of images (1000) or a share of them (0.1). Received: {text!r}.")
 
 
+def without_none(hint: Any) -> Any:
+    """Returns the type `X` of a hint `X | None`, and any other hint as it is."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
 class _NumberParser(flags.ArgumentParser[float]):
+    """Lets absl read fractions."""
+
     syntactic_help = "a number or a fraction such as 8/255"
 
     def parse(self, argument: str | float) -> float:
         return parse_number(argument) if isinstance(argument, str) else float(argument)
+
+
+def _set_verbosity(value: Any) -> None:
+    if value not in typing.get_args(Verbosity):
+        raise unknown_name("value of --verbosity", value, typing.get_args(Verbosity))
+    set_verbosity(value)
+
+
+def _walk(config_class: type[Any], *, records: tuple[str, ...], heading: str) -> list[FlatField]:
+    hints = typing.get_type_hints(config_class)
+    found = []
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found += _walk(
+                hints[field.name], records=(*records, field.name), heading=field.metadata.get("heading", heading)
+            )
+        else:
+            kind = without_none(hints[field.name])
+            own_heading = field.metadata.get("heading", heading)
+            found.append(FlatField(field.name, kind, field.default, field.metadata, records, own_heading))
+    return found
+
+
+def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    hints = typing.get_type_hints(config_class)
+    arguments = {}
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(hints[field.name]):
+            arguments[field.name] = _build(hints[field.name], values)
+        elif field.name in values:
+            arguments[field.name] = values[field.name]
+    return config_class(**arguments)
+
+
+def _name_used(field: FlatField, values: flags.FlagValues, *, announce: bool) -> str:
+    """Returns the name that a flag was given by, which may be its former name."""
+    former = field.metadata.get("formerly")
+    if not former or not values[former].present:
+        return field.name
+    if values[field.name].present:
+        raise UserError(f"--{former} is now called --{field.name}. Received: both. Leave out --{former}.")
+    if announce:
+        print(f"--{former} is now called --{field.name}; the old name still works.", file=sys.stderr)
+    return str(former)
 
 
 def _define(name: str, kind: Any, default: Any, help_text: str, values: flags.FlagValues) -> None:
@@ -125,15 +269,37 @@ def _define(name: str, kind: Any, default: Any, help_text: str, values: flags.Fl
         flags.DEFINE_boolean(name, default, help_text, flag_values=values)
     elif kind is int:
         flags.DEFINE_integer(name, default, help_text, flag_values=values)
-    else:  # a Literal is checked by the dataclass, which can suggest the nearest
+    else:  # the dataclass checks a Literal, since it can suggest the nearest choice
         flags.DEFINE_string(name, default, help_text, flag_values=values)
 
 
-def _help(kind: Any, field: Any) -> str:
-    text = field.metadata["help"]
-    if typing.get_origin(kind) is Literal:
-        text += f" One of {', '.join(typing.get_args(kind))}."
-    return text if field.default in (None, "", ()) else f"{text} Default: {to_text(field.default)}."
+def _help_of(fields: Sequence[FlatField]) -> str:
+    lines = []
+    heading = None
+    for field in fields:
+        if field.heading != heading:
+            heading = field.heading
+            lines += ["", f"{heading}:"]
+        text = field.metadata["help"]
+        if typing.get_origin(field.kind) is Literal:
+            text += f" One of {', '.join(typing.get_args(field.kind))}."
+        if _is_set(field.default):
+            shown = f"{field.default:g}" if isinstance(field.default, float) else to_text(field.default)
+            text += f" Default: {shown}."
+        # A long word such as a path stays whole: it may be there to copy.
+        lines += textwrap.wrap(
+            f"--{field.name}: {text}",
+            _HELP_WIDTH,
+            initial_indent="  ",
+            subsequent_indent="      ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
+
+
+def _is_set(value: Any) -> bool:
+    return value not in (None, "", ())
 
 
 def _parse_items(name: str, items: Sequence[str], kind: type) -> tuple[Any, ...]:
@@ -150,9 +316,3 @@ def _parse_items(name: str, items: Sequence[str], kind: type) -> tuple[Any, ...]
         raise UserError(
             f"--{name} takes {kinds.get(kind, 'values')} with commas between them. Received: {','.join(items)}."
         ) from None
-
-
-def _without_none(hint: Any) -> Any:
-    if isinstance(hint, types.UnionType):
-        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    return hint

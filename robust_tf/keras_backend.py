@@ -1,4 +1,7 @@
-"""Imported first by the parts of the package that need TensorFlow: says at once when Keras runs on something else."""
+"""Refuses a Keras backend other than TensorFlow as soon as this module is imported.
+
+The packages that need TensorFlow import it first, so that the user reads one clear sentence before anything else fails.
+"""
 
 from robust_tf.environment import check_keras_backend
 

@@ -1,151 +1,397 @@
-"""What a training job's `results.json` tells the other programs, read by name and checked in one place.
+"""The record of a training job, as `results.json` holds it: how the classifier was made, and its figures.
 
-The file holds the figures and flags of a job; `JobRecord` has what decides how its classifier is to be used.
+Every program that writes or reads this file uses `JobResults`. Nothing here imports TensorFlow.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+import re
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Self
 
-from robust_tf.config.job import JobConfig
+from robust_tf.config.data import AlphaBackground, Exif
+from robust_tf.config.job import JobConfig, JobKind
 from robust_tf.errors import UserError
-from robust_tf.flags import parse_flags
+from robust_tf.files import write_json
+from robust_tf.flags import flat_values, parse_flags
+from robust_tf.json_records import Record, WrongValueError, from_json
+from robust_tf.statistics import Interval, PairedDifference, in_words
 
 FILE_NAME = "results.json"
+# Number of the file format. It goes up when programs that know an older format would misread the file.
+FORMAT = 1
+# Subfolder of a workdir that holds the same job, run from the standard source.
+BASELINE = "baseline"
+
+FigureName = Literal["clean_accuracy", "mean_per_class_accuracy", "robust_accuracy"]
+# Versions that did not write these keys listed them among the flags of the job.
+_ALSO_FLAGS = "dataset classes image_size downscale split_seed skip_bad_images exif alpha_background".split()
+# Flags on which absl acts at once: it prints a text and exits, or reads another file.
+_FLAGS_OF_ABSL = re.compile(r"--?(help|h|flagfile|undefok)(=|$)")
+# A finished job of any version has these.
+_OF_EVERY_FINISHED_JOB = (
+    "task dataset architecture image_size metric clean_accuracy clean_accuracy_interval mean_per_class_accuracy "
+    "num_train_images num_validation_images num_test_images validation_value trainable_parameters total_parameters "
+    "seconds seed"
+).split()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JobRecord:
-    """How a classifier was made. What the file doesn't tell has the value below.
+class MeasuredAttack(Record):
+    """The attack under which the robust accuracy was measured. A value that the file does not hold is None.
 
     Attributes:
-        dataset: name of the data set.
-        classes: labels that were kept, in the order of the logits; empty: all.
-        class_names: in the order of the logits.
-        image_size: side of the images, in pixels.
-        resize_size: what the shorter side of an image is resized to before the centre crop.
-        downscale: what the shorter side is reduced to before everything else.
-        split_seed: which images of a folder without a test part are one.
-        skip_bad_images: images that cannot be decoded were left out.
-        exif, alpha_background: how EXIF rotation and transparency are treated, as in the flags of these names.
-        norm, epsilon: of the attack that it was evaluated under.
+        name: Name of the attack, such as "PGD-20 (highest-loss iterate)".
+        norm: Norm of the perturbations, "linf" or "l2".
+        epsilon: Radius of the ball, in [0, 1] pixel units.
+        step_size: Length of a step, in the same norm and unit.
+        steps: Number of gradient steps.
     """
 
+    name: str | None = None
+    norm: str | None = None
+    epsilon: float | None = None
+    step_size: float | None = None
+    steps: int | None = None
+
+    @property
+    def in_words(self) -> str:
+        """The attack with its threat model, such as "PGD-20 (highest-loss iterate), l2 0.5"."""
+        # Versions that wrote no name always ran this attack.
+        name = self.name or f"PGD-{self.steps} (highest-loss iterate)"
+        return name if self.epsilon is None else f"{name}, {self.norm or 'unknown norm'} {self.epsilon:.4g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the record as an object that `json.dump` takes, without the values that are unknown."""
+        content = super().to_json().items()
+        return {name: value for name, value in content if value is not None or name in self.extra}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureCache(Record):
+    """How a job with `--features=cached` used the store of features.
+
+    Attributes:
+        hits: Number of rows of features (one image in one view) that were in the store.
+        misses: Number of rows that were computed.
+        seconds: Time until all features were there.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison(Record):
+    """Paired differences between a job and its baseline on the same test images.
+
+    Attributes:
+        clean_accuracy: Difference between the clean accuracies.
+        mean_per_class_accuracy: The same for the mean-per-class accuracies, None when that is not the metric.
+        robust_accuracy: The same for the robust accuracies, None when one of the two was not attacked.
+    """
+
+    clean_accuracy: PairedDifference | None = None
+    mean_per_class_accuracy: PairedDifference | None = None
+    robust_accuracy: PairedDifference | None = None
+
+
+class Figure(NamedTuple):
+    """One accuracy of a job.
+
+    Attributes:
+        name: Its key in the file.
+        title: Its name in text, such as "accuracy under PGD-20 (highest-loss iterate), l2 0.5".
+        short_title: Its name as the heading of a column, such as "PGD-20 (highest-loss iterate), l2 0.5".
+        value: The accuracy in [0, 1], None if it was not measured.
+        interval: Its 95 % confidence interval, None if it has none.
+    """
+
+    name: FigureName
+    title: str
+    short_title: str
+    value: float | None
+    interval: Interval | None
+
+    @property
+    def in_words(self) -> str:
+        """The figure in percent, such as "80.0% (71.1% to 86.7%)"."""
+        if self.value is None:
+            return "not measured"
+        return f"{self.value:.1%} ({self.interval.in_words})" if self.interval else f"{self.value:.1%}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobResults(Record):
+    """The content of a `results.json`.
+
+    The results of a finished job have every value that applies to it. A file may hold less, because an older version
+    wrote it or a user did. Its missing values get the defaults below, where None means "unknown or does not apply".
+
+    Attributes:
+        task: Kind of job, "pretrain" or "transfer".
+        dataset: Name of the data set.
+        classes: Labels that were kept, in the order of the logits; empty if all were.
+        class_names: Names of the classes, in the order of the logits.
+        architecture: Name of the classifier's architecture.
+        image_size: Side of the images in pixels.
+        resize_size: Length in pixels to which the shorter side is resized before the center crop.
+        downscale: Length in pixels to which the shorter side is reduced before everything else.
+        exif: Whether the EXIF orientation is applied, as in the flag of this name.
+        alpha_background: Color behind transparent pixels, as in the flag of this name.
+        split_seed: Seed that decides which images of a folder without a test part become one.
+        skip_bad_images: Whether images that cannot be decoded were left out.
+        source: Classifier that a transfer started from, as in the flag of this name.
+        transfer_mode: What a transfer trained, as in the flag of this name.
+        head: How a transfer found its head, as in the flag of this name.
+        views: Number of views of each training image whose features were stored.
+        feature_cache: Use of the stored features, for a job that had any.
+        head_penalty: L2 penalty of the head, where it was chosen on the validation part.
+        metric: The data set's usual metric, "accuracy" or "mean_per_class_accuracy".
+        clean_accuracy: Share of the test images that are classified correctly, in [0, 1].
+        clean_accuracy_interval: 95 % Wilson interval of the clean accuracy.
+        mean_per_class_accuracy: Mean of the classes' clean accuracies, in [0, 1].
+        robust_accuracy: Share of the test images that are classified correctly before and after the attack.
+        robust_accuracy_interval: 95 % Wilson interval of the robust accuracy.
+        robust_accuracy_attack: Attack under which the robust accuracy was measured; None if none was run.
+        num_train_images: Number of training images.
+        num_validation_images: Number of validation images.
+        num_test_images: Number of test images.
+        skipped_images: Images that were left out, because they cannot be decoded.
+        objective: What training minimized, as in the flag of this name.
+        fast: Fast training recipe, as in the flag of this name.
+        epochs: Number of planned passes over the training images.
+        gradients_per_image: Mean number of forward and backward passes for an image in one epoch.
+        epochs_done: Number of epochs that were run.
+        stopped_early: Whether `--patience` ended the training.
+        best_epoch: Epoch whose weights were kept, counted from 1; 0 if there was no choice.
+        alarms: Warnings about the training.
+        validation_value: Validation figure of the epoch that was kept.
+        trainable_parameters: Number of parameters that were trained.
+        total_parameters: Number of parameters of the classifier.
+        seconds: Time spent in training, validation and checkpoints included.
+        images_per_second: Median speed of the epochs' training steps.
+        seed: Seed of the job.
+        versions: Version of each package that the figures depend on, by its name.
+        flags: All flags of the job, one "--name=value" each.
+        baseline: Results of the same job from the standard source.
+        comparison: Paired differences between this job and the baseline.
+    """
+
+    task: JobKind | None = None
     dataset: str = ""
     classes: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
+    architecture: str | None = None
     image_size: int | None = None
     resize_size: int | None = None
     downscale: int | None = None
+    exif: Exif = "ignore"
+    alpha_background: AlphaBackground = "none"
     split_seed: int = 0
     skip_bad_images: bool = False
-    exif: Literal["ignore", "apply"] = "ignore"
-    alpha_background: Literal["none", "white", "black"] = "none"
-    norm: str | None = None
-    epsilon: float | None = None
+    source: str | None = None
+    transfer_mode: str | None = None
+    head: str | None = None
+    views: int | None = None
+    feature_cache: FeatureCache | None = None
+    head_penalty: float | None = None
+    metric: str | None = None
+    clean_accuracy: float | None = None
+    clean_accuracy_interval: Interval | None = None
+    mean_per_class_accuracy: float | None = None
+    robust_accuracy: float | None = None
+    robust_accuracy_interval: Interval | None = None
+    robust_accuracy_attack: MeasuredAttack | None = None
+    num_train_images: int | None = None
+    num_validation_images: int | None = None
+    num_test_images: int | None = None
+    skipped_images: tuple[str, ...] = ()
+    objective: str | None = None
+    fast: str | None = None
+    epochs: int | None = None
+    gradients_per_image: float | None = None
+    epochs_done: int | None = None
+    stopped_early: bool = False
+    best_epoch: int = 0
+    alarms: tuple[str, ...] = ()
+    validation_value: float | None = None
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    seconds: float | None = None
+    images_per_second: float | None = None
+    seed: int | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    baseline: "JobResults | None" = None
+    comparison: Comparison | None = None
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> Self | None:
+        """Returns the record in a file, or None if there is no such file.
+
+        Raises:
+            UserError: The file cannot be read, or is not what a training job writes.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise _wrong(f"{type(error).__name__}: {error}", path) from error
+        return cls.from_json(content, path)
+
+    @classmethod
+    def from_json(cls, content: Any, path: pathlib.Path | str = FILE_NAME) -> Self:
+        """Returns the record in the content of a file.
+
+        Args:
+            content: Object that was read from the file.
+            path: Path of the file, for messages.
+
+        Raises:
+            UserError: A value has another type than a training job writes, or a newer version wrote the file.
+
+        Example:
+            >>> results = JobResults.from_json({"clean_accuracy": 0.8, "clean_accuracy_interval": [0.711, 0.867]})
+            >>> results.figure("clean_accuracy").in_words
+            '80.0% (71.1% to 86.7%)'
+        """
+        if not isinstance(content, Mapping):
+            raise _wrong(type(content).__name__, path)
+        _check_format(content, path)
+        try:
+            return from_json(cls, content)
+        except (WrongValueError, RecursionError) as error:
+            raise _wrong(str(error), path) from error
+
+    def write(self, path: pathlib.Path) -> None:
+        """Writes the record to a file, atomically.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        write_json(path, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of the file: an object with the number of its format and all keys."""
+        return {"format": FORMAT, **super().to_json(), "classes": list(self.classes) or None}
+
+    def figure(self, name: FigureName) -> Figure:
+        """Returns one accuracy with its titles and its interval."""
+        if name == "clean_accuracy":
+            return Figure(name, "clean accuracy", "clean accuracy", self.clean_accuracy, self.clean_accuracy_interval)
+        if name == "mean_per_class_accuracy":
+            return Figure(name, "mean-per-class accuracy", "mean per class", self.mean_per_class_accuracy, None)
+        attack = self.robust_accuracy_attack.in_words if self.robust_accuracy_attack else "attack"
+        return Figure(name, f"accuracy under {attack}", attack, self.robust_accuracy, self.robust_accuracy_interval)
+
+    def figures(self) -> list[Figure]:
+        """Returns the accuracies to show: those that were measured, the mean per class only if it is the metric."""
+        names: list[FigureName] = ["clean_accuracy"]
+        if self.metric == "mean_per_class_accuracy":
+            names.append("mean_per_class_accuracy")
+        if self.robust_accuracy is not None:
+            names.append("robust_accuracy")
+        return [self.figure(name) for name in names]
+
+    def by_source(self, alone: str) -> dict[str, "JobResults"]:
+        """Returns this job under the title `alone`, or this job and its baseline under the titles of their sources."""
+        if self.baseline is None:
+            return {alone: self}
+        return {"from the robust source": self, "from the standard source": self.baseline}
+
+    def comparison_in_words(self) -> list[str]:
+        """Returns a line for each paired difference between a job and its baseline; none without a baseline."""
+        if self.baseline is None:
+            return []
+        if self.comparison is None:
+            return [
+                "There are no paired differences between the two sources: either one of the jobs has no "
+                "predictions.csv, because an older version ran it, or their test images differ."
+            ]
+        differences = {name: getattr(self.comparison, name) for name in typing.get_args(FigureName)}
+        return [
+            f"{self.figure(name).title}, robust minus standard source: {in_words(difference)}"
+            for name, difference in differences.items()
+            if difference is not None
+        ]
 
     def check_image_size(self, image_size: int | None, path: pathlib.Path) -> None:
-        """Refuses a record beside a classifier, at `path`, that takes images of another size."""
+        """Refuses a classifier that takes images of another size, because it is from another job.
+
+        Args:
+            image_size: Side of the classifier's images in pixels; None if it takes any size.
+            path: Path of the classifier, for the message.
+
+        Raises:
+            UserError: The two sizes differ.
+        """
         if None not in (image_size, self.image_size) and image_size != self.image_size:
             raise UserError(
-                f"The {FILE_NAME} beside a classifier must be of the same job. Received: {path} for images of "
-                f"{image_size} pixels a side, and a {FILE_NAME} that says {self.image_size}. Move one of the two away."
+                f"The {FILE_NAME} beside a classifier must be from the same job. Received: {path}, which takes images "
+                f"of {image_size} pixels a side, and a {FILE_NAME} that says {self.image_size}. Move one of the two "
+                "files to another folder."
             )
 
+    def check_finished(self, path: pathlib.Path) -> None:
+        """Refuses a record that lacks figures of a finished job.
 
-def read_results(path: pathlib.Path) -> dict[str, Any]:
-    """Everything that a `results.json` holds; empty when there is no such file.
+        Args:
+            path: Path of the file that it was read from, for the message.
 
-    Raises:
-        UserError: it can't be read, or is no JSON object.
-    """
-    if not path.exists():
-        return {}
+        Raises:
+            UserError: Names the missing keys.
+        """
+        missing = [name for name in _OF_EVERY_FINISHED_JOB if getattr(self, name) in (None, "")]
+        if missing:
+            raise UserError(
+                f"The {FILE_NAME} of a workdir must have the figures of a finished job. Received: {path} without "
+                f"{', '.join(missing)}. Choose another --workdir, or delete this file to run the job again."
+            )
+
+    @classmethod
+    def completed(cls, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """Returns the object without its format number, and with values from its flags for keys that it lacks."""
+        content = {name: value for name, value in content.items() if name != "format"}
+        missing = [name for name in _ALSO_FLAGS if name not in content]
+        if missing and content.get("flags") is not None:
+            flags = _values_of(content["flags"], where)
+            content |= {name: flags[name] for name in missing}
+        return content
+
+
+def _check_format(content: Mapping[str, Any], path: pathlib.Path | str) -> None:
+    """Refuses a file of a newer format; files of older versions have no number."""
+    number = content.get("format", FORMAT)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise _wrong(f"format={number!r}", path)
+    if number > FORMAT:
+        raise UserError(
+            f"{path} was written by a newer version of robust_tf: this one reads {FILE_NAME} up to format {FORMAT}. "
+            f"Received: format={number}. Update robust_tf."
+        )
+
+
+def _values_of(flags: Any, where: str) -> dict[str, Any]:
+    """Returns the values of all flags of a job by name, from its flags in a file."""
+    name = f"{where}flags"
+    if not isinstance(flags, list | tuple) or not all(isinstance(each, str) for each in flags):
+        raise WrongValueError(f"{name}={flags!r}")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _wrong(f"{type(error).__name__}: {error}", path) from error
-    if not isinstance(results, dict):
-        raise _wrong(type(results).__name__, path)
-    return results
-
-
-def read_job_record(path: pathlib.Path) -> JobRecord:
-    """The record in a `results.json`; an empty one when there is no such file.
-
-    Raises:
-        UserError: the file is not what a training job writes.
-    """
-    return job_record(read_results(path), path)
-
-
-def job_record(results: Mapping[str, Any], path: pathlib.Path | str = FILE_NAME) -> JobRecord:
-    """The record in what a `results.json` holds. `path` is for messages.
-
-    Raises:
-        UserError: a value is of another type than a training job writes.
-    """
-    flags = functools.cache(functools.partial(_flags, results, path))
-
-    def value(name: str, is_right: Callable[[Any], bool]) -> Any:
-        # The keys of the file go first; flags without a key stand in its list of all flags.
-        found = results[name] if name in results else getattr(flags(), name, None)
-        if found is not None and not is_right(found):
-            raise _wrong(f"{name}={found!r}", path)
-        return found
-
-    attack = value("robust_accuracy_attack", lambda found: isinstance(found, Mapping)) or {}
-    norm, epsilon = attack.get("norm"), attack.get("epsilon")
-    if not (norm is None or isinstance(norm, str)) or not (epsilon is None or _is_number(epsilon)):
-        raise _wrong(f"robust_accuracy_attack={attack!r}", path)
-    return JobRecord(
-        dataset=value("dataset", _is_text) or "",
-        classes=tuple(value("classes", _all(_is_count)) or ()),
-        class_names=tuple(value("class_names", _all(_is_text)) or ()),
-        image_size=value("image_size", _is_count),
-        resize_size=value("resize_size", _is_count),
-        downscale=value("downscale", _is_count),
-        split_seed=value("split_seed", _is_count) or 0,
-        skip_bad_images=bool(value("skip_bad_images", lambda found: isinstance(found, bool))),
-        exif=value("exif", lambda found: found in ("ignore", "apply")) or "ignore",
-        alpha_background=value("alpha_background", lambda found: found in ("none", "white", "black")) or "none",
-        norm=norm,
-        epsilon=epsilon,
-    )
-
-
-def _flags(results: Mapping[str, Any], path: pathlib.Path | str) -> JobConfig | None:
-    """The flags of the job, None where the file has none."""
-    if "flags" not in results:
-        return None
-    try:
-        config, _ = parse_flags(JobConfig, ["train", *results["flags"]])
-    except (UserError, TypeError) as error:
-        raise _wrong(f"flags that this version does not know: {error}", path) from error
-    return config
+        if any(_FLAGS_OF_ABSL.match(each) for each in flags):
+            raise UserError("a job lists neither --help nor --flagfile")
+        config, _ = parse_flags(JobConfig, ["train", *flags], announce_former_names=False)
+    except UserError as error:
+        raise WrongValueError(f"{name} that this version does not know: {error}") from error
+    return flat_values(config)
 
 
 def _wrong(received: str, path: pathlib.Path | str) -> UserError:
     return UserError(
-        f"{path} is not what a training job writes. Received: {received}. Move it away, and tell by flags what it "
-        "told (--dataset, --labels)."
+        f"{path} is not what a training job writes. Received: {received}. Move the file to another folder, and give "
+        "what it said as flags (--dataset, --labels)."
     )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _all(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda values: isinstance(values, list | tuple) and all(map(is_right, values))

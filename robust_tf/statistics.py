@@ -1,8 +1,9 @@
-"""Figures of classification with their uncertainty: shares, means over classes, differences of two classifiers.
+"""Figures of classification with their uncertainty: shares, means over classes, differences between two classifiers.
 
-NumPy alone; what is counted while a network runs is in `robust_tf.training.metrics`.
+Only NumPy is needed here. What is counted while a network runs is in `robust_tf.training.metrics`.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -12,50 +13,90 @@ _Z = 1.959964  # 97.5 % quantile of the normal distribution
 _SIGN_FLIPS = 20_000
 
 
-def wilson_interval(hits: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, e.g. an accuracy. Source: Wilson 1927, JASA 22(158), 209-212.
+class Interval(NamedTuple):
+    """A confidence interval.
+
+    Attributes:
+        low: Lower end.
+        high: Upper end.
+    """
+
+    low: float
+    high: float
+
+    @property
+    def in_words(self) -> str:
+        """The interval of a share in percent, such as "71.1% to 86.7%"."""
+        return f"{self.low:.1%} to {self.high:.1%}"
+
+
+def wilson_interval(hits: int, total: int) -> Interval:
+    """Returns the 95 % confidence interval of a share, such as an accuracy.
 
     Args:
-        hits: how often it happened.
-        total: out of how many, at least 1.
+        hits: Number of times that it happened.
+        total: Number of times that it could have happened, at least 1.
 
     Returns:
-        The lower and upper end, in [0, 1].
+        The lower and the upper end, in [0, 1].
+
+    Example:
+        >>> wilson_interval(80, 100).in_words
+        '71.1% to 86.7%'
+
+    Source: Wilson 1927, JASA 22(158), 209-212.
     """
     share = hits / total
-    centre = (share + _Z**2 / (2 * total)) / (1 + _Z**2 / total)
+    center = (share + _Z**2 / (2 * total)) / (1 + _Z**2 / total)
     half = _Z * math.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2)) / (1 + _Z**2 / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return Interval(max(0.0, center - half), min(1.0, center + half))
 
 
 def mean_per_class(confusion: np.ndarray) -> float:
-    """Mean accuracy over the classes (rows: true class) that occurred."""
+    """Returns the mean of the accuracies of the classes that occurred.
+
+    Args:
+        confusion: Counts of images (classes, classes); rows are true classes, columns are predictions.
+
+    Example:
+        >>> mean_per_class(np.array([[90, 10], [5, 5]]))
+        0.7
+    """
     totals = confusion.sum(axis=1)
     return float((confusion.diagonal()[totals > 0] / totals[totals > 0]).mean())
 
 
-class PairedDifference(NamedTuple):
-    """How much more often one classifier is right than another one on the same images.
+@dataclasses.dataclass(frozen=True)
+class PairedDifference:
+    """Difference between the accuracies of two classifiers on the same images.
 
     Attributes:
-        difference: of the shares, in [-1, 1]; above 0 where the first classifier is better.
-        interval: its 95 % confidence interval.
-        p_value: of the hypothesis that the two are right equally often.
+        difference: First accuracy minus the second, in [-1, 1].
+        interval: The 95 % confidence interval of the difference.
+        p_value: Probability of a difference at least as large if both classifiers were equally good.
     """
 
     difference: float
-    interval: tuple[float, float]
+    interval: Interval
     p_value: float
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> PairedDifference:
-    """The difference of two accuracies that were measured on the same images.
+    """Returns the difference between two accuracies that were measured on the same images.
 
-    Only the images count on which the classifiers differ: the p-value is that of McNemar's exact test, the interval is
-    Bonett and Price's adjusted Wald interval. Both are valid for few images, and for classifiers that differ on none.
+    Only the images on which the classifiers differ count. The p-value comes from McNemar's exact test, and the
+    interval is Bonett and Price's adjusted Wald interval. Both hold for few images, and for classifiers that agree on
+    every image.
 
     Args:
-        first, second: (count,) bool, whether each classifier is right about each image.
+        first: Whether the first classifier is right about each image, (count,) bool.
+        second: The same for the second classifier.
+
+    Example:
+        >>> first = np.repeat([True, False], [90, 10])
+        >>> second = np.repeat([True, False], [70, 30])
+        >>> in_words(paired_difference(first, second))
+        '+20.0 points (95 % +11.4 to +27.8, p < 0.001)'
 
     Sources: McNemar 1947, Psychometrika 12(2), 153-157; Bonett and Price 2012, Journal of Educational and Behavioral
     Statistics 37(4), 479-488, which Fagerland et al. 2014, Statistics in Medicine 33(16), 2850-2875, recommend.
@@ -72,15 +113,22 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> PairedDifference
 
 
 def paired_mean_per_class(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> PairedDifference:
-    """The difference of two mean-per-class accuracies that were measured on the same images.
+    """Returns the difference between two mean-per-class accuracies that were measured on the same images.
 
-    The interval adds up the variances of the classes; the pseudo-observations of Bonett and Price are shared among
-    them, so that with one class it is the interval of `paired_difference`. The p-value comes from a permutation
-    test that swaps the two classifiers on each image, with 20,000 seeded draws.
+    The interval adds up the variances of the classes. The classes share the pseudo-observations of Bonett and Price,
+    so that with one class it equals the interval of `paired_difference`. The p-value comes from a permutation test
+    with 20,000 seeded draws, each of which swaps the two classifiers on some of the images.
 
     Args:
-        first, second: (count,) bool, whether each classifier is right about each image.
-        labels: (count,) int, the true classes.
+        first: Whether the first classifier is right about each image, (count,) bool.
+        second: The same for the second classifier.
+        labels: True classes, (count,) int.
+
+    Example:
+        >>> labels = np.repeat([0, 1], [90, 10])
+        >>> compared = paired_mean_per_class(labels == labels, labels == 0, labels)
+        >>> compared.difference
+        0.5
     """
     _, classes = np.unique(labels, return_inverse=True)
     totals = np.bincount(classes)
@@ -104,25 +152,25 @@ def paired_mean_per_class(first: np.ndarray, second: np.ndarray, labels: np.ndar
 
 
 def decides(compared: PairedDifference) -> bool:
-    """Whether the images tell which classifier is better: both the interval and the p-value have to say so."""
+    """Returns whether the images tell which classifier is better: the interval and the p-value must both say so."""
     low, high = compared.interval
     return not low <= 0 <= high and compared.p_value < 0.05
 
 
 def in_words(compared: PairedDifference) -> str:
-    """ "+5.8 points (95 % +1.2 to +10.4, p = 0.013)", and a warning where that decides nothing."""
+    """Returns a text such as "+5.8 points (95 % +1.2 to +10.4, p = 0.013)", with a note if it decides nothing."""
     low, high = (f"{100 * end:+.1f}" for end in compared.interval)
     p_value = "p < 0.001" if compared.p_value < 0.001 else f"p = {compared.p_value:.2g}"
     text = f"{100 * compared.difference:+.1f} points (95 % {low} to {high}, {p_value})"
     return text if decides(compared) else f"{text}: this run does not decide"
 
 
-def _clipped(centre: float, half: float) -> tuple[float, float]:
-    return max(-1.0, centre - half), min(1.0, centre + half)
+def _clipped(center: float, half: float) -> Interval:
+    return Interval(max(-1.0, center - half), min(1.0, center + half))
 
 
 def _sign_test(wins: int, losses: int) -> float:
-    """Two-sided probability of a split as uneven as that among fair tosses."""
+    """Returns the two-sided probability that fair tosses split at least as unevenly as these."""
     tosses, fewer = wins + losses, min(wins, losses)
     log_half = tosses * math.log(0.5)
     tail = sum(

@@ -1,8 +1,10 @@
-"""What all tests share: quiet TensorFlow, markers, a clean Keras after each test, the digits prepared once."""
+"""Fixtures of all tests, a fresh Keras for each of them, and a check that they leave no temporary files."""
 
 import gc
+import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -12,18 +14,34 @@ set_tensorflow_defaults()
 
 import keras  # noqa: E402
 import pytest  # noqa: E402
-from tensorflow.python.framework import config as tf_config  # noqa: E402  # there is no public way back
+from tensorflow.python.framework import config as tf_config  # noqa: E402  # there is no public function for it
+
+# Entries that are removed only when their process ends, by `robust_tf.files.temporary_cache` and by AutoGraph.
+_REMOVED_AT_EXIT = ("robust_tf-", "__autograph_generated_file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: left out by README's command (-m 'not slow'); runs in CI")
-    config.addinivalue_line("markers", "bench: compares speeds; runs alone with -m bench, on a quiet machine")
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
-    config.addinivalue_line("filterwarnings", "ignore::FutureWarning")
+    """Gives the tests, and every process that they start, a temporary folder for `pytest_sessionfinish` to check."""
+    # pytest keeps its own folders (`tmp_path`) in the usual place. The workers of pytest-xdist share one folder.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    if not hasattr(config, "workerinput"):
+        os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="robust_tf-tests-")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails the run if a test has left something in the temporary folder."""
+    if hasattr(session.config, "workerinput"):
+        return
+    folder = pathlib.Path(tempfile.gettempdir())
+    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith(_REMOVED_AT_EXIT))
+    shutil.rmtree(folder, ignore_errors=True)
+    if left:
+        print(f"\nERROR: The tests left {len(left)} entries in the temporary folder: {', '.join(left[:20])}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the benchmarks out unless they are asked for."""
+    """Leaves out the benchmarks unless -m bench selects them."""
     if "bench" in (config.option.markexpr or ""):
         return
     benches = [item for item in items if item.get_closest_marker("bench")]
@@ -33,25 +51,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _fresh_keras():
-    """Seeds each test, and undoes the global settings and the layer names that it leaves behind."""
+    """Sets the seed for each test, and resets the global settings and the layer names after it."""
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy("float32")
-    tf_config.disable_op_determinism()  # which also keeps Keras from compiling with XLA
-    # Without its collection of garbage: after each of a thousand tests that takes longer than the tests.
+    tf_config.disable_op_determinism()  # otherwise Keras does not compile with XLA
+    # Collecting garbage after each of a thousand tests would take longer than the tests.
     keras.backend.clear_session(free_memory=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _free_memory():
-    """Collects the models of a whole file."""
+    """Collects garbage, such as models, after each file."""
     yield
     gc.collect()
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A TFDS folder in which the digits are prepared."""
+    """A TFDS folder that contains the prepared digits."""
     from robust_tf.data.tfds_preparation import prepared_builder
 
     folder = tmp_path_factory.mktemp("tfds")
@@ -61,7 +79,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def mocked_tfds() -> Callable[..., AbstractContextManager[None]]:
-    """`tfds.testing.mock_data`: random images of the right kind, as if they had been downloaded."""
+    """`tfds.testing.mock_data`, which replaces a download with random images of the right shape."""
     import tensorflow_datasets as tfds
 
     return tfds.testing.mock_data
@@ -69,7 +87,7 @@ def mocked_tfds() -> Callable[..., AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def browser():
-    """Headless Chromium under Selenium, which keeps the messages of its console."""
+    """Headless Chromium under Selenium, with a log of the messages in its console."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
@@ -80,6 +98,8 @@ def browser():
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,1400"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
+    with tempfile.TemporaryDirectory(prefix="browser-") as folder:  # for files that Chromium leaves behind
+        service = webdriver.ChromeService(driver, env={**os.environ, "TMPDIR": folder})
+        opened = webdriver.Chrome(options=options, service=service)
+        yield opened
+        opened.quit()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Two minutes on a machine with one GPU: the flag files run there as they are, and PGD gives what it gives on a CPU.
+# Checks a machine with one GPU in two minutes: training jobs run on it, and PGD finds the same images as on a CPU.
 #   python -m pip install '.[and-cuda,test]' && tests/gpu_smoke.sh
-# Exits with 0 if all is well, 1 if something is wrong, 3 if there is no GPU.
-# SMOKE_DEVICE=CPU tries the script itself where there is no GPU: the same checks on a smaller network, fewer images
-# and weaker attacks, without XLA, which is slow there.
+# Exits with 0 if everything works, with 1 if something is wrong, and with 3 if there is no GPU.
+# SMOKE_DEVICE=CPU tries out the script itself on a machine without a GPU. The checks are then made on a smaller network,
+# with fewer images and weaker attacks, and without XLA, which is slow on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
@@ -21,8 +21,8 @@ import tensorflow as tf
 gpus = tf.config.list_physical_devices("GPU")
 if not gpus:
     sys.exit(
-        f"TensorFlow {tf.__version__} sees no GPU. Is the driver there (nvidia-smi), and was the package installed as "
-        "'.[and-cuda]'? SMOKE_DEVICE=CPU tries this script without one."
+        f"TensorFlow {tf.__version__} sees no GPU. Check that the driver works (nvidia-smi) and that the package was "
+        "installed as '.[and-cuda]'. SMOKE_DEVICE=CPU tries out this script without a GPU."
     )
 details = tf.config.experimental.get_device_details(gpus[0])
 print(f"{details.get('device_name', gpus[0].name)}, compute capability {details.get('compute_capability')}")
@@ -30,12 +30,12 @@ PY
     ;;
   CPU) export CUDA_VISIBLE_DEVICES=-1 ;;
   *)
-    echo "SMOKE_DEVICE is GPU or CPU. Received: $device." >&2
+    echo "SMOKE_DEVICE must be GPU or CPU. Received: $device." >&2
     exit 1
     ;;
 esac
 
-# Every flag file is one that this version reads.
+# This version reads every flag file.
 "$python" - <<'PY'
 import pathlib
 from robust_tf.config.job import read_flag_file
@@ -44,7 +44,7 @@ for path in sorted(pathlib.Path("configs").glob("*.cfg")):
     read_flag_file(path)
 PY
 
-# The quickstart's source, unchanged but for its length; then what accelerators are for.
+# The source of the quickstart with fewer epochs, then with the options for accelerators.
 train() {
   local name=$1
   shift
@@ -64,10 +64,10 @@ workdir = pathlib.Path(sys.argv[1])
 results = json.loads((workdir / "results.json").read_text())
 losses = [epoch["loss"] for epoch in Checkpoints(workdir / "checkpoints").latest().progress.history]
 if not losses[-1] < losses[0]:
-    sys.exit(f"FAILED: {workdir.name}: the loss does not fall. Received: {losses}.")
+    sys.exit(f"FAILED: {workdir.name}: the loss did not fall. Received: {losses}.")
 print(f"{workdir.name}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, robust {results['robust_accuracy']:.1%} of the test images")
 PY
-  grep '^epoch' "$work/$name.log" | tail -n 1 # ends with the images/s, compiling left out
+  grep '^epoch' "$work/$name.log" | tail -n 1 # ends with the images/s, without the time to compile
 }
 
 xla=(--jit_compile=true)
@@ -79,10 +79,10 @@ for precision in float32 mixed_bfloat16 mixed_float16; do
   train "${precision}${xla[0]#--jit_compile}" --nodeterministic --precision="$precision" "${xla[@]}" "${smaller[@]}"
 done
 
-# PGD equals the reference within its tolerance. In true float32: TF32 rounds to 10 bits of mantissa.
+# PGD equals the reference within the tolerance of the tests. This needs true float32: TF32 has a mantissa of 10 bits.
 NVIDIA_TF32_OVERRIDE=0 "$python" -m pytest -q -p no:cacheprovider --basetemp="$work/pytest" \
   tests/attacks/test_pgd.py -k "equals_the_reference or losses_of_the_reference or graph_equals_eager" || {
-  echo "FAILED: PGD is not that of the reference here" >&2
+  echo "FAILED: PGD differs from the reference on this device" >&2
   exit 1
 }
-echo "All is well on this $device."
+echo "Everything works on this $device."

@@ -1,4 +1,4 @@
-"""The forms that a user's Keras classifier may have, small: what the table of forms and programs is about."""
+"""Small examples of all forms that a user's Keras classifier may have, for tests of all programs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,14 +12,14 @@ layers = keras.layers
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """One row of the table.
+    """One form of a classifier.
 
     Attributes:
-        build: makes the model.
-        probabilities: what the model gives, as the probabilities of the classes.
-        num_classes: of them.
-        refusal: a part of the message of every program, where no program takes the form.
-        tolerance: of the served probabilities.
+        build: Function that builds the model.
+        probabilities: Function that converts the outputs of the model into class probabilities.
+        num_classes: Number of classes.
+        refusal: Part of the message with which every program refuses the form, or None if programs accept it.
+        tolerance: Tolerance of the served probabilities.
     """
 
     build: Callable[[], keras.Model]
@@ -58,7 +58,7 @@ def sequential() -> keras.Model:
 
 
 def nested() -> keras.Model:
-    """Names that occur twice, a Functional backbone in inference mode, and a softmax inside the last model."""
+    """Has duplicate names, a Functional backbone in inference mode, and a softmax inside the last model."""
     inside = image_input()
     convolutions = keras.Model(inside, layers.Conv2D(4, 3, strides=2, name="same")(inside), name="convolutions")
     base = keras.Sequential([image_input(), convolutions, layers.BatchNormalization()], name="base")
@@ -81,7 +81,7 @@ class Subclassed(keras.Model):
 
 @keras.saving.register_keras_serializable("tests")
 class NeedsNumbers(Subclassed):
-    """Its `call` can't be followed on a symbolic input."""
+    """A model whose `call` fails on a symbolic input."""
 
     def call(self, images, training=None):
         return super().call(keras.ops.convert_to_tensor(np.asarray(images)))
@@ -93,7 +93,7 @@ def called(model: keras.Model) -> keras.Model:
 
 
 def adapted_normalization() -> keras.Model:
-    """Its statistics are weights, from which the layer derives what it computes with."""
+    """Its statistics are weights from which the layer derives the values that it uses."""
     normalization = layers.Normalization()
     normalization.adapt(np.random.default_rng(0).random((32, SIZE, SIZE, 3)).astype(np.float32))
     images = image_input()
@@ -122,7 +122,7 @@ def half_precision() -> keras.Model:
 
 
 def convolution_head() -> keras.Model:
-    """No Dense layer; and a layer with a name that means something else here."""
+    """Has no Dense layer, and a layer with a reserved name."""
     images = image_input()
     x = layers.Conv2D(4, 3, strides=2, activation="relu", name="features")(images)
     return keras.Model(images, keras.ops.softmax(layers.GlobalAveragePooling2D()(layers.Conv2D(3, 1)(x))))
@@ -183,5 +183,7 @@ FORMS = {
         refusal="an input of type uint8",
     ),
     "channels_first": Form(channels_first, refusal=r"\(None, 3, 8, 8\) in .*channels first"),
-    "subclassed, not symbolic": Form(lambda: called(NeedsNumbers()), refusal="NeedsNumbers: .*keras.ops alone"),
+    "subclassed, not symbolic": Form(
+        lambda: called(NeedsNumbers()), refusal="NeedsNumbers: .*Use only keras.layers and keras.ops"
+    ),
 }

@@ -1,4 +1,4 @@
-"""The convert program: right classifiers from all wrappings, and no file after any kind of failure."""
+"""The convert program writes correct classifiers for all kinds of checkpoints, and no file after any failure."""
 
 import os
 import pathlib
@@ -27,7 +27,7 @@ State = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def classifier() -> keras.Model:
-    """A resnet8 whose every weight and statistic differs from where it starts."""
+    """A resnet8 with no weight or statistic at its initial value."""
     keras.utils.set_random_seed(0)
     classifier = build_classifier("resnet8", 7, image_size=32, mean=MEAN.tolist(), std=STD.tolist())
     rng = np.random.default_rng(0)
@@ -48,7 +48,7 @@ def images() -> np.ndarray:
 
 
 def wrapped(state: State, network: str = "module.model.") -> dict[str, Any]:
-    """A state dict as the reference saves it: in an attacker, with a second copy of everything."""
+    """Returns a state dict as the reference saves it: inside an attacker, with a second copy of everything."""
     shared = {key: tensor(values) for key, values in state.items()}
     mean, std = tensor(MEAN.reshape(3, 1, 1)), tensor(STD.reshape(3, 1, 1))
     return {
@@ -73,7 +73,9 @@ def convert_checkpoint(path: pathlib.Path, architecture: str = "resnet8", image_
 
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
 @pytest.mark.parametrize("network", ["module.model.", "module.model.model."])
-def test_the_classifier_is_the_checkpoints(tmp_path, capsys, classifier, state, images, write, network) -> None:
+def test_the_classifier_equals_that_of_the_checkpoint(
+    tmp_path, capsys, classifier, state, images, write, network
+) -> None:
     content = {
         "model": wrapped(state, network),
         "optimizer": {"state": {0: {"momentum_buffer": tensor(np.ones(3, np.float32))}}},
@@ -97,7 +99,7 @@ def test_the_classifier_is_the_checkpoints(tmp_path, capsys, classifier, state, 
         assert part in printed
 
 
-def test_a_bare_state_dict_has_imagenets_normalisation(tmp_path, capsys, classifier, state, images) -> None:
+def test_a_plain_state_dict_gets_the_normalization_of_imagenet(tmp_path, capsys, classifier, state, images) -> None:
     converted = convert_checkpoint(write_zip(tmp_path / "x.pth", tensors(state)))
     imagenet = (images - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(converted.get_layer("normalization")(images), imagenet, atol=1e-5)
@@ -107,7 +109,7 @@ def test_a_bare_state_dict_has_imagenets_normalisation(tmp_path, capsys, classif
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
-def test_half_precision(tmp_path, classifier, state, kind) -> None:
+def test_half_precision_is_converted(tmp_path, classifier, state, kind) -> None:
     halved = {key: half_precision(values, kind) for key, values in state.items()}
     path = write_legacy(tmp_path / "x.pth", {"state_dict": wrapped(halved)})
     converted = to_reference_state(convert_checkpoint(path))
@@ -117,7 +119,7 @@ def test_half_precision(tmp_path, classifier, state, kind) -> None:
     assert any((converted[key] != values).any() for key, values in state.items())
 
 
-def test_verbose_shows_where_each_layer_came_from(tmp_path, capsys, classifier, state) -> None:
+def test_verbose_shows_the_module_of_each_layer(tmp_path, capsys, classifier, state) -> None:
     path = write_zip(tmp_path / "x.pth", tensors(state))
     run(f"--checkpoint={path}", "--architecture=resnet8", f"--output={tmp_path / 'y.keras'}", "--verbose")
     printed = capsys.readouterr().out
@@ -127,7 +129,7 @@ def test_verbose_shows_where_each_layer_came_from(tmp_path, capsys, classifier, 
     assert [row[0] for row in rows if row and row[0] in with_weights] == with_weights
 
 
-def test_back_to_pytorch(tmp_path, capsys, classifier, state) -> None:
+def test_a_classifier_is_converted_to_pytorch_and_back(tmp_path, capsys, classifier, state) -> None:
     classifier.save(tmp_path / "x.keras")
     run(f"--classifier={tmp_path / 'x.keras'}", f"--to_reference={tmp_path / 'x.npz'}")
     with np.load(tmp_path / "x.npz", allow_pickle=False) as written:
@@ -142,7 +144,7 @@ def test_back_to_pytorch(tmp_path, capsys, classifier, state) -> None:
     assert "mean 0.1000 0.2000 0.3000" in printed and "deviation 0.5000 0.6000 0.7000" in printed
 
 
-def test_a_published_model_by_name(tmp_path, monkeypatch, classifier, state, images) -> None:
+def test_a_published_model_is_converted_by_name(tmp_path, monkeypatch, classifier, state, images) -> None:
     row = PublishedModel(architecture="resnet8", norm="l2", epsilon=3.0, dataset="imagenet", filename="resnet8.ckpt")
     monkeypatch.setitem(PUBLISHED, "resnet8_l2_eps3", row)
     write_zip(tmp_path / "resnet8.ckpt", {"model": wrapped(state)})
@@ -151,12 +153,21 @@ def test_a_published_model_by_name(tmp_path, monkeypatch, classifier, state, ima
     np.testing.assert_allclose(keras.saving.load_model(output)(images), classifier(images), atol=1e-6)
 
 
-def test_list(capsys) -> None:
+def test_list_shows_the_published_models(capsys) -> None:
     run("--list")
     rows = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 1 + len(PUBLISHED)
     assert ["resnet50_l2_eps3", "imagenet", "l2", "3", "62.83 %"] in rows
     assert ["resnet18_linf_eps8.0", "imagenet", "linf", "8/255", "42.11 %"] in rows
+
+
+def test_help_needs_no_tensorflow() -> None:
+    code = (
+        "import contextlib, sys; from robust_tf import convert\n"
+        "with contextlib.suppress(SystemExit): convert.main(['convert', '--help'])\n"
+        "assert not {'tensorflow', 'keras'} & set(sys.modules)"
+    )
+    assert "--checkpoint" in subprocess.check_output([sys.executable, "-c", code], text=True)
 
 
 def without(state: State, key: str) -> State:
@@ -183,7 +194,7 @@ def test_bad_checkpoints_leave_no_file(tmp_path, state, name: str) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"x.ckpt"}
 
 
-def test_another_architecture_is_named_and_the_old_file_stays(tmp_path, state) -> None:
+def test_another_architecture_is_named_and_the_old_file_is_kept(tmp_path, state) -> None:
     path = write_zip(tmp_path / "x.ckpt", {"model": wrapped(state)})
     path.with_suffix(".keras").write_text("old")
     with pytest.raises(UserError, match="It fits .*resnet8.*7"):
@@ -191,7 +202,7 @@ def test_another_architecture_is_named_and_the_old_file_stays(tmp_path, state) -
     with pytest.raises(UserError, match="Did you mean 'resnet18'"):
         convert_checkpoint(path, architecture="resnet-18")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         convert_checkpoint(path)
     with pytest.raises(UserError, match="No other architecture fits"):
         (tmp_path / "x.ckpt").write_bytes((FIXTURES / "tiny_smallbn_zip.pt").read_bytes())
@@ -209,7 +220,10 @@ def test_another_architecture_is_named_and_the_old_file_stays(tmp_path, state) -
         (["--checkpoint=x.pt", "--architecture=resnet8", "--output=y.h5"], "--output=y.h5"),
         (["--source=resnet18_l2_eps3"], "--output="),
         (["--source=resnet18_l2", "--output=y.keras"], "'resnet18_l2'"),
-        (["--source=resnet20_fashion_mnist_l2_eps1", "--output=y.keras"], "has no PyTorch checkpoint"),
+        (
+            ["--source=resnet20_fashion_mnist_l2_eps1", "--output=y.keras"],
+            "Only the ImageNet models have a PyTorch checkpoint",
+        ),
         (["--checkpoint=missing.pt", "--architecture=resnet8", "--output=y.keras"], "missing.pt"),
         (["--classifier=missing.keras", "--to_reference=y.npz"], "missing.keras"),
         (["--classifier=x.keras", "--to_reference=y.pt"], "y.pt"),
@@ -217,14 +231,14 @@ def test_another_architecture_is_named_and_the_old_file_stays(tmp_path, state) -
         (["--chekpoint=x.pt"], "checkpoint"),
     ],
 )
-def test_wrong_use(tmp_path, monkeypatch, flags: list[str], said: str) -> None:
+def test_wrong_flags_are_refused(tmp_path, monkeypatch, flags: list[str], said: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(said)):
         run(*flags)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_classifiers_that_the_reference_does_not_know(tmp_path) -> None:
+def test_classifiers_without_a_reference_are_refused(tmp_path) -> None:
     (tmp_path / "damaged.keras").write_bytes(b"PK\x03\x04 and then nothing")
     inputs = keras.Input((4, 4, 3))
     outputs = keras.layers.Dense(2)(keras.layers.Flatten()(inputs))
@@ -235,7 +249,7 @@ def test_classifiers_that_the_reference_does_not_know(tmp_path) -> None:
     assert not list(tmp_path.glob("*.npz"))
 
 
-def test_an_output_that_cannot_be_written(tmp_path, state) -> None:
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, state) -> None:
     path = write_zip(tmp_path / "x.pth", tensors(state))
     output = path / "y.keras"
     with pytest.raises(UserError, match=f"^--output needs a folder.*{re.escape(str(path))}"):
@@ -244,7 +258,7 @@ def test_an_output_that_cannot_be_written(tmp_path, state) -> None:
 
 
 @pytest.mark.slow
-def test_the_program_says_one_line_and_exits_with_2(tmp_path) -> None:
+def test_the_program_prints_one_line_and_exits_with_2(tmp_path) -> None:
     path = write_zip(tmp_path / "x.ckpt", {"model": Call(Global("os", "system"), (f"touch {tmp_path / 'marker'}",))})
     command = [sys.executable, "-m", "robust_tf.convert", f"--checkpoint={path}", "--architecture=resnet8"]
     done = subprocess.run([*command, f"--output={tmp_path / 'y.keras'}"], capture_output=True, text=True)
@@ -255,7 +269,7 @@ def test_the_program_says_one_line_and_exits_with_2(tmp_path) -> None:
 
 
 def half_precision(values: np.ndarray, kind: str) -> np.ndarray:
-    """As `torch_writer` wants it: NumPy's float16, or the bits of a bfloat16 as uint16."""
+    """Converts for `torch_writer`: to NumPy's float16, or to the bits of bfloat16 as uint16."""
     if values.dtype != np.float32 or kind == "float32":
         return values
     return values.astype(np.float16) if kind == "float16" else (values.view(np.uint32) >> 16).astype(np.uint16)
@@ -281,20 +295,20 @@ print("PEAK", (peak_memory() - before) * 2**20)
         ("resnet50", "float32"),
         ("wide_resnet50_2", "float16"),
         ("wide_resnet50_2", "bfloat16"),
-        ("vgg16_bn", "float16"),  # four fifths of it are one kernel
+        ("vgg16_bn", "float16"),  # one kernel makes up four fifths of it
     ],
 )
 def test_memory_stays_under_three_times_the_checkpoint(tmp_path, architecture, kind) -> None:
-    """The least favourable files: weights alone, without the optimizer that makes up half of most.
+    """These are the worst files: weights without an optimizer, which makes up half of most checkpoints.
 
-    Of half precision, the classifier alone takes twice the checkpoint.
+    With half precision the classifier alone has twice the size of the checkpoint.
     """
     classifier = build_classifier(architecture, 1000, image_size=224, mean=[0.5] * 3, std=[0.25] * 3)
     state = {key: half_precision(values, kind) for key, values in to_reference_state(classifier).items()}
     path = write_zip(tmp_path / "x.pth", tensors(state))
     output = tmp_path / "y.keras"
     command = [sys.executable, "-c", PEAK, path, output, architecture]
-    # As in a shell: the tests' own setting turns oneDNN on, whose allocator never gives memory back.
+    # As in a shell. The setting of the tests turns oneDNN on, whose allocator never releases memory.
     environment = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env=environment)

@@ -1,4 +1,4 @@
-"""Outputs are checked before the work, in every program that writes any."""
+"""Every program checks its output folder before it starts to work."""
 
 import os
 import pathlib
@@ -7,7 +7,6 @@ import pytest
 
 from robust_tf import convert, evaluate, export, visualize
 from robust_tf.errors import UserError
-from robust_tf.evaluation.settings import EvaluateConfig
 from robust_tf.files import check_output_file, check_output_folder
 
 
@@ -49,21 +48,21 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, kind):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_that_can_be_made_is_not_made(tmp_path, monkeypatch):
+def test_a_folder_that_could_be_made_is_not_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_output_folder(tmp_path / "a" / "b", "--export_dir")
     check_output_folder(pathlib.Path("a/b"), "--export_dir")
     check_output_folder(pathlib.Path(), "--export_dir")
     check_output_file(pathlib.Path("x.png"), "--output")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="--output is a file to write. Received: .*which is a folder"):
+    with pytest.raises(UserError, match="--output is the file to write. Received: .*which is a folder"):
         check_output_file(tmp_path, "--output")
 
 
 @pytest.mark.parametrize(
     ("flag", "run"),
     [
-        ("--output", lambda path: evaluate.run(EvaluateConfig(classifier="none.keras", output=path))),
+        ("--output", lambda path: evaluate.main(["evaluate", "--classifier=none.keras", f"--output={path}"])),
         ("--output", lambda path: visualize.main(["visualize", "--classifier=none.keras", f"--output={path}/x.png"])),
         (
             "--tensorboard",
@@ -87,8 +86,8 @@ def test_a_folder_that_can_be_made_is_not_made(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_every_program_looks_before_it_works(tmp_path, flag, run):
-    """Before it even reads its classifier, which does not exist here."""
+def test_every_program_checks_its_output_before_it_reads_its_input(tmp_path, flag, run):
+    """They do so before they read the classifier, which does not exist here."""
     path = tmp_path / "afile"
     path.write_text("")
     with pytest.raises(UserError, match=f"^{flag} needs a folder"):

@@ -1,4 +1,4 @@
-"""tests/gpu_smoke.sh where there is no GPU: it says so, and its own checks work on a CPU."""
+"""tests/gpu_smoke.sh on a machine without a GPU: it says that there is none, and its checks work on a CPU."""
 
 import os
 import pathlib
@@ -17,15 +17,15 @@ def run(**variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="there is a GPU")
-def test_says_that_there_is_no_gpu():
+def test_the_script_says_that_there_is_no_gpu():
     result = run()
     assert result.returncode == 3 and "sees no GPU" in result.stderr
 
 
 @pytest.mark.slow
-def test_its_checks_pass_on_a_cpu():
+def test_the_checks_pass_on_a_cpu():
     result = run(SMOKE_DEVICE="CPU")
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("float32:", "float32=false:", "mixed_bfloat16=false:", "mixed_float16=false:"):
         assert f"{name} " in result.stdout and "images/s" in result.stdout
-    assert result.stdout.rstrip().endswith("All is well on this CPU.")
+    assert result.stdout.rstrip().endswith("Everything works on this CPU.")

@@ -1,22 +1,29 @@
-"""A table: the forms of a Keras classifier x the programs that read a `.keras` file.
+"""Every form of a Keras classifier in every program that reads a `.keras` file.
 
-Each cell either works, with the probabilities that the user's own model gives, or ends in one line that says what was
-found and what to do.
+Each pair either works, with the probabilities that the user's own model gives, or ends in a message of one line that
+says what was found and what to do.
 """
 
 import functools
 import json
 import pathlib
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 
-from robust_tf import evaluate, export, train, visualize
+from robust_tf import evaluate, export, train
 from robust_tf.attacks import AttackConfig, AttackWarning, pgd
+from robust_tf.config.evaluation import EvaluateConfig
 from robust_tf.config.job import JobConfig
+from robust_tf.config.visualization import VisualizeConfig
 from robust_tf.errors import UserError
-from robust_tf.evaluation.settings import EvaluateConfig
+from robust_tf.evaluation import run
+from robust_tf.evaluation.state_file import StateFile
+from robust_tf.evaluation.subject import draw_images
+from robust_tf.evaluation.visualization import run_visualization
+from robust_tf.job.run import build_job
 from robust_tf.models import features_of, load_classifier, save_classifier
 from robust_tf.serving.model.session import LoadedModel
 from robust_tf.training import AdversarialTrainer
@@ -24,20 +31,29 @@ from tests.model_forms import FORMS, SIZE, Form, softmax
 
 IMAGES = np.random.default_rng(1).random((6, SIZE, SIZE, 3)).astype(np.float32)
 TAKEN = [name for name, form in FORMS.items() if not form.refusal]
-# In a program these forms are looked at every time, the others among the slow tests.
+# The fast tests run a program with these forms, the slow tests with the others.
 USUAL = {"sequential", "nested", "sigmoid"}
+# The fast tests train these forms: a plain one, and those that differ in their inputs, outputs or precision.
+TRAINED = {
+    "sequential",
+    "one logit",
+    "two inputs",
+    "output called logits",
+    "softmax in half precision",
+    "channels_first",
+}
 REFUSED = [name for name, form in FORMS.items() if form.refusal]
 
 
 class Saved:
-    """A form in a file, and what the model in memory gave before it was saved."""
+    """A form in a file, and the probabilities that the model in memory gave before it was saved."""
 
     def __init__(self, form: Form, folder: pathlib.Path) -> None:
         keras.utils.set_random_seed(3)
         model = form.build()
         self.form, self.path = form, folder / "mine.keras"
         if not form.refusal:
-            inputs = {"image": IMAGES} if isinstance(getattr(model, "input", None), dict) else IMAGES
+            inputs: Any = {"image": IMAGES} if isinstance(getattr(model, "input", None), dict) else IMAGES
             self.probabilities = form.probabilities(keras.tree.map_structure(np.float32, model(inputs)))
         model.save(self.path)
 
@@ -63,18 +79,18 @@ def run_evaluate(saved: Saved, data_dir: pathlib.Path) -> None:
         norm="l2",
         epsilon=(2.0,),
     )
-    subject = evaluate.load(config, config.classifier)
-    images = evaluate.draw_images(subject.task, count=12, seed=0)
-    state_file = evaluate.StateFile(saved.path.with_name("state.json"), {})
-    measured = evaluate.measure(config, subject, images, state_file)
+    subject = run.load(config, config.classifier)
+    images = draw_images(subject.task, count=12, seed=0)
+    state_file = StateFile(saved.path.with_name("state.json"), {})
+    measured = run.measure(config, subject, images, state_file)
     assert measured.logits.shape == (12, saved.form.num_classes)
     (attacked,) = measured.robustness
     assert not set(attacked.warnings) & {"zero_gradients", "probabilities"}
 
 
 def run_visualize(saved: Saved, data_dir: pathlib.Path) -> None:
-    visualize.run(
-        visualize.VisualizeConfig(
+    run_visualization(
+        VisualizeConfig(
             classifier=str(saved.path),
             dataset="digits",
             classes=saved.classes,
@@ -102,7 +118,7 @@ def run_export(saved: Saved, data_dir: pathlib.Path) -> None:
 
 
 def run_source(saved: Saved, data_dir: pathlib.Path) -> None:
-    config = JobConfig(
+    config = JobConfig.from_flags(
         task="transfer",
         source=str(saved.path),
         workdir=str(saved.path.with_name("job")),
@@ -111,18 +127,18 @@ def run_source(saved: Saved, data_dir: pathlib.Path) -> None:
         hidden_layers=1,
     )
     before = load_classifier(saved.path)
-    classifier, _ = train.build_job(config)
+    classifier, _ = build_job(config)
     assert [weight.path for weight in classifier.trainable_weights] == [
         f"{layer}/{weight}" for layer in ("head_hidden1", "logits") for weight in ("kernel", "bias")
     ]
-    # What a transfer leaves is a source again, and keeps the features that it started from.
+    # The result of a transfer can be a source again, and its features are those of the first source.
     save_classifier(classifier, saved.path.with_name("again.keras"))
     again = load_classifier(saved.path.with_name("again.keras"))
     assert again(IMAGES).shape == (6, 4)
     np.testing.assert_allclose(features_of(again)(IMAGES), features_of(before)(IMAGES), atol=1e-6)
 
 
-# The columns of the table that read a file. "trainer" and "attacks", which take a model in memory, follow below.
+# The programs that read a file. The trainer and the attacks, which take a model in memory, follow below.
 PROGRAMS = {"evaluate": run_evaluate, "visualize": run_visualize, "export": run_export, "--source": run_source}
 
 
@@ -157,13 +173,19 @@ def test_a_transfer_from_a_users_model_names_what_it_cannot_do(tmp_path, data_di
     model.save(tmp_path / "mine.keras")
     job = {"task": "transfer", "source": str(tmp_path / "mine.keras"), "data_dir": str(data_dir), "classes": (0, 1)}
     for changes, message in (
-        ({"transfer_mode": "partial", "freeze_through": "stage1"}, "of no stage: dense.*; stages found: head. Use the"),
-        ({"learning_rate_multipliers": ("stem=0.1",)}, "Received layers of no stage: dense"),
+        (
+            {"transfer_mode": "partial", "freeze_through": "stage1"},
+            "without such a name: dense.*; stages found: head. Use the",
+        ),
+        (
+            {"learning_rate_multipliers": ("stem=0.1",)},
+            "must belong to a stage.*Received: layers without such a name: dense",
+        ),
         ({"image_size": 16}, "image_size=16, built for 8"),
-        ({"normalization": "dataset"}, "called 'normalization'.*--normalization=source"),
+        ({"normalization": "dataset"}, "called 'normalization'.*normalization=source"),
     ):
         with pytest.raises(UserError, match=message):
-            train.build_job(JobConfig(workdir=str(tmp_path / "job"), **job, **changes))
+            build_job(JobConfig.from_flags(workdir=str(tmp_path / "job"), **job, **changes))
     assert "WARNING for" in capsys.readouterr().out
 
 
@@ -172,7 +194,7 @@ def test_a_transfer_from_a_users_model_names_what_it_cannot_do(tmp_path, data_di
 @pytest.mark.parametrize("settings", [{"transfer_mode": "full_network"}, {"features": "cached", "head": "ridge"}])
 def test_a_whole_transfer_and_what_follows_it(saved, settings, data_dir, tmp_path):
     """The figures of the training job are those of evaluation, and the result can be published."""
-    config = JobConfig(
+    config = JobConfig.from_flags(
         task="transfer",
         source=str(saved.path),
         workdir=str(tmp_path / "job"),
@@ -192,12 +214,12 @@ def test_a_whole_transfer_and_what_follows_it(saved, settings, data_dir, tmp_pat
     assert (tmp_path / "exports" / "job" / "1" / "saved_model.pb").exists()
 
 
-def inputs_and_outputs(name: str) -> tuple[keras.Model, object, object]:
-    """A form in memory, what it takes for `IMAGES`, and what it gives."""
+def inputs_and_outputs(name: str) -> tuple[keras.Model, Any, Any]:
+    """A form in memory, its inputs that correspond to `IMAGES`, and its outputs for them."""
     keras.utils.set_random_seed(3)
     model = FORMS[name].build()
     images = np.moveaxis(IMAGES, -1, 1) if name == "channels_first" else IMAGES
-    inputs = images
+    inputs: Any = images
     if isinstance(getattr(model, "input", None), dict):
         inputs = {
             key: images if len(each.shape) == 4 else np.ones((len(images), 2), np.float32)
@@ -207,7 +229,7 @@ def inputs_and_outputs(name: str) -> tuple[keras.Model, object, object]:
 
 
 def loss_and_labels(output, labels):
-    """The loss that fits an output, and labels as it takes them."""
+    """The loss that fits an output, and the labels in the form that this loss takes."""
     values = np.asarray(output, np.float32)
     given = bool(values.min() >= 0 and values.max() <= 1)
     if values.shape[-1] == 1:
@@ -221,13 +243,21 @@ IN_MEMORY = AttackConfig(norm="linf", epsilon=0.1, step_size=0.05, steps=2)
 NO_GRADIENT = {"integer images", "subclassed, not symbolic"}
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if name not in NO_GRADIENT])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in TRAINED else pytest.param(name, marks=pytest.mark.slow)
+        for name in FORMS
+        if name not in NO_GRADIENT
+    ],
+)
 def test_a_form_trains_under_attack(name):
-    """The attack raises the compiled loss, whatever form the model has."""
+    """The attack raises the compiled loss, and a training step changes the weights."""
     model, inputs, outputs = inputs_and_outputs(name)
     labels = np.arange(len(IMAGES)) % 2
     if name == "sigmoid of each label":
-        loss, targets = keras.losses.BinaryCrossentropy(), np.eye(3, dtype=np.float32)[labels]
+        loss = keras.losses.BinaryCrossentropy()
+        targets: Any = np.eye(3, dtype=np.float32)[labels]
     elif isinstance(outputs, dict):
         pairs = {key: loss_and_labels(output, labels) for key, output in outputs.items()}
         loss, targets = ({key: pair[part] for key, pair in pairs.items()} for part in (0, 1))
@@ -251,13 +281,13 @@ def test_a_form_without_a_gradient_is_named():
     model, inputs, _ = inputs_and_outputs("subclassed, not symbolic")
     trainer = AdversarialTrainer(model, IN_MEMORY)
     trainer.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
-    with pytest.raises(UserError, match="makes a NumPy array of its input"):
+    with pytest.raises(UserError, match="converts its input to a NumPy array"):
         trainer.evaluate(inputs, np.zeros(6, int), verbose=0)
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_is_attacked_or_refused_in_one_line(name):
-    """Direct calls take logits (batch, classes) alone, and say what else they were given."""
+    """Direct calls accept only logits of shape (batch, classes), and say what they received instead."""
     model, _, outputs = inputs_and_outputs(name)
     images = np.moveaxis(IMAGES, -1, 1) if name == "channels_first" else IMAGES
     labels = np.arange(len(IMAGES)) % 2

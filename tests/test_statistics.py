@@ -1,4 +1,4 @@
-"""Intervals and tests against published values, SciPy and scikit-learn."""
+"""Intervals and tests agree with published values, with SciPy and with scikit-learn."""
 
 import numpy as np
 import pytest
@@ -17,12 +17,13 @@ from robust_tf.statistics import (
 
 
 def outcomes(both: int, only_first: int, only_second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whether two classifiers are right, from the four counts of a paired table."""
+    """Returns whether two classifiers are right about each image, from the four counts of a paired table."""
     first = np.repeat([True, True, False, False], (both, only_first, only_second, neither))
     second = np.repeat([True, False, True, False], (both, only_first, only_second, neither))
     return first, second
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")  # scikit-learn, about the last class
 def test_mean_per_class_from_a_confusion_matrix():
     rng = np.random.default_rng(0)
     labels = rng.choice(5, 200, p=[0.6, 0.2, 0.1, 0.1, 0.0])  # uneven, and the last class never occurs
@@ -59,7 +60,7 @@ def test_the_paired_interval_is_the_published_one(counts, difference, interval):
 
 
 @pytest.mark.parametrize("counts", [(59, 6, 16, 80), (6, 26, 4, 12), (10, 0, 0, 3), (0, 7, 7, 0), (0, 0, 9, 0)])
-def test_mcnemars_p_value_is_that_of_scipy(counts):
+def test_mcnemars_p_value_agrees_with_scipy(counts):
     _, wins, losses, _ = counts
     expected = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
     assert paired_difference(*outcomes(*counts)).p_value == pytest.approx(expected)
@@ -70,7 +71,7 @@ def test_many_images_do_not_overflow():
     assert compared.p_value == pytest.approx(binomtest(5_200, 10_000).pvalue, rel=1e-6)
 
 
-def test_classifiers_that_agree_on_every_image_are_not_told_apart():
+def test_classifiers_that_agree_on_every_image_do_not_differ():
     compared = paired_difference(*outcomes(9, 0, 0, 1))
     assert (compared.difference, compared.p_value) == (0.0, 1.0)
     assert compared.interval[0] < -0.2 and compared.interval[1] > 0.2  # ten images exclude no small difference
@@ -78,14 +79,14 @@ def test_classifiers_that_agree_on_every_image_are_not_told_apart():
     assert per_class.difference == 0.0 and per_class.interval[0] < 0 < per_class.interval[1]
 
 
-def test_swapping_the_classifiers_turns_the_sign():
+def test_swapping_the_classifiers_changes_the_sign():
     first, second = outcomes(30, 9, 4, 7)
     there, back = paired_difference(first, second), paired_difference(second, first)
     assert back.difference == -there.difference and back.p_value == there.p_value
     assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]))
 
 
-def test_with_one_class_the_mean_per_class_is_the_accuracy():
+def test_with_one_class_the_mean_per_class_equals_the_accuracy():
     first, second = outcomes(59, 6, 16, 80)
     plain, per_class = paired_difference(first, second), paired_mean_per_class(first, second, np.zeros(161, int))
     assert per_class.difference == pytest.approx(plain.difference)
@@ -93,7 +94,7 @@ def test_with_one_class_the_mean_per_class_is_the_accuracy():
     assert per_class.p_value == pytest.approx(plain.p_value, abs=0.01)
 
 
-def test_the_difference_per_class_is_that_of_the_two_means():
+def test_the_difference_per_class_equals_the_difference_of_the_two_means():
     rng = np.random.default_rng(1)
     labels = rng.choice([0, 2, 5], 120, p=[0.7, 0.2, 0.1])
     one, other = (np.where(rng.random(120) < share, labels, 7) for share in (0.9, 0.5))
@@ -105,9 +106,9 @@ def test_the_difference_per_class_is_that_of_the_two_means():
 
 
 @pytest.mark.parametrize("per_class", [False, True])
-def test_the_intervals_hold_the_truth_as_often_as_they_say(per_class, monkeypatch):
-    """2,000 pairs of classifiers on 80 images of 4 uneven classes: 95 % within three standard errors, or a bit more."""
-    monkeypatch.setattr("robust_tf.statistics._SIGN_FLIPS", 1)  # only the intervals are looked at
+def test_the_intervals_hold_the_true_difference_in_95_percent_of_the_runs(per_class, monkeypatch):
+    """2,000 pairs of classifiers on 80 images of 4 uneven classes; the bounds are 95 % and three standard errors."""
+    monkeypatch.setattr("robust_tf.statistics._SIGN_FLIPS", 1)  # saves time, since only the intervals are checked
     rng = np.random.default_rng(2)
     labels = np.repeat([0, 1, 2, 3], (40, 20, 12, 8))
     share = np.array([0.25, 0.2, 0.15, 0.1])  # of the images of a class about which only the first is right
@@ -130,7 +131,7 @@ def test_the_intervals_hold_the_truth_as_often_as_they_say(per_class, monkeypatc
         ((0.0577, (0.0123, 0.1041), 0.0132), "+5.8 points (95 % +1.2 to +10.4, p = 0.013)"),
         ((-0.2, (-0.3, -0.1), 1e-9), "-20.0 points (95 % -30.0 to -10.0, p < 0.001)"),
         ((0.02, (-0.01, 0.05), 0.21), "+2.0 points (95 % -1.0 to +5.0, p = 0.21): this run does not decide"),
-        # The interval alone is not enough where the exact test is more careful.
+        # The interval alone does not decide, because the exact test is more careful.
         ((-0.0621, (-0.1195, -0.0032), 0.0525), "(95 % -11.9 to -0.3, p = 0.052): this run does not decide"),
     ],
 )

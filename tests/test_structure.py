@@ -1,4 +1,4 @@
-"""The shape of the package: imports go one way, and what is light stays light."""
+"""The shape of the package: imports go one way and in no circle, what is light stays light, and files stay short."""
 
 import ast
 import pathlib
@@ -7,49 +7,107 @@ import sys
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parents[1] / "robust_tf"
-# Each layer may import itself and what stands below it.
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "robust_tf"
+# Each layer may import itself and the layers below it.
 LAYERS = [
     {"train", "evaluate", "export", "convert", "serve", "predict", "visualize"},  # the programs
-    {"reporting"},
     {"job"},
+    {"reporting"},
     {"serving", "evaluation"},
     {"training"},
     {"transfer"},
     {"attacks", "data", "models", "results"},
     {"config"},
     {"flags", "console"},
-    {"errors", "files", "environment", "keras_backend", "statistics"},
+    {"errors", "files", "environment", "json_records", "keras_backend", "statistics"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+# Packages that are a public interface: `__all__` lists it.
+PUBLIC = ["attacks", "config", "data", "models", "training", "transfer"]
+MAX_LINES = 400  # of code: docstrings do not count, so that nobody has a reason to shorten them
 
 
-def part_of(path: pathlib.Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_name(path: pathlib.Path) -> str:
+    """The dotted name of a module or package, such as "robust_tf.attacks.pgd"."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported_parts(path: pathlib.Path) -> set[str]:
-    """The parts of the package that a module imports, at its top or inside a function."""
-    parts = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-            if node.module == "robust_tf":
-                names = [f"robust_tf.{alias.name}" for alias in node.names]
-        parts |= {name.split(".")[1] for name in names if name.startswith("robust_tf.")}
-    return parts
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
-    own = part_of(path)
+def imported_modules(name: str) -> set[str]:
+    """Returns the modules of this package that a module imports: at its top, in functions and for type checkers.
+
+    Importing "robust_tf.attacks.pgd" also runs the `__init__` of "robust_tf.attacks". That does not count: it would
+    make every package a circle.
+    """
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                imported.add(submodule if submodule in MODULES else str(node.module))
+    return (imported & set(MODULES)) - {"robust_tf"}
+
+
+IMPORTS = {name: imported_modules(name) for name in MODULES}
+
+
+def part_of(name: str) -> str:
+    """The room of a module: the first name after "robust_tf"."""
+    return name.split(".")[1]
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Returns the groups of modules that import each other, directly or by way of others."""
+    reached: dict[str, set[str]] = {}
+    for start in imports:
+        reached[start], waiting = set(), [start]
+        while waiting:
+            new = imports[waiting.pop()] - reached[start]
+            reached[start] |= new
+            waiting.extend(new)
+    groups = {frozenset(other for other in reached[name] if name in reached[other]) for name in imports}
+    return sorted(sorted(group) for group in groups if group)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "robust_tf"])
+def test_imports_go_one_way(name):
+    own = part_of(name)
     assert own in LEVEL, f"{own} has no place in the layers of this test"
-    for other in imported_parts(path) - {own, "__version__"}:
-        assert LEVEL[other] >= LEVEL[own], f"{path.name} ({own}) must not import {other}"
-        programs = LAYERS[0]
-        assert other not in programs, f"{path.name} imports the program {other}"
+    for other in {part_of(imported) for imported in IMPORTS[name]} - {own}:
+        assert LEVEL[other] >= LEVEL[own], f"{name} must not import {other}"
+        assert other not in LAYERS[0], f"{name} imports the program {other}"
+
+
+def test_modules_import_each_other_in_no_circle():
+    assert circles(IMPORTS) == []
+
+
+def test_a_circle_is_found():
+    imports = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d", "a"}}
+    assert circles(imports) == [["b", "c"], ["d"]]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_file_is_too_long(name):
+    text = MODULES[name].read_text(encoding="utf-8")
+    described = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, described)]
+    docstrings = [node.body[0] for node in nodes if ast.get_docstring(node)]
+    in_docstrings = sum((node.end_lineno or 0) - node.lineno + 1 for node in docstrings)
+    assert len(text.splitlines()) - in_docstrings <= MAX_LINES
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_a_package_lists_what_is_public(package):
+    module = ast.parse((PACKAGE / package / "__init__.py").read_text(encoding="utf-8"))
+    assigned = [target for node in module.body if isinstance(node, ast.Assign) for target in node.targets]
+    assert "__all__" in map(ast.unparse, assigned)
 
 
 def test_importing_the_package_does_not_import_tensorflow():

@@ -1,4 +1,4 @@
-"""Writes files as `torch.save` does, without PyTorch; also such as no honest program would write."""
+"""Writes files like `torch.save` without PyTorch, including files that no honest program would write."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ STORAGE_TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """A name in the pickle, whether or not it can be imported here."""
+    """A name in the pickle, which need not be importable here."""
 
     module: str
     name: str
@@ -32,7 +32,7 @@ class Global:
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """A call that the pickle asks for, with the state that it sets on the result."""
+    """A function call in the pickle, and the state that it sets on the result."""
 
     function: Any
     arguments: tuple = ()
@@ -41,15 +41,15 @@ class Call:
 
 @dataclasses.dataclass(eq=False)
 class Storage:
-    values: np.ndarray  # of one dimension
-    count: int | None = None  # what the pickle says, where it lies
+    values: np.ndarray  # one-dimensional
+    count: int | None = None  # number of elements in the pickle, if it is not the true one
     view: tuple | None = None
 
 
 def tensor(
     values: np.ndarray, *, storage: Storage | None = None, offset: int = 0, shape: Any = None, strides: Any = None
 ) -> Call:
-    """A tensor in a storage of its own, or a view of a given one; offset and strides count elements."""
+    """Returns a tensor with a new storage, or a view of a given one. Offset and strides count elements."""
     values = np.asarray(values)
     storage = storage or Storage(values.ravel())
     shape = values.shape if shape is None else shape
@@ -59,12 +59,16 @@ def tensor(
 
 
 def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Call]:
-    """A state dict: every array as a tensor in a storage of its own."""
+    """Returns a state dict in which every array is a tensor with a separate storage."""
     return {name: tensor(values) for name, values in arrays.items()}
 
 
-class _Pickler(pickle._Pickler):  # the one in Python can be taught to write names that do not exist
-    dispatch = dict(pickle._Pickler.dispatch)
+# The Python version can be made to write names that do not exist. Its type stub knows little of it.
+_PythonPickler: Any = pickle._Pickler
+
+
+class _Pickler(_PythonPickler):
+    dispatch: dict[type, Any] = dict(_PythonPickler.dispatch)
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)
@@ -81,10 +85,10 @@ class _Pickler(pickle._Pickler):  # the one in Python can be taught to write nam
         return ("storage", storage_type, str(self.storages.index(value)), "cuda:0", count, *view)
 
     def _save_global(self, value: Global) -> None:
-        self.write(f"c{value.module}\n{value.name}\n".encode())
+        self.write(f"c{value.module}\n{value.name}\n".encode())  # type: ignore[attr-defined]
 
     def _save_call(self, value: Call) -> None:
-        self.save_reduce(value.function, value.arguments, value.state, obj=value)
+        self.save_reduce(value.function, value.arguments, value.state, obj=value)  # type: ignore[attr-defined]
 
     dispatch[Global] = _save_global
     dispatch[Call] = _save_call
@@ -100,7 +104,7 @@ def _pickled(content: Any) -> tuple[bytes, list[Storage]]:
 def write_zip(
     path: pathlib.Path, content: Any, *, compression: int = zipfile.ZIP_STORED, big_endian: bool = False
 ) -> pathlib.Path:
-    """The format since torch 1.6."""
+    """Writes the format of torch >= 1.6."""
     data, storages = _pickled(content)
     write_zip_members(
         path,
@@ -118,7 +122,7 @@ def write_zip(
 def write_zip_members(
     path: pathlib.Path, members: dict[str, bytes], *, compression: int = zipfile.ZIP_STORED
 ) -> pathlib.Path:
-    """A zip archive with these members in the folder that torch.save would use."""
+    """Writes a zip archive with these members in the folder that torch.save would use."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in members.items():
             archive.writestr(f"archive/{name}", data)
@@ -126,7 +130,7 @@ def write_zip_members(
 
 
 def write_legacy(path: pathlib.Path, content: Any, *, big_endian: bool = False) -> pathlib.Path:
-    """The format before torch 1.6."""
+    """Writes the format of torch < 1.6."""
     data, storages = _pickled(content)
     machine = {"protocol_version": 1001, "little_endian": not big_endian, "type_sizes": {"int": 4}}
     with path.open("wb") as file:

@@ -1,17 +1,22 @@
-"""Attacks on any callable from [0, 1] images to logits."""
+"""Adversarial attacks on any callable from images in [0, 1] to logits.
+
+Start with `pgd` for adversarial examples and with `autoattack` for a robust accuracy that compares with published ones.
+`ATTACKS` holds every attack in its published settings, `NORMS` the geometry of every norm. How to add an attack is said
+in `robust_tf.attacks.table`, how to add a norm in `robust_tf.attacks.threat_models`.
+"""
 
 import robust_tf.keras_backend  # noqa: F401  # before Keras is imported
 from robust_tf.attacks.apgd import apgd
-from robust_tf.attacks.autoattack import VERSIONS, AutoAttackResult, attacks_of, autoattack
+from robust_tf.attacks.autoattack import VERSIONS, AutoAttackResult, attacks_of_version, autoattack
 from robust_tf.attacks.cascade import CascadeState, CompiledAttacks, cascade
 from robust_tf.attacks.fab import fab
 from robust_tf.attacks.fgsm import fgsm
 from robust_tf.attacks.pgd import AttackResult, climb, pgd, run_pgd
 from robust_tf.attacks.square import square
-from robust_tf.attacks.table import ATTACKS, check_attacks
-from robust_tf.attacks.threat_models import NORMS
+from robust_tf.attacks.table import ATTACKS, NamedAttack, check_attacks
+from robust_tf.attacks.threat_models import NORMS, Geometry
 from robust_tf.attacks.warning_flags import zero_gradient_share
-from robust_tf.config.job import AttackConfig
+from robust_tf.config.attack import AttackConfig
 from robust_tf.errors import AttackWarning
 
 __all__ = [
@@ -24,8 +29,10 @@ __all__ = [
     "AutoAttackResult",
     "CascadeState",
     "CompiledAttacks",
+    "Geometry",
+    "NamedAttack",
     "apgd",
-    "attacks_of",
+    "attacks_of_version",
     "autoattack",
     "cascade",
     "check_attacks",

@@ -1,6 +1,7 @@
 """APGD: projected gradient ascent that chooses its own step sizes (Croce and Hein 2020, arXiv 2003.01690).
 
-The L1 version, with sparse steps and a radius that shrinks in three phases: Croce and Hein 2021, arXiv 2103.01208.
+The l1 version, with sparse steps and a radius that shrinks in three phases, is due to Croce and Hein 2021, arXiv
+2103.01208.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch
-from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting
+from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting, select_images
 from robust_tf.attacks.losses import (
     Model,
     Slope,
@@ -23,20 +24,22 @@ from robust_tf.attacks.losses import (
     num_classes,
 )
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
-from robust_tf.attacks.threat_models import NORMS, Norm
+from robust_tf.attacks.threat_models import NORMS, Geometry
+from robust_tf.config.names import AttackNorm
 
-_MOMENTUM = 0.75  # weight of the new direction; alpha of algorithm 1
-_MOST_RISES = 0.75  # rho: a step size that raised the loss in fewer of the steps is halved
+_MOMENTUM = 0.75  # weight of the new direction, alpha in algorithm 1
+_MOST_RISES = 0.75  # rho: a step size is halved if it raised the loss in at most this share of the steps
 
 
 @dataclasses.dataclass(frozen=True)
 class _Schedule:
-    """What happens at each of the evaluations of one run: one more than it has steps, in each phase.
+    """What happens at each evaluation of one run. Each phase has one evaluation more than it has steps.
 
     Attributes:
-        radius: multiple of epsilon that the iterates keep to.
-        first, last: of its phase.
-        window: at a checkpoint the number of steps since the one before, else 0.
+        radius: Multiple of epsilon that bounds the iterates.
+        first: Whether the evaluation is the first one of its phase.
+        last: Whether the evaluation is the last one of its phase.
+        window: Number of steps since the previous checkpoint if the evaluation is a checkpoint, otherwise 0.
     """
 
     radius: np.ndarray
@@ -46,6 +49,7 @@ class _Schedule:
 
     @property
     def length(self) -> int:
+        """Number of evaluations."""
         return len(self.radius)
 
 
@@ -54,7 +58,7 @@ def _schedule(norm: str, steps: int) -> _Schedule:
         windows = [_checkpoints(steps)]
         radii = [1.0]
     else:
-        # Section 4.3 of 2103.01208: 30 % of the steps at 3 epsilon, 30 % at 2 epsilon, the rest at epsilon.
+        # Section 4.3 of 2103.01208: 30 % of the steps at 3 epsilon, 30 % at 2 epsilon and the rest at epsilon.
         opening = min(math.ceil(0.3 * steps), (steps - 1) // 2)
         lengths = [opening, opening, steps - 2 * opening]
         windows = [_every(length, max(int(0.04 * length), 1)) for length in lengths]
@@ -69,7 +73,7 @@ def _schedule(norm: str, steps: int) -> _Schedule:
 
 
 def _checkpoints(steps: int) -> np.ndarray:
-    """Section 3.2 of 2003.01690: the first after 22 % of the steps, each next window 3 % shorter, down to 6 %."""
+    """Returns the windows of section 3.2 of 2003.01690: first 22 % of the steps, then 3 % shorter each, down to 6 %."""
     window, shortest, shorter = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
     windows = np.zeros(steps + 1, int)
     position = window
@@ -90,7 +94,7 @@ def apgd(
     images: tf.Tensor,
     labels: tf.Tensor,
     *,
-    norm: Literal["linf", "l2", "l1"],
+    norm: AttackNorm,
     epsilon: float | tf.Tensor,
     steps: int = 100,
     restarts: int = 1,
@@ -100,40 +104,64 @@ def apgd(
     early_stop: bool = False,
     seed: Seed = 0,
 ) -> tf.Tensor:
-    """Adversarial examples by gradient ascent with momentum and a step size that is halved where it doesn't help.
+    """Returns adversarial examples of APGD, a projected gradient ascent that needs no step size.
 
-    Runs eagerly (traced anew at each call) and inside tf.function (wrap the call when there are many batches).
+    APGD maximizes loss(model(images_adv), labels) over images_adv in [0, 1] with ||images_adv - images|| <= epsilon,
+    like `pgd`. It adds momentum, halves the step size of each image where progress stalls, and then goes back to the
+    image's best point. For l1 it moves only the pixels with the largest gradients. AutoAttack runs it first.
+
+    The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call if
+    there are many batches.
 
     Args:
-        model: any callable from images to logits; a Keras model is run in inference mode. Normalisation belongs
-            inside it.
-        images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) or (batch, 1) integers.
-        norm: "linf", "l2" or "l1".
-        epsilon: radius of the ball, in [0, 1] pixel units; a number or a scalar tensor.
-        steps: gradient steps of each run.
-        restarts: runs from random points (for each target class).
-        loss: "ce", "margin", or "dlr" (equation (6), with targets (7)).
-        targets: 0 raises the loss of the label; a number runs once towards each of so many classes, those with the
-            highest logits on the clean image (at most all other classes).
-        gradient_draws: gradients averaged in each step: more than 1 for a model that is random (Athalye et al.
-            2018, arXiv 1802.00420).
-        early_stop: an image stops at its first wrong prediction and leaves the batch: all that an accuracy needs.
-        seed: of the random starts: an integer, or (batch, 2) integers with a pair for each image.
+        model: Callable from images to logits (batch, classes). A Keras model runs in inference mode. Normalization
+            belongs inside the model.
+        images: Float images (batch, height, width, channels) in [0, 1].
+        labels: Integer labels, (batch,) or (batch, 1).
+        norm: Norm of the ball, "linf", "l2" or "l1".
+        epsilon: Radius of the ball, in [0, 1] pixel units; a number or a scalar tensor.
+        steps: Number of gradient steps in each run.
+        restarts: Number of runs from random points, for each target class if there are any.
+        loss: Loss to raise: "ce" (cross-entropy), "margin" (best other logit minus the label's logit), or "dlr"
+            (equation (6) of the paper, or (7) with targets).
+        targets: Number of target classes. With 0 the attack raises the loss of the label. Otherwise it runs towards
+            each of the classes with the highest logits on the clean image, at most towards all other classes.
+        gradient_draws: Number of gradients that are averaged in each step. Use more than 1 if the model is random
+            (Athalye et al. 2018, arXiv 1802.00420).
+        early_stop: Whether an image stops at its first wrong prediction and leaves the batch, which is enough to
+            measure an accuracy.
+        seed: Seed for the random starts: an integer, or (batch, 2) integers with a pair for each image.
 
     Returns:
-        images_adv: (batch, height, width, channels) float32, in the ball and in [0, 1]: for each image the worst point
-            met, the image itself included. A wrong prediction is worse than a right one, then the higher loss counts.
+        images_adv (batch, height, width, channels) float32, in the ball and in [0, 1]: the worst point found for each
+        image, including the image itself. A wrong prediction is worse than a correct one, and among equals the higher
+        loss is worse.
 
     Raises:
-        UserError: an argument is out of its range, or the model gives something else than logits of classes
-            (probabilities, say), or (eagerly) images are not in [0, 1] or a label is no class.
-        InvalidArgumentError: in a tf.function, images are not in [0, 1].
+        UserError: An argument is out of range, or the model does not return logits (but probabilities, for example). In
+            an eager call also: the images are not in [0, 1], or a label is not a class of the model.
+        InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
 
     Warns:
-        AttackWarning: (eagerly) the loss has no gradient at some of the images, or they look like another unit.
+        AttackWarning: In an eager call, the loss has no gradient at some of the images, or the images seem to be in
+            another unit.
 
-    Source: Croce and Hein 2020, arXiv 2003.01690, algorithm 1 and section 4; L1: 2021, arXiv 2103.01208, algorithm 1.
+    Source: Croce and Hein 2020, arXiv 2003.01690, algorithm 1 and section 4; for l1 Croce and Hein 2021, arXiv
+    2103.01208, algorithm 1.
+
+    Example:
+        A model classifies one image as dark and one as bright, and both change their class within epsilon:
+
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import apgd
+        >>> def dark_or_bright(images):
+        ...     brightness = tf.reduce_mean(images, axis=(1, 2, 3)) - 0.5
+        ...     return tf.stack([-brightness, brightness], axis=1)
+        >>> images = tf.stack([tf.fill([8, 8, 3], 0.45), tf.fill([8, 8, 3], 0.55)])
+        >>> labels = tf.constant([0, 1])
+        >>> images_adv = apgd(dark_or_bright, images, labels, norm="l2", epsilon=2.0, steps=10)
+        >>> tf.argmax(dark_or_bright(images_adv), axis=1).numpy().tolist()
+        [1, 0]
     """
     check_threat_model(norm, epsilon)
     check_at_least(1, steps=steps, restarts=restarts, gradient_draws=gradient_draws)
@@ -168,7 +196,7 @@ def apgd(
         def next_phase() -> tf.Tensor:
             if norm != "l1":
                 return start_of(run + 1, state)
-            # The next radius is the next evaluation's; a new run starts at its widest.
+            # A new phase starts within its own radius, and a new run within the largest one.
             next_radius = tf.gather(schedule.radius, (position + 1) % schedule.length) * epsilon
             shrunk = geometry.project(state["best"], state["images"], next_radius)
             return tf.cond(position + 1 < schedule.length, lambda: shrunk, lambda: start_of(run + 1, state))
@@ -193,7 +221,7 @@ def apgd(
     if targets:
         state["targets"] = likeliest_targets(clean, labels, targets)
     else:
-        # The image itself is a candidate: the result is never better for the model than no attack.
+        # The image itself is a candidate, so the result is never better for the model than no attack.
         state["worst_loss"] = loss_of(clean, labels, labels)
     if norm == "l1":
         state |= {"share": empty, "moved_pixels": empty}
@@ -204,30 +232,25 @@ def apgd(
     return tf.stop_gradient(state["images_adv"])
 
 
-def _where(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
-    """tf.where with a condition (batch,) for whole images."""
-    return tf.where(condition[:, None, None, None], images, others)
-
-
 def _with_worst(state: State, slope: Slope, within: tf.Tensor) -> State:
-    """Keeps what the attack will return: a wrong prediction goes before a right one, then the higher loss."""
+    """Keeps the worst point so far, which the attack returns: a wrong prediction first, then the higher loss."""
     wrong, fallen = ~slope.correct, state["fallen"]
     worse = within & ((wrong & ~fallen) | ((wrong == fallen) & (slope.loss > state["worst_loss"])))
     return {
         **state,
-        "images_adv": _where(worse, state["points"], state["images_adv"]),
+        "images_adv": select_images(worse, state["points"], state["images_adv"]),
         "worst_loss": tf.where(worse, slope.loss, state["worst_loss"]),
         "fallen": fallen | (within & wrong),
     }
 
 
 def _with_best(state: State, slope: Slope, first: tf.Tensor) -> State:
-    """Keeps the iterate of highest loss of this phase, which the search goes back to."""
+    """Keeps the iterate of highest loss in this phase, to which the search goes back."""
     improved = first | (slope.loss > state["best_loss"])
     return {
         **state,
-        "best": _where(improved, state["points"], state["best"]),
-        "best_gradient": _where(improved, slope.gradient, state["best_gradient"]),
+        "best": select_images(improved, state["points"], state["best"]),
+        "best_gradient": select_images(improved, slope.gradient, state["best_gradient"]),
         "best_loss": tf.where(improved, slope.loss, state["best_loss"]),
     }
 
@@ -235,10 +258,10 @@ def _with_best(state: State, slope: Slope, first: tf.Tensor) -> State:
 def _adapt_step_size(
     state: State, slope: Slope, first: tf.Tensor, window: tf.Tensor, radius: tf.Tensor
 ) -> tuple[State, tf.Tensor]:
-    """Section 3.2: at a checkpoint, halves the step size and goes back to the best point where it got no further.
+    """Halves the step size and goes back to the best point if the search has stalled at a checkpoint (section 3.2).
 
-    That is, where fewer than 75 % of the steps since the last checkpoint have raised the loss, or where neither the
-    step size nor the highest loss has changed since.
+    It has stalled if at most 75 % of the steps since the last checkpoint have raised the loss, or if neither the step
+    size nor the highest loss has changed since then.
 
     Returns:
         The state, and the gradient at its points.
@@ -259,27 +282,33 @@ def _adapt_step_size(
         "checked_loss": tf.where(checkpoint, state["best_loss"], checked_loss),
         "halved": tf.where(checkpoint, stuck, halved_before),
         "step_size": tf.where(halve, step_size / 2.0, step_size),
-        "points": _where(halve, state["best"], state["points"]),
-    }, _where(halve, state["best_gradient"], slope.gradient)
+        "points": select_images(halve, state["best"], state["points"]),
+    }, select_images(halve, state["best_gradient"], slope.gradient)
 
 
-def _momentum_step(state: State, gradient: tf.Tensor, first: tf.Tensor, radius: tf.Tensor, norm: Norm) -> tf.Tensor:
-    """Equation (2) of algorithm 1: a projected step, then 3/4 of it and 1/4 of the step before, projected again."""
+def _momentum_step(
+    state: State, gradient: tf.Tensor, first: tf.Tensor, radius: tf.Tensor, geometry: Geometry
+) -> tf.Tensor:
+    """Takes 3/4 of a projected step plus 1/4 of the previous step, projected again (equation (2), algorithm 1)."""
     points, images = state["points"], state["images"]
     weight = tf.where(first, 1.0, _MOMENTUM)
-    stepped = norm.project(points + norm.step(gradient, state["step_size"][:, None, None, None]), images, radius)
+    moved = points + geometry.step(gradient, state["step_size"][:, None, None, None])
+    stepped = geometry.project(moved, images, radius)
     mixed = points + weight * (stepped - points) + (1.0 - weight) * (points - state["old"])
-    return norm.project(mixed, images, radius)
+    return geometry.project(mixed, images, radius)
 
 
 def _adapt_sparsity(
     state: State, slope: Slope, first: tf.Tensor, window: tf.Tensor, radius: tf.Tensor
 ) -> tuple[State, tf.Tensor]:
-    """Section 4.2 of 2103.01208: at a checkpoint, the pixels that move and the step size follow the best point.
+    """Adapts the step size and the number of moving pixels to the best point at a checkpoint (2103.01208, section 4.2).
 
-    Where the best perturbation has become sparser by 5 %, the search starts from it again with the full step size;
-    elsewhere the step size falls by a factor of 1.5, down to a tenth. The share of pixels that the next steps may
-    move is two thirds of those in which the best perturbation isn't 0.
+    If the best perturbation has become sparser by 5 %, the search starts from it again with the full step size.
+    Otherwise the step size falls by a factor of 1.5, down to a tenth. The next steps may move two thirds as many pixels
+    as the best perturbation has changed.
+
+    Returns:
+        The state, and the gradient at its points.
     """
     pixels = tf.cast(tf.reduce_prod(tf.shape(slope.gradient)[1:]), tf.float32)
     used = tf.cast(tf.math.count_nonzero(state["best"] - state["images"], axis=(1, 2, 3)), tf.float32)
@@ -293,17 +322,19 @@ def _adapt_sparsity(
         "share": tf.where(first | checkpoint, used / pixels / 1.5, state["share"]),
         "moved_pixels": tf.where(checkpoint, used, before),
         "step_size": tf.where(checkpoint, slower, step_size),
-        "points": _where(sparser, state["best"], state["points"]),
-    }, _where(sparser, state["best_gradient"], slope.gradient)
+        "points": select_images(sparser, state["best"], state["points"]),
+    }, select_images(sparser, state["best_gradient"], slope.gradient)
 
 
-def _sparse_step(state: State, gradient: tf.Tensor, first: tf.Tensor, radius: tf.Tensor, norm: Norm) -> tf.Tensor:
-    """A step of the pixels with the largest gradients only, all by the same amount."""
+def _sparse_step(
+    state: State, gradient: tf.Tensor, first: tf.Tensor, radius: tf.Tensor, geometry: Geometry
+) -> tf.Tensor:
+    """Moves only the pixels with the largest gradients, all by the same amount."""
     del first
     size = tf.reshape(tf.abs(gradient), (tf.shape(gradient)[0], -1))
     pixels = tf.shape(size)[1]
     position = tf.cast((1.0 - state["share"]) * tf.cast(pixels, tf.float32), tf.int32)
     smallest = tf.gather(tf.sort(size, axis=1), tf.clip_by_value(position, 0, pixels - 1), batch_dims=1)
     sparse = tf.where(tf.abs(gradient) >= smallest[:, None, None, None], gradient, 0.0)
-    moved = state["points"] + norm.step(sparse, state["step_size"][:, None, None, None])
-    return norm.project(moved, state["images"], radius)
+    moved = state["points"] + geometry.step(sparse, state["step_size"][:, None, None, None])
+    return geometry.project(moved, state["images"], radius)

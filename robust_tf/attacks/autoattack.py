@@ -1,4 +1,4 @@
-"""AutoAttack, the cascade that robust accuracies are compared by (Croce and Hein 2020, arXiv 2003.01690)."""
+"""AutoAttack, the standard way to compare robust accuracies (Croce and Hein 2020, arXiv 2003.01690)."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -8,9 +8,10 @@ import numpy as np
 from robust_tf.attacks.cascade import cascade
 from robust_tf.attacks.losses import Model
 from robust_tf.attacks.warning_flags import issue
+from robust_tf.config.names import AttackNorm
 from robust_tf.errors import UserError, unknown_name
 
-# version -> its attacks, in their order
+# The attacks of each version, in their order.
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce-x5", "apgd-dlr-x5", "fab-x5", "square", "apgd-t", "fab-t"),
@@ -19,14 +20,27 @@ VERSIONS = {
 
 
 class AutoAttackResult(NamedTuple):
-    """What AutoAttack leaves behind.
+    """The result of AutoAttack.
 
     Attributes:
-        images_adv: (num_images, height, width, channels) float32, the image that felled it where one did, else the
-            last attempt; in the ball and in [0, 1].
-        robust: (num_images,) bool, right on the clean image and under all attacks.
-        felled_by: for each image "clean", the name of the attack that felled it, or "" if it resists.
-        warnings: flag -> sentence: signs that the figure is too good; empty when there are none.
+        images_adv: Adversarial images (num_images, height, width, channels) float32, in the ball and in [0, 1]: the one
+            that felled each image, or the last attempt if the image resists.
+        robust: Whether the prediction is correct on the clean image and under all attacks, (num_images,) bool.
+        felled_by: For each image, the name of the attack that felled it, "clean" if the clean prediction is wrong, or
+            "" if the image resists.
+        warnings: Signs that the robust accuracy is too high: name of the flag to a sentence. Empty if there are none.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_tf.attacks import AutoAttackResult
+        >>> result = AutoAttackResult(
+        ...     images_adv=np.zeros((3, 8, 8, 3), np.float32),
+        ...     robust=np.array([True, False, True]),
+        ...     felled_by=("", "apgd-ce", ""),
+        ...     warnings={},
+        ... )
+        >>> print(f"robust accuracy {result.robust.mean():.1%}")
+        robust accuracy 66.7%
     """
 
     images_adv: np.ndarray
@@ -35,16 +49,29 @@ class AutoAttackResult(NamedTuple):
     warnings: dict[str, str]
 
 
-def attacks_of(version: str, attacks: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The attacks of a version of AutoAttack; those given for "custom"."""
+def attacks_of_version(version: str, attacks: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Returns the names of the attacks that a version of AutoAttack runs, in their order.
+
+    Args:
+        version: "standard", "plus", "rand" or "custom".
+        attacks: Names of the attacks, for the version "custom" only.
+
+    Raises:
+        UserError: The version is unknown, "custom" comes without attacks, or another version comes with them.
+
+    Example:
+        >>> from robust_tf.attacks import attacks_of_version
+        >>> attacks_of_version("standard")
+        ('apgd-ce', 'apgd-t', 'fab-t', 'square')
+    """
     if version == "custom":
         if not attacks:
-            raise UserError("The version 'custom' needs attacks, e.g. apgd-ce,square. Received: none.")
+            raise UserError("The version 'custom' needs attacks, e.g. apgd-ce and square. Received: none.")
         return tuple(attacks)
     if version not in VERSIONS:
         raise unknown_name("version of AutoAttack", version, [*VERSIONS, "custom"])
     if attacks is not None:
-        raise UserError(f"Attacks are given with the version 'custom' only. Received: version={version!r}.")
+        raise UserError(f"Attacks can be given only for the version 'custom'. Received: version={version!r}.")
     return VERSIONS[version]
 
 
@@ -53,37 +80,63 @@ def autoattack(
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    norm: Literal["linf", "l2", "l1"],
+    norm: AttackNorm,
     epsilon: float,
     version: Literal["standard", "plus", "rand", "custom"] = "standard",
     attacks: Sequence[str] | None = None,
     batch_size: int = 128,
     seed: int = 0,
 ) -> AutoAttackResult:
-    """Robust accuracy by the worst of several attacks, each run on the images that still resist.
+    """Measures the robustness of a model by AutoAttack, an ensemble of attacks without free parameters.
+
+    The attacks run one after the other, each on the images that still resist. An image counts as robust if the model
+    is correct on the clean image and under every attack. The version "standard" is what RobustBench reports.
 
     Args:
-        model: any callable from [0, 1] images to logits.
-        images: (num_images, height, width, channels), float, in [0, 1].
-        labels: (num_images,) or (num_images, 1) integers.
-        norm: "linf", "l2" or "l1".
-        epsilon: radius, in [0, 1] pixel units.
-        version: "standard" (APGD-CE, targeted APGD-DLR, targeted FAB, Square), "plus" (more restarts, and the
-            untargeted variants), "rand" (for random models: averaged gradients), or "custom" with `attacks`.
-        attacks: names of `ATTACKS`, for "custom".
-        batch_size: most images at once.
-        seed: of all random numbers; the result doesn't depend on the batch size.
+        model: Callable from images to logits (batch, classes). A Keras model runs in inference mode. Normalization
+            belongs inside the model.
+        images: Float images (num_images, height, width, channels) in [0, 1].
+        labels: Integer labels, (num_images,) or (num_images, 1).
+        norm: Norm of the ball, "linf", "l2" or "l1".
+        epsilon: Radius of the ball, in [0, 1] pixel units.
+        version: "standard" (APGD-CE, targeted APGD-DLR, targeted FAB and Square), "plus" (more restarts, and the
+            untargeted attacks as well), "rand" (for random models, with averaged gradients), or "custom".
+        attacks: Names in `ATTACKS`, for the version "custom" only.
+        batch_size: Largest number of images at once. The result does not depend on it.
+        seed: Seed for all random numbers.
 
     Returns:
-        The adversarial images, what resists, what felled the rest, and warnings. The latter are also issued as Python
-        warnings of the class `AttackWarning`.
+        The adversarial images, which images resist, what felled the others, and warnings.
 
     Raises:
-        UserError: an argument is out of its range, or the model gives NaN or no logits of classes.
+        UserError: An argument is out of range, or the model does not return finite logits of classes.
+
+    Warns:
+        AttackWarning: There are signs that the robust accuracy is too high; the result lists them in `warnings`.
 
     Source: Croce and Hein 2020, arXiv 2003.01690.
+
+    Example:
+        A model that tells dark from bright images by their mean. The first two images can cross its threshold of 0.5
+        within epsilon, the third one cannot:
+
+        >>> import numpy as np
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import autoattack
+        >>> def dark_or_bright(images):
+        ...     brightness = tf.reduce_mean(images, axis=(1, 2, 3)) - 0.5
+        ...     return tf.stack([-brightness, brightness], axis=1)
+        >>> images = np.full((3, 8, 8, 3), 0.5, np.float32)
+        >>> images += np.array([-0.05, 0.05, 0.3], np.float32)[:, None, None, None]
+        >>> labels = np.array([0, 1, 1])
+        >>> attack = {"version": "custom", "attacks": ["fgsm"]}  # "standard" takes longer
+        >>> result = autoattack(dark_or_bright, images, labels, norm="linf", epsilon=0.1, **attack)
+        >>> result.felled_by
+        ('fgsm', 'fgsm', '')
+        >>> result.robust.tolist()
+        [False, False, True]
     """
-    names = attacks_of(version, attacks)
+    names = attacks_of_version(version, attacks)
     images = np.asarray(images)
     states = cascade(
         model,
@@ -95,9 +148,9 @@ def autoattack(
         batch_size=batch_size,
         seed=seed,
         keep=range(len(images)),
-        randomised=version == "rand",
+        randomized=version == "rand",
     )
-    for state in states:  # noqa: B007  # the last one is what counts
+    for state in states:  # noqa: B007  # only the last one counts
         pass
     issue(state.warnings.values(), stacklevel=2)
     images_adv = np.stack([state.kept[number] for number in range(len(images))])

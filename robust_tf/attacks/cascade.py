@@ -1,11 +1,11 @@
-"""Attacks one after the other, each on the images that still resist, with a state to stop and go on from."""
+"""A cascade of attacks, each on the images that still resist, which can be interrupted and continued."""
 
 import base64
 import dataclasses
 import hashlib
 import time
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tensorflow as tf
@@ -26,25 +26,33 @@ from robust_tf.attacks.threat_models import NORMS
 from robust_tf.attacks.warning_flags import find_warnings, square_beats_the_others
 from robust_tf.errors import UserError, unknown_name
 
-CLEAN = "clean"  # fells the images that the classifier gets wrong without any attack
+CLEAN = "clean"  # counts as the attack that fells the images whose clean prediction is wrong
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CascadeState:
-    """Where an evaluation stands: small, and enough to go on from.
+    """The state of an evaluation, from which it can continue.
 
     Attributes:
-        run: what the figures belong to: attacks, norm, epsilon, seed, batch_size, num_images and a digest of images
-            and labels. A state of another run is refused.
-        felled_by: for each image what felled it: "clean", an attack's name, or "" while it resists.
-        attack: position in ("clean", *attacks) of what is running; past the end when all is done.
-        images_done: images that the running attack has behind it, of those that it was given.
-        images_to_do: how many it was given.
-        predictions: (num_images,) int, predicted class on the last image that was tried (clean or adversarial).
-        seconds: time spent, per attack.
-        warnings: flag -> what is suspicious about this evaluation; see `warning_flags`.
-        kept: image id -> its last adversarial image (the one that felled it, if one did), (height, width, channels)
-            float32, of the ids that were asked for.
+        run: What the state belongs to: attacks, norm, epsilon, seed, batch_size, num_images and a digest of images and
+            labels. `cascade` refuses a state of another run.
+        felled_by: For each image, the name of the attack that felled it, "clean", or "" while it resists.
+        attack: Position of the running attack in ("clean", *attacks); past the end when the evaluation is done.
+        images_done: Number of images that the running attack has finished.
+        images_to_do: Number of images that the running attack was given.
+        predictions: Predicted class for the last version of each image that was tried, clean or adversarial,
+            (num_images,) int.
+        seconds: Time spent in each attack, in seconds.
+        warnings: Signs that the robust accuracy is too high: name of the flag to a sentence. See `warning_flags`.
+        kept: Last adversarial image, (height, width, channels) float32, of each image id that was asked for. If an
+            attack felled the image, this is the one that did.
+
+    Example:
+        >>> from robust_tf.attacks import CascadeState
+        >>> run = {"attacks": ["pgd", "square"], "num_images": 4}
+        >>> state = CascadeState(run=run, felled_by=("clean", "", "pgd", ""), attack=2)
+        >>> state.running, state.robust_accuracy, state.accuracy_after("clean")
+        ('square', 0.5, 0.75)
     """
 
     run: dict[str, Any]
@@ -64,13 +72,13 @@ class CascadeState:
 
     @property
     def running(self) -> str:
-        """Name of the running attack; the last one when all is done."""
-        names = (CLEAN, *self.run["attacks"])
+        """Name of the running attack, or of the last one if all have run."""
+        names: tuple[str, ...] = (CLEAN, *self.run["attacks"])
         return names[min(self.attack, len(names) - 1)]
 
     @property
     def robust(self) -> np.ndarray:
-        """(num_images,) bool: what still resists."""
+        """Whether each image still resists, (num_images,) bool."""
         return np.array([not name for name in self.felled_by])
 
     @property
@@ -79,7 +87,14 @@ class CascadeState:
         return float(self.robust.mean())
 
     def accuracy_after(self, attack: str) -> float:
-        """Share of all images that no attack up to this one, nor the clean prediction, has felled."""
+        """Returns the share of all images that still resist after this attack and all before it.
+
+        Args:
+            attack: "clean" or the name of an attack of this run.
+
+        Raises:
+            UserError: The run does not have this attack.
+        """
         names = (CLEAN, *self.run["attacks"])
         if attack not in names:
             raise unknown_name("attack of this run", attack, names)
@@ -87,7 +102,7 @@ class CascadeState:
         return sum(name not in fallen for name in self.felled_by) / len(self.felled_by)
 
     def to_json(self) -> dict[str, Any]:
-        """The state as JSON has it; `from_json` takes it back."""
+        """Returns the state as a dict that JSON can hold; `from_json` reads it."""
         content = dataclasses.asdict(self)
         content["kept"] = {
             str(number): {"shape": list(image.shape), "float32": base64.b64encode(image.tobytes()).decode()}
@@ -97,7 +112,14 @@ class CascadeState:
 
     @classmethod
     def from_json(cls, content: Any) -> "CascadeState":
-        """The state that `to_json` gave. Raises UserError when it is something else."""
+        """Returns the state that `to_json` has written.
+
+        Args:
+            content: Dict of `to_json`, from a file.
+
+        Raises:
+            UserError: The content is something else.
+        """
         try:
             kept = {
                 int(number): np.frombuffer(base64.b64decode(image["float32"]), np.float32).reshape(image["shape"])
@@ -121,16 +143,31 @@ class CascadeState:
                 f"This is not the state of a cascade of attacks: {type(error).__name__}: {error}."
             ) from None
         if not complete:
-            raise UserError("This is not the state of a cascade of attacks: its parts don't fit together.")
+            raise UserError("This is not the state of a cascade of attacks: its parts do not fit together.")
         return state
 
 
 class CompiledAttacks:
-    """The attacks on one model, each traced once and kept for all batches, epsilons and data sets.
+    """The attacks on one model, each traced once and kept for all batches, radii and data sets.
 
     Args:
-        model: any callable from [0, 1] images to logits.
-        norm: "linf", "l2" or "l1".
+        model: Callable from images in [0, 1] to logits (batch, classes).
+        norm: Norm of the ball, "linf", "l2" or "l1".
+
+    Example:
+        >>> import numpy as np
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import CompiledAttacks, cascade
+        >>> def dark_or_bright(images):
+        ...     brightness = tf.reduce_mean(images, axis=(1, 2, 3)) - 0.5
+        ...     return tf.stack([-brightness, brightness], axis=1)
+        >>> images, labels = np.full((2, 8, 8, 3), 0.45, np.float32), np.array([0, 0])
+        >>> compiled = CompiledAttacks(dark_or_bright, "linf")
+        >>> for epsilon in (0.04, 0.06):
+        ...     *_, state = cascade(compiled, images, labels, attacks=["fgsm"], norm="linf", epsilon=epsilon)
+        ...     print(epsilon, state.robust_accuracy)
+        0.04 1.0
+        0.06 0.0
     """
 
     def __init__(self, model: Model, norm: str) -> None:
@@ -140,25 +177,33 @@ class CompiledAttacks:
         self._functions: dict[str, Any] = {}
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """(batch, classes) float32 of (batch, height, width, channels) float32."""
+        """Returns the logits (batch, classes) float32 of images (batch, height, width, channels) float32."""
         if CLEAN not in self._functions:
             first = tf.constant(images[:1])
             model = callable_in_graphs(self.model, first)
             outputs = logits_of(model, first)
             check_logits(outputs.numpy(), num_images=1)
-            # In a graph a tf.numpy_function or the like would not say how many classes there are.
+            # In a graph, a tf.numpy_function, for example, would have an unknown number of classes.
             self.model = with_classes(model, outputs.shape[-1])
             signature = [tf.TensorSpec([None, *images.shape[1:]], tf.float32)]
             function = tf.function(lambda x: logits_of(self.model, x), input_signature=signature, autograph=False)
             self._functions[CLEAN] = function.get_concrete_function()
-        return self._functions[CLEAN](tf.constant(images)).numpy()
+        return cast(np.ndarray, self._functions[CLEAN](tf.constant(images)).numpy())
 
     def attack(
         self, name: str, images: np.ndarray, labels: np.ndarray, *, epsilon: float, seeds: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Adversarial images (batch, height, width, channels) float32 and the logits there (batch, classes) float32.
+        """Runs one attack and projects its result into the ball and [0, 1], whatever the attack returns.
 
-        Whatever the attack gives, the images are in the ball and in [0, 1].
+        Args:
+            name: Name in `ATTACKS`.
+            images: Images (batch, height, width, channels) float32.
+            labels: Labels (batch,) int32.
+            epsilon: Radius of the ball, in [0, 1] pixel units.
+            seeds: Seeds (batch, 2) int32, a pair for each image.
+
+        Returns:
+            The adversarial images (batch, height, width, channels) float32, and their logits (batch, classes) float32.
         """
         if name not in self._functions:
             self._functions[name] = self._compile(name, images.shape[1:])
@@ -170,7 +215,7 @@ class CompiledAttacks:
     def _compile(self, name: str, image_shape: tuple[int, ...]) -> Any:
         attack = ATTACKS[name]
 
-        # The batch size is free: a smaller batch is no reason to trace again.
+        # The batch size is left open, so that a smaller batch is not traced again.
         @tf.function(
             input_signature=[
                 tf.TensorSpec([None, *image_shape], tf.float32),
@@ -203,33 +248,47 @@ def cascade(
     state: CascadeState | None = None,
     image_ids: Sequence[int] | None = None,
     keep: Collection[int] = (),
-    randomised: bool = False,
+    randomized: bool = False,
 ) -> Iterator[CascadeState]:
-    """Runs the attacks one after the other on the images that still resist; wrong clean predictions fall first.
+    """Runs attacks one after the other, each on the images that still resist, and yields the state after each batch.
 
-    Random numbers depend on the seed, the attack and the image's id, never on the batch or on what ran before.
+    Images with a wrong clean prediction fall first. Random numbers depend on the seed, the attack and the image's id,
+    but not on the batch or on what ran before, so an interrupted run ends with the same result.
 
     Args:
-        model: any callable from [0, 1] images to logits, or its `CompiledAttacks` of this norm, which saves tracing
-            again for another epsilon.
-        images: (num_images, height, width, channels), float, in [0, 1].
-        labels: (num_images,) integers.
-        attacks: names of `ATTACKS`.
-        norm: "linf", "l2" or "l1".
-        epsilon: radius, in [0, 1] pixel units.
-        batch_size: most images at once.
-        seed: of all random numbers.
-        state: of an interrupted run with the same arguments: goes on from there and ends with the same result.
-        image_ids: (num_images,) numbers of the images in their data set, for the random numbers and `keep`;
-            None: 0, 1, 2, …
-        keep: ids of the images whose last adversarial image is kept in the state.
-        randomised: the model is known to be random (the warning flag for it is left out).
+        model: Callable from images in [0, 1] to logits (batch, classes), or its `CompiledAttacks` for this norm, which
+            saves tracing again for another radius.
+        images: Float images (num_images, height, width, channels) in [0, 1].
+        labels: Integer labels, (num_images,) or (num_images, 1).
+        attacks: Names in `ATTACKS`, in the order in which they run.
+        norm: Norm of the ball, "linf", "l2" or "l1".
+        epsilon: Radius of the ball, in [0, 1] pixel units.
+        batch_size: Largest number of images at once.
+        seed: Seed for all random numbers.
+        state: State of an interrupted run with the same arguments, from which to continue.
+        image_ids: Numbers of the images in their data set, (num_images,) integers, which the random numbers and `keep`
+            refer to. None means 0, 1, 2, ...
+        keep: Ids of the images whose last adversarial image the state keeps.
+        randomized: Whether the model is known to be random; the warning about it is then left out.
 
     Yields:
-        The state after each (attack, batch); the last one has `done`. When `state` is done already, it alone.
+        The state after each batch of each attack. The last one is `done`. If `state` is already done, only that.
 
     Raises:
-        UserError: an argument is out of its range, the state is of another run, or the model gives NaN.
+        UserError: An argument is out of range, the state belongs to another run, or the model returns NaN.
+
+    Example:
+        >>> import numpy as np
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import cascade
+        >>> def dark_or_bright(images):
+        ...     brightness = tf.reduce_mean(images, axis=(1, 2, 3)) - 0.5
+        ...     return tf.stack([-brightness, brightness], axis=1)
+        >>> images, labels = np.full((4, 8, 8, 3), 0.45, np.float32), np.array([0, 0, 0, 1])
+        >>> for state in cascade(dark_or_bright, images, labels, attacks=["fgsm"], norm="linf", epsilon=0.1):
+        ...     print(state.attack, state.robust_accuracy, state.felled_by)
+        1 0.75 ('', '', '', 'clean')
+        2 0.0 ('fgsm', 'fgsm', 'fgsm', 'clean')
     """
     compiled = model if isinstance(model, CompiledAttacks) else CompiledAttacks(model, norm)
     images, labels = np.asarray(images), np.asarray(labels)
@@ -250,8 +309,9 @@ def cascade(
         "digest": _digest(images, data.labels, ids),
     }
     if state is None:
+        losses = {loss for name in attacks if (loss := ATTACKS[name].loss)}
         warnings = find_warnings(
-            compiled.model, images[:batch_size], data.labels[:batch_size], attacks=attacks, randomised=randomised
+            compiled.model, images[:batch_size], data.labels[:batch_size], losses=losses, randomized=randomized
         )
         state = CascadeState(
             run=run,
@@ -265,7 +325,7 @@ def cascade(
         if state.done:
             yield state
     while not state.done:
-        # What the running attack was given: what it has felled itself so far was among it.
+        # The running attack was given the images that still resist and those that it has felled so far.
         given = np.array([i for i, felled in enumerate(state.felled_by) if felled in ("", state.running)], int)
         batch = given[state.images_done : state.images_done + batch_size]
         if batch.size:
@@ -276,7 +336,7 @@ def cascade(
 
 
 class _Data(NamedTuple):
-    """What is attacked: images, labels, ids of all images, and the ids whose adversarial images are kept."""
+    """All images with their labels and ids, and the ids of those whose adversarial images are kept."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -285,7 +345,7 @@ class _Data(NamedTuple):
 
 
 def _after_batch(state: CascadeState, compiled: CompiledAttacks, data: _Data, batch: np.ndarray) -> CascadeState:
-    """The state when the running attack has seen these images (their positions, in order)."""
+    """Returns the state after the running attack has seen the images at these positions."""
     name = state.running
     images, labels, ids = data.images[batch], data.labels[batch], data.ids[batch]
     start = time.perf_counter()
@@ -314,9 +374,9 @@ def _after_batch(state: CascadeState, compiled: CompiledAttacks, data: _Data, ba
 
 
 def _after_attack(state: CascadeState) -> CascadeState:
-    """The state at the start of the next attack."""
+    """Returns the state at the start of the next attack."""
     warnings = state.warnings
-    if state.running == "square" and state.attack > 1:  # behind attacks with gradients, which it may show up
+    if state.running == "square" and state.attack > 1:  # it may reveal that the attacks before it failed
         warnings = {**warnings, **square_beats_the_others(state.felled_by)}
     resisting = state.felled_by.count("")
     return dataclasses.replace(state, attack=state.attack + 1, images_done=0, images_to_do=resisting, warnings=warnings)
@@ -339,16 +399,16 @@ def _check_arguments(
     check_at_least(1, batch_size=batch_size)
     check_images(images)
     if ids.shape != (len(images),) or len(set(ids.tolist())) != len(images):
-        raise UserError(f"image_ids are {len(images)} different integers, one for each image. Received: {ids}.")
+        raise UserError(f"image_ids must be {len(images)} different integers, one for each image. Received: {ids}.")
 
 
 def _check_same_run(stored: dict[str, Any], run: dict[str, Any]) -> None:
-    """Refuses to go on from the state of another run, and says what differs."""
+    """Refuses the state of another run, and says what differs."""
     if stored != run:
         differences = [f"{name}: {stored.get(name)} -> {run[name]}" for name in run if stored.get(name) != run[name]]
         raise UserError(
-            f"The stored state is of another run. It differs in {'; '.join(differences)}. Go on with the arguments it "
-            "was made with, or remove it to start anew."
+            f"The stored state belongs to another run. It differs in {'; '.join(differences)}. Continue with the same "
+            "arguments as before, or remove the state to start again."
         )
 
 

@@ -1,8 +1,8 @@
-"""What the attacks refuse: images, labels, radii and outputs that no honest figure could come from."""
+"""Checks of what an attack is given: images, labels, radii and outputs that would lead to a wrong robust accuracy."""
 
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from robust_tf.attacks.outputs import (
     output_of,
     with_classes,
 )
+from robust_tf.attacks.threat_models import NORMS
 from robust_tf.attacks.warning_flags import (
     PROBABILITIES,
     issue,
@@ -27,18 +28,27 @@ from robust_tf.attacks.warning_flags import (
 from robust_tf.config.checks import check_epsilon
 from robust_tf.errors import UserError, unknown_name
 
-# How far from [0, 1] an image may be. The reference clamps inside the model, and attacks images between -0.2 and 1.2
-# as well; another unit (0 to 255, -1 to 1, normalised by mean and deviation) goes beyond this.
+# Distance from [0, 1] that pixels may have. The reference clamps inside the model and also attacks images between -0.2
+# and 1.2. Images in another unit (0 to 255, -1 to 1, normalized by mean and deviation) go beyond this.
 PIXEL_TOLERANCE = 0.201
 
 Labels = TypeVar("Labels", tf.Tensor, np.ndarray)
 
 _PIXEL_RULE = "Images must be in [0, 1]."
-_PIXEL_WAY_OUT = "Divide 0-255 images by 255, and put the normalisation inside the model."
+_PIXEL_WAY_OUT = "Divide 0-255 images by 255, and put the normalization inside the model."
 
 
-def check_threat_model(norm: str, epsilon: float | tf.Tensor, norms: tuple[str, ...] = ("linf", "l2", "l1")) -> None:
-    """Refuses a norm that is not in `norms`, and an epsilon out of its range; a graph's tensor has no value yet."""
+def check_threat_model(norm: str, epsilon: float | tf.Tensor, norms: Collection[str] = tuple(NORMS)) -> None:
+    """Refuses a norm that the attack does not know, and a radius out of range.
+
+    Args:
+        norm: Name of the norm.
+        epsilon: Radius, in [0, 1] pixel units. In a graph a tensor has no value yet, and is not checked.
+        norms: Names of the norms that the attack knows.
+
+    Raises:
+        UserError: The norm is not in `norms`, or epsilon is not one number in its range.
+    """
     if not isinstance(norm, str) or norm not in norms:
         raise unknown_name("norm of this attack", norm, norms)
     if isinstance(epsilon, tf.Tensor) and epsilon.shape.rank not in (None, 0):
@@ -48,7 +58,7 @@ def check_threat_model(norm: str, epsilon: float | tf.Tensor, norms: tuple[str, 
 
 
 def check_at_least(lowest: int, **values: int) -> None:
-    """Refuses a count, given by its name, that is no integer or below `lowest`."""
+    """Refuses counts that are not integers or are below `lowest`; each is passed under its name."""
     for name, value in values.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise UserError(f"{name} must be an integer of {lowest} or more. Received: {name}={value!r}.")
@@ -59,45 +69,54 @@ def check_at_least(lowest: int, **values: int) -> None:
 def checked_batch(
     model: Model, images: tf.Tensor, labels: tf.Tensor, *, loss: Loss | None = None, targeted: bool = False
 ) -> tuple[Model, tf.Tensor, tf.Tensor]:
-    """The model of an attack, and its batch as float32 images and (batch,) int32 labels.
+    """Checks the arguments of an attack and returns them in the form that it works with.
 
-    A graph looks at shapes, types and the last activation when it is built, and at the pixels when it runs. Eagerly
-    the values are looked at too, and the model learns how many classes it has, so that the attack's own graph knows.
+    In a graph, shapes, types and the last activation are checked when the graph is built, and the pixels when it runs.
+    In an eager call the values are checked, too, and the returned model knows its number of classes, so that the graph
+    of the attack knows it as well.
 
     Args:
-        labels: (batch,) or (batch, 1) integers.
-        loss: what the attack follows the gradient of; None: it follows no gradient.
-        targeted: the labels are targets.
+        model: Callable from images to logits (batch, classes).
+        images: Float images (batch, height, width, channels) in [0, 1].
+        labels: Integer labels, (batch,) or (batch, 1).
+        loss: Loss whose gradient the attack follows; None if it follows no gradient.
+        targeted: Whether the labels are target classes.
+
+    Returns:
+        The model, the images in float32 and the labels as (batch,) int32.
 
     Raises:
-        UserError: the shapes or types don't fit, or images are not in [0, 1], or the attack follows gradients and the
-            model gives probabilities. In eager calls also: the batch is empty, a label is not a class of the model, or
-            the model gives NaN for an image.
+        UserError: The shapes or types do not fit, the images are not in [0, 1], or the model returns probabilities
+            although the attack follows gradients. In an eager call also: the batch is empty, a label is not a class of
+            the model, or the model returns NaN for an image.
 
     Warns:
-        AttackWarning: eagerly, for images without any gradient of the loss, and images that look like another unit.
+        AttackWarning: In an eager call, the loss has no gradient at some images, or the images seem to be in another
+            unit.
     """
     images, labels = tf.convert_to_tensor(images), flat_labels(tf.convert_to_tensor(labels))
     if images.shape.rank != 4 or not images.shape[:1].is_compatible_with(labels.shape):
         raise UserError(
-            "Images have the axes (batch, height, width, channels), and labels are one integer for each image. "
+            "Images must have the axes (batch, height, width, channels), and labels are one integer for each image. "
             f"Received: images of shape {images.shape}, labels of shape {labels.shape}.{_one_image(images.shape)}"
         )
     if not labels.dtype.is_integer:
-        raise UserError(f"Labels are one integer for each image. Received: labels of type {labels.dtype.name}.")
+        raise UserError(f"Labels must be one integer for each image. Received: labels of type {labels.dtype.name}.")
     if tf.executing_eagerly():
         check_images(images.numpy())
         images = tf.cast(images, tf.float32)
-        model = _looked_at(model, images, labels, loss, targeted)
+        model = _checked_by_value(model, images, labels, loss, targeted)
         issue(pixel_flags(images.numpy()).values(), stacklevel=3)
     elif not isinstance(model, CheckedModel):
         images = assert_pixels(floating(images))
-        model = _refusing(model, follows_gradients=loss is not None)
+        model = _checked_in_graphs(model, follows_gradients=loss is not None)
     return model, tf.cast(images, tf.float32), tf.cast(labels, tf.int32)
 
 
-def _looked_at(model: Model, images: tf.Tensor, labels: tf.Tensor, loss: Loss | None, targeted: bool) -> CheckedModel:
-    """The model with what its outputs on these images tell; warns and refuses for what they tell about an attack."""
+def _checked_by_value(
+    model: Model, images: tf.Tensor, labels: tf.Tensor, loss: Loss | None, targeted: bool
+) -> CheckedModel:
+    """Checks a model by its outputs for these images; returns it together with its number of classes."""
     model = callable_in_graphs(model, images)
     outputs = output_of(model, images)
     check_logits(outputs.numpy(), num_images=images.shape[0])
@@ -115,8 +134,8 @@ def _looked_at(model: Model, images: tf.Tensor, labels: tf.Tensor, loss: Loss | 
     return checked
 
 
-def _refusing(model: Model, *, follows_gradients: bool) -> Model:
-    """The same model, which refuses its outputs where a graph can see that they are no logits of classes."""
+def _checked_in_graphs(model: Model, *, follows_gradients: bool) -> Model:
+    """Returns the same model with a check, when a graph is built, that its outputs are logits of classes."""
 
     def logits(images: tf.Tensor) -> tf.Tensor:
         outputs = output_of(model, images)
@@ -131,23 +150,28 @@ def _refusing(model: Model, *, follows_gradients: bool) -> Model:
 
 
 def training_batch(images: tf.Tensor, labels: tf.Tensor, *, attacked: bool = True) -> tuple[tf.Tensor, tf.Tensor]:
-    """A batch that comes from `fit` as float32 images and (batch,) int32 labels.
+    """Checks a batch that comes from `fit` and returns it as float32 images and (batch,) int32 labels.
 
-    Looks at types and shapes when the graph is built, and at the pixels when it runs (not under XLA).
+    Types and shapes are checked when the graph is built, and the pixels when it runs (but not under XLA).
 
     Args:
-        attacked: whether the images will be attacked; else their shape and values don't matter.
+        images: Float images (batch, height, width, channels) in [0, 1].
+        labels: Integer labels, (batch,) or (batch, 1).
+        attacked: Whether the images will be attacked. If not, their shape and values do not matter.
+
+    Returns:
+        The images in float32 and the labels as (batch,) int32.
 
     Raises:
-        UserError: integer images, labels that are not (batch,) or (batch, 1), or images for an attack that are not
-            (batch, height, width, channels) or, eagerly, not in [0, 1].
-        InvalidArgumentError: in a graph, images that are not in [0, 1]; see `pixel_error`.
+        UserError: The images are integers, the labels are not (batch,) or (batch, 1), or images for an attack are not
+            (batch, height, width, channels) or, in an eager call, not in [0, 1].
+        InvalidArgumentError: In a graph, the images are not in [0, 1]; see `pixel_error`.
     """
     images, labels = floating(tf.convert_to_tensor(images)), flat_labels(tf.convert_to_tensor(labels))
     if attacked:
         if images.shape.rank not in (None, 4):
             raise UserError(
-                f"Images have the axes (batch, height, width, channels). Received: images of shape {images.shape}."
+                f"Images must have the axes (batch, height, width, channels). Received: images of shape {images.shape}."
                 + _one_image(images.shape)
             )
         images = assert_pixels(images)
@@ -155,33 +179,33 @@ def training_batch(images: tf.Tensor, labels: tf.Tensor, *, attacked: bool = Tru
 
 
 def flat_labels(labels: Labels) -> Labels:
-    """Labels (batch,) of (batch,) or (batch, 1), a tensor or an array; refuses one-hot labels and other shapes."""
+    """Returns labels of shape (batch,) or (batch, 1) as (batch,); refuses one-hot labels and other shapes."""
     rank = tf.TensorShape(labels.shape).rank
-    if rank == 2 and labels.shape[1] == 1:  # as the data sets of Keras have them
+    if rank == 2 and labels.shape[1] == 1:  # as in the data sets of Keras
         return labels[:, 0]
     if rank not in (None, 1):
         raise UserError(
-            f"The attack needs one label for each image, (batch,). Received: labels of shape {labels.shape}. Make "
-            "one-hot labels integers, labels.argmax(axis=-1), and use SparseCategoricalCrossentropy in training."
+            f"The attack needs one label for each image, (batch,). Received: labels of shape {labels.shape}. Turn "
+            "one-hot labels into integers with labels.argmax(axis=-1), and train with SparseCategoricalCrossentropy."
         )
     return labels
 
 
 def assert_pixels(images: tf.Tensor) -> tf.Tensor:
-    """The images; they must be in [0, 1].
+    """Returns the images after checking that they are in [0, 1].
 
-    A graph looks when it runs. Compiled by XLA it doesn't: XLA leaves assertions out.
+    A graph checks them when it runs, unless it is compiled by XLA, which leaves assertions out.
 
     Raises:
-        UserError: eagerly, they are not.
-        InvalidArgumentError: in a graph, they are not; `pixel_error` makes a UserError of it.
+        UserError: In an eager call, the images are not in [0, 1].
+        InvalidArgumentError: In a graph, they are not; `pixel_error` turns this into a UserError.
     """
     if tf.executing_eagerly():
         low, high = float(tf.reduce_min(images)), float(tf.reduce_max(images))
         if images.shape.num_elements() and not _are_pixels(low, high):
             raise _not_pixels(f"{low:g}", f"{high:g}")
         return images
-    # Each pixel, since whether the smallest number of a tensor with NaN is NaN depends on the device.
+    # Every pixel is compared, because with NaN in a tensor its minimum depends on the device.
     inside = tf.reduce_all((images >= -PIXEL_TOLERANCE) & (images <= 1.0 + PIXEL_TOLERANCE))
     low, high = (tf.cast(value, tf.float32) for value in (tf.reduce_min(images), tf.reduce_max(images)))
     data = [f"{_PIXEL_RULE} Received: values from", low, "to", high, f". {_PIXEL_WAY_OUT}"]
@@ -190,16 +214,16 @@ def assert_pixels(images: tf.Tensor) -> tf.Tensor:
 
 
 def pixel_error(error: tf.errors.InvalidArgumentError) -> UserError | None:
-    """The UserError that the failed assertion of `assert_pixels` stands for; None for any other error."""
+    """Returns the UserError for a failed assertion of `assert_pixels`, or None for any other error."""
     found = re.search(r"Received: values from\] ?\[([^\]]*)\] ?\[to\] ?\[([^\]]*)\]", error.message)
     return None if found is None else _not_pixels(*(f"{float(value):g}" for value in found.groups()))
 
 
 def check_images(images: np.ndarray) -> None:
-    """Refuses images of an evaluation that are not (batch, height, width, channels) numbers in [0, 1]."""
+    """Refuses images that are not (batch, height, width, channels) floating-point numbers in [0, 1]."""
     if images.ndim != 4:
         raise UserError(
-            f"Images have the axes (batch, height, width, channels). Received: an array of shape {images.shape}."
+            f"Images must have the axes (batch, height, width, channels). Received: an array of shape {images.shape}."
             + _one_image(images.shape)
         )
     if not images.size:
@@ -207,7 +231,7 @@ def check_images(images: np.ndarray) -> None:
     low, high = float(images.min()), float(images.max())
     if images.dtype.kind in "iub":
         raise UserError(
-            f"Images must be numbers in [0, 1]. Received: images of type {images.dtype}, with values from {low:g} to "
+            f"Images must be floats in [0, 1]. Received: images of type {images.dtype}, with values from {low:g} to "
             f"{high:g}. {_PIXEL_WAY_OUT}"
         )
     if not _are_pixels(low, high):
@@ -215,22 +239,31 @@ def check_images(images: np.ndarray) -> None:
 
 
 def check_labels(labels: np.ndarray, *, num_images: int, num_classes: int) -> None:
-    """Refuses labels that are not one class number in [0, num_classes) for each image."""
+    """Refuses labels that are not one integer in [0, num_classes) for each image."""
     if labels.shape != (num_images,) or labels.dtype.kind not in "iu":
         raise UserError(
-            f"Labels are one integer for each of the {num_images} images. "
+            f"Labels must be one integer for each of the {num_images} images. "
             f"Received: an array of shape {labels.shape} and type {labels.dtype}."
         )
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         raise UserError(
-            f"Labels must be in 0..{num_classes - 1}: the classifier has {num_classes} classes. "
-            f"Received: {labels[wrong[0]]} for image {wrong[0]}, and {wrong.size} such labels in all."
+            f"Labels must be in 0..{num_classes - 1}, because the classifier has {num_classes} classes. "
+            f"Received: {labels[wrong[0]]} for image {wrong[0]}, and {wrong.size} such labels in total."
         )
 
 
 def check_logits(logits: np.ndarray, image_ids: np.ndarray | None = None, *, num_images: int | None = None) -> None:
-    """Refuses logits that are not (batch, classes) of 2 classes or more, NaN and infinity: no comparison holds."""
+    """Refuses logits that are not (batch, classes) for 2 classes or more, or that contain NaN or infinity.
+
+    Args:
+        logits: Outputs of the model.
+        image_ids: Numbers of the images for the message, (batch,) integers; by default their positions.
+        num_images: Number of images that the model was given; None if it does not matter.
+
+    Raises:
+        UserError: The shape or a value is wrong.
+    """
     if logits.ndim != 2 or logits.shape[1] < 2 or num_images not in (None, len(logits)):
         raise _not_logits(logits.shape)
     logits = logits.astype(np.float32)
@@ -239,29 +272,30 @@ def check_logits(logits: np.ndarray, image_ids: np.ndarray | None = None, *, num
         if wrong.size:
             first = wrong[0] if image_ids is None else image_ids[wrong[0]]
             raise UserError(
-                f"The classifier gives {kind} for {wrong.size} of {len(logits)} images, the first is image {first}. "
-                "Check its weights (a training that diverged?) and its precision."
+                f"The classifier returns {kind} for {wrong.size} of {len(logits)} images, the first is image {first}. "
+                "Check its weights (did the training diverge?) and its precision."
             )
 
 
 def floating(images: tf.Tensor) -> tf.Tensor:
+    """Returns the images after checking that they are floating-point numbers."""
     if not images.dtype.is_floating:
         raise UserError(
-            f"Images must be numbers in [0, 1]. Received: images of type {images.dtype.name}. {_PIXEL_WAY_OUT}"
+            f"Images must be floats in [0, 1]. Received: images of type {images.dtype.name}. {_PIXEL_WAY_OUT}"
         )
     return images
 
 
 def _one_image(shape: Sequence[int | None]) -> str:
     return (
-        " A single image needs a batch axis, images[None]; gray ones need a channel, images[..., None]."
+        " A single image needs a batch axis, images[None]; gray images need a channel axis, images[..., None]."
         if len(shape) == 3
         else ""
     )
 
 
 def _are_pixels(low: float, high: float) -> bool:
-    return low >= -PIXEL_TOLERANCE and high <= 1.0 + PIXEL_TOLERANCE  # nor is NaN
+    return low >= -PIXEL_TOLERANCE and high <= 1.0 + PIXEL_TOLERANCE  # false for NaN
 
 
 def _not_pixels(low: str, high: str) -> UserError:
@@ -272,12 +306,12 @@ def _not_logits(shape: tuple[int | None, ...]) -> UserError:
     if len(shape) == 2 and shape[1] == 1:
         return UserError(ONE_LOGIT)
     return UserError(
-        f"A classifier gives logits (batch, classes), 2 classes or more. Received: outputs of shape {shape}."
+        f"A classifier must return logits (batch, classes) for 2 classes or more. Received: outputs of shape {shape}."
     )
 
 
 def _probabilities(kind: str) -> UserError:
     return UserError(
-        f"This attack follows the gradient of logits. Received: outputs that are probabilities ({kind}), of which the "
+        f"This attack follows the gradient of logits. Received: outputs that are probabilities ({kind}), whose "
         "gradient vanishes. Remove the model's last activation (in Keras: model.layers[-1].activation = None)."
     )

@@ -1,29 +1,30 @@
-"""FAB, the fast adaptive boundary attack: the nearest wrong image (Croce and Hein 2020, arXiv 1907.02044)."""
+"""FAB, the fast adaptive boundary attack, which looks for the nearest wrong image (Croce and Hein 2020, 1907.02044)."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple, cast
 
 import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch
-from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting
+from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting, select_images
 from robust_tf.attacks.losses import LOSSES, Model, is_correct, likeliest_targets, logits_of, num_classes, slope_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
-from robust_tf.attacks.threat_models import DUAL_NORMS, HYPERPLANE_PROJECTIONS, NORMS
+from robust_tf.attacks.threat_models import NORMS, Geometry
+from robust_tf.config.names import AttackNorm
 from robust_tf.errors import UserError
 
-_LARGEST_BIAS = 0.1  # alpha_max: how far a step may be drawn towards the clean image's own projection
-_OVERSHOOT = 1.05  # eta: beyond the linearised boundary, so that the real one is crossed
-_BACKWARD = 0.9  # beta: from a wrong image back towards the clean one
+_LARGEST_BIAS = 0.1  # alpha_max: largest weight of the clean image's projection in a step
+_OVERSHOOT = 1.05  # eta: goes a little beyond the linearized boundary, so that the real one is crossed
+_BACKWARD = 0.9  # beta: moves a wrong image back towards the clean one
 
 
 class _Boundary(NamedTuple):
-    """A linearised decision boundary: {z: value + <gradient, z - points> = 0}.
+    """A linearized decision boundary: {z: value + <gradient, z - points> = 0}.
 
     Attributes:
-        value: (batch,) float32, logit of another class minus the label's.
-        gradient: (batch, height, width, channels) float32.
-        distance: (batch,) float32, of the points from it.
+        value: Logit of another class minus the label's logit, (batch,) float32.
+        gradient: Gradient of this difference, (batch, height, width, channels) float32.
+        distance: Distance of the points from the boundary, (batch,) float32.
     """
 
     value: tf.Tensor
@@ -36,7 +37,7 @@ def fab(
     images: tf.Tensor,
     labels: tf.Tensor,
     *,
-    norm: Literal["linf", "l2", "l1"],
+    norm: AttackNorm,
     epsilon: float | tf.Tensor,
     steps: int = 100,
     restarts: int = 1,
@@ -44,53 +45,77 @@ def fab(
     early_stop: bool = False,
     seed: Seed = 0,
 ) -> tf.Tensor:
-    """Minimal adversarial examples: the nearest image found that the model gets wrong.
+    """Returns minimal adversarial examples of FAB: the nearest images found that the model gets wrong.
 
-    Solves min ||images_adv - images|| subject to a wrong prediction and images_adv in [0, 1], by projections onto the
-    linearised decision boundary within [0, 1]. It needs no step size and is invariant to a scaling of the logits.
-    Runs eagerly (traced anew at each call) and inside tf.function (wrap the call when there are many batches).
+    FAB minimizes ||images_adv - images|| over images_adv in [0, 1] with a wrong prediction. In each step it projects
+    onto the linearized decision boundary. It therefore measures how far away the boundary is, while the other attacks
+    only find out whether it lies within epsilon. It needs no step size, and the scale of the logits does not matter.
+
+    The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call if
+    there are many batches.
 
     Args:
-        model: any callable from images to logits; a Keras model is run in inference mode. Normalisation belongs
-            inside it.
-        images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) or (batch, 1) integers.
-        norm: "linf", "l2" or "l1".
-        epsilon: an image that is farther away doesn't count, in [0, 1] pixel units; a number or a scalar tensor;
-            math.inf: however far.
-        steps: projections of each run.
-        restarts: runs; all but the first start at a random point at epsilon / 2.
-        targets: runs towards each of so many classes, those with the highest logits on the clean image (at most all
-            other classes); 0: towards the nearest boundary of all in each step, at the price of one gradient for each
-            class.
-        early_stop: an image stops at its first wrong prediction within epsilon and leaves the batch: all that an
-            accuracy needs, but not the nearest image.
-        seed: of the random starts: an integer, or (batch, 2) integers with a pair for each image.
+        model: Callable from images to logits (batch, classes). A Keras model runs in inference mode. Normalization
+            belongs inside the model.
+        images: Float images (batch, height, width, channels) in [0, 1].
+        labels: Integer labels, (batch,) or (batch, 1).
+        norm: Norm in which the distance is measured, "linf", "l2" or "l1".
+        epsilon: Largest distance that counts, in [0, 1] pixel units; a number or a scalar tensor. With `math.inf` every
+            distance counts.
+        steps: Number of projections in each run.
+        restarts: Number of runs. All after the first start at random points within epsilon / 2.
+        targets: Number of target classes. The attack runs towards the boundary of each of the classes with the highest
+            logits on the clean image, at most of all other classes. With 0 each step goes towards the nearest of all
+            boundaries, which takes one gradient for each class.
+        early_stop: Whether an image stops at its first wrong prediction within epsilon and leaves the batch. This is
+            enough to measure an accuracy, but does not find the nearest image.
+        seed: Seed for the random starts: an integer, or (batch, 2) integers with a pair for each image.
 
     Returns:
-        images_adv: (batch, height, width, channels) float32; the images themselves where none was found within
-            epsilon and where the clean prediction is wrong.
+        images_adv (batch, height, width, channels) float32 in [0, 1]. An image is returned unchanged if nothing was
+        found within epsilon, or if its clean prediction is already wrong.
 
     Raises:
-        UserError: an argument is out of its range, or the model gives something else than logits of classes
-            (probabilities, say), or (eagerly) images are not in [0, 1] or a label is no class.
-        InvalidArgumentError: in a tf.function, images are not in [0, 1].
+        UserError: An argument is out of range, or the model does not return logits (but probabilities, for example). In
+            an eager call also: the images are not in [0, 1], or a label is not a class of the model.
+        InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
 
     Warns:
-        AttackWarning: (eagerly) the loss has no gradient at some of the images, or they look like another unit.
+        AttackWarning: In an eager call, the loss has no gradient at some of the images, or the images seem to be in
+            another unit.
 
-    Source: Croce and Hein 2020, arXiv 1907.02044, algorithm 1; targeted: arXiv 2003.01690, section 5.
+    Source: Croce and Hein 2020, arXiv 1907.02044, algorithm 1; with targets arXiv 2003.01690, section 5.
+
+    Example:
+        A model classifies images as bright if their mean is above 0.5. These images are 0.05 away from the boundary:
+
+        >>> import math
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import fab
+        >>> def dark_or_bright(images):
+        ...     brightness = tf.reduce_mean(images, axis=(1, 2, 3)) - 0.5
+        ...     return tf.stack([-brightness, brightness], axis=1)
+        >>> images = tf.stack([tf.fill([8, 8, 3], 0.45), tf.fill([8, 8, 3], 0.55)])
+        >>> labels = tf.constant([0, 1])
+        >>> images_adv = fab(dark_or_bright, images, labels, norm="linf", epsilon=math.inf, steps=10)
+        >>> tf.argmax(dark_or_bright(images_adv), axis=1).numpy().tolist()
+        [1, 0]
+        >>> round(float(tf.reduce_max(tf.abs(images_adv - images))), 2)
+        0.05
     """
     check_at_least(1, steps=steps, restarts=restarts)
     check_at_least(0, targets=targets)
     anywhere = not isinstance(epsilon, tf.Tensor) and epsilon == math.inf
     check_threat_model(norm, 0.0 if anywhere else epsilon)
     if anywhere and restarts > 1:
-        raise UserError(f"Random restarts start at epsilon / 2. Received: restarts={restarts}, epsilon=inf.")
+        raise UserError(
+            "Restarts begin at random points within epsilon / 2, so they need a finite epsilon. "
+            f"Received: restarts={restarts}, epsilon=inf."
+        )
     model, images, labels = checked_batch(model, images, labels, loss=LOSSES["margin"])
     clean = logits_of(model, images)
     targets = min(targets, num_classes(clean) - 1)
-    geometry, project = NORMS[norm], HYPERPLANE_PROJECTIONS[norm]
+    geometry = NORMS[norm]
     seeds = as_seeds(seed, tf.shape(images)[0])
 
     def step(i: tf.Tensor, state: State) -> State:
@@ -98,12 +123,12 @@ def fab(
         points, images, labels = state["points"], state["images"], state["labels"]
         if targets:
             target = tf.gather(state["targets"], run // restarts, axis=1)
-            boundary = _boundary_of(model, points, labels, target, norm)
+            boundary = _boundary_of(model, points, labels, target, geometry)
         else:
-            boundary = _nearest_boundary(model, points, labels, norm)
-        to_boundary = project(points, boundary.gradient, boundary.value[:, None, None, None])
+            boundary = _nearest_boundary(model, points, labels, geometry)
+        to_boundary = geometry.to_hyperplane(points, boundary.gradient, boundary.value[:, None, None, None])
         offset = tf.reduce_sum(boundary.gradient * (images - points), axis=(1, 2, 3)) + boundary.value
-        from_image = project(images, boundary.gradient, offset[:, None, None, None])
+        from_image = geometry.to_hyperplane(images, boundary.gradient, offset[:, None, None, None])
         near, far = (tf.maximum(geometry.length(part), 1e-8) for part in (to_boundary, from_image))
         bias = tf.minimum(near / (near + far), _LARGEST_BIAS)
         moved = (1.0 - bias) * (points + _OVERSHOOT * to_boundary) + bias * (images + _OVERSHOOT * from_image)
@@ -113,11 +138,11 @@ def fab(
         nearer = wrong & (distance < state["distance"])
         state = {
             **state,
-            "images_adv": _where(nearer, moved, state["images_adv"]),
+            "images_adv": select_images(nearer, moved, state["images_adv"]),
             "distance": tf.where(nearer, distance, state["distance"]),
         }
         state["fallen"] = state["fallen"] | (state["distance"] <= state["epsilon"])
-        moved = _where(wrong, images + _BACKWARD * (moved - images), moved)
+        moved = select_images(wrong, images + _BACKWARD * (moved - images), moved)
         state["points"] = tf.cond(position < steps - 1, lambda: moved, lambda: next_start(run + 1, state))
         return state
 
@@ -134,7 +159,7 @@ def fab(
         "seeds": seeds,
         "points": images,
         "images_adv": images,
-        # Where the clean prediction is wrong, nothing is nearer than the image itself.
+        # If the clean prediction is wrong, nothing is nearer than the image itself.
         "distance": tf.where(right, float("inf"), 0.0),
         "fallen": ~right,
         "epsilon": tf.fill(tf.shape(labels), tf.cast(epsilon, tf.float32)),
@@ -144,39 +169,34 @@ def fab(
     loop = repeat_while_resisting if early_stop else repeat
     state = in_graph(loop, step, state, steps * restarts * max(targets, 1))
     within = state["distance"] <= epsilon
-    return tf.stop_gradient(_where(within, state["images_adv"], images))
+    return tf.stop_gradient(select_images(within, state["images_adv"], images))
 
 
-def _where(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
-    """tf.where with a condition (batch,) for whole images."""
-    return tf.where(condition[:, None, None, None], images, others)
-
-
-def _boundary_of(model: Model, points: tf.Tensor, labels: tf.Tensor, other: tf.Tensor, norm: str) -> _Boundary:
-    """The boundary between the label and the class `other` (batch,), linearised at the points."""
+def _boundary_of(model: Model, points: tf.Tensor, labels: tf.Tensor, other: tf.Tensor, geometry: Geometry) -> _Boundary:
+    """Returns the boundary between the label and the class `other` (batch,), linearized at the points."""
 
     def difference(logits: tf.Tensor) -> tf.Tensor:
         return tf.gather(logits, other, batch_dims=1) - tf.gather(logits, labels, batch_dims=1)
 
     slope = slope_of(model, points, difference, labels)
-    steepness = DUAL_NORMS[norm](slope.gradient)[:, 0, 0, 0]
-    # No constant beside the steepness: the logits may be tiny.
+    steepness = geometry.dual_length(slope.gradient)[:, 0, 0, 0]
+    # No constant is added to the steepness, because the logits may be tiny.
     distance = tf.where(steepness > 0.0, tf.math.divide_no_nan(tf.abs(slope.loss), steepness), float("inf"))
     return _Boundary(slope.loss, slope.gradient, distance)
 
 
-def _nearest_boundary(model: Model, points: tf.Tensor, labels: tf.Tensor, norm: str) -> _Boundary:
-    """The nearest of the boundaries to all other classes, equation (7) of 1907.02044."""
+def _nearest_boundary(model: Model, points: tf.Tensor, labels: tf.Tensor, geometry: Geometry) -> _Boundary:
+    """Returns the nearest of the boundaries to all other classes, equation (7) of 1907.02044."""
     classes = num_classes(logits_of(model, points))
 
-    # One class after the other: all gradients at once would take the memory of `classes` batches.
+    # One class after the other, because all gradients at once would take the memory of `classes` batches.
     def nearer(k: tf.Tensor, nearest: _Boundary) -> tuple[tf.Tensor, _Boundary]:
-        # Counted from the label on, so that each image passes all other classes.
-        new = _boundary_of(model, points, labels, (labels + k) % classes, norm)
+        # Counting from the label on takes each image through all other classes.
+        new = _boundary_of(model, points, labels, (labels + k) % classes, geometry)
         better = new.distance < nearest.distance
         return k + 1, _Boundary(
             tf.where(better, new.value, nearest.value),
-            _where(better, new.gradient, nearest.gradient),
+            select_images(better, new.gradient, nearest.gradient),
             tf.where(better, new.distance, nearest.distance),
         )
 
@@ -185,4 +205,4 @@ def _nearest_boundary(model: Model, points: tf.Tensor, labels: tf.Tensor, norm: 
     _, nearest = tf.while_loop(
         lambda k, _: k < classes, nearer, (tf.constant(1), start), maximum_iterations=classes - 1
     )
-    return nearest
+    return cast(_Boundary, nearest)

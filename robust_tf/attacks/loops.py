@@ -1,23 +1,29 @@
-"""The loops of the attacks: tf.while_loop, and images that have fallen leave the batch.
+"""The loops of the attacks, written with `tf.while_loop`. Images that have fallen can leave the batch.
 
-A Python loop would be unrolled (minutes of tracing for a deep network), and `for` over tf.range does not work inside
-`fit`, where autograph is off.
+A Python loop would be unrolled, which takes minutes of tracing for a deep network, and `for` over `tf.range` does not
+work inside `fit`, where autograph is off.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import tensorflow as tf
 
-# What an attack knows of each image: tensors with the same first axis. "fallen" (batch,) bool is always there.
+# State of an attack: tensors whose first axis is the image. "fallen", (batch,) bool, is always among them.
 State = dict[str, tf.Tensor]
 
-# A batch shrinks when an eighth of it has fallen: often enough to save the work, seldom enough that the convolution
-# kernels, which are prepared for each batch size anew, are not prepared all the time.
+# A batch shrinks when an eighth of it has fallen. That is often enough to save work, and rare enough because the
+# convolution kernels are prepared again for every new batch size.
 _SHRINK_AT = 8
 
 
+def select_images(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
+    """Chooses between whole images by a condition (batch,)."""
+    return tf.where(condition[:, None, None, None], images, others)
+
+
 def repeat(step: Callable[[tf.Tensor, State], State], state: State, times: int | tf.Tensor) -> State:
-    """State = step(i, state) for i = 0, 1, … `times` - 1."""
+    """Returns the state after `state = step(i, state)` for i = 0, 1, ..., `times` - 1."""
     keys = sorted(state)
 
     def body(i: tf.Tensor, *values: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -35,25 +41,25 @@ def in_graph(
     state: State,
     times: int,
 ) -> State:
-    """`loop(step, state, times)`, compiled for this call when it runs eagerly: a long loop is worth its tracing."""
+    """Returns `loop(step, state, times)`, compiled if called eagerly: a long loop is worth the tracing."""
     if not tf.executing_eagerly():
         return loop(step, state, times)
-    return tf.function(lambda start: loop(step, start, times), autograph=False)(state)
+    return cast(State, tf.function(lambda start: loop(step, start, times), autograph=False)(state))
 
 
 def repeat_while_resisting(step: Callable[[tf.Tensor, State], State], state: State, times: int | tf.Tensor) -> State:
-    """`repeat`, but images that have fallen are left out of the further steps, and it ends when none is left.
+    """Repeats a step like `repeat`, but drops images that have fallen and ends when none is left.
 
-    Cost grows with the images that still resist, not with the batch. An image may stay for some more steps after it has
-    fallen, until enough others have; its "images_adv", if the state has it, is not touched any more.
+    The cost grows with the number of images that still resist, not with the batch size. A fallen image stays in the
+    batch until enough others have fallen, but its "images_adv", if the state has this key, no longer changes.
 
     Args:
-        step: (i, state of some of the images) -> their new state. It must not mix the images.
-        state: of all images, with the key "fallen".
-        times: most steps.
+        step: Function of (i, state of some of the images) that returns their new state. It must not mix images.
+        state: State of all images, with the key "fallen".
+        times: Largest number of steps.
 
     Returns:
-        The state of all images in their order; of a fallen one, as it was when it left.
+        The state of all images in their original order. A fallen image has the state in which it left the batch.
     """
     keys = sorted(state)
     count = tf.shape(state["fallen"])[0]
@@ -66,7 +72,7 @@ def repeat_while_resisting(step: Callable[[tf.Tensor, State], State], state: Sta
         i: tf.Tensor, rows: tf.Tensor, active: State, everything: State
     ) -> tuple[tf.Tensor, tf.Tensor, State, State]:
         new = step(i, active)
-        if "images_adv" in new:  # or the result would depend on the company
+        if "images_adv" in new:  # or the result would depend on the other images of the batch
             gone = active["fallen"][:, None, None, None]
             new["images_adv"] = tf.where(gone, active["images_adv"], new["images_adv"])
         active = new

@@ -1,9 +1,9 @@
-"""What the attacks raise: losses of logits, and their gradients with respect to the images."""
+"""The losses that attacks raise, and their gradients with respect to the images."""
 
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import keras
 import tensorflow as tf
@@ -13,40 +13,40 @@ from robust_tf.attacks.outputs import logits_of as logits_of
 from robust_tf.attacks.outputs import with_classes as with_classes
 from robust_tf.errors import AttackWarning, UserError, unknown_name
 
-# What the largest slope of the loss at an image's logits is scaled to before it goes back through the network, and back
-# from after it: in float16 most input gradients would be below the smallest number otherwise.
+# Upper end of the range that the slope of the loss at each image's logits is scaled to before it goes back through the
+# network; the result is scaled back. Without this, most input gradients would underflow in float16.
 _LARGEST_SLOPE = 256.0
 
-# From this log-odds on, exp is continued by its tangent: below about -87 float32 would have 0 for it.
+# Below this log-odds, exp is continued by its tangent, because float32 rounds it to 0 from about -87 on.
 _LOWEST_LOG_ODDS = -60.0
 
 NO_GRADIENT_MEANS = (
-    "Attacks that follow gradients leave such images nearly as they are, so the robust accuracy is an overestimate. "
-    "Attack the model without what stops its gradient (rounding, stop_gradient, NumPy code, another framework), or use "
-    "square, which needs none."
+    "Attacks that follow gradients hardly change such images, so the robust accuracy is an overestimate. "
+    "Remove from the model what stops its gradient (rounding, stop_gradient, NumPy code, another framework), or use "
+    "square, which needs no gradient."
 )
 
 
-# Two logits of one: 0 for the first class, and the logit for the second.
+# The way out gives the first class a logit of 0 and the second class the model's logit.
 ONE_LOGIT = (
-    "A classifier gives logits (batch, classes), 2 classes or more. Received: one output for each image. Make two "
-    "logits of it, lambda images: tf.pad(model(images), [[0, 0], [1, 0]]), with the sigmoid removed if there is one."
+    "A classifier must return logits (batch, classes) for 2 classes or more. Received: one output for each image. Turn "
+    "it into two logits with lambda images: tf.pad(model(images), [[0, 0], [1, 0]]), without a sigmoid at the end."
 )
 
 
 def is_correct(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Whether the prediction is the label, (batch,) bool."""
-    # Not `==`, of which TensorFlow knows no shape where the batch size of one side is unknown.
+    """Returns whether each prediction is the label, (batch,) bool."""
+    # Not `==`, whose result has no static shape if the batch size of one side is unknown.
     return tf.equal(tf.argmax(logits, axis=-1, output_type=tf.int32), labels)
 
 
 def margin_of(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Logit of the label minus the best other logit, (batch,) float32; negative where the prediction is wrong."""
+    """Returns the label's logit minus the best other logit, (batch,) float32; negative if the prediction is wrong."""
     return _of_class(logits, labels) - tf.reduce_max(_without_class(logits, labels), axis=-1)
 
 
 def likeliest_targets(logits: tf.Tensor, labels: tf.Tensor, count: int) -> tf.Tensor:
-    """The `count` classes with the highest logits that are not the label, the likeliest first, (batch, count) int32."""
+    """Returns the `count` classes with the highest logits except the label, likeliest first, (batch, count) int32."""
     return tf.math.top_k(_without_class(logits, labels), k=count).indices
 
 
@@ -60,20 +60,19 @@ def _without_class(logits: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
 
 
 def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """TensorFlow's, but where that is 0 because the label's probability was rounded to 1.
+    """Returns TensorFlow's cross-entropy, corrected where the label's probability was rounded to 1.
 
-    TensorFlow has log(1) there, and 0 for the label's part of the gradient, from a margin of about 17 on: a sure
-    classifier would seem robust to every attack that climbs this loss. To first order in the probability of the other
-    classes, both are the odds against the label, which don't round to 0 before a margin of about 87; from there on
-    the loss goes on falling along a tangent, a little below 0, so that even then one point has a higher loss than
-    another.
+    From a margin of about 17 on, TensorFlow's loss is log(1) = 0, and so is the label's part of the gradient. A sure
+    classifier would then seem robust to every attack that climbs this loss. To first order in the probability of the
+    other classes, the loss equals the odds against the label, which do not round to 0 below a margin of about 87.
+    Beyond that the loss continues along a tangent, slightly below 0, so that even there points differ in their loss.
     """
     del targets
     if logits.shape[-1] == 1:
         raise UserError(ONE_LOGIT)
     loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
     others = tf.reduce_logsumexp(_without_class(logits, labels), axis=-1)
-    # Not above 0, where exp could overflow: its gradient would be NaN even where this branch isn't taken.
+    # Limited to 0, because exp could overflow above it: its gradient would be NaN even where this branch is not taken.
     log_odds = tf.minimum(others - _of_class(logits, labels), 0.0)
     odds = tf.exp(tf.maximum(log_odds, _LOWEST_LOG_ODDS)) * (1.0 + tf.minimum(log_odds - _LOWEST_LOG_ODDS, 0.0))
     return tf.where(tf.equal(loss, 0.0), odds, loss)
@@ -85,7 +84,10 @@ def _margin(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tens
 
 
 def _dlr(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """Difference of logits ratio, equation (6) of 2003.01690: the margin in units of the 1st minus the 3rd logit."""
+    """Returns the difference of logits ratio, equation (6) of arXiv 2003.01690.
+
+    It is the margin divided by the difference between the highest and the third highest logit.
+    """
     del targets
     loss = -margin_of(logits, labels)
     if num_classes(logits) < 3:
@@ -95,7 +97,10 @@ def _dlr(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 
 
 def _targeted_dlr(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """Equation (7) of arXiv 2003.01690; the unit is the 1st minus the mean of the 3rd and the 4th logit."""
+    """Returns the targeted difference of logits ratio, equation (7) of arXiv 2003.01690.
+
+    The divisor is the highest logit minus the mean of the third and the fourth highest.
+    """
     loss = _of_class(logits, targets) - _of_class(logits, labels)
     if num_classes(logits) < 4:
         return loss
@@ -113,20 +118,20 @@ def _targeted_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Te
 
 
 def num_classes(logits: tf.Tensor) -> int:
-    """Number of classes of logits (batch, classes); the shape must be known when the graph is built."""
+    """Returns the number of classes of logits (batch, classes), which must be known when the graph is built."""
     count = None if logits.shape.rank is None else logits.shape[-1]
     if count is None:
         raise UserError(
-            "The number of classes must be known when the graph is built: give the logits of your callable a shape "
+            "The number of classes must be known when the graph is built. Give the logits of your callable a shape "
             f"with set_shape or tf.ensure_shape. Received: {logits.shape}."
         )
-    return count
+    return cast(int, count)
 
 
 Loss = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
-# (logits (batch, classes), labels (batch,), target classes (batch,)) -> (batch,); the attacks raise them. With too few
-# classes for its unit the DLR loss is the margin.
+# Functions of logits (batch, classes), labels (batch,) and target classes (batch,) that return (batch,) losses, which
+# the attacks raise. With too few classes for its divisor the DLR loss is the margin.
 LOSSES: dict[str, Loss] = {"ce": _cross_entropy, "margin": _margin, "dlr": _dlr}
 TARGETED_LOSSES: dict[str, Loss] = {
     "ce": _targeted_cross_entropy,
@@ -136,7 +141,15 @@ TARGETED_LOSSES: dict[str, Loss] = {
 
 
 def find_loss(name: str, *, targeted: bool = False) -> Loss:
-    """The loss of that name. Raises UserError for an unknown one."""
+    """Returns the loss of this name.
+
+    Args:
+        name: Name in `LOSSES`.
+        targeted: Whether to return the loss that leads towards a target class, from `TARGETED_LOSSES`.
+
+    Raises:
+        UserError: The name is unknown.
+    """
     table = TARGETED_LOSSES if targeted else LOSSES
     if not isinstance(name, str) or name not in table:
         raise unknown_name("loss", name, table)
@@ -144,13 +157,13 @@ def find_loss(name: str, *, targeted: bool = False) -> Loss:
 
 
 class Slope(NamedTuple):
-    """The loss at some points, its gradient there, and whether the prediction is the label.
+    """The loss at some points, its gradient there, and whether the prediction is correct.
 
     Attributes:
-        loss: (batch,) float32.
-        gradient: (batch, height, width, channels) float32.
-        correct: (batch,) bool.
-        logits: (batch, classes) float32.
+        loss: Loss of each image, (batch,) float32.
+        gradient: Gradient with respect to the images, (batch, height, width, channels) float32.
+        correct: Whether the prediction is the label, (batch,) bool.
+        logits: Logits, (batch, classes) float32.
     """
 
     loss: tf.Tensor
@@ -168,36 +181,37 @@ def slope_of(
     correct_of: Callable[[Any, tf.Tensor], tf.Tensor] = is_correct,
     coupled: bool = False,
 ) -> Slope:
-    """The loss of the model's logits and its gradient, each image's own: it doesn't depend on the batch.
+    """Returns the loss of the model's logits and its gradient, which for each image does not depend on the batch.
 
     Args:
-        model: gives logits (batch, classes), or any outputs that the two functions can read.
-        loss_of: logits -> (batch,).
-        labels: (batch,) int32, the second argument of `correct_of`.
-        correct_of: (logits, labels) -> (batch,) bool.
-        coupled: the model mixes the images of a batch, as BatchNorm in training mode does. The gradient is then that
-            of the sum of all losses, which one scale must fit.
+        model: Callable from images to logits (batch, classes), or to any outputs that the two functions can read.
+        points: Images (batch, height, width, channels) float32 at which to take the gradient.
+        loss_of: Function of the logits that returns the loss of each image, (batch,).
+        labels: Labels (batch,) int32, the second argument of `correct_of`.
+        correct_of: Function of (logits, labels) that returns whether each prediction is correct, (batch,) bool.
+        coupled: Whether the model mixes the images of a batch, as BatchNorm in training mode does. The gradient is then
+            the gradient of the sum of all losses, and all images share one scale.
 
     Warns:
-        AttackWarning: in a graph, for a model whose output doesn't depend on the images in a differentiable way.
+        AttackWarning: In a graph, if the output does not depend on the images in a differentiable way.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(points)
-        # Keras's losses of probabilities look for the softmax behind a tensor and go on from what it was given. The
-        # gradient would then not pass through the outputs, where this function meets it: identity hides the softmax.
+        # Keras's losses of probabilities look for the softmax that produced a tensor and use its logits instead. The
+        # gradient would then bypass the outputs, where this function scales it. The identity hides the softmax.
         outputs = keras.tree.map_structure(tf.identity, outputs_of(model, points))
     with tf.GradientTape(watch_accessed_variables=False) as loss_tape:
         loss_tape.watch(outputs)
         loss = loss_of(outputs)
-    # Of the sum, not of the mean: an image's gradient doesn't depend on the batch it came in.
+    # The gradient of the sum, not of the mean, so that an image's gradient does not depend on its batch.
     slopes = loss_tape.gradient(loss, outputs, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     scale = _scale_of(keras.tree.flatten(slopes))
     if coupled:
         scale = tf.fill(tf.shape(scale), tf.reduce_min(scale))
     slopes = keras.tree.map_structure(lambda slope: _of_each_image(scale, slope) * slope, slopes)
     gradient = tape.gradient(outputs, points, output_gradients=slopes)
-    if gradient is None:  # the attacks that need one stay where they are
-        if not (tf.executing_eagerly() or isinstance(model, CheckedModel)):  # else it was looked at before
+    if gradient is None:  # attacks that need one stay where they are
+        if not (tf.executing_eagerly() or isinstance(model, CheckedModel)):  # otherwise it was checked before
             message = f"The model has no gradient with respect to its images. {NO_GRADIENT_MEANS}"
             warnings.warn(message, AttackWarning, stacklevel=2)
         gradient = tf.zeros_like(points)
@@ -205,34 +219,44 @@ def slope_of(
 
 
 def _scale_of(slopes: list[tf.Tensor]) -> tf.Tensor:
-    """The power of two that brings each image's largest value into [128, 256], (batch,) float32.
+    """Returns the power of two that brings each image's largest value into [128, 256], (batch,) float32.
 
-    Each image has its own: where the network is sure, the loss has a slope of 1e-7 and less, which float16 would lose
-    with any scale that suits the other images. A power of two changes no bit in float32 and bfloat16.
+    Every image has its own scale: where the network is sure, the slope of the loss is 1e-7 or less, and float16 would
+    lose it under any scale that suits the other images. A power of two is exact in float32 and bfloat16.
     """
     largest = [tf.reduce_max(tf.abs(slope), axis=list(range(1, _rank_of(slope)))) for slope in slopes]
-    # The exponent's bits alone are the power of two below; one that is tiny or 0 would make the scale infinite.
+    # The bits of the exponent alone are the next lower power of two. The maximum keeps the scale finite.
     bits = tf.bitcast(functools.reduce(tf.maximum, largest), tf.int32)
     power = tf.bitcast(tf.bitwise.bitwise_and(bits, 0x7F800000), tf.float32)
     return 0.5 * _LARGEST_SLOPE / tf.maximum(power, 2.0**-100)
 
 
 def _of_each_image(values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    """(batch,) with as many further axes of length 1 as `like` has."""
+    """Reshapes values (batch,) to the rank of `like`, with further axes of length 1."""
     return tf.reshape(values, [-1] + [1] * (_rank_of(like) - 1))
 
 
 def _rank_of(tensor: tf.Tensor) -> int:
-    # Outputs of which nothing is known, those of a tf.numpy_function, are logits.
+    # Outputs of unknown rank, as those of a tf.numpy_function, are logits.
     return 2 if tensor.shape.rank is None else tensor.shape.rank
 
 
 def mean_slope(
     model: Model, points: tf.Tensor, loss_of: Callable[[tf.Tensor], tf.Tensor], labels: tf.Tensor, *, draws: int
 ) -> Slope:
-    """`slope_of`, averaged over `draws` calls of a random model (expectation over transformation, arXiv 1802.00420).
+    """Returns `slope_of` averaged over several calls of a random model.
 
-    The prediction and the logits are those of the last call.
+    Args:
+        model: Callable from images to logits (batch, classes), different at each call.
+        points: Images (batch, height, width, channels) float32 at which to take the gradient.
+        loss_of: Function of the logits that returns the loss of each image, (batch,).
+        labels: Labels (batch,) int32.
+        draws: Number of calls.
+
+    Returns:
+        The mean loss and gradient, with the prediction and the logits of the last call.
+
+    Source: Expectation over transformation, Athalye et al. 2018, arXiv 1802.00420.
     """
     slope = slope_of(model, points, loss_of, labels)
     if draws == 1:

@@ -1,4 +1,4 @@
-"""What a model gives: one tensor of logits; anything else is named, or made one."""
+"""Reads the output of any model as one tensor of logits, and says what is wrong where that is impossible."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,22 +12,24 @@ from robust_tf.errors import UserError
 
 Model = Callable[[tf.Tensor], tf.Tensor]
 
-# Ops that change the form of an output, not its meaning.
+# Operations that change the form of an output but not its meaning.
 _FORMS = {"Cast", "Identity", "Reshape", "EnsureShape", "StopGradient"}
 _PROBABILITIES = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
 
 
 def logits_of(model: Model, images: tf.Tensor) -> tf.Tensor:
-    """Logits in float32, the network in inference mode (BatchNorm uses and keeps its running statistics).
+    """Returns the model's logits in float32.
+
+    A Keras model runs in inference mode, so BatchNorm uses its moving statistics and does not change them.
 
     Raises:
-        UserError: the model gives something else than one tensor.
+        UserError: The model does not return exactly one tensor.
     """
     return tf.cast(output_of(model, images), tf.float32)
 
 
 def outputs_of(model: Model, images: tf.Tensor) -> Any:
-    """`logits_of`, or for a model with several outputs all of them in float32, in the structure that it has."""
+    """Returns `logits_of`, or all outputs of a model that has several, in float32 and in the model's structure."""
     outputs = _raw_output(model, images)
     if isinstance(outputs, Mapping | list | tuple):
         return keras.tree.map_structure(lambda output: tf.cast(output, tf.float32), outputs)
@@ -35,7 +37,7 @@ def outputs_of(model: Model, images: tf.Tensor) -> Any:
 
 
 def output_of(model: Model, images: tf.Tensor) -> tf.Tensor:
-    """`logits_of` in the precision of the model."""
+    """Returns `logits_of` in the precision of the model."""
     return _one_output(_raw_output(model, images))
 
 
@@ -50,23 +52,23 @@ def _one_output(output: Any) -> tf.Tensor:
         received, way_out = f"a {type(output).__name__} of {len(output)} outputs", "model(images)[0]"
     else:
         name = "None" if output is None else type(output).__name__
-        raise UserError(f"A classifier gives one tensor of logits, (batch, classes). Received: {name}.")
+        raise UserError(f"A classifier must return one tensor of logits, (batch, classes). Received: {name}.")
     raise UserError(
-        f"A classifier gives one tensor of logits, (batch, classes). Received: {received}. Choose one of them, e.g. "
-        f"lambda images: {way_out}."
+        f"A classifier must return one tensor of logits, (batch, classes). Received: {received}. Choose one of them, "
+        f"e.g. lambda images: {way_out}."
     )
 
 
 def _raw_output(model: Model, images: tf.Tensor) -> Any:
-    # keras.Model and keras.Layer take `training`; a plain callable is what it is.
+    # keras.Model and keras.Layer take `training`; a plain callable does not.
     if not isinstance(model, keras.Layer):
         return model(images)
     inputs = getattr(model, "inputs", None)
     if isinstance(model, keras.Model) and inputs and len(inputs) > 1:
         raise UserError(
             "An attack calls the model with images alone. Received: a model with inputs of shape "
-            f"{', '.join(str(tuple(each.shape)) for each in inputs)}. Attack a function that adds the others, e.g. "
-            "lambda images: model([images, others])."
+            f"{', '.join(str(tuple(each.shape)) for each in inputs)}. Attack a function that adds the other inputs, "
+            "e.g. lambda images: model([images, others])."
         )
     return model(images, training=False)
 
@@ -77,30 +79,37 @@ def _is_array(output: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class CheckedModel:
-    """A model whose outputs were looked at: its logits have a known shape (batch, num_classes), also in graphs.
+    """A model whose outputs have been checked, and whose logits therefore have a known shape in graphs, too.
 
-    Some callables, such as a tf.numpy_function, don't say their shape there.
+    Some callables, such as a tf.numpy_function, have no static shape there.
+
+    Attributes:
+        model: Callable from images to logits.
+        num_classes: Number of logits.
     """
 
     model: Model
     num_classes: int
 
     def __call__(self, images: tf.Tensor) -> tf.Tensor:
+        """Returns the model's logits, (batch, num_classes)."""
         return tf.ensure_shape(output_of(self.model, images), [None, self.num_classes])
 
 
 def with_classes(model: Model, count: int) -> CheckedModel:
-    """The same model with logits of a known shape (batch, count), also in graphs."""
+    """Returns the same model with logits of the known shape (batch, count), in graphs as well."""
     return model if isinstance(model, CheckedModel) else CheckedModel(model, count)
 
 
 def callable_in_graphs(model: Model, images: tf.Tensor) -> Model:
-    """The same model where it gives tensors; one that gives arrays is called from graphs as Python code.
+    """Returns a model that can be called in graphs.
 
-    That is `model.predict`, a function of NumPy, or a model of another framework. It has no gradient.
+    A model that returns tensors is returned unchanged. One that returns arrays, such as `model.predict`, a NumPy
+    function or a model of another framework, is called from graphs as Python code and has no gradient.
 
     Args:
-        images: to call it on, eagerly.
+        model: Callable from images to logits, as tensor or as array.
+        images: Images on which to call the model once, eagerly.
     """
     if isinstance(model, CheckedModel):
         return model
@@ -115,7 +124,7 @@ def callable_in_graphs(model: Model, images: tf.Tensor) -> Model:
 
 
 def looks_like_probabilities(outputs: np.ndarray) -> bool:
-    """Whether all rows (batch, classes) are in [0, 1] and sum to 1, as exactly as their precision has it."""
+    """Returns whether all rows of outputs (batch, classes) are in [0, 1] and sum to 1, up to rounding."""
     tolerance = 1e-5 if outputs.dtype in (np.float32, np.float64) else 1e-2
     outputs = outputs.astype(np.float32)
     inside = outputs.min() > -1e-5 and outputs.max() < 1 + 1e-5
@@ -123,7 +132,12 @@ def looks_like_probabilities(outputs: np.ndarray) -> bool:
 
 
 def kind_of_probabilities(model: Model, outputs: tf.Tensor) -> str:
-    """ "softmax" or "sigmoid" where the outputs are probabilities, as far as values, Keras or a graph tell; else ""."""
+    """Returns how outputs became probabilities: "softmax", "sigmoid", or "" if they seem to be logits.
+
+    Args:
+        model: Model that gave the outputs; the last activation of a Keras model is looked at.
+        outputs: Outputs (batch, classes). Eagerly their values are looked at, in a graph their last operation.
+    """
     if tf.is_symbolic_tensor(outputs):
         op = outputs.op
         while op.type in _FORMS:

@@ -1,4 +1,4 @@
-"""Projected gradient descent (Madry et al. 2018, arXiv 1706.06083), equal to the reference step by step."""
+"""Projected gradient descent (Madry et al. 2018, arXiv 1706.06083), which follows the reference step by step."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -10,21 +10,30 @@ from robust_tf.attacks.loops import State, repeat, repeat_while_resisting
 from robust_tf.attacks.losses import LOSSES, Loss, Model, find_loss, is_correct, logits_of, margin_of, slope_of
 from robust_tf.attacks.outputs import outputs_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
-from robust_tf.attacks.threat_models import NORMS, Norm, Scale
-from robust_tf.config.job import AttackConfig
+from robust_tf.attacks.threat_models import NORMS, PGD_NORMS, Geometry, Scale
+from robust_tf.config.attack import AttackConfig, Norm
 
-# Margin below which iterates are compared by it: the differences of the cross-entropy are smaller than its rounding.
+# Below this margin iterates are compared by their margins, since rounding hides the differences of the cross-entropy.
 _TINY_MARGIN = 1e-5
 
 
 class AttackResult(NamedTuple):
-    """What one run of PGD gives.
+    """The result of one run of PGD.
 
     Attributes:
-        images_adv: (batch, height, width, channels) float32, in the ball and in [0, 1].
-        start_loss: (batch,) float32, the loss at the start of the attack (the clean images when there is no
-            random start), with the network in inference mode.
-        start_correct: (batch,) bool, whether the prediction there is the label.
+        images_adv: Adversarial images (batch, height, width, channels) float32, in the ball and in [0, 1].
+        start_loss: Loss at the start of the attack, (batch,) float32. Without a random start this is the loss of the
+            clean images.
+        start_correct: Whether the prediction at the start is the label, (batch,) bool.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import AttackConfig, AttackResult, run_pgd
+        >>> attack = AttackConfig(norm="linf", epsilon=0.1, step_size=0.05, steps=2)
+        >>> images, labels = tf.fill([1, 4, 4, 1], 0.45), tf.constant([0])
+        >>> result = run_pgd(lambda images: images[:, 0, 0] * [-1.0, 1.0], images, labels, attack=attack)
+        >>> isinstance(result, AttackResult), result.start_loss.shape
+        (True, TensorShape([1]))
     """
 
     images_adv: tf.Tensor
@@ -42,15 +51,43 @@ def run_pgd(
     strength: Scale = 1.0,
     seed: tf.Tensor | None = None,
 ) -> AttackResult:
-    """`pgd` for a checked `AttackConfig`, with the loss and the hits at the start, which cost nothing extra.
+    """Runs the PGD attack that an `AttackConfig` describes, as adversarial training does in each step.
+
+    Unlike `pgd`, it also returns the loss and the correctness at the start, which cost nothing extra. It does not check
+    whether the outputs of the model are logits.
 
     Args:
-        labels: (batch,) or (batch, 1).
-        strength: factor on epsilon and on the step size; a scalar tensor may change from call to call.
-        seed: (2,) int32 or int64, for the random start; None draws one from TensorFlow's global generator.
+        model: Callable from images to logits (batch, classes). A Keras model runs in inference mode. Normalization
+            belongs inside the model.
+        images: Float images (batch, height, width, channels) in [0, 1].
+        labels: Integer labels, (batch,) or (batch, 1): true classes, or target classes if `targeted`.
+        attack: Norm, radius, step size and number of steps. If it is not active, the images are returned unchanged.
+        targeted: Whether to lower the loss of the labels instead of raising it.
+        strength: Factor for epsilon and the step size. A scalar tensor may change from call to call.
+        seed: Seed for the random start, (2,) int32 or int64; None draws one from TensorFlow's global generator.
+
+    Returns:
+        The adversarial images, and the loss and the correctness at the start.
 
     Raises:
-        UserError, InvalidArgumentError: as `training_batch`.
+        UserError: The images are integers or not (batch, height, width, channels), or the labels are not (batch,) or
+            (batch, 1). In an eager call also: the images are not in [0, 1].
+        InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
+
+    Source: Madry et al. 2018, arXiv 1706.06083, section 2.1.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import AttackConfig, run_pgd
+        >>> def dark_or_bright(images):
+        ...     brightness = tf.reduce_mean(images, axis=(1, 2, 3)) - 0.5
+        ...     return tf.stack([-brightness, brightness], axis=1)
+        >>> attack = AttackConfig(norm="l2", epsilon=0.5, step_size=0.2, steps=5)
+        >>> result = run_pgd(dark_or_bright, tf.fill([2, 8, 8, 3], 0.45), tf.constant([0, 0]), attack=attack)
+        >>> result.images_adv.shape
+        TensorShape([2, 8, 8, 3])
+        >>> result.start_correct.numpy().tolist()
+        [True, True]
     """
     images, labels = training_batch(images, labels, attacked=attack.active)
     return climb(
@@ -79,19 +116,44 @@ def climb(
     coupled: bool = False,
     margin: Callable[[Any], tf.Tensor] | None = None,
 ) -> AttackResult:
-    """PGD on any loss of any outputs: `run_pgd` without labels, which the two functions know.
+    """Runs PGD on any loss of any outputs.
+
+    This is `run_pgd` without labels: the functions `loss` and `correct` know them. With it you can attack a model with
+    several outputs, a regression, or a loss that is not in this package.
 
     Args:
-        model: a callable from images to outputs (a tensor, or a structure of tensors, with the batch as first axis).
-        images: (batch, height, width, channels) float32 in [0, 1].
-        loss: outputs -> (batch,) float32, which the attack raises (with `targeted`: lowers).
-        correct: outputs -> (batch,) bool, for `start_correct`.
-        attack: the threat model and the search.
-        targeted: lower the loss instead of raising it.
-        strength: factor on epsilon and on the step size; a scalar tensor may change from call to call.
-        seed: (2,) int32 or int64, for the random start; None draws one from TensorFlow's global generator.
-        coupled: the model mixes the images of a batch, as BatchNorm in training mode does.
-        margin: outputs -> (batch,), what decides between two iterates whose losses are equal up to rounding.
+        model: Callable from images to outputs: a tensor, or a structure of tensors, whose first axis is the batch.
+        images: Images (batch, height, width, channels) float32 in [0, 1].
+        loss: Function of the outputs that returns the loss of each image, (batch,) float32. The attack raises it.
+        correct: Function of the outputs that returns whether each prediction is correct, (batch,) bool.
+        attack: Norm, radius, step size and number of steps. If it is not active, the images are returned unchanged.
+        targeted: Whether to lower the loss instead of raising it.
+        strength: Factor for epsilon and the step size. A scalar tensor may change from call to call.
+        seed: Seed for the random start, (2,) int32 or int64; None draws one from TensorFlow's global generator.
+        coupled: Whether the model mixes the images of a batch, as BatchNorm in training mode does.
+        margin: Function of the outputs that returns the margin of each image, (batch,). If the margins of two iterates
+            are so small that their losses differ only by rounding, the smaller margin is worse. None always compares
+            the losses.
+
+    Returns:
+        The adversarial images, and the loss and the correctness at the start.
+
+    Source: Madry et al. 2018, arXiv 1706.06083, section 2.1.
+
+    Example:
+        An attack on a regression, which pushes the estimated brightness away from its true value:
+
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import AttackConfig, climb
+        >>> result = climb(
+        ...     lambda images: tf.reduce_mean(images, axis=(1, 2, 3)),
+        ...     tf.fill([2, 8, 8, 3], 0.45),
+        ...     loss=lambda brightness: tf.abs(brightness - 0.4),
+        ...     correct=lambda brightness: tf.abs(brightness - 0.4) < 0.1,
+        ...     attack=AttackConfig(norm="linf", epsilon=0.1, step_size=0.05, steps=3),
+        ... )
+        >>> round(float(result.images_adv[0, 0, 0, 0]), 3)
+        0.55
     """
     if not attack.active:
         outputs = outputs_of(model, images)
@@ -106,14 +168,14 @@ def climb(
         images,
         tf.zeros(tf.shape(images)[:1], tf.int32),
         start,
-        norm=NORMS[attack.norm],
+        geometry=NORMS[attack.norm],
         epsilon=epsilon,
         step_size=attack.step_size * strength,
         steps=attack.steps,
-        loss=lambda outputs, labels, targets: loss(outputs),
-        correct_of=lambda outputs, labels: correct(outputs),
+        loss=lambda outputs, *_: loss(outputs),
+        correct_of=lambda outputs, _: correct(outputs),
         coupled=coupled,
-        margin_by=None if margin is None else lambda outputs, labels: margin(outputs),
+        margin_by=None if margin is None else lambda outputs, _: margin(outputs),
         use_best=attack.use_best,
         targeted=targeted,
     )
@@ -126,7 +188,7 @@ def ascend(
     labels: tf.Tensor,
     start: tf.Tensor,
     *,
-    norm: Norm,
+    geometry: Geometry,
     epsilon: Scale,
     step_size: Scale,
     steps: int,
@@ -138,35 +200,47 @@ def ascend(
     targeted: bool = False,
     early_stop: bool = False,
 ) -> State:
-    """Projected gradient ascent from `start`; descent towards `labels` with `targeted`.
+    """Runs projected gradient ascent from a given start, without any checks.
 
     Args:
-        images, start: (batch, height, width, channels) float32.
-        labels: (batch,) int32.
-        loss: a name of LOSSES, or a function like those there, of the whole batch (so not with `early_stop`).
-        correct_of: (logits, labels) -> (batch,) bool, whether the prediction is right.
-        coupled: the model mixes the images of a batch.
-        margin_by: (logits, labels) -> (batch,), what decides between two iterates whose losses are equal up to
-            rounding; by default the margin of the logits for the cross-entropy, and nothing for other losses.
-        early_stop: an image stops at the first point where the prediction is wrong (targeted: is the target).
+        model: Callable from images to logits (batch, classes), or to any outputs that `loss` and `correct_of` can read.
+        images: Clean images (batch, height, width, channels) float32, the center of the ball.
+        labels: Labels (batch,) int32: true classes, or target classes if `targeted`.
+        start: First iterate, (batch, height, width, channels) float32.
+        geometry: Geometry of the norm, one of `NORMS`.
+        epsilon: Radius of the ball, in [0, 1] pixel units.
+        step_size: Length of each step, in the same norm and unit.
+        steps: Number of gradient steps.
+        loss: Name in `LOSSES`, or a function like the ones there. A function may close over the whole batch, but then
+            not with `early_stop`.
+        correct_of: Function of (logits, labels) that returns whether each prediction is correct, (batch,) bool.
+        coupled: Whether the model mixes the images of a batch.
+        margin_by: Function of (logits, labels) that returns the margin of each image, (batch,). If the margins of two
+            iterates are so small that their losses differ only by rounding, the smaller margin is worse. By default
+            this is the margin of the logits for the cross-entropy; for other losses the losses are compared.
+        use_best: Whether to return each image's iterate of highest loss instead of the last one.
+        targeted: Whether to lower the loss instead of raising it.
+        early_stop: Whether an image stops at the first point where the prediction is wrong, or is the target if
+            `targeted`.
 
     Returns:
-        images_adv, (batch,) start_loss and start_correct, and (batch,) fallen: whether an iterate reached the aim.
+        A state with "images_adv"; with "start_loss" and "start_correct" (batch,), loss and correctness at the start;
+        and with "fallen" (batch,) bool, whether some iterate reached the goal. "fallen" needs `early_stop`.
     """
-    ascent = -1.0 if targeted else 1.0  # a targeted attack goes down the loss of the target
+    ascent = -1.0 if targeted else 1.0  # a targeted attack descends the loss of the target class
     loss_of = find_loss(loss) if isinstance(loss, str) else loss
 
     if margin_by is None and loss_of is LOSSES["ce"]:
         margin_by = margin_of
 
     def margin(logits: Any, labels: tf.Tensor) -> tf.Tensor:
-        # Other losses tell tiny logits apart by themselves.
+        # Other losses do not lose the differences between tiny logits.
         return tf.fill(tf.shape(labels), float("inf")) if margin_by is None else margin_by(logits, labels)
 
     def is_worse(loss: tf.Tensor, margin: tf.Tensor, state: State) -> tf.Tensor:
-        # The cross-entropy of tiny logits is log(classes) and rounding, in float32; their margins differ all the same.
+        # In float32 the cross-entropy of tiny logits is log(classes) plus rounding, but their margins still differ.
         tiny = tf.maximum(tf.abs(margin), tf.abs(state["best_margin"])) < _TINY_MARGIN
-        # Strictly: of two equal iterates the earlier one stays, as in the reference.
+        # Strictly higher: of two equal iterates the earlier one is kept, as in the reference.
         higher = ascent * loss > ascent * state["best_loss"]
         return tf.where(tiny, ascent * margin < ascent * state["best_margin"], higher)
 
@@ -192,13 +266,13 @@ def ascend(
             new["best"] = tf.where(improved[:, None, None, None], points, state["best"])
             new["best_loss"] = tf.where(improved, slope.loss, state["best_loss"])
             new["best_margin"] = tf.where(improved, margin_now, state["best_margin"])
-        moved = points + norm.step(ascent * slope.gradient, step_size)
-        new["points"] = norm.project(moved, state["images"], epsilon)
+        moved = points + geometry.step(ascent * slope.gradient, step_size)
+        new["points"] = geometry.project(moved, state["images"], epsilon)
         if early_stop:
             reached = slope.correct if targeted else ~slope.correct
             new["fallen"] = state["fallen"] | reached
             new["points"] = tf.where(new["fallen"][:, None, None, None], points, new["points"])
-            if use_best:  # the point that reached the aim counts, not the one of highest loss before it
+            if use_best:  # the point that reached the goal counts, not an earlier one of higher loss
                 new["best"] = tf.where(new["fallen"][:, None, None, None], points, new["best"])
         return new
 
@@ -218,7 +292,7 @@ def ascend(
     images_adv = state["points"]
     fallen = state["fallen"]
     if use_best or early_stop:
-        # The last iterate is a candidate too: one more forward pass.
+        # The last iterate is a candidate, too, which takes one more forward pass.
         logits = outputs_of(model, images_adv)
         if early_stop:
             fallen |= correct_of(logits, labels) == targeted
@@ -234,7 +308,7 @@ def pgd(
     images: tf.Tensor,
     labels: tf.Tensor,
     *,
-    norm: Literal["linf", "l2"],
+    norm: Norm,
     epsilon: float | tf.Tensor,
     step_size: float | tf.Tensor | None = None,
     steps: int,
@@ -246,49 +320,68 @@ def pgd(
     early_stop: bool = False,
     seed: Seed | None = None,
 ) -> tf.Tensor:
-    """Adversarial examples: the images in the epsilon ball that projected gradient ascent on the loss ends at.
+    """Returns adversarial examples that projected gradient descent (PGD) finds in the ball around the images.
 
-    Solves max over images_adv of loss(model(images_adv), labels) subject to
-    ||images_adv - images|| <= epsilon and images_adv in [0, 1]; with `targeted`, the minimum for target labels.
-    Runs eagerly and inside tf.function (faster: wrap the call when there are many batches).
+    PGD maximizes loss(model(images_adv), labels) over images_adv in [0, 1] with ||images_adv - images|| <= epsilon. It
+    repeats a gradient step and a projection back into the ball. With `targeted` it minimizes the loss of target labels.
+
+    The function runs eagerly and inside `tf.function`, which is faster if there are many batches.
 
     Args:
-        model: any callable from images to logits; a Keras model is run in inference mode. Normalisation belongs
-            inside it.
-        images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) or (batch, 1) integers: the true classes, or the target classes with `targeted`.
-        norm: "linf" or "l2".
-        epsilon: radius of the ball, in [0, 1] pixel units; 0 gives the images back. A scalar tensor lets one graph
-            serve many radii.
-        step_size: length of each step in the same norm and unit; None is 2.5 * epsilon / steps.
-        steps: number of gradient steps.
-        random_start: start at a random point of the ball (linf: uniform; l2: on the sphere) instead of the images.
-        restarts: further runs from random points; each image keeps its worst: one that is wrong goes before
-            one that is right, then the higher loss (with `use_best` or not, the loss of what the run returned).
-        loss: "ce" (cross-entropy), "margin" (best other logit minus the label's) or "dlr" (the margin in units of
-            the 1st minus the 3rd logit, equation (6) of arXiv 2003.01690).
-        use_best: return, for each image, the iterate of highest loss (the start included), at the price of one more
-            forward pass, instead of the last one.
-        targeted: lower the loss of `labels` instead of raising it.
-        early_stop: an image stops at its first wrong prediction and leaves the batch: all that an accuracy needs,
-            and often many times faster. Its loss may then be lower than it could be.
-        seed: of the random starts: an integer, or (batch, 2) integers with a pair for each image; None draws a new
-            one at each call.
+        model: Callable from images to logits (batch, classes). A Keras model runs in inference mode. Normalization
+            belongs inside the model.
+        images: Float images (batch, height, width, channels) in [0, 1].
+        labels: Integer labels, (batch,) or (batch, 1): true classes, or target classes if `targeted`.
+        norm: Norm of the ball, "linf" or "l2".
+        epsilon: Radius of the ball, in [0, 1] pixel units. With 0 the images are returned unchanged. With a scalar
+            tensor one graph serves many radii.
+        step_size: Length of each step, in the same norm and unit. None means 2.5 * epsilon / steps.
+        steps: Number of gradient steps.
+        random_start: Whether to start at a random point of the ball (uniform for linf, on the sphere for l2) instead of
+            at the images.
+        restarts: Number of runs. All after the first start at random points, and each image keeps its worst result: a
+            wrong prediction is worse than a correct one, and among equals the higher loss is worse.
+        loss: Loss to raise: "ce" (cross-entropy), "margin" (best other logit minus the label's logit) or "dlr" (margin
+            divided by the difference between the highest and third highest logit; equation (6) of arXiv 2003.01690).
+        use_best: Whether to return each image's iterate of highest loss, including the start, instead of the last
+            iterate. This takes one more forward pass.
+        targeted: Whether to lower the loss of `labels` instead of raising it.
+        early_stop: Whether an image stops at its first wrong prediction and leaves the batch. This is often many times
+            faster, and enough to measure an accuracy, but the loss may be lower than it could be.
+        seed: Seed for the random starts: an integer, or (batch, 2) integers with a pair for each image. None draws a
+            new seed at each call.
 
     Returns:
-        images_adv: (batch, height, width, channels) float32.
+        images_adv (batch, height, width, channels) float32, in the ball and in [0, 1].
 
     Raises:
-        UserError: an argument is out of its range, or the model gives something else than logits of classes
-            (probabilities, say), or (eagerly) images are not in [0, 1] or a label is no class.
-        InvalidArgumentError: in a tf.function, images are not in [0, 1].
+        UserError: An argument is out of range, or the model does not return logits (but probabilities, for example). In
+            an eager call also: the images are not in [0, 1], or a label is not a class of the model.
+        InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
 
     Warns:
-        AttackWarning: (eagerly) the loss has no gradient at some of the images, or they look like another unit.
+        AttackWarning: In an eager call, the loss has no gradient at some of the images, or the images seem to be in
+            another unit.
 
-    Source: Madry et al. 2018, arXiv 1706.06083, section 2.1; details as in MadryLab/robustness (attacker.py).
+    Source: Madry et al. 2018, arXiv 1706.06083, section 2.1; details follow MadryLab/robustness (attacker.py).
+
+    Example:
+        A model classifies one image as dark and one as bright, and both change their class within epsilon:
+
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import pgd
+        >>> def dark_or_bright(images):
+        ...     brightness = tf.reduce_mean(images, axis=(1, 2, 3)) - 0.5
+        ...     return tf.stack([-brightness, brightness], axis=1)
+        >>> images = tf.stack([tf.fill([8, 8, 3], 0.45), tf.fill([8, 8, 3], 0.55)])
+        >>> labels = tf.constant([0, 1])
+        >>> images_adv = pgd(dark_or_bright, images, labels, norm="linf", epsilon=0.1, steps=10)
+        >>> tf.argmax(dark_or_bright(images_adv), axis=1).numpy().tolist()
+        [1, 0]
+        >>> round(float(tf.reduce_max(tf.abs(images_adv - images))), 3)
+        0.1
     """
-    check_threat_model(norm, epsilon, ("linf", "l2"))
+    check_threat_model(norm, epsilon, PGD_NORMS)
     check_at_least(1, restarts=restarts)
     check_at_least(0, steps=steps)
     model, images, labels = checked_batch(model, images, labels, loss=find_loss(loss), targeted=targeted)
@@ -307,7 +400,7 @@ def pgd(
             images,
             labels,
             start,
-            norm=geometry,
+            geometry=geometry,
             epsilon=epsilon,
             step_size=step_size,
             steps=steps,

@@ -1,19 +1,25 @@
-"""Square Attack: random search with square patches, no gradients (Andriushchenko et al. 2020, arXiv 1912.00049)."""
+"""Square Attack, a random search without gradients (Andriushchenko et al. 2020, arXiv 1912.00049)."""
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import TypeAlias, cast
 
 import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch
-from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting
+from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting, select_images
 from robust_tf.attacks.losses import Model, is_correct, logits_of, margin_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in, uniform
 from robust_tf.attacks.threat_models import NORMS, Scale
+from robust_tf.config.names import AttackNorm
+
+# The norms that the attack has patches for. The patches of a further norm belong in `_patch`, `_lengths` and
+# `_into_ball`, or into a proposal and a start like the ones of linf.
+SQUARE_NORMS = ("linf", "l2", "l1")
 
 _FIRST_SHARE = 0.8  # p: share of the image that the first squares cover
-# Queries after which the share is halved once more, section 5 of the paper (there for 10,000 queries).
+# Numbers of queries after which the share is halved (section 5 of the paper, which makes 10,000 queries).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -22,45 +28,65 @@ def square(
     images: tf.Tensor,
     labels: tf.Tensor,
     *,
-    norm: Literal["linf", "l2", "l1"],
+    norm: AttackNorm,
     epsilon: float | tf.Tensor,
     queries: int = 5000,
     restarts: int = 1,
     early_stop: bool = True,
     seed: Seed = 0,
 ) -> tf.Tensor:
-    """Adversarial examples by random search: a change of a square patch is kept where it lowers the margin.
+    """Returns adversarial examples of the Square Attack, a random search that needs no gradients.
 
-    It only asks for logits, so it also works on a model that has no gradients or hides them. Runs eagerly (traced anew
-    at each call) and inside tf.function (wrap the call when there are many batches).
+    Square changes one square patch at a time and keeps the change if it lowers the margin, which is the label's logit
+    minus the best other logit. Because it only asks for logits, it also attacks models that have no gradients or hide
+    them. If it beats the gradient attacks, their gradients are probably masked.
+
+    The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call if
+    there are many batches.
 
     Args:
-        model: any callable from images to logits; a Keras model is run in inference mode. Normalisation belongs
-            inside it.
-        images: (batch, height, width, channels), float, in [0, 1].
-        labels: (batch,) or (batch, 1) integers.
-        norm: "linf", "l2" or "l1" (of which the patches are those of Croce and Hein 2021, arXiv 2103.01208).
-        epsilon: radius of the ball, in [0, 1] pixel units; a number or a scalar tensor.
-        queries: patches tried for each image in each run. Their size does not depend on this number, as in AutoAttack.
-        restarts: runs; each image keeps its smallest margin.
-        early_stop: an image stops at its first wrong prediction and leaves the batch.
-        seed: an integer, or (batch, 2) integers with a pair for each image.
+        model: Callable from images to logits (batch, classes). A Keras model runs in inference mode. Normalization
+            belongs inside the model.
+        images: Float images (batch, height, width, channels) in [0, 1].
+        labels: Integer labels, (batch,) or (batch, 1).
+        norm: Norm of the ball, "linf", "l2" or "l1".
+        epsilon: Radius of the ball, in [0, 1] pixel units; a number or a scalar tensor.
+        queries: Number of patches tried for each image in each run. Their sizes do not depend on this number, as in
+            AutoAttack.
+        restarts: Number of runs. Each image keeps the result of smallest margin.
+        early_stop: Whether an image stops at its first wrong prediction and leaves the batch.
+        seed: Seed for the patches: an integer, or (batch, 2) integers with a pair for each image.
 
     Returns:
-        images_adv: (batch, height, width, channels) float32, in the ball and in [0, 1]: for each image the point of
-            smallest margin met, the image itself included.
+        images_adv (batch, height, width, channels) float32, in the ball and in [0, 1]: the point of smallest margin
+        found for each image, including the image itself.
 
     Raises:
-        UserError: an argument is out of its range, or the model gives something else than (batch, classes), or
-            (eagerly) images are not in [0, 1] or a label is no class.
-        InvalidArgumentError: in a tf.function, images are not in [0, 1].
+        UserError: An argument is out of range, or the model does not return one number for each class. In an eager call
+            also: the images are not in [0, 1], or a label is not a class of the model.
+        InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
 
     Warns:
-        AttackWarning: the outputs look like probabilities, or the images look like another unit.
+        AttackWarning: In an eager call, the outputs seem to be probabilities, or the images seem to be in another unit.
 
-    Source: Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3.
+    Source: Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3; the patches for l1 Croce and Hein 2021,
+    arXiv 2103.01208.
+
+    Example:
+        A model classifies one image as dark and one as bright, and both change their class within epsilon:
+
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import square
+        >>> def dark_or_bright(images):
+        ...     brightness = tf.reduce_mean(images, axis=(1, 2, 3)) - 0.5
+        ...     return tf.stack([-brightness, brightness], axis=1)
+        >>> images = tf.stack([tf.fill([8, 8, 3], 0.45), tf.fill([8, 8, 3], 0.55)])
+        >>> labels = tf.constant([0, 1])
+        >>> images_adv = square(dark_or_bright, images, labels, norm="linf", epsilon=0.2, queries=100)
+        >>> tf.argmax(dark_or_bright(images_adv), axis=1).numpy().tolist()
+        [1, 0]
     """
-    check_threat_model(norm, epsilon)
+    check_threat_model(norm, epsilon, SQUARE_NORMS)
     check_at_least(1, queries=queries, restarts=restarts)
     model, images, labels = checked_batch(model, images, labels)
     clean = logits_of(model, images)
@@ -71,7 +97,7 @@ def square(
         (_linf_proposal, _stripes) if norm == "linf" else (_patch_proposal(norm, sizes), _patch_start(norm))
     )
 
-    # Evaluation 0 of each run is its start, the others are the patches.
+    # Evaluation 0 of each run is its start, and the others are the patches.
     def step(i: tf.Tensor, state: State) -> State:
         run, query = i // (queries + 1), i % (queries + 1)
 
@@ -91,9 +117,9 @@ def square(
         worse = (margin < state["worst_margin"]) | (wrong & ~state["fallen"])
         return {
             **state,
-            "points": _where(accepted, points, state["points"]),
+            "points": select_images(accepted, points, state["points"]),
             "margin": tf.where(accepted, margin, state["margin"]),
-            "images_adv": _where(worse, points, state["images_adv"]),
+            "images_adv": select_images(worse, points, state["images_adv"]),
             "worst_margin": tf.where(worse, margin, state["worst_margin"]),
             "fallen": state["fallen"] | wrong,
         }
@@ -103,7 +129,7 @@ def square(
         "images": images,
         "labels": labels,
         "seeds": seeds,
-        # All at once: drawing for each image on its own in each query would take longer than a small network.
+        # Drawn all at once, because a draw for each image in each query would take longer than a small network.
         "numbers": uniform(seeds, (restarts * queries, 5 + channels)),
         "points": images,
         "margin": margin,
@@ -116,38 +142,33 @@ def square(
 
 
 def _sizes(queries: int, height: int, width: int, *, smallest: int) -> np.ndarray:
-    """Side of the square at each query, (queries,) int32; odd for the patches, which are at least 3 wide."""
+    """Returns the side of the square at each query, (queries,) int32; odd for patches, which are at least 3 wide."""
     shares = _FIRST_SHARE / 2.0 ** np.searchsorted(_HALVINGS, np.arange(queries))
     sizes = np.maximum(np.round(np.sqrt(shares * height * width)).astype(int), smallest)
     if smallest > 1:
         sizes += 1 - sizes % 2
-    return np.minimum(sizes, min(height, width)).astype(np.int32)
-
-
-def _where(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
-    """tf.where with a condition (batch,) for whole images."""
-    return tf.where(condition[:, None, None, None], images, others)
+    return cast(np.ndarray, np.minimum(sizes, min(height, width)).astype(np.int32))
 
 
 def _signs(numbers: tf.Tensor) -> tf.Tensor:
-    """-1 or 1 of numbers in [0, 1)."""
+    """Turns numbers in [0, 1) into -1 or 1."""
     return tf.where(numbers < 0.5, -1.0, 1.0)
 
 
 def _corner(numbers: tf.Tensor, size: tf.Tensor, length: int) -> tf.Tensor:
-    """First row or column of a square that lies inside, (batch,) int32."""
+    """Returns the first row or column of a square that lies inside the image, (batch,) int32."""
     return tf.cast(numbers * tf.cast(length - size + 1, tf.float32), tf.int32)
 
 
 def _square_mask(top: tf.Tensor, left: tf.Tensor, size: tf.Tensor, height: int, width: int) -> tf.Tensor:
-    """1 inside the square, (batch, height, width, 1) float32."""
+    """Returns 1 inside the square and 0 elsewhere, (batch, height, width, 1) float32."""
     rows, columns = tf.range(height)[None] - top[:, None], tf.range(width)[None] - left[:, None]
     inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
     return tf.cast(inside, tf.float32)[..., None]
 
 
 def _stripes(images: tf.Tensor, epsilon: Scale, seeds: tf.Tensor) -> tf.Tensor:
-    """Vertical stripes of +-epsilon, one pixel wide, section 3.2."""
+    """Adds vertical stripes of +-epsilon, one pixel wide (section 3.2)."""
     _, _, width, channels = images.shape
     return tf.clip_by_value(images + epsilon * _signs(uniform(seeds, (1, width, channels))), 0.0, 1.0)
 
@@ -155,7 +176,7 @@ def _stripes(images: tf.Tensor, epsilon: Scale, seeds: tf.Tensor) -> tf.Tensor:
 def _linf_proposal(
     images: tf.Tensor, points: tf.Tensor, epsilon: Scale, size: tf.Tensor, numbers: tf.Tensor
 ) -> tf.Tensor:
-    """Algorithm 2: a square in which each channel moves by 2 epsilon up or down, then back into the ball."""
+    """Moves each channel in a square by 2 epsilon up or down, then projects into the ball (algorithm 2)."""
     _, height, width, _ = images.shape
     mask = _square_mask(_corner(numbers[:, 0], size, height), _corner(numbers[:, 1], size, width), size, height, width)
     change = 2.0 * epsilon * _signs(numbers[:, None, None, 5:])
@@ -163,7 +184,7 @@ def _linf_proposal(
 
 
 def _mountain(height: int, width: int, power: int) -> np.ndarray:
-    """Equation (2): concentric rectangles around the middle, the k-th weighing 1 / k^power; (height, width)."""
+    """Returns concentric rectangles in an array (height, width), the k-th of weight 1 / k^power (equation (2))."""
     result = np.zeros((height, width), np.float32)
     middle_row, middle_column = height // 2, width // 2
     for k in range(max(middle_row, middle_column) + 1):
@@ -175,7 +196,7 @@ def _mountain(height: int, width: int, power: int) -> np.ndarray:
 
 @functools.cache
 def _patch(size: int, norm: str) -> np.ndarray:
-    """Algorithm 3: one half up, the other half down, each of length 1 in the norm before they are joined."""
+    """Returns a patch of length 1: one half up and the other half down, with equal lengths (algorithm 3)."""
     power = 2 if norm == "l2" else 4
 
     def length(values: np.ndarray) -> float:
@@ -191,21 +212,25 @@ def _patch(size: int, norm: str) -> np.ndarray:
 
 
 def _lengths(norm: str, values: tf.Tensor) -> tf.Tensor:
-    """The norm of each channel of each image, (batch, 1, 1, channels)."""
+    """Returns the norm of each channel of each image, (batch, 1, 1, channels)."""
     if norm == "l2":
         return tf.sqrt(tf.reduce_sum(tf.square(values), axis=(1, 2), keepdims=True))
     return tf.reduce_sum(tf.abs(values), axis=(1, 2), keepdims=True)
 
 
 def _into_ball(norm: str, images: tf.Tensor, perturbation: tf.Tensor, epsilon: Scale) -> tf.Tensor:
-    """To the sphere, then to [0, 1] (l2); to the nearest point of both (l1)."""
+    """Moves a perturbation to the sphere and clips to [0, 1] (l2), or projects it onto both (l1)."""
     if norm == "l2":
         perturbation = epsilon * perturbation / (NORMS["l2"].length(perturbation) + 1e-12)
     return NORMS[norm].project(images + perturbation, images, epsilon)
 
 
-def _patch_start(norm: str):  # type: ignore[no-untyped-def]
-    """A grid of patches, 5 in a row, each with a random sign for each channel."""
+_Start: TypeAlias = Callable[[tf.Tensor, Scale, tf.Tensor], tf.Tensor]
+_Proposal: TypeAlias = Callable[[tf.Tensor, tf.Tensor, Scale, tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+def _patch_start(norm: str) -> _Start:
+    """Returns the start with a grid of patches, 5 in a row, each with a random sign for each channel."""
 
     def start(images: tf.Tensor, epsilon: Scale, seeds: tf.Tensor) -> tf.Tensor:
         _, height, width, channels = images.shape
@@ -221,8 +246,12 @@ def _patch_start(norm: str):  # type: ignore[no-untyped-def]
     return start
 
 
-def _patch_proposal(norm: str, sizes: np.ndarray):  # type: ignore[no-untyped-def]
-    """Algorithm 3: a patch in one square, bought with what a second square and the rest of the ball have to give."""
+def _patch_proposal(norm: str, sizes: np.ndarray) -> _Proposal:
+    """Returns the proposal of algorithm 3.
+
+    It adds a patch in one square. The perturbation that this takes comes from a second square, which is cleared, and
+    from what is left of the ball.
+    """
     distinct = np.unique(sizes)
     largest = distinct.max()
     patches = np.zeros((len(distinct), largest, largest), np.float32)
@@ -230,7 +259,7 @@ def _patch_proposal(norm: str, sizes: np.ndarray):  # type: ignore[no-untyped-de
         patches[number, :size, :size] = _patch(int(size), norm)
 
     def placed(patch: tf.Tensor, top: tf.Tensor, left: tf.Tensor, size: tf.Tensor, shape: list[int]) -> tf.Tensor:
-        """The patch at its place, (batch, height, width), anything outside of the square."""
+        """Returns the patch at its place, (batch, height, width); the values outside of the square have no meaning."""
         rows = tf.clip_by_value(tf.range(shape[0])[None] - top[:, None], 0, size - 1)
         columns = tf.clip_by_value(tf.range(shape[1])[None] - left[:, None], 0, size - 1)
         return tf.gather(tf.gather(patch, rows), columns, axis=2, batch_dims=1)

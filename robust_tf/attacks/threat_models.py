@@ -1,55 +1,67 @@
-"""The geometry of the norms: where an attack may start, how it steps, and back into the ball.
+"""The geometry of each norm: where an attack may start, how it steps, and how it gets back into the ball.
 
-A threat model is a norm and an epsilon together. All functions take and give images of shape
-(batch, height, width, channels), float32, and treat every image on its own. Epsilon and step size are in [0, 1] pixel
-units, one number for all images or (batch, 1, 1, 1).
+A threat model is a norm and an epsilon together. All functions here take and return float32 images of shape
+(batch, height, width, channels) and treat every image separately. Epsilon and the step size are in [0, 1] pixel units,
+either one number for all images or an array of shape (batch, 1, 1, 1).
+
+To add a norm, write its `Geometry`, enter it in `NORMS` at the end of this file, and add its name to `AttackNorm` in
+`robust_tf/config/names.py`. APGD (with the steps that it takes for every norm except l1), FAB, the cascade of attacks
+and `robust_tf.evaluate` then offer it. The other attacks refuse a norm until it is named in one more place:
+
+* PGD and FGSM, and with them training, take the norms of `robust_tf.config.attack.Norm`. Of the training objectives
+  only free adversarial training (`training/objectives/free.py`) distinguishes the norms itself.
+* Square takes the norms of `SQUARE_NORMS` in `square.py`, because it needs patches that suit the norm.
+* The attack probe of an exported model takes the norms that are named in `serving/publish/probe.py`.
+
+`tests/attacks` runs its checks on every entry of `NORMS`; they need a radius for the new norm in their `EPSILONS`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, get_args
 
 import tensorflow as tf
 
-from robust_tf.attacks import seeds as random
+from robust_tf.attacks import seeds
+from robust_tf.config.attack import Norm
 
-_PER_IMAGE = (1, 2, 3)  # all axes but the batch
+_PER_IMAGE = (1, 2, 3)  # all axes except the batch
 
-# The float32 sum of an image and a perturbation is rounded, in each pixel by up to this: half a unit in the last place
-# of numbers below 1. Where all pixels are alike they are all rounded the same way, which adds up.
+# Largest rounding error in a pixel when a perturbation is added to an image in float32: half a unit in the last place
+# of numbers below 1. Where all pixels are equal they are all rounded the same way, and the errors add up.
 _ROUNDING = 2.0**-25
 
-# Largest value below which a gradient is scaled before it is normalised.
+# Gradients whose largest value is below this are scaled up before they are normalized.
 _TINY_GRADIENT = 1e-6
 
 Scale: TypeAlias = float | tf.Tensor
 
 
 def l1_norm(values: tf.Tensor) -> tf.Tensor:
-    """Sum of the absolute values of each image, shape (batch, 1, 1, 1)."""
+    """Returns the sum of the absolute values of each image, shape (batch, 1, 1, 1)."""
     return tf.reduce_sum(tf.abs(values), axis=_PER_IMAGE, keepdims=True)
 
 
 def l2_norm(values: tf.Tensor) -> tf.Tensor:
-    """Euclidean norm of each image, shape (batch, 1, 1, 1)."""
+    """Returns the Euclidean norm of each image, shape (batch, 1, 1, 1)."""
     return tf.sqrt(tf.reduce_sum(tf.square(values), axis=_PER_IMAGE, keepdims=True))
 
 
 def linf_norm(values: tf.Tensor) -> tf.Tensor:
-    """Largest absolute value of each image, shape (batch, 1, 1, 1)."""
+    """Returns the largest absolute value of each image, shape (batch, 1, 1, 1)."""
     return tf.reduce_max(tf.abs(values), axis=_PER_IMAGE, keepdims=True)
 
 
 def _uniform(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Uniform in [-1, 1]. A seed (2,) draws for the batch in one go, (batch, 2) for each image on its own."""
+    """Draws from [-1, 1]: for the whole batch at once with a seed (2,), for each image separately with (batch, 2)."""
     if seed.shape.rank == 1:
         return tf.random.stateless_uniform(tf.shape(images), seed=seed, minval=-1.0, maxval=1.0)
-    return tf.reshape(2.0 * random.uniform(seed, tf.shape(images)[1:]) - 1.0, tf.shape(images))
+    return tf.reshape(2.0 * seeds.uniform(seed, tf.shape(images)[1:]) - 1.0, tf.shape(images))
 
 
 def _normal(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     if seed.shape.rank == 1:
         return tf.random.stateless_normal(tf.shape(images), seed=seed)
-    return tf.reshape(random.normal(seed, tf.shape(images)[1:]), tf.shape(images))
+    return tf.reshape(seeds.normal(seed, tf.shape(images)[1:]), tf.shape(images))
 
 
 def _linf_start(images: tf.Tensor, epsilon: Scale, seed: tf.Tensor) -> tf.Tensor:
@@ -66,13 +78,14 @@ def _linf_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> t
 
 def _l2_start(images: tf.Tensor, epsilon: Scale, seed: tf.Tensor) -> tf.Tensor:
     direction = _normal(images, seed)
-    # On the sphere, not uniform in the ball: what the reference draws.
+    # The reference, too, draws from the sphere rather than from the ball.
     return tf.clip_by_value(images + epsilon * direction / l2_norm(direction), 0.0, 1.0)
 
 
 def _l2_step(gradient: tf.Tensor, step_size: Scale) -> tf.Tensor:
-    # The 1e-10 is the reference's. It would shorten the steps along tiny gradients, and their squares would be 0 in
-    # float32: those are scaled first. From 1e-6 on the shortening is below 1e-4, and every bit is as in the reference.
+    # The reference adds 1e-10, which would shorten the steps along tiny gradients, and their squares would vanish in
+    # float32. Such gradients are therefore scaled up first. For all others the steps are shortened by less than 1e-4,
+    # and every bit is as in the reference.
     largest = linf_norm(gradient)
     gradient = tf.where(largest < _TINY_GRADIENT, tf.math.divide_no_nan(gradient, largest), gradient)
     return step_size * gradient / (l2_norm(gradient) + 1e-10)
@@ -80,13 +93,13 @@ def _l2_step(gradient: tf.Tensor, step_size: Scale) -> tf.Tensor:
 
 def _l2_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> tf.Tensor:
     perturbation = images_adv - images
-    norm = l2_norm(perturbation)
-    # Inside the ball nothing is scaled. From outside it goes to where no rounding, of the sum below (first term) or of
-    # the norm and the division (the others), can end outside again.
+    length = l2_norm(perturbation)
+    # Points inside the ball stay where they are. Points outside are moved slightly further in than the radius, so that
+    # rounding cannot take them out again: by the first term for the sum below, by the second for norm and division.
     pixels = tf.cast(tf.reduce_prod(tf.shape(images)[1:]), tf.float32)
     radius = tf.maximum(epsilon - _ROUNDING * tf.sqrt(pixels) - 4e-7 * epsilon, 0.0)
-    scale = tf.where(norm > epsilon, radius / (norm + 1e-7), 1.0)
-    # The clip comes after the scaling: it moves every pixel towards the clean image, so it can't leave the ball.
+    scale = tf.where(length > epsilon, radius / (length + 1e-7), 1.0)
+    # Clipping comes last: it moves every pixel towards the clean image, so the point stays in the ball.
     return tf.clip_by_value(images + scale * perturbation, 0.0, 1.0)
 
 
@@ -95,17 +108,18 @@ def _l1_start(images: tf.Tensor, epsilon: Scale, seed: tf.Tensor) -> tf.Tensor:
 
 
 def _l1_step(gradient: tf.Tensor, step_size: Scale) -> tf.Tensor:
-    # The steepest ascent moves one pixel only, which is hopelessly slow; all pixels with a gradient move alike. Which
-    # ones keep theirs is the attack's choice.
+    # The steepest ascent would move a single pixel, which is far too slow. Here all pixels with a gradient move by the
+    # same amount, and the attack chooses which pixels keep their gradient.
     signs = tf.sign(gradient)
     return step_size * signs / (l1_norm(signs) + 1e-10)
 
 
 def _l1_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> tf.Tensor:
-    """Nearest point (Euclidean) of the L1 ball cut with [0, 1].
+    """Returns the nearest point, in Euclidean distance, of the intersection of the L1 ball and [0, 1].
 
-    The solution is the perturbation moved towards 0 by a threshold, then cut to the room that the pixel range leaves
-    (proposition 2.1 of arXiv 2103.01208); its L1 norm falls as the threshold rises, so bisection finds the threshold.
+    The solution moves the perturbation towards 0 by a threshold and then limits it to the room that the pixel range
+    leaves (proposition 2.1 of arXiv 2103.01208). Its L1 norm falls as the threshold rises, so bisection finds the
+    threshold.
     """
     perturbation = images_adv - images
     size = tf.abs(perturbation)
@@ -115,7 +129,7 @@ def _l1_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> tf.
         return tf.clip_by_value(size - threshold, 0.0, room)
 
     def is_inside(threshold: tf.Tensor) -> tf.Tensor:
-        # In float64: a float32 sum over an image is off by more than the ball may be missed by.
+        # In float64, because the rounding error of a float32 sum over an image exceeds the tolerance for the ball.
         return l1_norm(tf.cast(shrunk(threshold), tf.float64)) <= tf.cast(epsilon, tf.float64)
 
     def halve(i: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -123,49 +137,23 @@ def _l1_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> tf.
         inside = is_inside(middle)
         return i + 1, tf.where(inside, low, middle), tf.where(inside, middle, high)
 
-    # float32 has 24 bits; the upper end always lies inside the ball.
+    # 26 halvings, because float32 has 24 bits. The upper end always lies inside the ball.
     high = linf_norm(perturbation)
     _, _, high = tf.while_loop(lambda i, *_: i < 26, halve, (0, tf.zeros_like(high), high), maximum_iterations=26)
     moved = shrunk(tf.where(is_inside(tf.zeros_like(high)), 0.0, high))
     points = tf.clip_by_value(images + tf.sign(perturbation) * moved, 0.0, 1.0)
-    # Rounding errors add up over all pixels in this norm: a pixel that was rounded outwards goes one number back.
+    # In this norm rounding errors add up over all pixels, so a pixel that was rounded outwards goes back by one number.
     return tf.where(tf.abs(points - images) > moved, tf.math.nextafter(points, images), points)
 
 
-class Norm(NamedTuple):
-    """One norm's parts of projected gradient ascent.
-
-    Attributes:
-        length: values -> their norm, (batch, 1, 1, 1).
-        random_start: (images, epsilon, seed) -> a random point of the ball within [0, 1]; a seed of shape (2,) draws
-            for the whole batch, (batch, 2) for each image on its own.
-        step: (gradient, step_size) -> the steepest ascent of length step_size in this norm.
-        project: (images_adv, images, epsilon) -> nearest point of the ball around images, then clipped to [0, 1].
-    """
-
-    length: Callable[[tf.Tensor], tf.Tensor]
-    random_start: Callable[[tf.Tensor, Scale, tf.Tensor], tf.Tensor]
-    step: Callable[[tf.Tensor, Scale], tf.Tensor]
-    project: Callable[[tf.Tensor, tf.Tensor, Scale], tf.Tensor]
-
-
-# Source of linf and l2: MadryLab/robustness, attack_steps.py, as described in Engstrom et al. 2019; of l1: Croce and
-# Hein 2021, arXiv 2103.01208.
-NORMS = {
-    "linf": Norm(linf_norm, _linf_start, _linf_step, _linf_project),
-    "l2": Norm(l2_norm, _l2_start, _l2_step, _l2_project),
-    "l1": Norm(l1_norm, _l1_start, _l1_step, _l1_project),
-}
-
-
 class _Hyperplane(NamedTuple):
-    """What each pixel can do to bring the value of a linear function to 0; the largest weight is 1.
+    """What each pixel can contribute to bringing the value of a linear function to 0.
 
     Attributes:
-        direction: -1, 0 or 1: which way it lowers |value|.
-        room: how far it is to the end of [0, 1] there.
-        weight: by how much |value| falls for each unit of the way, >= 0.
-        needed: (batch, 1, 1, 1), |value| in the same scale.
+        direction: Direction in which the pixel lowers |value|: -1, 0 or 1.
+        room: Distance to the end of [0, 1] in this direction.
+        weight: Decrease of |value| for each unit that the pixel moves, scaled so that the largest weight is 1.
+        needed: |value| in the same scale, (batch, 1, 1, 1).
     """
 
     direction: tf.Tensor
@@ -177,7 +165,7 @@ class _Hyperplane(NamedTuple):
 def _hyperplane(points: tf.Tensor, normal: tf.Tensor, value: tf.Tensor) -> _Hyperplane:
     direction = -tf.where(value >= 0, 1.0, -1.0) * tf.sign(normal)
     room = tf.where(direction > 0, 1.0 - points, tf.where(direction < 0, points, 0.0))
-    scale = linf_norm(normal)  # squares of tiny gradients would be 0 in float32
+    scale = linf_norm(normal)  # or the squares of tiny gradients would be 0 in float32
     weight, needed = (tf.math.divide_no_nan(tf.abs(part), scale) for part in (normal, value))
     return _Hyperplane(direction, room, weight, needed)
 
@@ -195,8 +183,8 @@ def _linf_to_hyperplane(points: tf.Tensor, normal: tf.Tensor, value: tf.Tensor) 
 def _move_together(plane: _Hyperplane, *, speed: tf.Tensor) -> tf.Tensor:
     """Moves each pixel by min(speed * time, its room), for the shortest time that brings the value to 0.
 
-    What is gained, sum weight * min(speed * time, room), is concave and piecewise linear in time: Newton's method from
-    time 0 never overshoots and ends after finitely many pieces.
+    The gain, the sum of weight * min(speed * time, room), is concave and piecewise linear in time. Newton's method from
+    time 0 therefore never overshoots and ends after finitely many pieces.
     """
 
     def left_after(time: tf.Tensor) -> tf.Tensor:
@@ -215,14 +203,14 @@ def _move_together(plane: _Hyperplane, *, speed: tf.Tensor) -> tf.Tensor:
         time += tf.math.divide_no_nan(tf.maximum(left, 0.0), rate_at(time))
         return i + 1, time, left_after(time)
 
-    # Images pass a handful of pieces; 30 is a limit for the rounding of the last one.
+    # A few steps are enough; the limit of 30 only ends a search that rounding keeps from converging.
     start = (tf.constant(0), tf.zeros_like(plane.needed), plane.needed)
     _, time, _ = tf.while_loop(unfinished, newton, start, maximum_iterations=30)
     return plane.direction * tf.minimum(speed * time, plane.room)
 
 
 def _l1_to_hyperplane(points: tf.Tensor, normal: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
-    """Moves the pixels of the largest weights to the end of their room, one after the other, until the value is 0."""
+    """Moves pixels to the end of their room, starting with the largest weights, until the value is 0."""
     plane = _hyperplane(points, normal, value)
     flat = (tf.shape(points)[0], -1)
     weight, room = tf.reshape(plane.weight, flat), tf.reshape(plane.room, flat)
@@ -234,10 +222,49 @@ def _l1_to_hyperplane(points: tf.Tensor, normal: tf.Tensor, value: tf.Tensor) ->
     return plane.direction * tf.reshape(moved, tf.shape(points))
 
 
-# (points, normal, value (batch, 1, 1, 1)) -> the shortest move within [0, 1] onto the hyperplane
-# {z: value + <normal, z - points> = 0}; where the pixel range doesn't reach it, to the corner that comes nearest.
-# Source: Croce and Hein 2020, arXiv 1907.02044, section 2.2.
-HYPERPLANE_PROJECTIONS = {"linf": _linf_to_hyperplane, "l2": _l2_to_hyperplane, "l1": _l1_to_hyperplane}
+class Geometry(NamedTuple):
+    """What an attack needs to know about one norm.
 
-# The norm that measures gradients: |value| / it is the distance from the hyperplane.
-DUAL_NORMS = {"linf": l1_norm, "l2": l2_norm, "l1": linf_norm}
+    Attributes:
+        length: Function of values (batch, height, width, channels) that returns their norm, (batch, 1, 1, 1).
+        dual_length: The same for the dual norm, which measures gradients: the change that a perturbation of length 1
+            can make to a linear function.
+        random_start: Function of (images, epsilon, seed) that returns a random point of the ball within [0, 1]. A seed
+            of shape (2,) draws for the whole batch at once, one of shape (batch, 2) for each image separately.
+        step: Function of (gradient, step_size) that returns the steepest ascent of length step_size in this norm.
+        project: Function of (images_adv, images, epsilon) that returns the nearest point of the ball around the images,
+            clipped to [0, 1].
+        to_hyperplane: Function of (points, normal, value) with a value of shape (batch, 1, 1, 1). It returns the
+            shortest move within [0, 1] onto the hyperplane {z: value + <normal, z - points> = 0}. Where the pixel range
+            does not reach the hyperplane, the move goes to the corner that comes nearest.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import NORMS
+        >>> images = tf.fill([1, 2, 2, 1], 0.5)
+        >>> images_adv = NORMS["l2"].project(images + 1.0, images, 0.5)
+        >>> tf.round(100.0 * images_adv[0, :, :, 0]).numpy().tolist()
+        [[75.0, 75.0], [75.0, 75.0]]
+        >>> round(float(NORMS["l2"].length(images_adv - images)[0, 0, 0, 0]), 3)
+        0.5
+    """
+
+    length: Callable[[tf.Tensor], tf.Tensor]
+    dual_length: Callable[[tf.Tensor], tf.Tensor]
+    random_start: Callable[[tf.Tensor, Scale, tf.Tensor], tf.Tensor]
+    step: Callable[[tf.Tensor, Scale], tf.Tensor]
+    project: Callable[[tf.Tensor, tf.Tensor, Scale], tf.Tensor]
+    to_hyperplane: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+# Sources: linf and l2 follow MadryLab/robustness (attack_steps.py), as described in Engstrom et al. 2019; l1 follows
+# Croce and Hein 2021, arXiv 2103.01208; the moves to a hyperplane Croce and Hein 2020, arXiv 1907.02044, section 2.2.
+NORMS: dict[str, Geometry] = {
+    "linf": Geometry(linf_norm, l1_norm, _linf_start, _linf_step, _linf_project, _linf_to_hyperplane),
+    "l2": Geometry(l2_norm, l2_norm, _l2_start, _l2_step, _l2_project, _l2_to_hyperplane),
+    "l1": Geometry(l1_norm, linf_norm, _l1_start, _l1_step, _l1_project, _l1_to_hyperplane),
+}
+
+# The norms in which the plain gradient step of PGD and FGSM is a good one. It is not for l1: there an attack has to
+# choose which pixels move.
+PGD_NORMS: tuple[str, ...] = get_args(Norm)

@@ -13,15 +13,20 @@ AttackMode = Literal["inference", "training"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackConfig:
-    """One PGD attack: a threat model (norm and epsilon) and how it is searched.
+    """One PGD attack: a threat model (norm and epsilon) and the search within it.
+
+    Example:
+        >>> attack = AttackConfig(norm="linf", epsilon=8 / 255, step_size=2 / 255, steps=7)
+        >>> attack.active
+        True
 
     Attributes:
-        norm: "linf" or "l2".
-        epsilon: radius of the ball, in [0, 1] pixel units. 0 means no attack.
-        step_size: length of a step in the same norm and unit.
-        steps: number of gradient steps.
-        random_start: start at a random point of the ball.
-        use_best: keep each image's worst iterate, not the last.
+        norm: Norm of the perturbation, "linf" or "l2".
+        epsilon: Radius of the ball, in [0, 1] pixel units. 0 means no attack.
+        step_size: Length of a step, in the same norm and unit.
+        steps: Number of gradient steps.
+        random_start: Whether to start at a random point of the ball.
+        use_best: Whether to keep the iterate of highest loss for each image, instead of the last one.
     """
 
     norm: Norm

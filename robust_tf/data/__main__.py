@@ -1,31 +1,32 @@
-"""Data sets on this machine: what is there and in order, and getting what is not.
+"""Lists the data sets on this machine, checks them, and downloads and prepares them.
 
-python -m robust_tf.data --check                      # a table of all that have a name
-python -m robust_tf.data --check pets folder:photos   # these in detail, with exit code 1 if one is not ready
-python -m robust_tf.data --prepare=pets               # download and prepare
+python -m robust_tf.data --check                      # a table of all data sets that have a name
+python -m robust_tf.data --check pets folder:photos   # these two in detail; exit code 1 if one is not ready
+python -m robust_tf.data --prepare=pets               # download and prepare a data set
 """
 
 import dataclasses
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from absl import logging
-
-from robust_tf.data.dataset_check import Diagnosis, diagnose
-from robust_tf.data.datasets import DATASETS
-from robust_tf.data.open_dataset import data_folder, open_dataset
-from robust_tf.data.records import shown
+from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import flag, parse_flags
+
+if TYPE_CHECKING:
+    from robust_tf.data.dataset_check import CheckResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataFlags:
-    """What to do. See `--help` for each field."""
+    """The flags of this program. See `--help` for each of them."""
 
-    check: bool = flag(False, "Examine the data sets that are named, or all.")
-    prepare: str = flag("", "Name of a data set to download and prepare; one that is prepared is left as it is.")
-    data_dir: str = flag("", "TFDS folder. Default: TFDS's own.")
+    check: bool = flag(False, "Check the data sets named after the flags, or list all of them if none is named.")
+    prepare: str = flag(
+        "", "Name of a data set to download and prepare. A data set that is prepared is left unchanged."
+    )
+    data_dir: str = flag("", "Folder of TensorFlow Datasets. Default: ~/tensorflow_datasets.")
 
     def __post_init__(self) -> None:
         if self.check == bool(self.prepare):
@@ -33,8 +34,22 @@ class DataFlags:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; the exit code is 1 if a data set that was named is not ready."""
+    """Runs the command line.
+
+    Args:
+        argv: Name of the program and its arguments.
+
+    Returns:
+        The exit code: 1 if one of the named data sets is not ready, otherwise 0.
+    """
     flags, names = parse_flags(DataFlags, argv, usage=__doc__ or "")
+
+    # Only now, so that `--help` and a wrong flag do not wait for TensorFlow.
+    start_tensorflow()
+    from robust_tf.data.dataset_check import check_dataset
+    from robust_tf.data.datasets import DATASETS
+    from robust_tf.data.open_dataset import data_folder, open_dataset
+
     data_dir = data_folder(flags.data_dir)
     if flags.prepare:
         if names:
@@ -42,31 +57,33 @@ def main(argv: list[str]) -> int:
         open_dataset(flags.prepare, data_dir)
         names = [flags.prepare]
     if not names:
-        _print_table(diagnose(name, data_dir, thorough=False) for name in DATASETS)
+        _print_table(
+            (check_dataset(name, data_dir, thorough=False) for name in DATASETS), width=max(map(len, DATASETS)) + 2
+        )
         return 0
     ready = True
     for name in names:
-        diagnosis = diagnose(name, data_dir)
-        print(_text(diagnosis), flush=True)  # some take their time
-        ready = ready and diagnosis.state == "ready"
+        result = check_dataset(name, data_dir)
+        print(_text(result), flush=True)  # at once, since the next data set may take a while
+        ready = ready and result.state == "ready"
     return 0 if ready else 1
 
 
-def _print_table(diagnoses: Iterable[Diagnosis]) -> None:
-    """One line for each data set; what to do about it is told for a name."""
-    width = max(map(len, DATASETS)) + 2
+def _print_table(results: "Iterable[CheckResult]", *, width: int) -> None:
+    """Prints one line for each data set. `width` is that of the first column, in characters."""
     print(f"{'name':{width}}{'state':14}size")
-    for diagnosis in diagnoses:
-        print(f"{diagnosis.name:{width}}{diagnosis.state:14}{diagnosis.size}".rstrip(), flush=True)
+    for result in results:
+        print(f"{result.name:{width}}{result.state:14}{result.size}".rstrip(), flush=True)
     print("\nDetails and what to do: python -m robust_tf.data --check NAME ...")
 
 
-def _text(diagnosis: Diagnosis) -> str:
-    lines = [f"{diagnosis.name}: {diagnosis.state}", *(f"    {fact}" for fact in diagnosis.facts if fact)]
-    return "\n".join(map(shown, [*lines, *(f"  - {line}" for line in diagnosis.advice)]))
+def _text(result: "CheckResult") -> str:
+    from robust_tf.data.records import printable
+
+    lines = [f"{result.name}: {result.state}", *(f"    {fact}" for fact in result.facts if fact)]
+    return "\n".join(map(printable, [*lines, *(f"  - {line}" for line in result.advice)]))
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of folders that are not there yet
     with exit_on_user_error():
         sys.exit(main(sys.argv))

@@ -1,7 +1,18 @@
-"""Random transforms of training, as TensorFlow graph functions.
+"""The table of random transforms for training images, as TensorFlow graph functions.
 
-Every one takes a seed of shape (2,) and nothing else decides its result, so that a run that is resumed sees the images
-of the run that was interrupted, in whatever order parallel calls end.
+The result of each function depends only on the image and on a seed of shape (2,). A resumed run therefore sees the same
+images as one that was not interrupted, and the order of parallel calls does not matter.
+
+To add an augmentation, write a function with the arguments of the others and give it a name in `AUGMENTATIONS`.
+
+Example:
+    >>> import tensorflow as tf
+    >>> from robust_tf.data import AUGMENTATIONS
+    >>> from robust_tf.data.transforms import Picture
+    >>> picture = Picture(tf.io.encode_png(tf.zeros((40, 50, 3), tf.uint8)))
+    >>> image = AUGMENTATIONS["random_resized_crop"](picture, 32, tf.constant([0, 1]))
+    >>> image.shape.as_list(), image.dtype.name
+    ([32, 32, 3], 'float32')
 """
 
 import math
@@ -15,28 +26,38 @@ from robust_tf.data.transforms import Picture, evaluation_transform, resize
 _PCA_EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _PCA_EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 _LIGHTING_STD = 0.05
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow
+_LUMA = (0.299, 0.587, 0.114)  # weights of ITU-R 601, as in Pillow
 _CROP_DRAWS = 10
-_WINDOW_DRAWS = 2 * _CROP_DRAWS + 2  # areas, ratios, place
+_WINDOW_DRAWS = 2 * _CROP_DRAWS + 2  # areas, aspect ratios and one position
 
 
 def random_crop_window(height: tf.Tensor, width: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Top, left, height and width (int32 scalars) of a random crop: 8-100 % of the area, ratio 3/4 to 4/3.
+    """Returns a random window with 8 % to 100 % of the image's area and an aspect ratio of 3/4 to 4/3.
 
-    The first of ten draws that fits is taken; when none does, the central crop of the nearest allowed ratio.
-    Source: Szegedy et al. 2015, as in torchvision's RandomResizedCrop.
+    Draws ten windows and uses the first that fits into the image. If none fits, uses the central crop with the nearest
+    allowed aspect ratio.
+
+    Args:
+        height: Height of the image in pixels, an integer scalar.
+        width: Width of the image in pixels, an integer scalar.
+        seed: Seed for the window, (2,) integers.
+
+    Returns:
+        Top, left, height and width of the window, int32 scalars.
+
+    Source: Szegedy et al. 2015, arXiv 1409.4842, as in torchvision's RandomResizedCrop.
     """
     return _crop_window(height, width, tf.random.stateless_uniform([_WINDOW_DRAWS], seed))
 
 
 def _crop_window(height: tf.Tensor, width: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """The window that uniform random numbers (_WINDOW_DRAWS,) in [0, 1) stand for."""
+    """Returns the window for uniform random numbers in [0, 1) of shape (_WINDOW_DRAWS,)."""
     height, width = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
     low, high = 3.0 / 4.0, 4.0 / 3.0
     area_draws, ratio_draws, place_draws = tf.split(draws, [_CROP_DRAWS, _CROP_DRAWS, 2])
     area = height * width * (0.08 + (1.0 - 0.08) * area_draws)
     ratio = tf.exp(math.log(low) + (math.log(high) - math.log(low)) * ratio_draws)
-    # The central crop is appended as the eleventh draw, which always fits.
+    # The central crop, which always fits, is appended as the eleventh window.
     image_ratio = width / height
     widths = tf.concat([tf.round(tf.sqrt(area * ratio)), [tf.minimum(width, tf.round(height * high))]], 0)
     heights = tf.concat(
@@ -53,12 +74,12 @@ def _crop_window(height: tf.Tensor, width: tf.Tensor, draws: tf.Tensor) -> tuple
 
 
 def _flipped_if(image: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
-    # Along axis 1, or along none. A `cond` would take longer than the work.
+    # Reverses axis 1, or no axis. `tf.cond` would take longer than the reversal.
     return tf.reverse(image, tf.range(1, 1 + tf.cast(flip, tf.int32)))
 
 
 def _random_resized_crop(picture: Picture, image_size: int, seed: tf.Tensor) -> tf.Tensor:
-    # All numbers in one call: every operation costs some microseconds for each image.
+    # Draws all numbers in one call, because every operation costs some microseconds per image.
     draws = tf.random.stateless_uniform([_WINDOW_DRAWS + 1], seed)
     window = _crop_window(picture.height, picture.width, draws[:-1])
     size = tf.constant(image_size)
@@ -69,30 +90,30 @@ def _blend(image: tf.Tensor, other: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     return tf.clip_by_value(factor * image + (1.0 - factor) * other, 0.0, 1.0)
 
 
-def _grey(image: tf.Tensor) -> tf.Tensor:
+def _gray(image: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(image * tf.constant(_LUMA), axis=-1, keepdims=True)
 
 
 def _color_jitter(image: tf.Tensor, seed: tf.Tensor, *, strength: float) -> tf.Tensor:
-    """Brightness, contrast and saturation by a factor in 1 +- strength each, in random order."""
+    """Changes brightness, contrast and saturation in random order, each by a random factor in 1 +- strength."""
     factor_seed, order_seed = tf.unstack(tf.random.split(seed, 2))
     factors = tf.random.stateless_uniform([3], factor_seed, 1.0 - strength, 1.0 + strength)
     order = tf.random.experimental.stateless_shuffle(tf.range(3), order_seed)
     for position in range(3):
-        # The loop variable is bound as a default: switch_case calls the branches within this iteration only.
+        # Binds `image` as a default value, because the loop assigns it again.
         image = tf.switch_case(
             order[position],
             [
                 lambda image=image: _blend(image, tf.zeros_like(image), factors[0]),
-                lambda image=image: _blend(image, tf.reduce_mean(_grey(image)), factors[1]),
-                lambda image=image: _blend(image, _grey(image), factors[2]),
+                lambda image=image: _blend(image, tf.reduce_mean(_gray(image)), factors[1]),
+                lambda image=image: _blend(image, _gray(image), factors[2]),
             ],
         )
     return image
 
 
 def _lighting(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Adds a random multiple of the principal colour components; the result may leave [0, 1], so it is clipped."""
+    """Adds a random multiple of the principal components of ImageNet's colors, and clips the result to [0, 1]."""
     weights = tf.random.stateless_normal([3], seed, stddev=_LIGHTING_STD) * tf.constant(_PCA_EIGENVALUES)
     return tf.clip_by_value(image + tf.linalg.matvec(tf.constant(_PCA_EIGENVECTORS), weights), 0.0, 1.0)
 
@@ -104,7 +125,7 @@ def _imagenet(picture: Picture, image_size: int, seed: tf.Tensor) -> tf.Tensor:
 
 
 def _shift(picture: Picture, image_size: int, seed: tf.Tensor) -> tf.Tensor:
-    """Up to an eighth of the side in any direction, the gap filled with black (4 pixels of 32, as usual for CIFAR)."""
+    """Shifts the image by up to an eighth of its side (4 of 32 pixels, as usual for CIFAR) and fills with black."""
     margin = image_size // 8
     image = evaluation_transform(picture.whole(), image_size=image_size, resize_size=image_size)
     padded = tf.pad(image, ((margin, margin), (margin, margin), (0, 0)))
@@ -122,11 +143,12 @@ def _none(picture: Picture, image_size: int, seed: tf.Tensor) -> tf.Tensor:
     return evaluation_transform(picture.whole(), image_size=image_size, resize_size=image_size)
 
 
-# (picture, image_size, seed (2,)) -> (image_size, image_size, 3) float32 in [0, 1]
+# Each function takes the picture, the image size in pixels and a seed of shape (2,), and returns an image of shape
+# (image_size, image_size, 3), float32 in [0, 1].
 AUGMENTATIONS: dict[str, Callable[[Picture, int, tf.Tensor], tf.Tensor]] = {
     "none": _none,
     "shift": _shift,
     "shift_flip": _shift_flip,
-    "random_resized_crop": _random_resized_crop,  # the reference's transfer
-    "imagenet": _imagenet,  # the reference's pretraining: colour jitter and lighting on top
+    "random_resized_crop": _random_resized_crop,  # transfer, as in Salman et al. 2020
+    "imagenet": _imagenet,  # pretraining, as in Salman et al. 2020: adds color jitter and lighting
 }

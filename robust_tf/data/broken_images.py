@@ -1,4 +1,4 @@
-"""Images that cannot be decoded: found, named, and left out when that is asked for."""
+"""Finds the images that cannot be decoded, so that they can be named in an error or left out."""
 
 import contextlib
 import hashlib
@@ -16,10 +16,13 @@ from robust_tf.files import write_json
 
 
 def broken_images(part: Part) -> np.ndarray:
-    """Numbers of the examples of a part that cannot be read or decoded, by decoding all of them; int64, rising."""
+    """Returns the numbers of the examples that cannot be read or decoded, int64 in ascending order.
+
+    Decodes all images of the part.
+    """
 
     def checked(index: tf.Tensor, encoded: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        # The shape is asked for because of what has to be done for it; a mere dependency would be optimised away.
+        # The shape is returned only so that the image is decoded: tf.data would remove an unused result.
         return index, tf.shape(decode(encoded))
 
     whole = part.records().map(checked, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
@@ -28,15 +31,15 @@ def broken_images(part: Part) -> np.ndarray:
 
 
 def remembered_broken_images(part: Part, fingerprint: str, folder: pathlib.Path) -> np.ndarray:
-    """`broken_images`, which is looked for only once: the result is kept in `folder`.
+    """Returns the same as `broken_images`, but keeps the result in a file and reads it the next time.
 
     Args:
-        part: of a data set.
-        fingerprint: changes when the content of the part does.
-        folder: gets one small file for each fingerprint.
+        part: Part of a data set.
+        fingerprint: Text that changes when the content of the part changes.
+        folder: Folder for the results, one small file for each fingerprint.
     """
     path = folder / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:20]}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # missing or damaged: it is made again
+    with contextlib.suppress(OSError, ValueError, TypeError):  # a missing or damaged file is written again
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.get("fingerprint") == fingerprint:
             return np.array(content["broken"], np.int64)
@@ -44,16 +47,19 @@ def remembered_broken_images(part: Part, fingerprint: str, folder: pathlib.Path)
     try:
         write_json(path, {"fingerprint": fingerprint, "broken": broken.tolist()})
     except UserError as error:
-        warn_user(f"{error} The next start looks for broken images again.")
+        warn_user(f"{error} The next start has to search for broken images again.")
     return broken
 
 
 @contextlib.contextmanager
 def broken_images_named(parts: Sequence[Part]) -> Iterator[None]:
-    """Turns the error of a decoder within the block, which names no image, into one that does.
+    """Turns TensorFlow's error for an image that cannot be decoded into an error that names the image.
+
+    Args:
+        parts: Parts whose images are decoded within the block.
 
     Raises:
-        UserError: an image of `parts` cannot be decoded, and that has ended the block.
+        UserError: If the block fails because an image of `parts` cannot be decoded.
     """
     try:
         yield
@@ -64,22 +70,23 @@ def broken_images_named(parts: Sequence[Part]) -> Iterator[None]:
                 others = f" and {broken.size - 1} more" if broken.size > 1 else ""
                 raise UserError(
                     f"Cannot decode the image {part.name(int(broken[0]))}{others}: {reason_of(part, int(broken[0]))}. "
-                    "Repair or remove it, or leave such images out with --skip_bad_images."
+                    "Repair or remove it, or leave such images out with skip_bad_images=True (--skip_bad_images)."
                 ) from error
         if FLOATS_OUT_OF_RANGE in error.message:
-            rule = error.message[error.message.index(FLOATS_OUT_OF_RANGE) :].partition(" pictures.")[0]
+            rule = error.message[error.message.index(FLOATS_OUT_OF_RANGE) :].partition(" images.")[0]
             raise UserError(
-                f"{rule} pictures. Received: others. Prepare the data set again, all in one range."
+                f"{rule} images. Received: pixels outside of this range. Prepare the data set again with all pixels in "
+                "one range."
             ) from error
         raise
 
 
 def reason_of(part: Part, index: int) -> str:
-    """What the decoder says about an image."""
+    """Returns the reason that the decoder gives for failing on an image."""
     try:
         for _, encoded, _ in part.records().skip(index).take(1):
             decode(encoded)
     except tf.errors.OpError as error:
-        # Without the names of the operations that TensorFlow puts around it.
-        return error.message.splitlines()[0].partition(" [Op:")[0].rpartition("}} ")[2].strip(" .")
+        # Cuts off the names of the operations that TensorFlow adds before and after the reason.
+        return str(error.message).splitlines()[0].partition(" [Op:")[0].rpartition("}} ")[2].strip(" .")
     return "unknown reason"

@@ -1,11 +1,10 @@
-"""The chosen examples of one part as tf.data: in order or shuffled, read anew each epoch or kept nearer."""
+"""The chosen examples of one part as `tf.data` datasets, in order or shuffled, with an optional cache."""
 
 import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -14,11 +13,9 @@ from robust_tf.data.records import Part
 from robust_tf.errors import UserError, warn_user
 from robust_tf.files import replaced_atomically
 
-CacheMode = Literal["auto", "memory", "disk", "none"]
-
-# Encoded images that wait in a shuffle buffer may take so many bytes.
+# Largest size of the encoded images in a shuffle buffer.
 _SHUFFLE_BYTES = 512 * 1024**2
-# Share of the free memory that encoded images may be kept in.
+# Largest share of the free memory that cached images may take.
 _CACHE_SHARE = 0.25
 _FREE_MEMORY_UNKNOWN = 8 * 1024**3
 _WRITING_SEED = 20_200_716
@@ -29,12 +26,12 @@ class Examples:
     """Some examples of a part. Their datasets hold (index, encoded image, label): int64, string and int32 scalars.
 
     Attributes:
-        part: where they come from.
-        mask: (part.num_examples,) bool, which ones.
-        new_labels: int32, label of the part -> label here; None keeps them.
-        example_bytes: mean size of an encoded image.
-        in_memory: keep the encoded images in memory, from the first time that they are read.
-        file: a copy on disk that `written` makes and `shuffled` reads.
+        part: Part that the examples are chosen from.
+        mask: Examples that are chosen, (part.num_examples,) bool.
+        new_labels: New label of each label of the part, int32. None keeps the labels.
+        example_bytes: Mean size of an encoded image.
+        in_memory: Whether the encoded images stay in memory after they are read for the first time.
+        file: Copy of the examples on disk, which `written` makes and `shuffled` reads. None for no copy.
     """
 
     part: Part
@@ -46,22 +43,27 @@ class Examples:
 
     @property
     def count(self) -> int:
+        """Number of chosen examples."""
         return int(self.mask.sum())
 
     def labels(self) -> np.ndarray:
-        """(count,) int32, in the order of the part."""
+        """Returns the labels in the order of the part, (count,) int32."""
         labels = self.part.labels()[self.mask]
-        return (labels if self.new_labels is None else self.new_labels[labels]).astype(np.int32)
+        return np.asarray(labels if self.new_labels is None else self.new_labels[labels], np.int32)
 
     def in_order(self) -> tf.data.Dataset:
-        """All of them, in the order of the part."""
+        """Returns all examples in the order of the part."""
         return self._in_order
 
     def shuffled(self, seed: tf.Tensor) -> tf.data.Dataset:
-        """All of them, in an order decided by `seed`, an int64 scalar that may be a graph tensor."""
+        """Returns all examples in random order.
+
+        Args:
+            seed: Seed for the order, an int64 scalar. It may be a tensor of a graph.
+        """
         if self.in_memory:
-            return self._shuffled_within(self._in_order, seed, self.count)  # the buffer copies no image
-        # A moving window shuffles enough: TFDS has shuffled the whole when it was prepared, and so has `written`.
+            return self._shuffled_within(self._in_order, seed, self.count)  # the buffer only refers to the images
+        # Shuffling within a window is enough, because TFDS and `written` have already shuffled all examples once.
         window = int(_SHUFFLE_BYTES / max(self.example_bytes, 1.0))
         if self.file is not None:
             return self._shuffled_within(self._from_file(self.file), seed, window)
@@ -71,16 +73,16 @@ class Examples:
         return self._single_files(tf.data.Dataset.from_tensor_slices(order))
 
     def written(self) -> "Examples":
-        """These examples with their copy on disk, which is made unless it is there.
+        """Returns these examples after writing their copy on disk, unless it exists or `file` is None.
 
-        Without one, and with a warning, where it can't be written; nothing is left behind then.
+        If the copy cannot be written, prints a warning, leaves nothing behind and returns the examples without a file.
         """
         if self.file is None or self.file.exists():
             return self
         try:
             self._write(self.file)
         except UserError as error:
-            warn_user(f"{error} The images are read from where they are.")
+            warn_user(f"{error} The images are read from the data set instead.")
             return dataclasses.replace(self, file=None)
         return self
 
@@ -100,7 +102,7 @@ class Examples:
 
     @functools.cached_property
     def _in_order(self) -> tf.data.Dataset:
-        with tf.init_scope():  # made once, not in the graph of the function that happens to ask first
+        with tf.init_scope():  # outside of the graph of the function that happens to use it first
             if self._single_files is not None:
                 records = self._single_files(tf.data.Dataset.from_tensor_slices(np.flatnonzero(self.mask)))
             else:
@@ -108,21 +110,21 @@ class Examples:
                 if not self.mask.all():
                     kept = tf.constant(self.mask)
                     records = records.filter(lambda index, _, __: tf.gather(kept, index))
-                records = records.map(self._relabelled)
+                records = records.map(self._relabeled)
             records = records.apply(tf.data.experimental.assert_cardinality(self.count))
             return records.cache() if self.in_memory else records
 
     @property
-    def _single_files(self):  # type: ignore[no-untyped-def]
-        """Reads the examples of a dataset of indices, if the part can be read in any order; otherwise None."""
+    def _single_files(self) -> Callable[[tf.data.Dataset], tf.data.Dataset] | None:
+        """A function that reads the examples of a dataset of indices. None if the part must be read in order."""
         read = getattr(self.part, "record", None)
         if read is None:
             return None
         return lambda indices: indices.map(
-            lambda index: self._relabelled(*read(index)), num_parallel_calls=tf.data.AUTOTUNE
+            lambda index: self._relabeled(*read(index)), num_parallel_calls=tf.data.AUTOTUNE
         )
 
-    def _relabelled(self, index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def _relabeled(self, index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
         if self.new_labels is not None:
             label = tf.gather(tf.constant(self.new_labels), label)
         return index, encoded, tf.cast(label, tf.int32)
@@ -132,7 +134,7 @@ class Examples:
 
 
 def fits_in_memory(num_bytes: int) -> bool:
-    """Whether encoded images of this size may be kept in memory: in a quarter of what is free."""
+    """Returns whether encoded images of this size take at most a quarter of the free memory."""
     return num_bytes <= _CACHE_SHARE * _free_memory()
 
 
@@ -140,13 +142,13 @@ def _free_memory() -> int:
     try:
         lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):  # not Linux
+    except (OSError, StopIteration, ValueError):  # not on Linux
         return _FREE_MEMORY_UNKNOWN
 
 
 @contextlib.contextmanager
 def _os_errors() -> Iterator[None]:
-    """What TensorFlow says when it can't write, as the error that Python's own files raise."""
+    """Turns the error of TensorFlow for a file that cannot be written into the OSError that Python would raise."""
     try:
         yield
     except tf.errors.OpError as error:
@@ -159,7 +161,7 @@ def _to_bytes(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tf.Tens
 
 
 def _from_bytes(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The image may hold line ends of its own: only the first two separate."""
+    """Splits at the first two line ends only, because the bytes of the image may contain further ones."""
     head = tf.strings.split(tf.strings.substr(record, 0, 48), "\n", maxsplit=2)
     start = tf.strings.length(head[0]) + tf.strings.length(head[1]) + 2
     encoded = tf.strings.substr(record, start, tf.strings.length(record) - start)

@@ -1,4 +1,4 @@
-"""Records of a folder of images, one folder in it for each class."""
+"""Reads a folder of images that has one folder for each class."""
 
 import collections
 import dataclasses
@@ -12,41 +12,50 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.data.folder_scan import OUTSIDE_FOLDERS, FolderScan, ImageFile
-from robust_tf.data.records import LabelledImages, check_class_names, few, shown
+from robust_tf.data.records import LabeledImages, check_class_names, few, printable
 from robust_tf.errors import UserError
 
-# Spellings of a part's folder, whatever the case of their letters.
+# Names of the folder of each part, in lower case.
 _PARTS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
     "validation": ("val", "valid", "validation"),
 }
-# Share of each class that becomes the test part where there is no test folder.
+# Share of each class that becomes the test part if there is no test folder.
 _TEST_FRACTION = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderPart:
-    """Image files and their labels, in order."""
+    """Image files and their labels in the order of the examples. See `Part` for the methods."""
 
     paths: tuple[str, ...]
     targets: tuple[int, ...]
 
     @property
     def num_examples(self) -> int:
+        """Number of images."""
         return len(self.paths)
 
     def records(self) -> tf.data.Dataset:
+        """Returns a dataset of (index, encoded image, label)."""
         return tf.data.Dataset.range(len(self.paths)).map(self.record, num_parallel_calls=tf.data.AUTOTUNE)
 
     def record(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """One record, read by its number: what lets a folder be read in any order."""
+        """Returns one record by its number. With this method, examples can be read in any order.
+
+        Args:
+            index: Number of the example, an integer scalar.
+
+        Returns:
+            The index, the encoded image and the label.
+        """
         return index, tf.io.read_file(tf.gather(self._path_table, index)), tf.gather(self._label_table, index)
 
     @functools.cached_property
     def _path_table(self) -> tf.Tensor:
-        with tf.init_scope():  # made once, not in the graph of the function that happens to ask first
-            # As bytes: a name need not be text.
+        with tf.init_scope():  # outside of the graph of the function that happens to use it first
+            # As bytes, because the name of a file may not be valid text.
             return tf.constant([os.fsencode(path) for path in self.paths], tf.string)
 
     @functools.cached_property
@@ -55,35 +64,43 @@ class FolderPart:
             return tf.constant(self.labels())
 
     def labels(self) -> np.ndarray:
+        """Returns all labels, (num_examples,) int64."""
         return np.array(self.targets, np.int64)
 
     def name(self, index: int) -> str:
-        return shown(self.paths[index])
+        """Returns the path of an image."""
+        return printable(self.paths[index])
 
 
-def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: bool = False) -> LabelledImages:
-    """Finds the images below `root`, in one of these layouts. An image may lie in sub-folders of its class's folder.
+def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: bool = False) -> LabeledImages:
+    """Opens a folder of images.
 
-    * root/{train,test}/<class>/<image>, and root/val/<class>/<image> if there is a validation part;
-    * root/{train,val}/<class>/<image>, as ImageNet comes: val is the test part;
-    * root/<class>/<image> or root/train/<class>/<image>: a fifth of each class becomes the test part. An image's
-      part is decided by its name and `split_seed`, so that it hardly changes when images are added.
+    The folder has one of these layouts. Images may also lie in subfolders of a class folder.
 
-    The parts may be written with capitals, or training, testing, valid and validation. A file is an image by its suffix
-    or, if that says nothing, by its first bytes. Every other file is counted in `left_out`.
+    * root/{train,test}/<class>/<image>, and optionally root/val/<class>/<image> for a validation part.
+    * root/{train,val}/<class>/<image>, the layout of ImageNet. Here val is the test part.
+    * root/<class>/<image> or root/train/<class>/<image>. A fifth of each class becomes the test part. The part of an
+      image depends on its name and on `split_seed`, so it rarely changes when images are added.
+
+    The folders of the parts may be written in capital letters, and may also be called training, testing, valid or
+    validation. A file counts as an image because of its suffix or, if it has no known suffix, its first bytes. All
+    other files are listed in `left_out` of the result.
 
     Args:
-        root: the folder.
-        split_seed: of the test part where there is none.
-        skip_bad_images: leave out images that are empty or unreadable or of a kind that TensorFlow does not read.
+        root: Path of the folder.
+        split_seed: Seed for the choice of the test part, if the folder has none.
+        skip_bad_images: Leave out images that are empty, unreadable or in a format that TensorFlow cannot decode,
+            instead of raising an error.
 
     Raises:
-        UserError: no such folder, fewer than two classes, a class without images or with a name of several lines, an
-            image to skip without `skip_bad_images`, or a `split_seed` for a folder that is split already.
+        UserError: If there is no such folder, if it has fewer than two classes, if a class has no images or a name of
+            several lines, if an image cannot be read and `skip_bad_images` is false, or if `split_seed` is given for
+            a folder that has a test part.
     """
     if not root.is_dir():
         raise UserError(
-            f"--dataset=folder: needs the path of a folder of images. Received: {shown(str(root))}, which is none."
+            "A data set folder:PATH needs the path of a folder of images. Received: "
+            f"{printable(str(root))}, which is not a folder."
         )
     scan = FolderScan()
     train_root, test_root, validation_root = _part_roots(root, scan)
@@ -92,33 +109,37 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
     if test_root is None:
         train, test = _split(train, train_root, split_seed)
     elif split_seed:
-        raise UserError(f"--split_seed is for a folder without a test part. Received: {split_seed}, and {test_root}.")
+        raise UserError(
+            "split_seed is only for a folder of images without a test part. Received: "
+            f"split_seed={split_seed}, and a folder with {test_root}."
+        )
     else:
         test = _files(test_root, scan)
     if scan.bad and not skip_bad_images:
         first, reason = next(iter(scan.bad.items()))
+        more = f" and {len(scan.bad) - 1} more" if len(scan.bad) > 1 else ""
         raise UserError(
             "Images must be JPEG, PNG, GIF, BMP or WebP files that can be read. Received: "
-            f"{shown(first)} ({reason}) and {len(scan.bad) - 1} more. Convert or repair them, take them out, or "
-            "leave such images out with --skip_bad_images."
+            f"{printable(first)} ({reason}){more}. Convert or repair them, remove them, or "
+            "leave such images out with skip_bad_images=True (--skip_bad_images)."
         )
     if scan.without_images:
-        bad = f", and {len(scan.bad)} images there or elsewhere that cannot be read" if scan.bad else ""
+        bad = f", and images in the data set that cannot be read ({len(scan.bad)})" if scan.bad else ""
         raise UserError(
-            f"Every class needs images in its folder or below. Received: none in {few(scan.without_images)}{bad}."
+            f"Every class needs images in its folder or a subfolder. Received: none in {few(scan.without_images)}{bad}."
         )
     everything = [*train, *validation, *test]
     class_names = tuple(sorted({file.class_name for file in everything}))
     if len(class_names) < 2:
         raise UserError(
-            f"A data set needs two or more classes. Received: only {class_names[0]!r} in {shown(str(train_root))}."
+            f"A data set needs two or more classes. Received: only {class_names[0]!r} in {printable(str(train_root))}."
         )
     number = {name: label for label, name in enumerate(class_names)}
 
     def part(files: Sequence[ImageFile]) -> FolderPart:
         return FolderPart(tuple(file.path for file in files), tuple(number[file.class_name] for file in files))
 
-    return LabelledImages(
+    return LabeledImages(
         class_names=class_names,
         train=part([*train, *validation]),
         test=part(test),
@@ -127,12 +148,12 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
         fingerprint=_fingerprint(everything, root, split_seed),
         trusted=False,
         left_out=scan.left_out(),
-        bad_images=tuple(f"{shown(path)} ({reason})" for path, reason in scan.bad.items()),
+        bad_images=tuple(f"{printable(path)} ({reason})" for path, reason in scan.bad.items()),
     )
 
 
 def _part_roots(root: pathlib.Path, scan: FolderScan) -> tuple[pathlib.Path, pathlib.Path | None, pathlib.Path | None]:
-    """The folders that hold the classes of training, test and validation; the last two may be missing."""
+    """Returns the folders of the training, test and validation part. The last two are None if they are missing."""
     folders = scan.class_folders(root)
     part_of = {name: part for part, names in _PARTS.items() for name in names}
     parts: dict[str, pathlib.Path] = {}
@@ -144,7 +165,7 @@ def _part_roots(root: pathlib.Path, scan: FolderScan) -> tuple[pathlib.Path, pat
         elif part in parts:
             raise UserError(
                 f"A folder of images has one folder for each part. Received: {parts[part].name} and {folder.name} in "
-                f"{shown(str(root))}. Put them together, or take one of them out."
+                f"{printable(str(root))}. Merge the two, or move one of them away."
             )
         else:
             parts[part] = folder
@@ -153,15 +174,16 @@ def _part_roots(root: pathlib.Path, scan: FolderScan) -> tuple[pathlib.Path, pat
     if parts and "train" not in parts:
         names = " and ".join(folder.name for folder in parts.values())
         raise UserError(
-            f"A folder with parts needs train. Received: {shown(str(root))} with {names}, but without train."
+            f"A folder of images with parts needs a folder train. Received: {printable(str(root))} with {names}, but "
+            "without train."
         )
     if not parts:
         return root, None, None
     if list(parts) == ["train"] and any(FolderScan().images(folder) for folder in others):
         raise UserError(
-            "A folder of images holds either its parts or its classes. Received: "
-            f"{parts['train'].name} and {few([folder.name for folder in others])} in {shown(str(root))}. Name the part "
-            f"itself, --dataset=folder:{shown(str(parts['train']))}, or rename the class."
+            "A folder of images holds either the folders of its parts or those of its classes. Received: "
+            f"{parts['train'].name} and {few([folder.name for folder in others])} in {printable(str(root))}. Use the "
+            f"folder of the part, folder:{printable(str(parts['train']))}, or rename the class."
         )
     for folder in others:
         scan.leave_out(OUTSIDE_FOLDERS, str(folder))
@@ -175,18 +197,19 @@ def _has_folders(folder: pathlib.Path) -> bool:
 
 
 def _files(folder: pathlib.Path, scan: FolderScan) -> list[ImageFile]:
-    """The images of all classes, sorted by class and name."""
+    """Returns the images of all classes, sorted by class and name."""
     classes = scan.class_folders(folder)
     if not classes:
         raise UserError(
-            f"A folder of images holds one folder for each class. Received: {shown(str(folder))}, which holds none."
+            "A folder of images needs one folder for each class. Received: "
+            f"{printable(str(folder))}, which holds no folder."
         )
     check_class_names((path.name for path in classes), where=str(folder))
     return [file for path in classes for file in scan.images(path)]
 
 
 def _split(files: list[ImageFile], folder: pathlib.Path, seed: int) -> tuple[list[ImageFile], list[ImageFile]]:
-    """Train and test, in the order of the files."""
+    """Splits the images into training and test images, which keep their order."""
 
     def rank(file: ImageFile) -> bytes:
         return hashlib.sha256(os.fsencode(f"{seed}/{pathlib.Path(file.path).relative_to(folder)}")).digest()

@@ -1,4 +1,4 @@
-"""The files in a folder of images: which are pictures, and what everything else is."""
+"""Finds the images in a folder, and says what all other files are."""
 
 import collections
 import dataclasses
@@ -9,16 +9,16 @@ import stat
 from robust_tf.data.records import LeftOut
 from robust_tf.errors import UserError
 
-# What `decode` reads.
+# Formats that `decode` reads.
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp"})
-# Images all the same: to leave them out in silence would change the data set.
+# Other image formats. Leaving such files out silently would change the data set.
 _OTHER_SUFFIXES = frozenset(
     ".tif .tiff .heic .heif .avif .jp2 .j2k .jxl .svg .svgz .ppm .pgm .pbm .pnm .tga .psd .ico "
     ".cr2 .nef .arw .dng".split()
 )
 _SYSTEM_NAMES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"})
 _HEAD_BYTES = 512
-# First bytes of files that `decode` reads; those of a BMP and a WebP say more further on.
+# First bytes of the formats that `decode` reads. BMP and WebP are recognized by later bytes, too.
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")
 _BMP_HEADER_SIZES = frozenset({12, 40, 52, 56, 64, 108, 124})
 _OTHER_SIGNATURES = (
@@ -27,16 +27,23 @@ _OTHER_SIGNATURES = (
 _OTHER_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis"})
 
 HIDDEN = "hidden and system files"
-DANGLING = "links that lead nowhere"
-OTHER_FILES = "files that are no images"
-OUTSIDE = "images outside of every class folder"
-OUTSIDE_FOLDERS = "folders beside those of the parts"
-_LOOPS = "links to a folder that they lie in"
+DANGLING = "broken links"
+OTHER_FILES = "files that are not images"
+OUTSIDE = "images outside of the class folders"
+OUTSIDE_FOLDERS = "folders that belong to no part"
+_LOOPS = "links to a folder that contains them"
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """One image: its path, size in bytes, time of the last change in ns, and the name of its class."""
+    """One image file.
+
+    Attributes:
+        path: Path of the file.
+        num_bytes: Size in bytes.
+        changed: Time of the last change, in nanoseconds.
+        class_name: Name of the class.
+    """
 
     path: str
     num_bytes: int
@@ -45,29 +52,34 @@ class ImageFile:
 
 
 class FolderScan:
-    """Collects the images of class folders, and the names of all files that are none.
+    """Collects the images of class folders and the names of all other files.
 
     Attributes:
-        bad: path -> what is wrong, of images that TensorFlow does not read.
-        without_images: class folders without an image that can be read.
+        bad: Images that TensorFlow cannot read: path -> what is wrong.
+        without_images: Class folders that hold no readable image.
     """
 
     def __init__(self) -> None:
         self.bad: dict[str, str] = {}
         self.without_images: list[str] = []
-        # The inner dictionaries are sets in order: a folder may be looked at twice.
+        # The inner dictionaries serve as ordered sets, because a folder may be scanned twice.
         self._left_out: dict[str, dict[str, None]] = collections.defaultdict(dict)
 
     def class_folders(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        """The folders directly in a folder, which are its classes, by name; the files beside them are left out."""
+        """Returns the folders that lie directly in a folder, sorted by name. Leaves out the files next to them."""
         return [path for path in self._entries(folder) if not self._is_file(path)]
 
     def leave_out(self, what: str, path: str) -> None:
-        """Notes that a file or folder is not part of the data set."""
+        """Records that a file or folder is not part of the data set.
+
+        Args:
+            what: Kind of the file, as a plural for messages.
+            path: Path of the file.
+        """
         self._left_out[what][path] = None
 
     def images(self, folder: pathlib.Path) -> list[ImageFile]:
-        """The images in a class folder and its sub-folders, by name."""
+        """Returns the images in a class folder and its subfolders, sorted by name."""
         parents = {*folder.absolute().parents, *folder.resolve().parents}
         found = self._images(folder, folder.name, tuple(_identity(path) for path in parents))
         if not found:
@@ -75,7 +87,7 @@ class FolderScan:
         return found
 
     def left_out(self) -> tuple[LeftOut, ...]:
-        """Everything that is not part of the data set."""
+        """Returns everything that was found but is not part of the data set."""
         return tuple(LeftOut(what, tuple(paths)) for what, paths in self._left_out.items())
 
     def _images(self, folder: pathlib.Path, class_name: str, above: tuple[tuple[int, int], ...]) -> list[ImageFile]:
@@ -93,7 +105,7 @@ class FolderScan:
         return found
 
     def _is_file(self, path: pathlib.Path) -> bool:
-        """Whether an entry beside class folders is a file, which is then left out."""
+        """Returns whether an entry next to class folders is a file, and leaves it out in this case."""
         if path.is_dir():
             return False
         if self._is_image(path) or self.bad.pop(str(path), ""):
@@ -101,7 +113,7 @@ class FolderScan:
         return True
 
     def _entries(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        """The files and folders in a folder that are not hidden and are there, by name."""
+        """Returns the existing files and folders in a folder that are not hidden, sorted by name."""
         try:
             names = sorted(os.listdir(folder))
         except OSError as error:
@@ -116,16 +128,16 @@ class FolderScan:
                 path.stat()
             except PermissionError:
                 self.bad[str(path)] = "permission denied"
-            except OSError:  # a link to nothing, or to itself
+            except OSError:  # a link to a missing file, or to itself
                 self.leave_out(DANGLING, str(path))
             else:
                 entries.append(path)
         return entries
 
     def _is_image(self, path: pathlib.Path) -> bool:
-        """Whether a file is an image that can be read; notes what it is otherwise."""
+        """Returns whether a file is a readable image, and records what is wrong if it is not."""
         status, suffix = path.stat(), path.suffix.lower()
-        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
             self.leave_out(OTHER_FILES, str(path))
             return False
         is_named_image = suffix in _SUFFIXES or suffix in _OTHER_SUFFIXES
@@ -142,23 +154,23 @@ class FolderScan:
         if _is_decodable(head):
             return True
         if suffix in _OTHER_SUFFIXES or _is_other_image(head):
-            self.bad[str(path)] = "another kind of image"
+            self.bad[str(path)] = "unsupported image format"
         else:
             self.leave_out(OTHER_FILES, str(path))
         return False
 
 
 def _identity(folder: pathlib.Path) -> tuple[int, int]:
-    """What a folder has in common with all links to it, and with nothing else."""
+    """Returns numbers that are the same for a folder and all links to it, and different for any other folder."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
 
 def _is_decodable(head: bytes) -> bool:
-    """Whether a file that begins with these bytes is of a format that `decode` reads."""
+    """Returns whether a file that begins with these bytes has a format that `decode` reads."""
     if head.startswith(b"RIFF"):
         return head[8:12] == b"WEBP"
-    if head.startswith(b"BM"):  # a text may begin with these letters
+    if head.startswith(b"BM"):  # a text file may begin with these letters, too
         return int.from_bytes(head[14:18], "little") in _BMP_HEADER_SIZES
     return head.startswith(_SIGNATURES)
 

@@ -1,43 +1,47 @@
-"""RandAugment, MixUp and CutMix of keras-cv, made to depend on a seed alone. The only module that knows keras-cv.
+"""RandAugment, MixUp and CutMix of keras-cv, changed so that their results depend only on a seed.
 
-Its layers draw from TensorFlow's global generators, which in parallel calls give another result each time. Here the
-random numbers are drawn without a state and handed to the layers' own operations. keras-cv is imported on first use,
-since that takes seconds; it is at its last release (0.9), so that a move to another library is a change of this file.
+The layers of keras-cv draw random numbers from TensorFlow's global generators, whose results differ from run to run in
+parallel calls. This module draws the numbers with stateless functions and passes them to the layers' operations.
+
+No other module uses keras-cv, so replacing it with another library (0.9 is its last release) changes only this file. It
+is imported on first use, because that takes seconds.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-Mix = Literal["none", "mixup", "cutmix"]
+from robust_tf.config.data import Mixing
 
-# How many operations in a row, how often each really is done, and how their strength is spread.
-_OPERATIONS = 2
-_RATE = 10 / 11  # the paper's identity operation among eleven
+_OPERATIONS = 2  # applied to each image, one after the other
+_RATE = (
+    10 / 11
+)  # probability that an operation is applied: one of the eleven operations in the RandAugment paper is the identity
 _MAGNITUDE_STD = 0.15
-_LAYER_OPTIONS = {"dtype": "float32"}  # whatever precision the network computes in
+_LAYER_OPTIONS = {"dtype": "float32"}  # independent of the precision of the network
 _MIXUP_ALPHA, _CUTMIX_ALPHA = 0.2, 1.0
 
 
 def rand_augment(image: tf.Tensor, seed: tf.Tensor, *, magnitude: float) -> tf.Tensor:
-    """Two operations in a row out of ten (contrast, colour, brightness, shear, translation, ...), chosen by the seed.
+    """Applies two random operations out of ten (contrast, color, brightness, shear, translation and others).
 
     Args:
-        image: (height, width, 3) float32 in [0, 1].
-        seed: (2,) integers, which alone decide the result.
-        magnitude: mean strength of the operations, in (0, 1].
+        image: Image, (height, width, 3) float32 in [0, 1].
+        seed: Seed for the operations and their strength, (2,) integers.
+        magnitude: Mean strength of the operations, in (0, 1].
 
     Returns:
-        The same kind of image.
+        Image of the same shape, float32 in [0, 1].
 
-    Source: Cubuk et al. 2020, arXiv 1909.13719; operations and their ranges as keras_cv.layers.RandAugment has them.
+    Source: Cubuk et al. 2020, arXiv 1909.13719. The operations and their ranges are those of
+    `keras_cv.layers.RandAugment`.
     """
     operations = _operations()
-    images = image[None] * 255.0  # the unit of keras-cv's policy
+    images = image[None] * 255.0  # the range of pixels in keras-cv
     for position in range(_OPERATIONS):
         choice_seed, strength_seed = tf.unstack(
             tf.random.split(tf.random.experimental.stateless_fold_in(seed, position), 2)
@@ -45,7 +49,7 @@ def rand_augment(image: tf.Tensor, seed: tf.Tensor, *, magnitude: float) -> tf.T
         draws = tf.random.stateless_uniform([2], choice_seed)
         strength = _Strength(strength_seed, magnitude)
         branches = [functools.partial(_same_shape, operation, images, strength) for operation in operations]
-        # `switch_case` takes the last branch for every number that is out of range: nothing is done.
+        # `switch_case` runs the last branch, which changes nothing, for every number that is out of range.
         branches.append(functools.partial(tf.identity, images))
         chosen = tf.cast(draws[0] * len(operations), tf.int32)
         images = tf.switch_case(tf.where(draws[1] < _RATE, chosen, len(operations)), branches)
@@ -53,20 +57,20 @@ def rand_augment(image: tf.Tensor, seed: tf.Tensor, *, magnitude: float) -> tf.T
 
 
 def mix(
-    images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, *, kind: Mix, num_classes: int
+    images: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, *, kind: Mixing, num_classes: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mixes each image of a batch, and its label, with another one of the batch.
+    """Mixes each image of a batch and its label with another image of the batch and its label.
 
     Args:
-        images: (batch, height, width, 3) float32 in [0, 1].
-        labels: (batch,) int32.
-        seed: (2,) integers, which alone decide the result.
-        kind: "mixup" (Zhang et al. 2018, arXiv 1710.09412; alpha 0.2) or "cutmix" (Yun et al. 2019, arXiv 1905.04899;
-            alpha 1).
-        num_classes: number of labels.
+        images: Images, (batch, height, width, 3) float32 in [0, 1].
+        labels: Labels, (batch,) int32.
+        seed: Seed for the pairs and their shares, (2,) integers.
+        kind: "mixup" (Zhang et al. 2018, arXiv 1710.09412, with alpha 0.2) or "cutmix" (Yun et al. 2019,
+            arXiv 1905.04899, with alpha 1).
+        num_classes: Number of classes.
 
     Returns:
-        Images of the same shape, and labels (batch, num_classes) float32 that sum to 1.
+        Mixed images of the same shape, and their labels, (batch, num_classes) float32, which sum to 1 for each image.
     """
     layer = _mixing_layers()[kind]
     layer.seed_of_call = seed
@@ -75,7 +79,7 @@ def mix(
 
 
 class _Strength:
-    """How strong an operation is, drawn in the ways that the policy of keras-cv knows; shapes (1, 1)."""
+    """The random strength of an operation, (1, 1) float32, in each of the forms that keras-cv's operations use."""
 
     def __init__(self, seed: tf.Tensor, magnitude: float) -> None:
         normal_seed, uniform_seed = tf.unstack(tf.random.split(seed, 2))
@@ -83,7 +87,7 @@ class _Strength:
         uniform = tf.random.stateless_uniform([2, 1, 1], uniform_seed, -1.0, 1.0)
         self.share, self.other_share = tf.unstack(tf.clip_by_value(normal, 0.0, 1.0))  # around the magnitude
         self.signed_share = self.share * tf.sign(uniform[0])
-        self.uniform = magnitude * uniform[1]  # up to the magnitude, either way
+        self.uniform = magnitude * uniform[1]  # between -magnitude and magnitude
 
 
 Operation = Callable[[tf.Tensor, _Strength], tf.Tensor]
@@ -95,22 +99,22 @@ def _same_shape(operation: Operation, images: tf.Tensor, strength: _Strength) ->
 
 @contextlib.contextmanager
 def _making_layers() -> Iterator[None]:
-    """Outside of any graph; and where layers can ask for a global generator, of which nothing is drawn here."""
+    """Makes a context for creating layers, which is outside of any graph and has a seeded global generator."""
     with tf.init_scope():
-        # One that was seeded: the layers ask even if they have a seed, and op determinism forbids any other.
+        # The layers create a generator even if they never use it, and op determinism allows only a seeded one.
         tf.random.set_global_generator(tf.random.Generator.from_seed(1))
         yield
 
 
 @functools.cache
 def _operations() -> list[Operation]:
-    """The ten operations of the policy: images (1, height, width, 3) in [0, 255] to the same."""
+    """Returns the ten operations, which take and return images (1, height, width, 3) in [0, 255]."""
     import keras_cv
 
     layers, values, options = keras_cv.layers, (0, 255), _LAYER_OPTIONS
     with _making_layers():
         auto_contrast = layers.AutoContrast(values, **options)
-        # A function of its own: the layer has an `if` on a tensor, which tf.data alone would not convert.
+        # As a `tf.function`, because the layer has an `if` on a tensor, which tf.data does not convert.
         equalize = tf.function(layers.Equalization(values, **options).augment_images)
         solarize = layers.Solarization(values, **options)
         color = layers.RandomColorDegeneration(1.0, **options)
@@ -121,7 +125,7 @@ def _operations() -> list[Operation]:
     zero = np.zeros((1, 1), np.float32)
 
     def solarized(images: tf.Tensor, strength: _Strength) -> tf.Tensor:
-        # Nothing above 110 is added: little but noise would be left.
+        # Adds at most 110, because a larger number would leave little more than noise.
         additions, thresholds = 110.0 * strength.share, 255.0 * (1.0 - strength.other_share)
         return solarize.augment_images(images, {"additions": _4d(additions), "thresholds": _4d(thresholds)})
 
@@ -143,7 +147,7 @@ def _operations() -> list[Operation]:
 
 
 def _4d(values: tf.Tensor) -> tf.Tensor:
-    """(1, 1) -> (1, 1, 1, 1)."""
+    """Reshapes (1, 1) to (1, 1, 1, 1)."""
     return values[..., None, None]
 
 
@@ -152,7 +156,7 @@ def _mixing_layers() -> dict[str, Any]:
     import keras_cv
 
     class MixUp(keras_cv.layers.MixUp):
-        """With the partners and shares drawn from `seed_of_call`."""
+        """MixUp that draws the pairs and their shares from `seed_of_call`."""
 
         def _mixup(self, images: tf.Tensor) -> tuple[tf.Tensor, ...]:
             order_seed, share_seed = tf.unstack(tf.random.split(self.seed_of_call, 2))
@@ -162,10 +166,10 @@ def _mixing_layers() -> dict[str, Any]:
             return weight * images + (1.0 - weight) * tf.gather(images, partners), share, partners
 
     class CutMix(keras_cv.layers.CutMix):
-        """With the partners and rectangles drawn from `seed_of_call`.
+        """CutMix that draws the pairs and the rectangles from `seed_of_call`.
 
-        An image keeps the share of its label that it keeps of its pixels. (keras-cv counts the part of a rectangle
-        that sticks out of the image as if it were covered.)
+        The share of an image in its label is equal to its share of the pixels. In keras-cv it is smaller if a part of
+        the rectangle lies outside of the image.
         """
 
         def _cutmix(self, images: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
@@ -173,9 +177,9 @@ def _mixing_layers() -> dict[str, Any]:
             batch, height, width = tf.unstack(tf.shape(images)[:3])
             size = tf.cast(tf.stack([height, width]), tf.float32)
             side = tf.sqrt(1.0 - _beta(batch, self.alpha, share_seed))[:, None] * size
-            centre = tf.floor(tf.random.stateless_uniform([batch, 2], place_seed) * size)
-            low = tf.maximum(centre - tf.floor(side / 2.0), 0.0)[:, :, None]
-            high = tf.minimum(centre + tf.floor((side + 1.0) / 2.0), size)[:, :, None]
+            center = tf.floor(tf.random.stateless_uniform([batch, 2], place_seed) * size)
+            low = tf.maximum(center - tf.floor(side / 2.0), 0.0)[:, :, None]
+            high = tf.minimum(center + tf.floor((side + 1.0) / 2.0), size)[:, :, None]
             rows, columns = (tf.range(length, dtype=tf.float32)[None] for length in (size[0], size[1]))
             inside = ((rows >= low[:, 0]) & (rows < high[:, 0]))[:, :, None] & (
                 (columns >= low[:, 1]) & (columns < high[:, 1])
@@ -183,7 +187,7 @@ def _mixing_layers() -> dict[str, Any]:
             partners = _partners(images, order_seed)
             mixed = tf.where(inside[..., None], tf.gather(images, partners), images)
             kept = 1.0 - tf.reduce_mean(tf.cast(inside, tf.float32), axis=(1, 2))
-            return mixed, kept, partners, None, None, None, None  # the rest is for segmentation masks
+            return mixed, kept, partners, None, None, None, None  # the others are for segmentation masks
 
     with _making_layers():
         return {
@@ -197,7 +201,7 @@ def _partners(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 
 def _beta(count: tf.Tensor, alpha: float, seed: tf.Tensor) -> tf.Tensor:
-    """(count,) draws from Beta(alpha, alpha)."""
+    """Draws `count` numbers from Beta(alpha, alpha)."""
     gamma = tf.random.stateless_gamma([count, 2], seed, alpha)
-    # Of two draws that are both 0 within float32 neither is larger.
+    # The small numbers give 1/2 if both draws are 0 in float32.
     return (gamma[:, 0] + 1e-30) / (tf.reduce_sum(gamma, axis=1) + 2e-30)

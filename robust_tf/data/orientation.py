@@ -1,24 +1,31 @@
-"""Which way up a JPEG is shown: the EXIF orientation tag, read and applied within the graph.
+"""Reads and applies the EXIF orientation of a JPEG within a TensorFlow graph.
 
-Cameras store a picture as the sensor saw it and note in this tag how to turn it; browsers and viewers do so.
+Cameras store a photograph as the sensor saw it and note in the orientation tag how to turn it. Browsers and image
+viewers do so, TensorFlow's decoder does not.
 """
 
 import tensorflow as tf
 
-# The tag stands near the start of the file: EXIF takes one segment of at most 64 KiB, and few stand before it.
+# The tag is near the start of the file: EXIF is one segment of at most 64 KiB, with few segments before it.
 _HEAD_BYTES = 128 * 1024
 _MAX_SEGMENTS = 64
 _ORIENTATION_TAG = 0x0112
 
 
 def jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """The EXIF orientation of a JPEG, an int32 scalar from 1 to 8; 1 (as stored) for other formats and without a tag.
+    """Returns the EXIF orientation of a JPEG.
 
-    Whatever the bytes are, this reads nothing outside of them and ends after a fixed number of steps.
+    Damaged files are safe: the function reads no bytes outside of the file and ends after a fixed number of steps.
+
+    Args:
+        encoded: Encoded image, a scalar string.
+
+    Returns:
+        Int32 scalar from 1 to 8. 1 means "as stored", which is also the result for other formats and without a tag.
 
     Source: Exif 2.32 (CIPA DC-008), sections 4.5.4 and 4.6.4.
     """
-    # The zero at the end stands for everything that lies outside.
+    # The zero at the end is read in place of all bytes outside of the file.
     head = tf.concat([tf.io.decode_raw(tf.strings.substr(encoded, 0, _HEAD_BYTES), tf.uint8), [0]], 0)
     last = tf.size(head, tf.int64) - 1
 
@@ -59,7 +66,12 @@ def jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def turned(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """An image (height, width, channels) as a viewer shows it that follows the EXIF orientation, 1 to 8."""
+    """Turns and mirrors an image as its EXIF orientation says.
+
+    Args:
+        image: Image as it is stored, (height, width, channels).
+        orientation: EXIF orientation, an int32 scalar from 1 to 8.
+    """
     image = tf.cond(orientation >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
     upside_down = tf.reduce_any(orientation == [3, 4, 7, 8])
     mirrored = tf.reduce_any(orientation == [2, 3, 6, 7])

@@ -1,53 +1,74 @@
-"""From a data set's name to batches: which examples, in which order, transformed how.
+"""Turns the name of a data set into batches: chooses the examples, orders them and transforms them.
 
-Every batch is (images, labels): (batch, image_size, image_size, 3) float32 in [0, 1] and (batch,) int32. The order and
-the augmentation of epoch e are functions of (seed, e) alone, so training can start again at any epoch.
+Every batch is (images, labels): float32 in [0, 1] of shape (batch, image_size, image_size, 3), and int32 of shape
+(batch,). The order and the augmentation of an epoch depend only on the seed and the number of the epoch, so training
+can be resumed at any epoch.
 """
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
-from etils import epath
 
+from robust_tf.config.data import DataConfig, Mixing
 from robust_tf.data.augmentations import AUGMENTATIONS
 from robust_tf.data.broken_images import broken_images_named, remembered_broken_images
 from robust_tf.data.datasets import dataset_info
-from robust_tf.data.examples import CacheMode, Examples, fits_in_memory
-from robust_tf.data.keras_cv_layers import Mix, mix
-from robust_tf.data.open_dataset import open_dataset
+from robust_tf.data.examples import Examples, fits_in_memory
+from robust_tf.data.keras_cv_layers import mix
+from robust_tf.data.open_dataset import data_folder, open_dataset
 from robust_tf.data.preprocessing import Preprocessing
 from robust_tf.data.selection import checked_classes, part_masks
-from robust_tf.data.transforms import AS_STORED, Decoding
+from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.files import cache_folder
 
-# Evaluation makes no use of small batches, which only take longer.
+# Evaluation gives the same result with any batch size, and small batches only take longer.
 _SMALLEST_EVALUATION_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """The three parts of a classification task. `validation` and `test` are ordered and complete.
+    """The training, validation and test part of a classification task, as `load_task` returns them.
+
+    `validation` and `test` hold all their images in a fixed order.
 
     Attributes:
-        train_examples, validation_examples, test_examples: the encoded images of the parts.
-        preprocessing: what becomes of them.
-        class_names: of the classes in use; labels are positions in it.
-        metric: "accuracy" or "mean_per_class_accuracy".
-        batch_size: images in a training batch, of all workers together.
-        mixing: "none", or what mixes the images of a training batch; labels are then (batch, classes) float32.
-        seed: of the order and the augmentation.
-        fingerprint: changes when other images or labels are in use.
-        skipped: names of the broken images that were left out.
-        notes: sentences about the data that whoever uses them has to know.
-        worker, num_workers: which share of every training batch is made here.
-        drop_remainder: leave out the last batch of an epoch where it is smaller, as those must that share batches.
+        train_examples: Encoded images of the training part.
+        validation_examples: Encoded images of the validation part.
+        test_examples: Encoded images of the test part.
+        preprocessing: Transforms that turn an encoded image into pixels.
+        class_names: Names of the classes in use. A label is a position in it.
+        metric: Metric of the task: "accuracy" or "mean_per_class_accuracy".
+        batch_size: Number of images in a training batch, over all workers.
+        mixing: "none", "mixup" or "cutmix". The last two mix the images of a training batch, whose labels are then
+            float32 of shape (batch, classes).
+        seed: Seed for the order and the augmentation.
+        fingerprint: Text that changes when other images or labels are in use.
+        skipped: Names of the broken images that were left out.
+        notes: Sentences about the data that its users should read.
+        worker: Number of this worker, from 0.
+        num_workers: Number of workers, each of which makes an equal share of every training batch.
+        drop_remainder: Leave out the last batch of an epoch if it is smaller than the others. Workers that share
+            batches need this.
+
+    Example:
+        >>> import tempfile
+        >>> import tensorflow as tf
+        >>> from robust_tf.data import DataConfig, load_task
+        >>> image = tf.io.encode_png(tf.zeros((40, 50, 3), tf.uint8))
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("train/cat/1", "train/cat/2", "train/dog/3", "test/cat/4", "test/dog/5"):
+        ...         tf.io.write_file(f"{root}/{name}.png", image)
+        ...     task = load_task(DataConfig(dataset=f"folder:{root}", image_size=32), batch_size=4)
+        ...     images, labels = next(task.test.as_numpy_iterator())
+        >>> task.class_names, task.augmentation, task.metric
+        (('cat', 'dog'), 'random_resized_crop', 'accuracy')
+        >>> images.shape, labels.tolist()
+        ((2, 32, 32, 3), [0, 1])
     """
 
     train_examples: Examples
@@ -57,7 +78,7 @@ class TaskData:
     class_names: tuple[str, ...]
     metric: str
     batch_size: int
-    mixing: Mix
+    mixing: Mixing
     seed: int
     fingerprint: str
     skipped: tuple[str, ...] = ()
@@ -68,46 +89,53 @@ class TaskData:
 
     @property
     def num_train(self) -> int:
+        """Number of training images."""
         return self.train_examples.count
 
     @property
     def num_validation(self) -> int:
+        """Number of validation images."""
         return self.validation_examples.count
 
     @property
     def num_test(self) -> int:
+        """Number of test images."""
         return self.test_examples.count
 
     @property
     def image_size(self) -> int:
+        """Side of the images in a batch, in pixels."""
         return self.preprocessing.image_size
 
     @property
     def resize_size(self) -> int:
+        """Length to which evaluation resizes the shorter side before the center crop, in pixels."""
         return self.preprocessing.resize_size
 
     @property
     def augmentation(self) -> str:
+        """Key of `AUGMENTATIONS` for the training images."""
         return self.preprocessing.augmentation
 
     @property
     def steps_per_epoch(self) -> int:
-        """Training steps that see every example once; the last batch may be smaller, or is left out."""
+        """Number of training batches in an epoch. It includes a smaller last batch unless `drop_remainder` is true."""
         full, rest = divmod(self.num_train, self.batch_size)
         return full if self.drop_remainder or not rest else full + 1
 
     def train(self, *, first_epoch: int, epochs: int, first_step: int = 0) -> tf.data.Dataset:
-        """The batches of the epochs first_epoch to epochs - 1, one after the other.
+        """Returns the training batches of the epochs `first_epoch` to `epochs - 1` as one dataset.
 
         Args:
-            first_epoch, epochs: counted from 0; the last one is left out.
-            first_step: batch of the first epoch to begin with; those before it are not decoded.
+            first_epoch: Number of the first epoch, from 0.
+            epochs: Number of the epoch before which the dataset ends.
+            first_step: Number of the batch with which the first epoch begins. Earlier batches are not decoded.
         """
         seed = self.seed
 
         def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-            # Of this function's graph alone: the order must not depend on the global seed (and tf.data fails on a
-            # tensor as seed when that one is 0).
+            # Sets the seed of this function's graph, so that the order does not depend on the global seed. Besides,
+            # tf.data does not accept a tensor as seed if the global seed is 0.
             tf.random.set_seed(1)
             epoch_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 0], tf.int64), epoch)
             order_seed, augmentation_seed = tf.unstack(tf.random.split(epoch_seed, 2))
@@ -117,7 +145,7 @@ class TaskData:
             skipped_steps = tf.where(tf.equal(epoch, first_epoch), tf.constant(first_step, tf.int64), 0)
             records = records.skip(skipped_steps * self.batch_size)
             if self.num_workers > 1:
-                # Before decoding: the k-th batches of all workers together are the k-th batch of a single one.
+                # Before decoding. The k-th batches of all workers together are the k-th batch of a single worker.
                 records = records.shard(self.num_workers, self.worker)
             batches = self._augmented(records, augmentation_seed).batch(self.batch_size // self.num_workers)
             return batches if self.mixing == "none" else self._mixed(batches, augmentation_seed, skipped_steps)
@@ -126,68 +154,83 @@ class TaskData:
 
     @functools.cached_property
     def validation(self) -> tf.data.Dataset:
+        """Batches of the validation part, in a fixed order."""
         return self._evaluated(self.validation_examples)
 
     @functools.cached_property
     def test(self) -> tf.data.Dataset:
+        """Batches of the test part, in a fixed order."""
         return self._evaluated(self.test_examples)
 
     def train_view(self, view: int, first: int = 0) -> tf.data.Dataset:
-        """The training part in order, from its `first` image on: as in evaluation (view 0), or augmented (1, 2, ...).
+        """Returns the training images in a fixed order, in batches of the size that evaluation uses.
 
-        The batches are those of evaluation.
+        Args:
+            view: Number of the augmentation: 0 for the transform of evaluation, 1, 2, ... for random augmentations.
+            first: Number of the first image.
         """
         if view == 0:
             return self._evaluated(self.train_examples, first)
-        # An epoch number that no training reaches.
+        # The 1 in the seed keeps the views different from the epochs, which have a 0 there.
         seed = tf.random.experimental.stateless_fold_in(tf.constant([self.seed, 1], tf.int64), view)
         return _with_options(
             self._augmented(self.train_examples.in_order().skip(first), seed).batch(self._evaluation_batch)
         )
 
     def validation_from(self, first: int) -> tf.data.Dataset:
-        """The validation part in order, from its `first` image on."""
+        """Returns the batches of the validation part, beginning with image number `first`."""
         return self._evaluated(self.validation_examples, first)
 
     def validation_share(self, *, replicas: int) -> tf.data.Dataset:
-        """This worker's share of the validation part, in batches of one replica, `replicas` of which it has.
+        """Returns this worker's share of the validation part, in batches for one replica.
 
-        All workers and replicas get equally many batches of equal size: images are repeated to fill the last ones.
-        The batches are (images, labels, weights), with weights (batch,) float32 that let each image count once in a
-        mean over all batches: 0 for repeated images, equal for the others.
+        All replicas of all workers get the same number of batches of the same size. Images are repeated to fill the
+        last batches.
+
+        Args:
+            replicas: Number of replicas of this worker.
+
+        Returns:
+            Batches (images, labels, weights). The weights, (batch,) float32, are 0 for repeated images and equal for
+            all others, so that every image counts once in a weighted mean over all batches.
         """
         return self._share(self.validation_examples, replicas)
 
     def test_share(self, *, replicas: int) -> tf.data.Dataset:
-        """The same of the test part."""
+        """Returns this worker's share of the test part. See `validation_share`."""
         return self._share(self.test_examples, replicas)
 
     def test_ids(self, *, replicas: int = 0) -> np.ndarray:
-        """Positions of the test images in their part as it is stored, (num_test,) int64, in the order of `test`.
+        """Returns the positions of the test images in the test part of the data set.
 
-        With `replicas`, so many of each worker, in the order in which their steps see them: at each step one batch of
-        every replica, those of the first worker before those of the next.
+        Args:
+            replicas: Number of replicas of each worker if the test part is read with `test_share`. 0 if it is read
+                with `test`.
+
+        Returns:
+            (num_test,) int64, in the order of `test`. With `replicas`, in the order in which the steps see the images:
+            each step reads one batch for every replica, the replicas of the first worker before those of the next.
         """
         ids = np.flatnonzero(self.test_examples.mask)
         if not replicas:
             return ids
         batch, padded = self._share_sizes(self.num_test, replicas)
-        # The k-th image is the (k // num_workers)-th of its worker, whose batches go to its replicas in turn.
+        # The k-th image is number k // num_workers of its worker, and the replicas take the worker's batches in turn.
         order = np.arange(padded).reshape(-1, replicas, batch, self.num_workers).transpose(0, 3, 1, 2).ravel()
         return ids[order[order < self.num_test]]
 
     def preview(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` validation images and labels, the same at every call."""
+        """Returns the first `count` validation images and their labels, the same in every call."""
         images, labels = next(iter(self.validation.unbatch().batch(count)))
         return images.numpy(), labels.numpy()
 
     def sample(self) -> bytes:
-        """The first test image as the data set holds it, encoded."""
+        """Returns the first test image, encoded as in the data set."""
         _, encoded, _ = next(self.test_examples.in_order().as_numpy_iterator())
-        return encoded
+        return bytes(encoded)
 
     def broken_images_named(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, an image that cannot be decoded is a UserError with the image's name."""
+        """Returns a context in which an image that cannot be decoded raises a UserError with the image's name."""
         return broken_images_named([self.train_examples.part, self.test_examples.part])
 
     @property
@@ -202,7 +245,7 @@ class TaskData:
         return _with_options(images.batch(self._evaluation_batch)).prefetch(2)
 
     def _share_sizes(self, count: int, replicas: int) -> tuple[int, int]:
-        """Images in a batch of one replica, and those of all replicas together, repeated ones included."""
+        """Returns the batch size of one replica, and the number of images of all replicas including repeated ones."""
         batch_of_replica = -(-self._evaluation_batch // (self.num_workers * replicas))
         batch_of_all = batch_of_replica * self.num_workers * replicas
         return batch_of_replica, -(-count // batch_of_all) * batch_of_all
@@ -225,7 +268,7 @@ class TaskData:
 
     def _augmented(self, records: tf.data.Dataset, seed: tf.Tensor) -> tf.data.Dataset:
         def transform(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            # The seed belongs to the example, not to the draw: parallel calls can't change the result.
+            # Each example has its own seed, so the order of parallel calls cannot change the result.
             return self.preprocessing.for_training(
                 encoded, tf.random.experimental.stateless_fold_in(seed, index)
             ), label
@@ -236,7 +279,7 @@ class TaskData:
         num_examples, num_classes = len(self.train_examples.mask), len(self.class_names)
 
         def transform(number: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-            # Numbers that no example of this worker or another one has folded in.
+            # Numbers that are used for no example and by no other worker.
             batch_seed = tf.random.experimental.stateless_fold_in(
                 seed, num_examples + number * self.num_workers + self.worker
             )
@@ -246,78 +289,73 @@ class TaskData:
 
 
 def load_task(
-    name: str,
+    data: DataConfig | str,
     *,
-    classes: Sequence[int] | None = None,
-    image_size: int | None = None,
     batch_size: int,
-    augmentation: str | None = None,
-    rand_augment: float = 0.0,
-    mixing: Mix = "none",
-    downscale: int | None = None,
-    decoding: Decoding = AS_STORED,
-    validation_fraction: float = 0.1,
-    examples_per_class: int | None = None,
-    subset: str = "",
-    skip_bad_images: bool = False,
     seed: int = 0,
-    split_seed: int = 0,
-    data_dir: epath.Path | pathlib.Path | None = None,
-    cache: CacheMode = "auto",
-    cache_dir: pathlib.Path | None = None,
     worker: int = 0,
     num_workers: int = 1,
     drop_remainder: bool = False,
 ) -> TaskData:
-    """Splits a data set into train, validation and test, and sets up their pipelines.
+    """Loads a data set as a classification task with a training, a validation and a test part.
 
-    The validation part is the same fraction of the paper's training split at every call, whatever the seed.
+    The data set is downloaded and prepared first if necessary. The validation part is held out of the training split,
+    and is the same in every call, whatever the seed.
 
     Args:
-        name: a row of DATASETS, `tfds:NAME[/config][:version]` or `folder:/path`.
-        classes: labels to keep; they are re-numbered by their position here. None keeps all.
-        image_size: side in pixels; None takes the row's.
-        batch_size: examples a training batch; evaluation takes at least 64.
-        augmentation: key of AUGMENTATIONS; None takes the row's.
-        rand_augment: magnitude in (0, 1] of RandAugment on top of it, 0 for none.
-        mixing: "mixup" and "cutmix" mix the images of a training batch; its labels are then (batch, classes) float32.
-        downscale: shorter side in pixels that every image is reduced to before anything else.
-        decoding: whether EXIF rotation is applied, and what transparent images are put on.
-        validation_fraction: share of the training split held out for choosing the epoch, in (0, 1); where the data
-            set is not of the table and has a validation part of its own, that counts instead.
-        examples_per_class: train on so many of each class only (chosen by `seed`); None trains on all.
-        subset: train on so many ("1000") or such a share ("0.1"), balanced, chosen by `seed`; "" trains on all.
-        skip_bad_images: decode everything once, and leave out images that can't be.
-        seed: of the order, the augmentation and the choice of examples.
-        split_seed: of the test part of a folder of images that has none.
-        data_dir: TFDS folder; None takes TFDS's default.
-        cache: where encoded images are kept between epochs: "memory", "disk" (the training part, in `cache_dir`),
-            "none", or "auto": in memory if they take at most a quarter of what is free.
-        cache_dir: None takes the user's cache folder.
-        worker, num_workers: this is worker 0, 1, ... of so many that train together, each on its share of a batch.
-        drop_remainder: leave out the last training batch of an epoch where it is smaller, as several workers do anyway.
+        data: Images to use, and how they are read and augmented. A string stands for `DataConfig(dataset=data)`: a key
+            of `DATASETS`, `tfds:NAME[/config][:version]` or `folder:/path`.
+        batch_size: Number of images in a training batch, over all workers. Evaluation uses at least 64.
+        seed: Seed for the order, the augmentation and the choice of training images.
+        worker: Number of this worker, from 0.
+        num_workers: Number of workers that train together, each on an equal share of every batch.
+        drop_remainder: Leave out the last training batch of an epoch if it is smaller than the others. Always done if
+            there are several workers.
+
+    Returns:
+        The task, whose images are read when its datasets are iterated over.
 
     Raises:
-        UserError: unknown name, class or augmentation; a part is empty; the data set can't be prepared.
+        UserError: If the name, a class or the augmentation is unknown, if an argument is out of range, if a part is
+            empty, or if the data set cannot be prepared.
+
+    Example:
+        >>> import tempfile
+        >>> import tensorflow as tf
+        >>> from robust_tf.data import DataConfig, load_task
+        >>> image = tf.io.encode_png(tf.zeros((40, 50, 3), tf.uint8))
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for number in range(10):
+        ...         tf.io.write_file(f"{root}/cat/{number}.png", image)
+        ...         tf.io.write_file(f"{root}/dog/{number}.png", image)
+        ...     task = load_task(DataConfig(dataset=f"folder:{root}", image_size=32), batch_size=4)
+        ...     images, labels = next(task.train(first_epoch=0, epochs=1).as_numpy_iterator())
+        >>> task.num_train, task.num_validation, task.num_test
+        (14, 2, 4)
+        >>> images.shape, labels.shape
+        ((4, 32, 32, 3), (4,))
     """
+    if isinstance(data, str):
+        data = DataConfig(dataset=data)
+    name, augmentation, classes = data.dataset, data.augmentation, data.classes or None
     info = dataset_info(name)
-    if augmentation is not None and augmentation not in AUGMENTATIONS:
+    if augmentation and augmentation not in AUGMENTATIONS:
         raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"--validation_fraction must be between 0 and 1. Received: {validation_fraction}.")
     if not 0 <= worker < num_workers or batch_size % num_workers:
         raise UserError(
-            "Workers are numbered from 0, and share every batch equally. Received: "
+            "worker must be a number from 0 to num_workers - 1, and batch_size a multiple of num_workers. Received: "
             f"worker={worker}, num_workers={num_workers}, batch_size={batch_size}."
         )
-    images = open_dataset(name, data_dir, split_seed=split_seed, skip_bad_images=skip_bad_images)
+    images = open_dataset(
+        name, data_folder(data.data_dir), split_seed=data.split_seed, skip_bad_images=data.skip_bad_images
+    )
     names = images.class_names
     if classes is not None:
-        classes = checked_classes(classes, len(names), name)
-    folder = cache_folder(cache_dir)
+        checked_classes(classes, len(names), name)
+    folder = cache_folder(data.cache_dir or None)
 
     broken = {part: np.zeros(0, np.int64) for part in ("train", "test")}
-    if skip_bad_images:
+    if data.skip_bad_images:
         for part in broken:
             broken[part] = remembered_broken_images(
                 getattr(images, part), f"{images.fingerprint} {part}", folder / "broken_images"
@@ -327,9 +365,9 @@ def load_task(
         name,
         broken=broken,
         classes=classes,
-        validation_fraction=validation_fraction,
-        examples_per_class=examples_per_class,
-        subset=subset,
+        validation_fraction=data.validation_fraction,
+        examples_per_class=data.examples_per_class,
+        subset=data.subset,
         seed=seed,
     )
     new_labels = None
@@ -341,33 +379,33 @@ def load_task(
         digest.update(mask.tobytes())
     fingerprint = digest.hexdigest()
 
-    in_memory = cache == "memory" or (cache == "auto" and fits_in_memory(images.num_bytes))
+    in_memory = data.cache == "memory" or (data.cache == "auto" and fits_in_memory(images.num_bytes))
     examples = functools.partial(
         Examples, new_labels=new_labels, example_bytes=images.num_bytes / (len(train_mask) + len(test_mask))
     )
-    file = folder / "records" / f"{fingerprint[:20]}.tfrecord" if cache == "disk" else None
+    file = folder / "records" / f"{fingerprint[:20]}.tfrecord" if data.cache == "disk" else None
     train_examples = examples(part=images.train, mask=train_mask, in_memory=in_memory, file=file)
     train_examples = train_examples.written()
 
-    size = image_size or info.image_size
+    size = data.image_size or info.image_size
     return TaskData(
         train_examples=train_examples,
         validation_examples=examples(part=images.train, mask=validation_mask, in_memory=in_memory),
-        test_examples=examples(part=images.test, mask=test_mask),  # read once
+        test_examples=examples(part=images.test, mask=test_mask),  # not cached, because it is read only once
         preprocessing=Preprocessing(
             image_size=size,
-            # The reference's 256 for 224, kept in proportion; small images are not cropped.
+            # In the proportion of the paper's code, 256 to 224. Small images are not cropped.
             resize_size=max(size, round(size * info.resize_size / info.image_size)),
             augmentation=augmentation or info.augmentation,
-            rand_augment=rand_augment,
-            downscale=downscale,
-            decoding=decoding,
+            rand_augment=data.rand_augment,
+            downscale=data.downscale,
+            decoding=Decoding(exif=data.exif, alpha_background=data.alpha_background),
             highest_float=images.highest_float,
         ),
         class_names=tuple(names[label] for label in classes or range(len(names))),
         metric=info.metric,
         batch_size=batch_size,
-        mixing=mixing,
+        mixing=data.mixing,
         seed=seed,
         fingerprint=fingerprint,
         skipped=(
@@ -383,6 +421,6 @@ def load_task(
 
 def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
-    # Images are what is worked on in parallel; to divide the work of one among the cores as well only costs.
+    # Several images are processed in parallel. Dividing the work on one image among the cores would only cost time.
     options.threading.max_intra_op_parallelism = 1
     return dataset.with_options(options)

@@ -1,4 +1,4 @@
-"""What the flags of a job make of an encoded image, for training and for evaluation."""
+"""The complete transform from an encoded image to the pixels of a batch, for training and for evaluation."""
 
 import dataclasses
 
@@ -20,16 +20,17 @@ from robust_tf.data.transforms import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an encoded image becomes pixels.
+    """The transforms that turn an encoded image into pixels.
 
     Attributes:
-        image_size: side of the result in pixels.
-        resize_size: what the shorter side is resized to in evaluation, before the centre crop.
-        augmentation: key of AUGMENTATIONS, for training.
-        rand_augment: magnitude in (0, 1] of RandAugment on top, 0 for none.
-        downscale: what the shorter side is resized to before everything else; None leaves it.
-        decoding: what counts of an encoded image besides its colors.
-        highest_float: the images are float32 in [0, highest_float], as TFDS stores them; None for all others.
+        image_size: Side of the result, in pixels.
+        resize_size: Length to which evaluation resizes the shorter side before the center crop, in pixels.
+        augmentation: Key of `AUGMENTATIONS` for training.
+        rand_augment: Magnitude in (0, 1] of RandAugment, applied after the augmentation. 0 turns it off.
+        downscale: Length to which the shorter side is reduced before anything else, in pixels. None turns it off.
+        decoding: Treatment of EXIF rotation and transparency.
+        highest_float: Upper end of the range [0, highest_float] if TFDS stores the images as float32. None for all
+            other images.
     """
 
     image_size: int
@@ -41,11 +42,26 @@ class Preprocessing:
     highest_float: float | None = None
 
     def for_evaluation(self, encoded: tf.Tensor) -> tf.Tensor:
-        """Bytes -> (image_size, image_size, 3) float32 in [0, 1]."""
+        """Returns the pixels of an encoded image for evaluation.
+
+        Args:
+            encoded: Encoded image, a scalar string.
+
+        Returns:
+            (image_size, image_size, 3) float32 in [0, 1].
+        """
         return evaluation_transform(self._pixels(encoded), image_size=self.image_size, resize_size=self.resize_size)
 
     def for_training(self, encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """Bytes -> (image_size, image_size, 3) float32 in [0, 1], augmented as `seed` (2,) decides."""
+        """Returns the randomly augmented pixels of an encoded image for training.
+
+        Args:
+            encoded: Encoded image, a scalar string.
+            seed: Seed for the augmentation, (2,) integers.
+
+        Returns:
+            (image_size, image_size, 3) float32 in [0, 1].
+        """
         size = self.image_size
         if self.downscale is None and self.highest_float is None and self.decoding.exif == "ignore":
             picture = Picture(encoded, self.decoding.background)
@@ -59,7 +75,7 @@ class Preprocessing:
         return image
 
     def _pixels(self, encoded: tf.Tensor) -> tf.Tensor:
-        """The whole image, (height, width, 3), uint8 or float32 in the same range."""
+        """Returns the whole image, (height, width, 3) uint8, or float32 in [0, 255]."""
         if self.highest_float is None:
             image = decode(encoded, self.decoding)
         else:

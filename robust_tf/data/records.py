@@ -1,4 +1,4 @@
-"""What a data set is to the pipeline, wherever it is stored: numbered records in a training and a test part."""
+"""The form in which the pipeline sees every data set: numbered records in a training part and a test part."""
 
 import dataclasses
 import unicodedata
@@ -12,53 +12,60 @@ from robust_tf.errors import UserError
 
 
 class Part(Protocol):
-    """The examples of one part, numbered from 0 in an order that never changes."""
+    """The training part or the test part of a data set. Its examples are numbered from 0 in a fixed order."""
 
     @property
     def num_examples(self) -> int:
-        """How many there are."""
+        """Number of examples."""
 
     def records(self) -> tf.data.Dataset:
-        """(index, encoded image, label), scalars of int64, string and int64, in order of the index."""
+        """Returns a dataset of (index, encoded image, label), int64, string and int64 scalars, by ascending index."""
 
     def labels(self) -> np.ndarray:
-        """(num_examples,) int64, without reading the images where that is possible."""
+        """Returns all labels, (num_examples,) int64. Reads no images if the storage allows it."""
 
     def name(self, index: int) -> str:
-        """The file or the TFDS id of an example, for messages about it."""
+        """Returns the path or the TFDS id of an example, for messages about it."""
 
 
-# So many files or faults of one kind are named, the others counted.
+# Number of files or faults of one kind that a message names. It counts the others.
 _NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """Files that lie among the images and are not part of the data set: what they are, and their paths."""
+    """Files that were found among the images but are not part of the data set.
+
+    Attributes:
+        what: Kind of the files, as a plural for messages.
+        paths: Their paths.
+    """
 
     what: str
     paths: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"Left out: {len(self.paths)} {self.what}: {few(self.paths)}."
+        return f"Left out: {self.what} ({len(self.paths)}): {few(self.paths)}."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledImages:
-    """A data set that is there to be read.
+class LabeledImages:
+    """A data set that is ready to be read.
 
     Attributes:
-        class_names: names of the labels 0, 1, ...
-        train: what may be learned from, the data set's own validation part (if any) included.
-        test: what the result is measured on.
-        validation: (train.num_examples,) bool, true for the data set's own validation part; None if it has none.
-        num_bytes: size of all encoded images, about.
-        fingerprint: changes when the content does.
-        trusted: a known data set, whose labels need no check.
-        left_out: files that are not part of it.
-        bad_images: names of images among those, which cannot be read.
-        highest_float: pixels are float32 in [0, highest_float]; None for encoded images, whose pixels are integers.
-        notes: sentences that whoever uses it has to know.
+        class_names: Names of the labels 0, 1, ...
+        train: Training part. It includes the validation part that the data set itself defines, if there is one.
+        test: Test part.
+        validation: (train.num_examples,) bool, true for the validation part that the data set itself defines. None if
+            it defines none.
+        num_bytes: Approximate size of all encoded images.
+        fingerprint: Text that changes when the content of the data set changes.
+        trusted: Whether the data set is known, so that its labels need no check.
+        left_out: Files that were found but are not part of the data set.
+        bad_images: Names of images that were left out because they cannot be read.
+        highest_float: Upper end of the range [0, highest_float] if the pixels are stored as float32. None for encoded
+            images, whose pixels are integers.
+        notes: Sentences about the data set that its users should read.
     """
 
     class_names: tuple[str, ...]
@@ -75,13 +82,13 @@ class LabelledImages:
 
 
 def few(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """Returns the first names of a list as text, and the number of the others."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(map(shown, names[:_NAMED])) + more
+    return ", ".join(map(printable, names[:_NAMED])) + more
 
 
-def shown(name: str) -> str:
-    """A name as one line that can be printed everywhere: control characters and bytes that are no text are escaped."""
+def printable(name: str) -> str:
+    """Returns a name as one printable line, with control characters and undecodable bytes escaped."""
     return "".join(char.encode("unicode_escape").decode() if _breaks_a_line(char) else char for char in name)
 
 
@@ -90,52 +97,65 @@ def _breaks_a_line(char: str) -> bool:
 
 
 def check_class_names(names: Iterable[str], *, where: str) -> None:
-    """Every class name must be one line of text: an exported model lists them in a file, one a line.
+    """Checks that every class name is one line of text, because an exported model lists them in a file, one per line.
+
+    Args:
+        names: Names of the classes.
+        where: Data set or folder, for the message.
 
     Raises:
-        UserError: one is not; shows it escaped.
+        UserError: If a name is blank or has several lines. The message shows it with escapes.
     """
     for name in names:
         if not name.strip() or any(map(_breaks_a_line, name)):
             raise UserError(
                 "A class name is one line of text that is not blank, without tabs and other control characters. "
-                f"Received: '{shown(name)}' in {shown(where)}. Rename the class."
+                f"Received: '{printable(name)}' in {printable(where)}. Rename the class."
             )
 
 
 def check_labels(labels: np.ndarray, part: Part, class_names: Sequence[str], *, name: str) -> None:
-    """Every label of a part must be that of a class.
+    """Checks that every label of a part belongs to a class.
+
+    Args:
+        labels: Labels of the part, (part.num_examples,) int.
+        part: Part of the data set.
+        class_names: Names of all classes.
+        name: Name of the data set, for the message.
 
     Raises:
-        UserError: one is not; names the first such example.
+        UserError: If a label is out of range. The message names the first such example.
     """
     wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
     if wrong.size:
+        more = f", and {wrong.size - 1} more" if wrong.size > 1 else ""
         raise UserError(
-            f"Labels of {name} must be 0 to {len(class_names) - 1}, one for each class. Received: label "
-            f"{labels[wrong[0]]} of {part.name(int(wrong[0]))}, and {wrong.size - 1} more like it."
+            f"Labels of {name} must be 0 to {len(class_names) - 1}, one number for each class. Received: label "
+            f"{labels[wrong[0]]} of {part.name(int(wrong[0]))}{more}."
         )
 
 
 def check_classes_present(
     labels: np.ndarray, classes: Sequence[int], class_names: Sequence[str], *, where: str
 ) -> None:
-    """Every class in use must have an example: it could not be learned, or its accuracy is 0 / 0.
+    """Checks that every class in use has an example. Without one it cannot be learned, or its accuracy is 0 / 0.
 
     Args:
-        labels: of the examples in use.
-        classes: the labels in use.
-        class_names: of all labels.
-        where: the part and the data set, for the message.
+        labels: Labels of the examples in use.
+        classes: Labels of the classes in use.
+        class_names: Names of all classes.
+        where: Part and data set, for the message.
 
     Raises:
-        UserError: a class has none.
+        UserError: If a class has no example.
     """
     missing = sorted(set(classes) - set(labels.tolist()))
     if missing:
         rest = [str(label) for label in classes if label not in missing]
-        way_out = f", or leave the class out with --classes={','.join(rest)}" if len(rest) > 1 else ""
+        way_out = ""
+        if len(rest) > 1:
+            way_out = f", or leave the class out with classes=({', '.join(rest)}) or --classes={','.join(rest)}"
         raise UserError(
             f"Every class needs images in {where}. Received: none of {', '.join(class_names[c] for c in missing)}. "
-            f"Add some{way_out}."
+            f"Add some images{way_out}."
         )

@@ -1,19 +1,19 @@
-"""Which examples of a data set a task uses, as boolean masks over the numbered examples of a part."""
+"""The choice of the examples that a task uses, as boolean masks over the numbered examples of a part."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from robust_tf.data.records import LabelledImages, check_classes_present, check_labels
+from robust_tf.data.records import LabeledImages, check_classes_present, check_labels
 from robust_tf.errors import UserError
 from robust_tf.flags import parse_amount
 
-# Not the job's seed: every run on a data set must hold out the same images.
+# A fixed number and not the seed of the job, so that every run on a data set holds out the same images.
 _VALIDATION_SEED = 20_200_716
 
 
 def part_masks(
-    images: LabelledImages,
+    images: LabeledImages,
     name: str,
     *,
     broken: dict[str, np.ndarray],
@@ -23,16 +23,26 @@ def part_masks(
     subset: str,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which examples train, validate (both of `images.train`) and test, bool.
+    """Returns the masks of the training, validation and test examples.
 
     Args:
-        images: the data set called `name`.
-        broken: numbers of the examples to leave out of "train" and "test".
+        images: Data set to choose from.
+        name: Name of the data set, for messages.
+        broken: Numbers of the examples to leave out of `images.train` (key "train") and `images.test` (key "test").
+        classes: Labels to keep. None keeps all.
+        validation_fraction: Share of the training part that is held out, in (0, 1), unless the data set itself defines
+            a validation part.
+        examples_per_class: Number of training examples to keep of each class. None keeps all.
+        subset: Number ("1000") or share ("0.1") of the training examples to keep, balanced over the classes. ""
+            keeps all.
+        seed: Seed for the choice of the training examples.
 
-    The others are those of `load_task`.
+    Returns:
+        The masks of the training and validation examples, both (images.train.num_examples,) bool, and the mask of the
+        test examples, (images.test.num_examples,) bool.
 
     Raises:
-        UserError: a part is empty or lacks a class, or labels are wrong.
+        UserError: If a part is empty or lacks a class, or if a label belongs to no class.
     """
     names, num_pool = images.class_names, images.train.num_examples
     validation = held_out(num_pool, validation_fraction) if images.validation is None else images.validation.copy()
@@ -55,14 +65,22 @@ def part_masks(
     for part, mask in (("training", train), ("validation", validation), ("test", test)):
         if not mask.any():
             raise UserError(
-                f"The {part} part of {name!r} is empty. Received: classes={classes}, "
-                f"validation_fraction={validation_fraction}, {num_pool} training examples in all."
+                f"The {part} part of {name!r} must not be empty. Received: classes={classes}, "
+                f"validation_fraction={validation_fraction}, and {num_pool} training examples in all."
             )
     return train, validation, test
 
 
 def held_out(num_examples: int, fraction: float) -> np.ndarray:
-    """(num_examples,) bool, true for the validation part."""
+    """Returns a mask that is true for the validation examples, the same in every run.
+
+    Args:
+        num_examples: Number of training and validation examples together.
+        fraction: Share of the validation examples, in (0, 1). At least one example is held out.
+
+    Returns:
+        (num_examples,) bool.
+    """
     mask = np.zeros(num_examples, bool)
     count = max(1, round(fraction * num_examples))
     mask[np.random.default_rng(_VALIDATION_SEED).permutation(num_examples)[:count]] = True
@@ -70,58 +88,76 @@ def held_out(num_examples: int, fraction: float) -> np.ndarray:
 
 
 def checked_classes(classes: Sequence[int], num_classes: int, name: str) -> Sequence[int]:
-    """`classes` themselves.
+    """Returns `classes` unchanged if they are two or more different labels of the data set.
+
+    Args:
+        classes: Labels to keep.
+        num_classes: Number of classes of the data set.
+        name: Name of the data set, for the message.
 
     Raises:
-        UserError: not two or more different labels of the data set.
+        UserError: If a label is out of range or occurs twice, or if there is only one.
     """
     wrong = [label for label in classes if not 0 <= label < num_classes]
     if wrong:
         raise UserError(
-            f"--classes must be labels of {name}, 0 to {num_classes - 1}. Received: {wrong} in {list(classes)}."
+            f"classes must be labels of {name}, 0 to {num_classes - 1}. Received: {wrong} in classes={list(classes)}."
         )
     if len(set(classes)) != len(classes) or len(classes) < 2:
-        raise UserError(f"--classes must be two or more different labels. Received: {list(classes)}.")
+        raise UserError(f"classes must be two or more different labels. Received: classes={list(classes)}.")
     return classes
 
 
 def few_of_each_class(labels: np.ndarray, mask: np.ndarray, count: int, seed: int, name: str) -> np.ndarray:
-    """`mask` reduced to `count` examples of each class, chosen by `seed`.
+    """Returns `mask` reduced to the same number of examples of each class.
+
+    Args:
+        labels: Labels of the whole part, (num_examples,) int.
+        mask: Examples to choose from, (num_examples,) bool.
+        count: Number of examples to keep of each class.
+        seed: Seed for the choice.
+        name: Name of the data set, for the message.
+
+    Returns:
+        (num_examples,) bool.
 
     Raises:
-        UserError: a class has fewer.
+        UserError: If a class has fewer examples.
     """
     for label, available in zip(*np.unique(labels[mask], return_counts=True), strict=True):
         if available < count:
             raise UserError(
-                f"--examples_per_class={count} is more than {name} has: class {label} has {available} training "
-                "examples besides the validation part."
+                f"examples_per_class must be at most the number of training images of each class of {name}. Received: "
+                f"examples_per_class={count}, and {available} images of class {label} without the validation part."
             )
     return _chosen(labels, mask, {label: count for label in np.unique(labels[mask])}, seed)
 
 
 def balanced_subset(labels: np.ndarray, mask: np.ndarray, amount: int | float, seed: int, name: str) -> np.ndarray:
-    """`mask` reduced to so many examples, chosen by `seed`, as equally from all classes as these have examples.
+    """Returns `mask` reduced to a number of examples that is as equal for all classes as possible.
 
     Args:
-        labels: (num_examples,) of the whole part.
-        mask: (num_examples,) bool, what to choose from.
-        amount: a number of examples, or (float) a share of them in (0, 1].
-        seed: of the choice.
-        name: of the data set, for the message.
+        labels: Labels of the whole part, (num_examples,) int.
+        mask: Examples to choose from, (num_examples,) bool.
+        amount: Number of examples to keep (int), or their share in (0, 1] (float).
+        seed: Seed for the choice.
+        name: Name of the data set, for the message.
+
+    Returns:
+        (num_examples,) bool.
 
     Raises:
-        UserError: more than there are, or fewer than one for each class.
+        UserError: If there are fewer examples than `amount`, or if a class would be left without one.
     """
     classes, available = np.unique(labels[mask], return_counts=True)
     total = amount if isinstance(amount, int) else round(amount * int(available.sum()))
     if not len(classes) <= total <= available.sum():
         raise UserError(
-            f"--subset must leave at least one image of each class: of {name}, {len(classes)} to {available.sum()} "
-            f"training images. Received: {amount}, which are {total}."
+            f"subset must keep at least one image of each class: of {name}, {len(classes)} to {available.sum()} "
+            f"training images. Received: subset={amount}, which keeps {total}."
         )
     counts = np.zeros_like(available)
-    # Round by round each class gives one more, until it has no more; which classes come first is drawn.
+    # In every round, each class that has examples left gives one. The order of the classes is random.
     turn = np.random.default_rng(seed).permutation(len(classes))
     level = 0
     while counts.sum() < total:

@@ -1,8 +1,9 @@
-"""Records of a data set that TFDS holds."""
+"""Reads a data set of TensorFlow Datasets (TFDS)."""
 
 import dataclasses
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -10,20 +11,27 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from robust_tf.data.datasets import dataset_info, is_row
-from robust_tf.data.records import LabelledImages, check_class_names
+from robust_tf.data.records import LabeledImages, check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
 from robust_tf.errors import UserError
 
-# Names that data sets in TFDS give these parts; the first that is there counts.
+# Names of these parts in TFDS. The first that exists is used.
 _TEST_SPLITS = ("test", "validation", "val")
 _VALIDATION_SPLITS = ("validation", "val")
-# So many images show which range float32 pixels lie in.
+# Number of images that are read to find the range of float32 pixels.
 _IMAGES_LOOKED_AT = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsPart:
-    """A split expression of a prepared builder, in file order."""
+    """The examples of a TFDS split, in the order of the files. See `Part` for the methods.
+
+    Attributes:
+        builder: Builder whose data is prepared.
+        split: TFDS split expression, for example "train+validation".
+        image_key: Name of the feature that holds the image.
+        label_key: Name of the feature that holds the label.
+    """
 
     builder: tfds.core.DatasetBuilder
     split: str
@@ -32,35 +40,42 @@ class TfdsPart:
 
     @property
     def num_examples(self) -> int:
+        """Number of examples."""
         return int(self._read({self.label_key}).cardinality())
 
     def records(self) -> tf.data.Dataset:
+        """Returns a dataset of (index, encoded image, label)."""
         image, label = self.image_key, self.label_key
-        # Other features (masks, boxes) are not even read; images stay encoded until an epoch wants them.
+        # Reads no other features, such as masks and boxes, and leaves the images encoded until an epoch uses them.
         dataset = self._read({image, label}, decoders={image: tfds.decode.SkipDecoding()})
         return dataset.enumerate().map(lambda index, example: (index, example[image], example[label]))
 
     def labels(self) -> np.ndarray:
+        """Returns all labels, (num_examples,) int64."""
         batches = self._read({self.label_key}).map(lambda example: example[self.label_key]).batch(4096)
         return np.concatenate([np.zeros(0, np.int64), *batches.as_numpy_iterator()])
 
     def name(self, index: int) -> str:
-        """The TFDS id, with the original file's name where the data set kept it."""
+        """Returns the TFDS id of an example, preceded by the name of the original file if the data set stores it."""
         file_keys = [key for key in self.builder.info.features if re.fullmatch(r"(image/)?file_?name", key)]
         dataset = self._read(set(file_keys) or {self.label_key}, read_config=tfds.ReadConfig(add_tfds_id=True))
         example = next(dataset.skip(index).take(1).as_numpy_iterator())
         return " ".join(example[key].decode() for key in [*file_keys, "tfds_id"])
 
-    def _read(self, features: set[str], decoders: dict | None = None, **options: object) -> tf.data.Dataset:
+    def _read(self, features: set[str], decoders: dict[str, Any] | None = None, **options: object) -> tf.data.Dataset:
         partial = tfds.decode.PartialDecoding(features, decoders=decoders or {})
         return self.builder.as_dataset(split=self.split, decoders=partial, shuffle_files=False, **options)
 
 
-def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabelledImages:
-    """A row of DATASETS or `tfds:NAME`, prepared first if it was not.
+def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledImages:
+    """Opens a data set of TFDS, downloading and preparing it first if necessary.
+
+    Args:
+        name: Key of `DATASETS`, or `tfds:NAME[/config][:version]`.
+        data_dir: Folder of TFDS. None uses TFDS's default.
 
     Raises:
-        UserError: it can't be prepared, or is no image classification data set.
+        UserError: If the data set cannot be prepared, or is not an image classification data set.
     """
     info = dataset_info(name)
     builder = prepared_builder(name, data_dir)
@@ -75,13 +90,13 @@ def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> Labelled
     highest_float = _highest_float(part(train), name)
     notes: tuple[str, ...] = ()
     if highest_float == 255.0:
-        notes = (f"The float32 images of {name} have pixels from 0 to 255: they are scaled to [0, 1].",)
+        notes = (f"The float32 images of {name} have pixels from 0 to 255, which are scaled to [0, 1].",)
     own_validation = None
     if validation is not None:
         counts = part(train).num_examples, part(validation).num_examples
         own_validation = np.repeat([False, True], counts)
         train = f"{train}+{validation}"
-    return LabelledImages(
+    return LabeledImages(
         class_names=class_names,
         train=part(train),
         test=part(test),
@@ -95,10 +110,10 @@ def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> Labelled
 
 
 def _highest_float(part: TfdsPart, name: str) -> float | None:
-    """1 or 255, the upper end of the range of float32 pixels as the first images show it; None for integers.
+    """Returns the upper end of the range of float32 pixels, 1 or 255, judging by the first images. None for integers.
 
     Raises:
-        UserError: the pixels of the first images lie in neither range.
+        UserError: If the pixels of the first images lie in neither range.
     """
     if np.dtype(part.builder.info.features[part.image_key].np_dtype) != np.float32:
         return None
@@ -106,44 +121,47 @@ def _highest_float(part: TfdsPart, name: str) -> float | None:
     ends = np.array([(image.min(), image.max()) for image in (example[part.image_key] for example in examples)])
     lowest, highest = ends[:, 0].min(), ends[:, 1].max()
     for limit in (1.0, 255.0):
-        if lowest >= 0.0 and highest <= limit:  # neither holds for NaN
+        if lowest >= 0.0 and highest <= limit:  # false for NaN
             return limit
     raise UserError(
-        f"float32 images must have pixels in [0, 1], or from 0 to 255. Received: pixels from {lowest:g} to {highest:g} "
-        f"in the first {len(ends)} images of {name}. Prepare the data set in one of these ranges."
+        f"float32 images must have pixels in [0, 1] or in [0, 255]. Received: pixels from {lowest:g} to {highest:g} "
+        f"in the first {len(ends)} images of {name}. Prepare the data set with pixels in one of these ranges."
     )
 
 
 def _sizes(builder: tfds.core.DatasetBuilder) -> list[tuple[str, int, int]]:
-    """Of each split. One version may hold other images where each user collects them, as those of Birdsnap."""
+    """Returns the name, the number of images and the size of each split.
+
+    These tell apart data sets of one version whose images each user has to collect, such as Birdsnap.
+    """
     return [(name, info.num_examples, info.num_bytes) for name, info in sorted(builder.info.splits.items())]
 
 
 def _keys(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:
-    """The features that hold the image and its label."""
+    """Returns the names of the features that hold the image and its label."""
     features = dict(builder.info.features.items())
     image_key, label_key = builder.info.supervised_keys or ("image", "label")
     if not isinstance(features.get(image_key), tfds.features.Image) or not isinstance(
         features.get(label_key), tfds.features.ClassLabel
     ):
         raise UserError(
-            f"{name} is no image classification data set: it needs one image and one class label in each example. "
+            f"{name} is not an image classification data set: each example needs an image and a class label. "
             f"Received: {', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())}."
         )
     return image_key, label_key
 
 
 def _splits(builder: tfds.core.DatasetBuilder, label_key: str, name: str) -> tuple[str, str, str | None]:
-    """Train, test and, if the data set has it besides, validation."""
+    """Returns the split expressions of the training, the test and the validation part. The last one may be None."""
     there = [split for split, info in builder.info.splits.items() if info.num_examples]
     if "train" not in there:
-        raise UserError(f"{name} has no training split. Received: {', '.join(there)}.")
-    # The test parts of some challenges are published without labels, as -1.
-    labelled = [split for split in there if split != "train" and _has_labels(builder, split, label_key)]
-    test = next((split for split in _TEST_SPLITS if split in labelled), None)
+        raise UserError(f"A data set needs a split called train. Received: {name} with {', '.join(there)}.")
+    # Some challenges publish their test part without labels, which TFDS stores as -1.
+    labeled = [split for split in there if split != "train" and _has_labels(builder, split, label_key)]
+    test = next((split for split in _TEST_SPLITS if split in labeled), None)
     if test is None:
-        return "train[:80%]", "train[80%:]", None  # TFDS has shuffled them when it prepared the data set
-    return "train", test, next((split for split in _VALIDATION_SPLITS if split in labelled and split != test), None)
+        return "train[:80%]", "train[80%:]", None  # TFDS shuffles the images when it prepares the data set
+    return "train", test, next((split for split in _VALIDATION_SPLITS if split in labeled and split != test), None)
 
 
 def _has_labels(builder: tfds.core.DatasetBuilder, split: str, label_key: str) -> bool:

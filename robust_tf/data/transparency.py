@@ -1,22 +1,23 @@
-"""Transparent pictures on a background of one color, within the graph."""
+"""Puts transparent images on a background of one color, within a TensorFlow graph."""
 
 import tensorflow as tf
 
-# Enough for every GIF that a program writes; only a file made to be slow has more.
+# More than in any GIF that a program writes. The limits end the loops for files that are made to be slow.
 _MAX_EXTENSIONS = 64
 _MAX_BLOCKS = 4096
 _BYTES = [bytes([value]) for value in range(256)]
 
 
 def on_background(image: tf.Tensor, value: int) -> tf.Tensor:
-    """Puts an image on a background.
+    """Returns an image on a background of one shade.
 
     Args:
-        image: (height, width, 3 or 4) uint8; the fourth channel is the opacity, which scales the others only here.
-        value: of all three channels of the background, 0 to 255.
+        image: Image, (height, width, 3 or 4) uint8. The fourth channel is the opacity, and the others are not
+            multiplied with it.
+        value: Value of the background in all three channels, 0 to 255.
 
     Returns:
-        (height, width, 3) uint8, rounded to the nearest.
+        (height, width, 3) uint8, rounded to the nearest integer.
     """
     opaque = tf.fill(tf.concat([tf.shape(image)[:2], [1]], 0), tf.constant(255, tf.uint8))
     alpha = tf.cast(tf.concat([image, opaque], -1)[..., 3:4], tf.int32)
@@ -25,18 +26,22 @@ def on_background(image: tf.Tensor, value: int) -> tf.Tensor:
 
 
 def opaque_gif(encoded: tf.Tensor, value: int) -> tf.Tensor:
-    """The bytes of a GIF whose first frame has the background's color where it was transparent.
+    """Returns a GIF whose first frame has the color of the background instead of transparent pixels.
 
-    TensorFlow's decoder gives no opacity of a GIF: transparent pixels come out black. One entry of the palette stands
-    for all of them and for no other pixel, so that entry becomes the background, and the flag for transparency goes.
+    TensorFlow's decoder returns no opacity for a GIF, and makes transparent pixels black. In a GIF, all transparent
+    pixels have one color of the palette, which no other pixel has. The function replaces this color with the
+    background and clears the flag for transparency.
 
     Args:
-        encoded: the bytes of a GIF, a scalar string.
-        value: of all three channels of the background, 0 to 255.
+        encoded: Encoded GIF, a scalar string.
+        value: Value of the background in all three channels, 0 to 255.
+
+    Returns:
+        The changed GIF, a scalar string.
 
     Source: GIF89a specification, sections 18 to 23.
     """
-    # The zeros at the end stand for what a truncated file lacks; the decoder then refuses it.
+    # The zero at the end is read in place of the bytes that a truncated file lacks. The decoder then refuses the file.
     data = tf.concat([tf.io.decode_raw(encoded, tf.uint8), [0]], 0)
     last = tf.size(data) - 1
 
@@ -53,7 +58,7 @@ def opaque_gif(encoded: tf.Tensor, value: int) -> tf.Tensor:
         return end + 1
 
     def palette(flags: tf.Tensor) -> tf.Tensor:
-        """The number of colors that follow a byte of flags."""
+        """Returns the number of colors in the palette that is described by a byte of flags."""
         return tf.where(flags >= 128, 2 ** (flags % 8 + 1), 0)
 
     def next_extension(position: tf.Tensor, control: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -1,1 +1,4 @@
-"""What is measured on a finished classifier: attacks, corruptions, calibration, and pictures of what it looks at."""
+"""Measures a finished classifier: robustness to attacks and corruptions, calibration, and what it looks at.
+
+The programs `robust_tf.evaluate` and `robust_tf.visualize` are the way in.
+"""

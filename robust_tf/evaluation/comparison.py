@@ -1,22 +1,25 @@
-"""Two classifiers on the same images: the paired differences of everything that was measured."""
+"""The comparison of two classifiers on the same images: paired differences between all their accuracies."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from robust_tf.evaluation.outcomes import as_json, from_json
 from robust_tf.evaluation.pictures import Measured
 from robust_tf.evaluation.report import row_title
-from robust_tf.statistics import in_words, paired_difference
+from robust_tf.json_records import from_json, to_json
+from robust_tf.statistics import PairedDifference, in_words, paired_difference
 
 
-def compared(measured: Sequence[Measured]) -> dict[str, Any] | None:
-    """The first classifier minus the second, as evaluation.json has it; None where there is no second on its images.
+def compare_classifiers(measured: Sequence[Measured]) -> dict[str, Any] | None:
+    """Returns the paired differences, first classifier minus second, as evaluation.json holds them.
+
+    Args:
+        measured: One or two classifiers.
 
     Returns:
-        "clean_accuracy" and "attacks", a list with an entry for each attack at each epsilon: difference, 95 % interval,
-        p-value.
+        The difference between the clean accuracies under "clean_accuracy", and under "attacks" a list with one for
+        each attack at each epsilon. None if there is no second classifier, or it was measured on other images.
     """
     if len(measured) < 2:
         return None
@@ -28,13 +31,13 @@ def compared(measured: Sequence[Measured]) -> dict[str, Any] | None:
     labels = first.images.labels
     right = [each.logits.argmax(axis=1) == labels for each in measured]
     return {
-        "clean_accuracy": as_json(paired_difference(*right)),
+        "clean_accuracy": to_json(paired_difference(*right)),
         "attacks": [
             {
                 "attack": ours.attack,
                 "norm": ours.norm,
                 "epsilon": ours.epsilon,
-                **as_json(paired_difference(ours.robust, theirs.robust)),
+                **to_json(paired_difference(ours.robust, theirs.robust)),
             }
             for ours, theirs in zip(first.robustness, second.robustness, strict=True)
             if ours.epsilon > 0
@@ -43,11 +46,18 @@ def compared(measured: Sequence[Measured]) -> dict[str, Any] | None:
 
 
 def comparison_lines(comparison: dict[str, Any] | None, names: Sequence[str]) -> list[str]:
-    """A line for each paired difference, or one that says why there is none; nothing for a single classifier."""
+    """Returns a line for each paired difference, or one line that says why there are none.
+
+    Args:
+        comparison: What `compare_classifiers` returned.
+        names: Names of the classifiers. With a single classifier there are no lines.
+    """
     if len(names) < 2:
         return []
     if comparison is None:
         return ["No paired differences: the two classifiers were not measured on the same images."]
     rows = {"clean accuracy": comparison["clean_accuracy"]}
     rows |= {row_title(row): row for row in comparison["attacks"]}
-    return [f"{name}, {' minus '.join(names)}: {in_words(from_json(row))}" for name, row in rows.items()]
+    return [
+        f"{name}, {' minus '.join(names)}: {in_words(from_json(PairedDifference, row))}" for name, row in rows.items()
+    ]

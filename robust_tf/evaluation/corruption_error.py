@@ -1,28 +1,29 @@
-"""The error under the common corruptions, on images that we corrupt or on TFDS's corrupted test sets."""
+"""Measures the error under the common corruptions, on computed images or on the corrupted test sets of TFDS."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from robust_tf.config.evaluation import CorruptionSource
+from robust_tf.data.tfds_preparation import no_folders_left_behind
 from robust_tf.errors import UserError
 from robust_tf.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from robust_tf.evaluation.predicting import Predict
+from robust_tf.evaluation.prediction import Predict
 from robust_tf.evaluation.subject import Images, Subject, chosen_images, chosen_positions
-
-CorruptionSource = Literal["auto", "computed", "tfds"]
 
 
 class CorruptedSet(NamedTuple):
-    """A corrupted test set of TFDS, one builder config for each corruption and severity.
+    """A corrupted test set of TFDS, which has one builder config for each corruption and severity.
 
     Attributes:
-        name, version: in TFDS.
-        split: whose images they are made from.
-        spellings: of the corruptions that TFDS calls otherwise.
-        cropped: whether the images have the size of the classifier's input already.
+        name: Name in TFDS.
+        version: Version in TFDS.
+        split: Split that holds the images.
+        cropped: Whether the images already have the size of the classifier's input.
+        spellings: Names in TFDS of the corruptions that have another name there.
     """
 
     name: str
@@ -42,24 +43,26 @@ CORRUPTED_SETS = {
     ),
     "imagenet2012": CorruptedSet("imagenet2012_corrupted", "3.1.0", "validation", True, {}),
 }
-# name, severity -> images with labels
+# A function from the name of a corruption and its severity to images with labels.
 Corrupted = Callable[[str, int], Images]
 
 
 def corrupted_images(
     subject: Subject, images: Images, *, source: CorruptionSource, data_dir: str, seed: int
 ) -> tuple[str, Corrupted]:
-    """Where corrupted images come from, and the function that gives them by corruption and severity.
+    """Returns the source of corrupted images, and a function that gives the images of a corruption and a severity.
 
     Args:
-        images: the clean ones that are corrupted, where we do it ourselves.
-        source: "tfds" takes TFDS's corrupted test set, "computed" does not, "auto" does where it is prepared, the
-            data set has one, and no classes were left out.
-        data_dir: TFDS folder; "" takes TFDS's default.
-        seed: of the draws. TFDS's sets have an order of their own: as many of their images are drawn as `images` has.
+        subject: Classifier and its task.
+        images: Clean images to corrupt, if the corrupted images are computed.
+        source: "computed" to corrupt `images`, "tfds" to use the corrupted test set of TFDS, or "auto" to use that set
+            if it exists, is prepared, and the classifier has all its classes.
+        data_dir: Folder of TFDS. "" uses TFDS's default.
+        seed: Seed for the corruptions, or for the choice of as many images of TFDS's set as `images` has. Its images
+            have a different order, so they are not the same ones.
 
     Raises:
-        UserError: "tfds" for a data set without a prepared corrupted set.
+        UserError: If `source` is "tfds" and there is no prepared corrupted test set.
     """
     builders = None
     if source != "computed" and subject.dataset in CORRUPTED_SETS and not subject.classes:
@@ -67,10 +70,10 @@ def corrupted_images(
     if builders is None:
         if source == "tfds":
             raise UserError(
-                "--corruption_source=tfds needs a corrupted test set that TFDS has prepared, for one of "
-                f"{', '.join(CORRUPTED_SETS)} with all classes. Received: {subject.dataset}, classes "
-                f"{list(subject.classes) or 'all'}. Run `tfds build cifar10_corrupted`, or use "
-                "--corruption_source=computed."
+                "--corruption_source=tfds needs a corrupted test set that is prepared in TFDS, and all classes of "
+                f"{' or '.join(CORRUPTED_SETS)}. Received: {subject.dataset}, classes "
+                f"{list(subject.classes) or 'all'}. Prepare the set, for example with `tfds build cifar10_corrupted`, "
+                "or use --corruption_source=computed."
             )
         return "computed", lambda name, severity: dataclasses.replace(
             images, pixels=corrupt(images.pixels, name, severity, ids=images.ids.tolist(), seed=seed)
@@ -84,21 +87,35 @@ def corrupted_images(
 
 
 def error_of(predict: Predict, images: Images) -> float:
-    """Share of wrong predictions."""
+    """Returns the share of images that are misclassified, in [0, 1].
+
+    Args:
+        predict: Function from images to logits.
+        images: Images with their labels.
+    """
     return float((predict(images.pixels).argmax(axis=1) != images.labels).mean())
 
 
 def mean_corruption_error(errors: dict[str, list[float]]) -> float:
-    """Mean over the corruptions of their mean error over the severities, in [0, 1]; relative to no baseline."""
+    """Returns the mean error over all corruptions and severities, in [0, 1], which is not relative to a baseline.
+
+    Args:
+        errors: Errors of each corruption, one for each severity.
+    """
     return float(np.mean([np.mean(by_severity) for by_severity in errors.values()]))
 
 
 def relative_corruption_error(errors: dict[str, list[float]], baseline: dict[str, list[float]]) -> float | None:
-    """mCE: the mean over the corruptions of error / error of the baseline, 1.0 where they are alike.
+    """Returns the mCE: the mean over the corruptions of the error divided by the error of a baseline.
 
-    None where the baseline makes no error under one of the corruptions.
+    Args:
+        errors: Errors of each corruption, one for each severity.
+        baseline: Errors of the baseline, in the same form.
 
-    Source: Hendrycks and Dietterich 2019, arXiv 1903.12261, section 4.1, whose baseline is AlexNet.
+    Returns:
+        The mCE, which is 1.0 if the errors are equal. None if the baseline has no error under one of the corruptions.
+
+    Source: Hendrycks and Dietterich 2019, arXiv 1903.12261, section 4.1, where the baseline is AlexNet.
     """
     if not all(sum(baseline[name]) for name in errors):
         return None
@@ -106,13 +123,15 @@ def relative_corruption_error(errors: dict[str, list[float]], baseline: dict[str
 
 
 def _prepared_builders(dataset: str, data_dir: str) -> dict[tuple[str, int], tfds.core.DatasetBuilder] | None:
-    """All 75, or None when one is not prepared."""
+    """Returns the builders of all 75 pairs of a corruption and a severity, or None if one of them is not prepared."""
     corrupted_set = CORRUPTED_SETS[dataset]
     builders = {}
     for name in CORRUPTIONS:
         for severity in SEVERITIES:
             config = f"{corrupted_set.spellings.get(name, name)}_{severity}"
-            builder = tfds.builder(f"{corrupted_set.name}/{config}:{corrupted_set.version}", data_dir=data_dir or None)
+            reference = f"{corrupted_set.name}/{config}:{corrupted_set.version}"
+            with no_folders_left_behind():
+                builder = tfds.builder(reference, data_dir=data_dir or None)
             if not builder.is_prepared():
                 return None
             builders[name, severity] = builder
@@ -122,7 +141,7 @@ def _prepared_builders(dataset: str, data_dir: str) -> dict[tuple[str, int], tfd
 def _drawn(
     builder: tfds.core.DatasetBuilder, corrupted_set: CorruptedSet, subject: Subject, *, count: int, seed: int
 ) -> Images:
-    """`count` images of one corrupted set, prepared as the clean ones are."""
+    """Draws `count` images of one corrupted set, preprocessed like the clean images."""
     decoders = tfds.decode.PartialDecoding({"image", "label"}, decoders={"image": tfds.decode.SkipDecoding()})
     dataset = builder.as_dataset(split=corrupted_set.split, decoders=decoders, shuffle_files=False)
     records = dataset.enumerate().map(lambda index, example: (index, example["image"], example["label"]))

@@ -1,4 +1,4 @@
-"""Which test images a job's report shows: as many classes and kinds of mistakes as possible, not the first images."""
+"""The choice of test images for the report of a job: as many classes and kinds of mistakes as possible."""
 
 from collections import Counter
 from typing import Any, Literal, NamedTuple
@@ -10,12 +10,15 @@ PER_KIND = 6
 
 
 class Example(NamedTuple):
-    """One test image and what became of it.
+    """One test image with its predictions.
 
     Attributes:
-        kind: "resists" the attack (or is right, where none was run), "falls" under it, or "wrong" without one.
-        label, prediction, prediction_adv: classes.
-        image, image_adv: (height, width, channels) float32 in [0, 1]; equal where there is no attack.
+        kind: "wrong" if the clean image is misclassified, "falls" if only the adversarial image is, else "resists".
+        label: True class.
+        prediction: Predicted class of the clean image.
+        prediction_adv: Predicted class of the adversarial image.
+        image: Clean image (height, width, channels) float32 in [0, 1].
+        image_adv: Adversarial image of the same shape; the clean image if no attack was run.
     """
 
     kind: Kind
@@ -27,7 +30,11 @@ class Example(NamedTuple):
 
 
 class ExampleChoice:
-    """Looks at batch after batch and keeps a few images of each kind, spread over classes and then over mistakes."""
+    """Keeps a few images of each kind from all batches, spread first over the classes and then over the mistakes.
+
+    Args:
+        per_kind: Largest number of images of each kind.
+    """
 
     def __init__(self, per_kind: int = PER_KIND) -> None:
         self._per_kind = per_kind
@@ -35,15 +42,17 @@ class ExampleChoice:
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """The images that resist, those that fall, and the wrong ones, each in the order of their classes."""
+        """The images that were kept: first those that resist, then those that fall, then the wrong ones."""
         return tuple(each for kept in self._kept.values() for each in sorted(kept, key=lambda each: each[1:4]))
 
     def look_at(self, rows: np.ndarray, images: Any, images_adv: Any) -> None:
-        """Takes what is of use from a batch.
+        """Looks at a batch, and keeps the images that make the choice more varied.
 
         Args:
-            rows: (batch, 4) int: labels, predictions, predictions under attack, and 0 where an image does not count.
-            images, images_adv: (batch, height, width, channels) tensors; only the chosen images are copied.
+            rows: Table (batch, 4) int with the label, the prediction, the prediction under attack, and 0 for an image
+                that only fills the batch.
+            images: Tensor (batch, height, width, channels) of clean images. Only images that are kept are copied.
+            images_adv: Tensor of the same shape with the adversarial images.
         """
         for position, (label, prediction, prediction_adv, counts) in enumerate(rows.tolist()):
             if not counts:
@@ -54,7 +63,10 @@ class ExampleChoice:
                 self._kept[kind][place : place + 1] = [Example(kind, label, prediction, prediction_adv, *pixels)]
 
     def _place(self, kind: Kind, label: int, mistake: tuple[int, int]) -> int | None:
-        """Returns the place for a new image: an empty one, or one whose class or mistake is shown too often."""
+        """Returns the place for a new image, or None if it adds nothing.
+
+        It is an empty place, or the place of an image whose class or mistake is shown too often.
+        """
         kept = self._kept[kind]
         if len(kept) < self._per_kind:
             return len(kept)

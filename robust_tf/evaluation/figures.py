@@ -1,4 +1,4 @@
-"""The pictures of an evaluation, drawn without a display."""
+"""Draws curves, plots and sheets of images with Matplotlib, without a display."""
 
 import io
 import itertools
@@ -19,17 +19,17 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-_ROW_NAME_LENGTH = 22  # letters that fit along the side of a picture of a sheet
+_ROW_NAME_LENGTH = 22  # characters that fit along the side of a picture on a sheet
 
 
 class Curve(NamedTuple):
     """One line of the robustness curve.
 
     Attributes:
-        name: in the legend.
-        epsilons: ascending.
-        accuracy: one for each epsilon, in [0, 1].
-        intervals: lower and upper end for each epsilon.
+        name: Name in the legend.
+        epsilons: Radii in ascending order.
+        accuracy: Accuracy at each epsilon, in [0, 1].
+        intervals: Lower and upper end of the 95 % interval at each epsilon.
     """
 
     name: str
@@ -39,9 +39,16 @@ class Curve(NamedTuple):
 
 
 def save_curve(path: pathlib.Path, curves: Sequence[Curve], *, norm: str, title: str) -> None:
-    """Robust accuracy over epsilon, with the 95 % intervals as bands."""
+    """Draws the robust accuracy over epsilon, with the 95 % intervals as bands.
+
+    Args:
+        path: PNG file to write.
+        curves: Lines of the plot.
+        norm: Norm of the perturbations, for the label of the axis.
+        title: Title of the plot.
+    """
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    # Curves that coincide stay visible through each other's gaps.
+    # With different dashes, curves that lie on each other stay visible.
     for curve, dashes in zip(curves, itertools.cycle(("-", "--", "-.", ":"))):
         (line,) = axes.plot(
             curve.epsilons, 100 * np.array(curve.accuracy), marker="o", linestyle=dashes, label=curve.name
@@ -58,11 +65,16 @@ def save_curve(path: pathlib.Path, curves: Sequence[Curve], *, norm: str, title:
 
 
 def save_reliability(path: pathlib.Path, calibrations: dict[str, Calibration]) -> None:
-    """Accuracy (with 95 % intervals) over confidence for each classifier, with the number of images below."""
+    """Draws the accuracy of each classifier over its confidence, with 95 % intervals and the number of images below.
+
+    Args:
+        path: PNG file to write.
+        calibrations: Calibration of each classifier, by its name in the legend.
+    """
     figure, (axes, counts) = pyplot.subplots(
         2, 1, figsize=(5, 6), layout="constrained", sharex=True, height_ratios=(3, 1)
     )
-    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", label="perfectly calibrated")
+    axes.plot([0, 1], [0, 1], color="gray", linestyle="--", label="perfectly calibrated")
     width = 1.0 / (len(calibrations) + 0.25)
     for position, (name, bins) in enumerate(calibrations.items()):
         filled = bins.counts > 0
@@ -75,7 +87,9 @@ def save_reliability(path: pathlib.Path, calibrations: dict[str, Calibration]) -
         bin_width = np.diff(bins.edges) * width
         counts.bar(bins.edges[:-1] + position * bin_width, bins.counts, bin_width, align="edge")
     axes.set_ylabel("accuracy")
-    axes.legend(loc="upper left", fontsize="small")  # few are right more often than they say
+    axes.legend(
+        loc="upper left", fontsize="small"
+    )  # this corner is empty, because few classifiers are right more often than they predict
     counts.set_ylabel("images")
     counts.set_xlabel("confidence")
     axes.set_xlim(0, 1)
@@ -90,15 +104,16 @@ def save_sheet(
     row_names: Sequence[str] = (),
     title: str = "",
 ) -> None:
-    """A grid of pictures with a caption above each.
+    """Draws a grid of pictures with a caption above each.
 
     Args:
-        rows: pictures (height, width, 3) float in [0, 1]; the rows are equally long.
-        captions: in the same shape.
-        row_names: written along the left side.
-        title: above all.
+        path: PNG file to write.
+        rows: Rows of the same length with pictures of shape (height, width, 3), float in [0, 1].
+        captions: Captions, in the same grid.
+        row_names: Names of the rows, which are written along the left side.
+        title: Title of the sheet.
     """
-    side = 1.3  # of a picture, in inches
+    side = 1.3  # side of a picture, in inches
     figure, axes = pyplot.subplots(
         len(rows),
         len(rows[0]),
@@ -119,20 +134,25 @@ def save_sheet(
 
 
 def _wrapped(name: str, length: int) -> str:
-    """A name in lines of at most so many letters; it may break after an underscore."""
+    """Breaks a name into lines of at most `length` characters, also after underscores."""
     lines = (textwrap.fill(line.replace("_", "_ "), length) for line in name.splitlines())
     return "\n".join(lines).replace("_ ", "_")
 
 
 def magnified(perturbation: np.ndarray) -> np.ndarray:
-    """A perturbation around grey, stretched so that its largest value reaches 0 or 1."""
+    """Returns a perturbation as a picture around gray, scaled so that its largest value becomes 0 or 1."""
     return 0.5 + 0.5 * perturbation / (np.abs(perturbation).max() or 1.0)
 
 
 def svg_of(figure: Figure, name: str) -> str:
-    """A figure as an SVG element to stand in a page: no prolog, no metadata, and ids that begin with `name`."""
+    """Returns a figure as an SVG element for an HTML page, without prolog and metadata.
+
+    Args:
+        figure: Figure to convert.
+        name: Prefix for all ids, which makes them unique in the page.
+    """
     buffer = io.StringIO()
-    with pyplot.rc_context({"svg.hashsalt": name}):  # equal figures give equal text
+    with pyplot.rc_context({"svg.hashsalt": name}):  # makes the text of equal figures equal
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
@@ -141,7 +161,7 @@ def svg_of(figure: Figure, name: str) -> str:
 
 
 def save(path: pathlib.Path, figure: Figure) -> None:
-    """Writes a figure as PNG, without the date and version that would make equal figures differ."""
+    """Writes a figure as PNG and closes it. The file has no date and no version, so equal figures give equal files."""
     with replaced_atomically(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

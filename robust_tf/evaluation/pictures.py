@@ -1,4 +1,4 @@
-"""What an evaluation looks like: the robustness curve, the reliability plot, the sheet of examples."""
+"""Chooses and draws the pictures of an evaluation: robustness curve, reliability plot and sheet of examples."""
 
 import collections
 import dataclasses
@@ -9,16 +9,26 @@ import numpy as np
 
 from robust_tf.attacks.cascade import CLEAN
 from robust_tf.attacks.table import title_of
-from robust_tf.evaluation.attacking import Robustness, unattacked
 from robust_tf.evaluation.calibration import Calibration
 from robust_tf.evaluation.figures import Curve, magnified, save_curve, save_reliability, save_sheet
+from robust_tf.evaluation.robustness import Robustness, unattacked
 from robust_tf.evaluation.subject import Images, Subject, short_names
 from robust_tf.statistics import wilson_interval
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One classifier and what was measured."""
+    """The results for one classifier.
+
+    Attributes:
+        subject: Classifier and its task.
+        images: Test images.
+        logits: Logits of the images, (count, num_classes).
+        calibration: Calibration on the images.
+        robustness: Result of each attack at each epsilon.
+        corruption_source: Source of the corrupted images. Empty if the corruptions were not measured.
+        corruption_errors: Errors of each corruption, one for each severity.
+    """
 
     subject: Subject
     images: Images
@@ -30,7 +40,16 @@ class Measured:
 
 
 def draw_figures(folder: pathlib.Path, measured: Sequence[Measured], *, num_examples: int) -> None:
-    """reliability.png; with an attack curve.png; where it moved images examples.png, and examples_compare.png."""
+    """Draws all pictures of an evaluation.
+
+    Writes reliability.png. If there was an attack, also writes curve.png, and if its epsilon was above 0,
+    examples.png and, for a second classifier, examples_compare.png.
+
+    Args:
+        folder: Folder to write to.
+        measured: Results of one or two classifiers.
+        num_examples: Number of images on each sheet of examples. 0 draws no sheet.
+    """
     labels = short_names([each.subject.name for each in measured])
     bins = {label: each.calibration for label, each in zip(labels, measured, strict=True)}
     save_reliability(folder / "reliability.png", bins)
@@ -48,7 +67,13 @@ def draw_figures(folder: pathlib.Path, measured: Sequence[Measured], *, num_exam
 
 
 def curve_of(attack: str, label: str, measured: Measured) -> Curve:
-    """Robust accuracy over epsilon, the clean accuracy at 0."""
+    """Returns the curve of the robust accuracy over epsilon, which begins with the clean accuracy at 0.
+
+    Args:
+        attack: Name of the attack.
+        label: Name of the classifier in the legend.
+        measured: Results of the classifier.
+    """
     clean = unattacked(measured.images, measured.logits, name=attack, norm="")
     points = {0.0: clean} | {result.epsilon: result for result in measured.robustness if result.attack == attack}
     hits = [int(result.robust.sum()) for result in points.values()]
@@ -62,19 +87,31 @@ def curve_of(attack: str, label: str, measured: Measured) -> Curve:
 
 
 def kept_examples(labels: np.ndarray, correct: np.ndarray, *, count: int) -> np.ndarray:
-    """Positions of images for the sheet of examples whose adversarial images are worth keeping, in many classes.
+    """Returns the positions of the images whose adversarial images are kept for the sheet of examples.
 
-    Which of them will fall isn't known before the attack, so they are twice as many as will be drawn.
+    The positions cover many classes. They are twice as many as will be drawn, because it is not known before the attack
+    on which images it will succeed.
 
     Args:
-        labels: (num_images,) int.
-        correct: (num_images,) bool, right without an attack.
+        labels: Labels of the images, (num_images,) int.
+        correct: Whether each image is classified correctly without an attack, (num_images,) bool.
+        count: Number of images on the sheet.
     """
     return np.array(_spread([np.flatnonzero(correct).tolist()], labels, count=2 * count), int)
 
 
 def drawn_examples(images: Images, result: Robustness, *, count: int) -> list[int]:
-    """Positions of the images to draw: fallen, resisting and wrong unattacked ones, in many classes."""
+    """Returns the positions of the images on the sheet of examples, which cover many classes and all outcomes.
+
+    Args:
+        images: Test images.
+        result: Result of the attack.
+        count: Number of images on the sheet.
+
+    Returns:
+        Positions of images on which the attack succeeded, then of images that resist, then of images that are
+        misclassified without an attack.
+    """
     kept = [position for position, number in enumerate(images.ids.tolist()) if number in result.kept]
     fallen = [position for position in kept if result.felled_by[position] not in ("", CLEAN)]
     resisting = [position for position in kept if not result.felled_by[position]]
@@ -84,7 +121,7 @@ def drawn_examples(images: Images, result: Robustness, *, count: int) -> list[in
 
 
 def _spread(groups: Sequence[list[int]], labels: np.ndarray, *, count: int) -> list[int]:
-    """Up to `count` positions, from each group in turn, of the class that has had the fewest so far."""
+    """Chooses up to `count` positions, from each group in turn and of the class that was chosen least often so far."""
     left = [list(group) for group in groups]
     chosen: list[int] = []
     seen: collections.Counter[int] = collections.Counter()
@@ -99,9 +136,16 @@ def _spread(groups: Sequence[list[int]], labels: np.ndarray, *, count: int) -> l
 
 
 def draw_examples(path: pathlib.Path, measured: Measured, result: Robustness, *, count: int) -> None:
-    """Some images, the adversarial image that each ended with, and the magnified perturbation.
+    """Draws the sheet of examples: images, their last adversarial images, and the magnified perturbations.
 
-    A third each has fallen to the attack, resists it, and was wrong before, as far as there are any, in many classes.
+    If there are enough of each kind, the attack succeeded on a third of the images, another third resists, and the last
+    third is misclassified without an attack.
+
+    Args:
+        path: PNG file to write.
+        measured: Results of the classifier.
+        result: Result of the attack to show.
+        count: Number of images on the sheet.
     """
     drawn = drawn_examples(measured.images, result, count=count)
     if not drawn:
@@ -116,7 +160,7 @@ def draw_examples(path: pathlib.Path, measured: Measured, result: Robustness, *,
         images_adv = result.kept.get(number, pixels)
         perturbation = images_adv - pixels
         by, at = result.felled_by[position], result.felled_at[position]
-        outcome = "resists" if not by else "wrong unattacked" if at == 0 else f"{by}, {at:.3g}"
+        outcome = "resists" if not by else "wrong without attack" if at == 0 else f"{by}, {at:.3g}"
         largest = np.abs(perturbation).max()
         factor = f"x {0.5 / largest:.3g}" if largest else "none"
         rows[0].append(pixels)

@@ -1,4 +1,4 @@
-"""evaluation.json and the closing table: everything that was measured, with its uncertainty."""
+"""Builds the entries of evaluation.json and the table that is printed at the end of an evaluation."""
 
 import importlib.metadata
 import platform
@@ -11,8 +11,8 @@ from rich.table import Table
 
 import robust_tf
 from robust_tf.attacks.table import title_of
-from robust_tf.evaluation.attacking import Robustness
 from robust_tf.evaluation.calibration import Calibration
+from robust_tf.evaluation.robustness import Robustness
 from robust_tf.evaluation.subject import Images, Subject, short_names
 from robust_tf.statistics import wilson_interval
 
@@ -20,7 +20,7 @@ _PACKAGES = ("tensorflow", "keras", "tensorflow-datasets", "numpy", "scipy")
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
+    """Returns the versions of Python and of the packages that the results depend on, by name."""
     return {
         "robust_tf": robust_tf.__version__,
         "python": platform.python_version(),
@@ -29,11 +29,12 @@ def versions() -> dict[str, str]:
 
 
 def accuracy_entry(correct: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """An accuracy with its 95 % interval (Wilson), in all and for each class that occurs.
+    """Returns an accuracy with its 95 % interval (Wilson), for all images and for each class that occurs.
 
     Args:
-        correct: (count,) bool.
-        labels: (count,) int.
+        correct: Whether each image is classified correctly, (count,) bool.
+        labels: Labels of the images, (count,) int.
+        class_names: Names of all classes.
     """
     per_class = {
         name: _share(correct[labels == label]) for label, name in enumerate(class_names) if (labels == label).any()
@@ -47,7 +48,15 @@ def _share(correct: np.ndarray) -> dict[str, Any]:
 
 
 def robustness_entry(result: Robustness, images: Images, class_names: Sequence[str]) -> dict[str, Any]:
-    """One attack at one epsilon, with the ids of the images that fell, by what felled them and at which epsilon."""
+    """Returns the result of one attack at one epsilon, with the ids of the images on which an attack succeeded.
+
+    The ids are grouped by the epsilon at which an attack succeeded and by the name of this attack.
+
+    Args:
+        result: Result of the attack.
+        images: Test images.
+        class_names: Names of all classes.
+    """
     fell: dict[str, dict[str, list[int]]] = {}
     for number, by, at in zip(images.ids.tolist(), result.felled_by, result.felled_at, strict=True):
         if by:
@@ -64,7 +73,7 @@ def robustness_entry(result: Robustness, images: Images, class_names: Sequence[s
 
 
 def calibration_entry(bins: Calibration) -> dict[str, Any]:
-    """The expected calibration error and its bins."""
+    """Returns the expected calibration error and its bins."""
     return {
         "expected_calibration_error": bins.expected_calibration_error,
         "bins": [
@@ -84,7 +93,15 @@ def calibration_entry(bins: Calibration) -> dict[str, Any]:
 def subject_entry(
     subject: Subject, images: Images, logits: np.ndarray, bins: Calibration, robustness: Sequence[Robustness]
 ) -> dict[str, Any]:
-    """Everything about one classifier but its corruption error."""
+    """Returns all results of one classifier except the corruption error.
+
+    Args:
+        subject: Classifier and its task.
+        images: Test images.
+        logits: Logits of the images, (count, num_classes).
+        bins: Calibration on the images.
+        robustness: Result of each attack at each epsilon.
+    """
     names = subject.task.class_names
     correct = logits.argmax(axis=1) == images.labels
     return {
@@ -105,7 +122,11 @@ def subject_entry(
 
 
 def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
-    """The figures of one or two classifiers side by side, one row for each figure."""
+    """Returns a table with one column for each classifier and one row for each result.
+
+    Args:
+        entries: Entries of one or two classifiers in evaluation.json.
+    """
     table = Table(title=_images(entries), title_justify="left", box=box.SIMPLE)
     table.add_column("")
     for name in short_names([entry["classifier"] for entry in entries]):
@@ -115,7 +136,7 @@ def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
     table.add_row("clean accuracy", *(_with_interval(entry["clean"]) for entry in entries))
     for rows in zip(*(entry["attacks"] for entry in entries), strict=True):
         if not rows[0]["epsilon"]:
-            continue  # the clean accuracy
+            continue  # equal to the clean accuracy, which has its own row
         name = row_title(rows[0])
         flags = (" (!)" if row["warnings"] else "" for row in rows)
         table.add_row(name, *(_with_interval(row) + flag for row, flag in zip(rows, flags, strict=True)))
@@ -126,14 +147,18 @@ def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
         table.add_row("mean corruption error", *(f"{error['mean_corruption_error']:.1%}" for error in errors))
         if errors[0]["relative_mean_corruption_error"] is not None:
             relative = (f"{error['relative_mean_corruption_error']:.1%}" for error in errors)
-            table.add_row("mCE to the second", *relative)
+            table.add_row("mCE relative to the second", *relative)
     return table
 
 
 def row_title(row: dict[str, Any]) -> str:
-    """What an attack at one epsilon is called in tables.
+    """Returns the title of an attack at one epsilon in tables.
 
-    The training job's PGD takes the iterate of the highest loss; here an image falls when any iterate is misclassified.
+    The title says "any wrong iterate" for PGD, because the PGD of a training job works differently: it evaluates only
+    the iterate with the highest loss.
+
+    Args:
+        row: Entry of the attack in evaluation.json.
     """
     return f"{title_of(row['attack'])}, {row['norm']} {row['epsilon']:.4g}"
 

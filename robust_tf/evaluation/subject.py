@@ -1,4 +1,4 @@
-"""What is evaluated: a classifier, the task it was made for, and the test images that are looked at."""
+"""The subject of an evaluation: a classifier, its task, and the test images that are used."""
 
 import dataclasses
 import hashlib
@@ -9,12 +9,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from robust_tf.config.data import DataConfig
 from robust_tf.data import TaskData, load_task
-from robust_tf.data.open_dataset import data_folder
-from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
-from robust_tf.results import FILE_NAME, JobRecord, read_job_record
+from robust_tf.results import FILE_NAME, JobResults, MeasuredAttack
 
 _PUBLISHED_DATASETS = {"imagenet": "imagenet2012", "fashion_mnist": "fashion_mnist"}
 
@@ -24,11 +23,13 @@ class Subject:
     """A classifier and its task.
 
     Attributes:
-        name: as the user wrote it.
-        classifier: [0, 1] images (batch, size, size, 3) to logits.
-        dataset: a row of DATASETS.
-        classes: labels that were kept, in the order of the logits; empty: all.
-        norm, epsilon: of the perturbations that it was made for, where that is known and not 0.
+        name: Path or published name of the classifier, as the user wrote it.
+        classifier: Model that maps images in [0, 1], (batch, size, size, 3), to logits.
+        dataset: Name of the data set, see `load_task`.
+        classes: Labels of the classes in use, in the order of the logits. Empty if all are used.
+        task: Data of the task.
+        norm: Norm of the perturbations that the classifier was trained for. None if it is not known or epsilon is 0.
+        epsilon: Radius of these perturbations, in [0, 1] pixel units. None if it is not known or 0.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Subject:
 
     @property
     def weights_sha256(self) -> str:
-        """Of the values and shapes of all weights, in order: the same for the same weights in another file."""
+        """SHA-256 of the values and shapes of all weights. It does not depend on the file that holds them."""
         digest = hashlib.sha256()
         for weight in self.classifier.get_weights():
             digest.update(f"{weight.dtype}{weight.shape}".encode())
@@ -54,9 +55,9 @@ class Images:
     """Test images in the order of their ids.
 
     Attributes:
-        ids: (count,) int64, positions in the test split of the data set as TFDS stores it.
-        pixels: (count, size, size, 3) float32 in [0, 1].
-        labels: (count,) int32.
+        ids: Positions of the images in the test part of the data set, (count,) int64.
+        pixels: Images, (count, size, size, 3) float32 in [0, 1].
+        labels: Labels, (count,) int32.
     """
 
     ids: np.ndarray
@@ -65,7 +66,7 @@ class Images:
 
     @property
     def sha256(self) -> str:
-        """Of ids, pixels and labels: whether two evaluations look at the same."""
+        """SHA-256 of ids, pixels and labels, which tells whether two evaluations use the same images."""
         digest = hashlib.sha256()
         for array in (self.ids, self.pixels, self.labels):
             digest.update(f"{array.dtype}{array.shape}".encode())
@@ -76,17 +77,19 @@ class Images:
 def load_subject(
     name: str, *, dataset: str = "", classes: Sequence[int] = (), data_dir: str = "", batch_size: int = 128
 ) -> Subject:
-    """A classifier by path or published name, with the data that it is evaluated on.
+    """Loads a classifier and the data that it is evaluated on.
 
     Args:
-        name: path of a `.keras` file, or the name of a published model.
-        dataset: "" takes that of the job that trained it (`results.json` beside the file) or of the published model.
-        classes: labels to keep; with `dataset` left out, those of its job.
-        data_dir: TFDS folder; "" takes TFDS's default.
-        batch_size: of the test batches.
+        name: Path of a `.keras` file, or name of a published model.
+        dataset: Name of the data set, see `load_task`. "" uses the data set of the training job, which the
+            `results.json` next to the file names, or of the published model.
+        classes: Labels to keep. If `dataset` and `classes` are left out, the labels of the training job.
+        data_dir: Folder of TFDS. "" uses TFDS's default.
+        batch_size: Number of images in a test batch.
 
     Raises:
-        UserError: no such classifier, a data set that isn't known or prepared, or one of another number of classes.
+        UserError: If there is no such classifier, if the data set is unknown or cannot be prepared, or if its number of
+            classes differs from that of the classifier.
     """
     path = pathlib.Path(name)
     if path.suffix != ".keras" and name not in PUBLISHED:
@@ -101,27 +104,35 @@ def load_subject(
     elif job.dataset:
         dataset, kept = job.dataset, tuple(classes or job.classes)
     else:
-        raise UserError(f"No {FILE_NAME} beside {name} tells its data set. Received: no --dataset. Add it.")
+        raise UserError(
+            f"The data set of {name} is not known, because there is no {FILE_NAME} next to it. Received: no --dataset. "
+            "Add --dataset=NAME."
+        )
     same_data = dataset == job.dataset
     task = load_task(
-        dataset,
-        classes=kept or None,
-        image_size=classifier.input_shape[1] or job.image_size,
-        downscale=job.downscale,  # the classifier was made for such images, whatever the data
-        decoding=Decoding(exif=job.exif, alpha_background=job.alpha_background),
-        split_seed=job.split_seed if same_data else 0,  # or some of the training images would be among the others
-        skip_bad_images=same_data and job.skip_bad_images,
+        DataConfig(
+            dataset=dataset,
+            classes=kept,
+            image_size=classifier.input_shape[1] or job.image_size,
+            downscale=job.downscale,  # the classifier was trained on such images, and needs them for any data set
+            exif=job.exif,
+            alpha_background=job.alpha_background,
+            # With another seed, some of its training images would be test images.
+            split_seed=job.split_seed if same_data else 0,
+            skip_bad_images=same_data and job.skip_bad_images,
+            data_dir=data_dir,
+        ),
         batch_size=batch_size,
-        data_dir=data_folder(data_dir),
     )
     if same_data and job.resize_size is not None:
         preprocessing = dataclasses.replace(task.preprocessing, resize_size=job.resize_size)
         task = dataclasses.replace(task, preprocessing=preprocessing)
+    attack = job.robust_accuracy_attack or MeasuredAttack()
     logits = classifier.output_shape[-1]
     if logits != len(task.class_names):
         raise UserError(
-            f"The labels of the data must be those of the classifier. Received: {name} with {logits} logits for "
-            f"{len(task.class_names)} classes of {dataset}. Choose another --dataset, or --classes."
+            f"The data set must have as many classes as the classifier has logits. Received: {name} with {logits} "
+            f"logits for {len(task.class_names)} classes of {dataset}. Choose another --dataset or other --classes."
         )
     return Subject(
         name=name,
@@ -129,21 +140,26 @@ def load_subject(
         dataset=dataset,
         classes=kept,
         task=task,
-        norm=job.norm,
-        epsilon=job.epsilon,
+        norm=attack.norm,
+        epsilon=attack.epsilon,
     )
 
 
 def draw_images(task: TaskData, *, count: int | None, seed: int) -> Images:
-    """`count` test images, the same for the same seed; None takes all.
+    """Draws test images at random.
+
+    Args:
+        task: Data of the task.
+        count: Number of images. None returns all.
+        seed: Seed for the choice.
 
     Raises:
-        UserError: more images than the test part has.
+        UserError: If the test part has fewer images.
     """
     if count is not None and count > task.num_test:
         raise UserError(
-            f"--num_images is more than the test part has. Received: {count}; it has {task.num_test}. Use "
-            "--num_images=0 for all."
+            f"--num_images must be at most the number of test images. Received: {count}; there are {task.num_test}. "
+            "Use --num_images=0 for all of them."
         )
     chosen = chosen_positions(task.num_test, count, seed)
     with task.broken_images_named():
@@ -151,14 +167,29 @@ def draw_images(task: TaskData, *, count: int | None, seed: int) -> Images:
 
 
 def chosen_positions(total: int, count: int | None, seed: int) -> np.ndarray:
-    """(total,) bool, true for `count` of them, the same for the same seed."""
+    """Returns a mask that is true for `count` random positions.
+
+    Args:
+        total: Number of positions.
+        count: Number of positions to choose. None chooses all.
+        seed: Seed for the choice.
+
+    Returns:
+        (total,) bool.
+    """
     chosen = np.zeros(total, bool)
     chosen[np.random.default_rng(seed).permutation(total)[:count]] = True
     return chosen
 
 
 def chosen_images(records: tf.data.Dataset, chosen: np.ndarray, preprocess: Callable[[tf.Tensor], tf.Tensor]) -> Images:
-    """The images at the chosen positions of (index, encoded image, label) records, in their order."""
+    """Returns the images at the chosen positions, in the order of the records.
+
+    Args:
+        records: Dataset of (index, encoded image, label).
+        chosen: Whether to return each record, (count,) bool.
+        preprocess: Function from an encoded image to pixels.
+    """
     kept = tf.constant(chosen)
 
     def transform(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -171,19 +202,23 @@ def chosen_images(records: tf.data.Dataset, chosen: np.ndarray, preprocess: Call
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """What classifiers are called in tables and pictures: short, and different.
+    """Returns short and distinct names of classifiers for tables and pictures.
 
-    That is the folder of a job's classifier.keras, the name of any other file, or the name of a published model.
+    The short name of a job's classifier.keras is the name of its folder. For any other file it is the name of the file,
+    and for a published model its name.
+
+    Args:
+        names: Paths or published names of the classifiers.
     """
     paths = [pathlib.Path(name) for name in names]
     short = [path.parent.name if path.stem == "classifier" and path.parent.name else path.stem for path in paths]
     return short if len(set(short)) == len(short) else [f"{name} ({number})" for number, name in enumerate(short, 1)]
 
 
-def _job_of(path: pathlib.Path, name: str) -> JobRecord:
-    """What is known about how a classifier was made."""
+def _job_of(path: pathlib.Path, name: str) -> JobResults:
+    """Returns what is known about the training of a classifier."""
     if name not in PUBLISHED:
-        return read_job_record(path.parent / FILE_NAME)
+        return JobResults.read(path.parent / FILE_NAME) or JobResults()
     model = PUBLISHED[name]
-    threat_model = (model.norm, model.epsilon) if model.epsilon else (None, None)
-    return JobRecord(dataset=_PUBLISHED_DATASETS[model.dataset], norm=threat_model[0], epsilon=threat_model[1])
+    attack = MeasuredAttack(norm=model.norm, epsilon=model.epsilon) if model.epsilon else None
+    return JobResults(dataset=_PUBLISHED_DATASETS[model.dataset], robust_accuracy_attack=attack)

@@ -1,6 +1,7 @@
-"""One training run, from a classifier to its best weights: compile, go on where it stopped, fit."""
+"""One training from a classifier to its best weights: compile, continue where it stopped, fit."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -10,21 +11,21 @@ import keras
 import numpy as np
 
 from robust_tf.config.job import JobConfig
+from robust_tf.config.optimization import SelectBy
 from robust_tf.console import console
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.flags import to_flag_file
-from robust_tf.job.building import loss_of, optimizer_of
+from robust_tf.job.building import job_loss, job_optimizer, job_recipe, optimizer_steps_per_epoch
 from robust_tf.job.out_of_memory import out_of_memory_explained
-from robust_tf.job.patience import StopEarly, say_why, stopped_early
+from robust_tf.job.patience import StopEarly, patience_of
 from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm
 from robust_tf.training.batchnorm import prepare_batchnorm
 from robust_tf.training.callbacks import CallbacksFromStep, SaveProgress, StopOnNaN
-from robust_tf.training.checkpoint import Checkpoints, Progress, State, named_arrays
+from robust_tf.training.checkpoint import Checkpoints, State, TrainingProgress, named_arrays
 from robust_tf.training.distribution import Distribution
 from robust_tf.training.interruption import signals_held_back
 from robust_tf.training.metrics import Accuracy, MeanPerClassAccuracy
-from robust_tf.training.objectives import recipe_of
 from robust_tf.training.optimizers import average_statistics
 from robust_tf.training.progress import ProgressBar
 from robust_tf.training.tensorboard import ProfileSteps, TensorBoardLogger, write_config
@@ -34,108 +35,135 @@ from robust_tf.transfer.stages import freeze
 
 _PREVIEW_IMAGES = 8
 _MOST_ROLLBACKS = 3
-_ROLLBACK_FACTOR = 0.1  # of the learning rate, at each rollback
+_ROLLBACK_FACTOR = 0.1  # on the learning rate, at each rollback
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """The objects that stay the same during a training.
+
+    Attributes:
+        job: Job that is run.
+        classifier: Classifier that is trained in place.
+        task: Data of the job.
+        workdir: Folder of the job.
+        distribution: Devices of the job.
+    """
+
+    job: JobConfig
+    classifier: keras.Model
+    task: TaskData
+    workdir: pathlib.Path
+    distribution: Distribution
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.workdir / "checkpoints")
+
+    @property
+    def board(self) -> pathlib.Path:
+        """Folder for TensorBoard."""
+        return self.workdir / "tensorboard"
+
+    @property
+    def attacked(self) -> bool:
+        return self.job.adversarial.training_attack.active
 
 
 def fit_classifier(
-    config: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path, distribution: Distribution
-) -> Progress:
+    job: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path, distribution: Distribution
+) -> TrainingProgress:
     """Trains the classifier in place and leaves it with the weights of the best epoch.
 
-    What `workdir` already holds of the run is not run again. An epoch that raised an alarm is never the best one,
-    unless `config.on_alarm` only warns.
+    What `workdir` already holds of the training is not repeated. An epoch that raised an alarm is never the best one,
+    unless `on_alarm` only warns.
+
+    Args:
+        job: Job to run.
+        classifier: Classifier to train, with the right layers frozen.
+        task: Data of the job.
+        workdir: Folder of the job.
+        distribution: Devices of the job.
 
     Raises:
-        UserError: the first epoch raised an alarm after every rollback.
+        UserError: The first epoch raised an alarm after every rollback.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    progress, alarmed = _fit(config, classifier, task, workdir, checkpoints, distribution)
-    while alarmed and config.on_alarm == "rollback" and progress.rollbacks < _MOST_ROLLBACKS:
+    fit = _Fit(job=job, classifier=classifier, task=task, workdir=workdir, distribution=distribution)
+    checkpoints, patience = fit.checkpoints, patience_of(job)
+    progress, alarmed = _train(fit)
+    while alarmed and job.adversarial.on_alarm == "rollback" and progress.rollbacks < _MOST_ROLLBACKS:
         progress.rollbacks += 1
-        distribution.on_chief(lambda: checkpoints.go_back_an_epoch(progress))
+        distribution.on_chief(functools.partial(checkpoints.go_back_an_epoch, progress))
         console.print(
             f"Rollback {progress.rollbacks} of at most {_MOST_ROLLBACKS}: back to the end of epoch "
             f"{progress.epochs_done}, and the learning rate x {_ROLLBACK_FACTOR:g}."
         )
-        progress, alarmed = _fit(config, classifier, task, workdir, checkpoints, distribution)
+        progress, alarmed = _train(fit)
     if progress.best_epoch < 0:
         raise UserError(
             f"The first epoch raised an alarm in {progress.rollbacks + 1} tries. Received: {progress.alarms[-1]} Use "
             "--on_alarm=warn to train on in spite of it, in a new --workdir."
         )
-    if stopped_early(config, progress):
-        say_why(config, progress)
+    if patience.is_exhausted(progress):
+        console.print(patience.explanation(progress))
     if alarmed:
         console.print(f"Training ends here; epoch {progress.best_epoch + 1}, the best before the alarm, is kept.")
     best = _state_of_chief(lambda: checkpoints.best(progress), distribution)
     if best is not None:
         best.assign_to(classifier.variables)
-    prepare_batchnorm(classifier, synchronized=False)  # a saved classifier is one of a single device
+    prepare_batchnorm(classifier, synchronized=False)  # a saved classifier runs on a single device
     return progress
 
 
-def _fit(
-    config: JobConfig,
-    classifier: keras.Model,
-    task: TaskData,
-    workdir: pathlib.Path,
-    checkpoints: Checkpoints,
-    distribution: Distribution,
-) -> tuple[Progress, bool]:
-    """Trains from the latest checkpoint to the last epoch, or to the first that ends with an alarm (then True)."""
+def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
+    """Trains from the latest checkpoint to the last epoch, or to the first one that raises an alarm (then True)."""
+    job, task, checkpoints, distribution = fit.job, fit.task, fit.checkpoints, fit.distribution
     state = _state_of_chief(checkpoints.latest, distribution)
-    progress = state.progress if state else Progress()
-    unfreeze_at = config.unfreeze_at_epoch
-    # The epoch that goes on has begun with the unfreezing if any of its steps are done.
-    unfrozen = unfreeze_at is not None and (progress.epochs_done, progress.steps_done) > (unfreeze_at, 0)
-    if unfrozen:
-        freeze(classifier, mode="full_network")  # the optimizer's saved state is that of the whole network
-    elif unfreeze_at is not None and progress.rollbacks:
-        # Back from after the unfreezing to before it.
-        through = config.freeze_through or None
-        freeze(classifier, mode=config.transfer_mode, through=through, batchnorm=config.frozen_batchnorm)
-
-    prepare_batchnorm(classifier, synchronized=config.sync_batchnorm)
+    progress = state.progress if state else TrainingProgress()
+    unfrozen = _freeze_as_before(fit, progress)
+    prepare_batchnorm(fit.classifier, synchronized=job.run.sync_batchnorm)
     with distribution.scope():
-        trainer, compile_with = _compiled_trainer(config, classifier, task, rollbacks=progress.rollbacks)
+        trainer, compile_with = _compiled_trainer(fit, rollbacks=progress.rollbacks)
     if state:
         state.assign_to(trainer.state)
-        console.print(f"Going on after {_position(progress, task.steps_per_epoch, config.passes)} in {workdir}.")
-    elif config.on_alarm == "rollback":  # the first epoch may have to be thrown away, too
+        console.print(f"Going on after {_position(progress, task.steps_per_epoch, job.data_epochs)} in {fit.workdir}.")
+    elif job.adversarial.on_alarm == "rollback":  # even the first epoch may have to be thrown away
         start = named_arrays(trainer.state)
         distribution.on_chief(lambda: checkpoints.save(progress, start))
-    if progress.epochs_done == config.passes or stopped_early(config, progress):
+    if progress.epochs_done == job.data_epochs or patience_of(job).is_exhausted(progress):
         return progress, False
 
     if distribution.is_chief:
-        write_config(workdir / "tensorboard", to_flag_file(config))
+        write_config(fit.board, to_flag_file(job.resolved()))
     bar = ProgressBar(
         num_images=task.num_train,
         batch_size=task.batch_size,
-        epochs=config.passes,
-        adversarial=config.attack.active,
-        epsilon=(lambda: trainer.epsilon) if config.fast == "epsilon_warmup" else None,
+        epochs=job.data_epochs,
+        adversarial=fit.attacked,
+        epsilon=(lambda: trainer.epsilon) if job.adversarial.fast == "epsilon_warmup" else None,
     )
     try:
-        with out_of_memory_explained(config, classifier), signals_held_back() as pending:
+        with out_of_memory_explained(job, fit.classifier), signals_held_back() as pending:
             save = SaveProgress(
                 checkpoints,
                 progress,
-                select_by=_select_by(config, task.metric),
-                every_steps=config.checkpoint_every_steps,
-                every_minutes=config.checkpoint_every_minutes,
+                select_by=_selecting_metric(job.optimization.select_by, task.metric, attacked=fit.attacked),
+                every_steps=job.run.checkpoint_every_steps,
+                every_minutes=job.run.checkpoint_every_minutes,
                 pending=pending,
                 rate=lambda: bar.images_per_second,
                 distribution=distribution,
             )
-            callbacks = _callbacks(config, classifier, task, workdir, bar, save, progress, distribution)
+            callbacks = _callbacks(fit, bar, save, progress)
+            unfreeze_at = job.transfer.unfreeze_at_epoch
             if unfreeze_at is not None and not unfrozen:
-                callbacks.insert(0, UnfreezeAtEpoch(unfreeze_at, classifier, recompile=compile_with))
+                callbacks.insert(0, UnfreezeAtEpoch(unfreeze_at, fit.classifier, recompile=compile_with))
             if progress.steps_done:
                 _run_epochs(trainer, task, callbacks, progress, distribution, until=progress.epochs_done + 1)
-            if not trainer.stop_training:  # by an alarm or for lack of patience, in the epoch that has just been ended
-                _run_epochs(trainer, task, callbacks, progress, distribution, until=config.passes)
+            # An alarm, or exhausted patience, may have stopped the training at the end of that epoch.
+            if not trainer.stop_training:
+                _run_epochs(trainer, task, callbacks, progress, distribution, until=job.data_epochs)
     except TrainingAlarm:
         return progress, True
     finally:
@@ -143,39 +171,60 @@ def _fit(
     return progress, False
 
 
+def _freeze_as_before(fit: _Fit, progress: TrainingProgress) -> bool:
+    """Freezes the layers as they were where the training continues; returns whether it had unfrozen all."""
+    transfer = fit.job.transfer
+    unfreeze_at = transfer.unfreeze_at_epoch
+    # If any step of an epoch is done, its unfreezing is done too.
+    unfrozen = unfreeze_at is not None and (progress.epochs_done, progress.steps_done) > (unfreeze_at, 0)
+    if unfrozen:
+        freeze(fit.classifier, mode="full_network")  # the saved state of the optimizer covers the whole network
+    elif unfreeze_at is not None and progress.rollbacks:
+        # The rollback may have gone from after the unfreezing to before it.
+        freeze(
+            fit.classifier,
+            mode=transfer.transfer_mode,
+            through=transfer.freeze_through or None,
+            batchnorm=transfer.frozen_batchnorm,
+        )
+    return unfrozen
+
+
 def _compiled_trainer(
-    config: JobConfig, classifier: keras.Model, task: TaskData, *, rollbacks: int
+    fit: _Fit, *, rollbacks: int
 ) -> tuple[AdversarialTrainer, Callable[[keras.optimizers.Optimizer], None]]:
-    """The trainer with all of its variables, and what compiles it with another optimizer."""
+    """Returns the trainer with all of its variables, and a function that compiles it with another optimizer."""
+    adversarial, optimization, task = fit.job.adversarial, fit.job.optimization, fit.task
+    steps = optimizer_steps_per_epoch(optimization, replays=adversarial.replays, batches=task.steps_per_epoch)
     trainer = AdversarialTrainer(
-        classifier,
-        config.attack,
-        recipe=recipe_of(config, task.steps_per_epoch),
-        validation_attack=config.validation_attack,
-        seed=config.seed,
-        # The cheap recipes have one gradient step: a forward pass for these figures alone would be a sixth of it.
-        clean_figures=config.fast not in ("fgsm", "free"),
+        fit.classifier,
+        adversarial.training_attack,
+        recipe=job_recipe(adversarial, optimization, steps),
+        validation_attack=adversarial.validation_attack,
+        seed=fit.job.run.seed,
+        # A single-step recipe is so cheap that a forward pass for these figures alone would be a sixth of its cost.
+        clean_figures=not adversarial.single_step,
     )
 
-    loss = loss_of(config, task)
+    loss = job_loss(optimization.class_weight, task)
 
     def compile_with(optimizer: keras.optimizers.Optimizer) -> None:
         trainer.compile(
             optimizer=optimizer,
             loss=loss,
-            # Weighted: with several replicas, what only fills a batch has weight 0.
+            # Weighted, because with several replicas the images that only fill a batch have weight 0.
             weighted_metrics=[Accuracy(), MeanPerClassAccuracy(len(task.class_names))],
-            # The replicas' exchange of gradients can't be within what XLA compiles.
-            jit_compile={"auto": "auto", "true": True, "false": False}[config.jit_compile]
+            # XLA cannot compile the exchange of gradients between replicas.
+            jit_compile={"auto": "auto", "true": True, "false": False}[optimization.jit_compile]
             if trainer.distribute_strategy.num_replicas_in_sync == 1
             else False,
         )
         trainer.build_metrics()
 
-    # Compiled first: under mixed_float16 Keras wraps the optimizer, and the wrapped one has the state to restore.
-    compile_with(optimizer_of(config, task.steps_per_epoch, factor=_ROLLBACK_FACTOR**rollbacks))
-    trainer.optimizer.build(classifier.trainable_variables)
-    average_statistics(trainer.optimizer, classifier)
+    # Compiled first: under mixed_float16 Keras wraps the optimizer, and the wrapped one holds the state to restore.
+    compile_with(job_optimizer(optimization, steps, factor=_ROLLBACK_FACTOR**rollbacks))
+    trainer.optimizer.build(fit.classifier.trainable_variables)
+    average_statistics(trainer.optimizer, fit.classifier)
     return trainer, compile_with
 
 
@@ -183,12 +232,12 @@ def _run_epochs(
     trainer: AdversarialTrainer,
     task: TaskData,
     callbacks: list[keras.callbacks.Callback],
-    progress: Progress,
+    progress: TrainingProgress,
     distribution: Distribution,
     *,
     until: int,
 ) -> None:
-    """Goes on from `progress`, which may be in the middle of an epoch (then `until` is the end of that), to `until`."""
+    """Trains from `progress` to the epoch `until`, which is the next one where `progress` is in the middle of one."""
     epoch, first_step = progress.epochs_done, progress.steps_done
     if epoch == until:
         return
@@ -206,7 +255,7 @@ def _run_epochs(
         validation_data=validation,
         validation_steps=validation_steps,
         callbacks=listed,
-        shuffle=False,  # the pipeline does it
+        shuffle=False,  # the pipeline shuffles
         verbose=0,
     )
 
@@ -218,7 +267,7 @@ def _finish_epoch(
     callbacks: keras.callbacks.CallbackList,
     epoch: int,
 ) -> None:
-    """What `fit` does after the last step of an epoch: the run was interrupted in there."""
+    """Does what `fit` does after the last step of an epoch, for a run that was interrupted between the two."""
     callbacks.on_train_begin()
     callbacks.on_epoch_begin(epoch)
     logs = trainer.get_metrics_result()
@@ -230,46 +279,51 @@ def _finish_epoch(
     callbacks.on_train_end()
 
 
-def _position(progress: Progress, steps_per_epoch: int, epochs: int) -> str:
+def _position(progress: TrainingProgress, steps_per_epoch: int, epochs: int) -> str:
     if not progress.steps_done:
         return f"epoch {progress.epochs_done} of {epochs}"
     return f"step {progress.steps_done} of {steps_per_epoch} of epoch {progress.epochs_done + 1} of {epochs}"
 
 
 def _callbacks(
-    config: JobConfig,
-    classifier: keras.Model,
-    task: TaskData,
-    workdir: pathlib.Path,
-    bar: ProgressBar,
-    save: SaveProgress,
-    progress: Progress,
-    distribution: Distribution,
+    fit: _Fit, bar: ProgressBar, save: SaveProgress, progress: TrainingProgress
 ) -> list[keras.callbacks.Callback]:
-    """In the order in which they have to see the end of an epoch."""
+    """Returns the callbacks in the order in which they must see the end of an epoch."""
+    run, adversarial = fit.job.run, fit.job.adversarial
     callbacks: list[keras.callbacks.Callback] = [StopOnNaN(), bar]
-    if config.profile_steps and distribution.is_chief:
-        callbacks.append(ProfileSteps(workdir / "tensorboard", *config.profile_steps))
-    alarms = _alarms(config, classifier, task, progress, distribution) if config.attack.active else None
-    if alarms:
-        callbacks.append(alarms)  # adds its figures to those that the next one charts
-    if distribution.is_chief:
+    if run.profile_steps and fit.distribution.is_chief:
+        callbacks.append(ProfileSteps(fit.board, *run.profile_steps))
+    alarms = None
+    if fit.attacked:
+        alarms = Alarms(
+            fit.classifier,
+            held_out=fit.task.preview(NUM_IMAGES),
+            attack=adversarial.training_attack,
+            every_epochs=adversarial.alarm_every_epochs,
+            history=progress.alarms,
+            agree=fit.distribution.any,
+        )
+        callbacks.append(alarms)  # adds its figures to the ones that the next callback charts
+    if fit.distribution.is_chief:
         tensorboard = TensorBoardLogger(
-            workdir / "tensorboard",
-            attack=config.validation_attack,
-            preview=task.preview(_PREVIEW_IMAGES),
+            fit.board,
+            attack=adversarial.validation_attack,
+            preview=fit.task.preview(_PREVIEW_IMAGES),
             progress=bar,
-            steps_per_epoch=task.steps_per_epoch,
-            every_steps=config.log_every_steps,
+            steps_per_epoch=fit.task.steps_per_epoch,
+            every_steps=run.log_every_steps,
         )
         callbacks.append(tensorboard)
-    if alarms and config.on_alarm != "warn":
-        callbacks.append(EndOnAlarm(alarms, save_anyway=config.on_alarm == "stop"))
-    return [*callbacks, save, StopEarly(config, progress)]
+    if alarms and adversarial.on_alarm != "warn":
+        callbacks.append(EndOnAlarm(alarms, save_anyway=adversarial.on_alarm == "stop"))
+    return [*callbacks, save, StopEarly(patience_of(fit.job), progress)]
 
 
 def _state_of_chief(read: Callable[[], State | None], distribution: Distribution) -> State | None:
-    """What the chief reads, in every process: they need not see the same disk, nor agree on which file is damaged."""
+    """Returns what the chief reads, in every process.
+
+    The processes need not see the same disk, and one of them might find a file damaged that another can read.
+    """
     state = distribution.on_chief(read)
     if distribution.num_workers == 1 or not distribution.any(state is not None):
         return state
@@ -279,28 +333,14 @@ def _state_of_chief(read: Callable[[], State | None], distribution: Distribution
         packed = [progress, np.array(str(state.path)), np.array(list(state.arrays)), *state.arrays.values()]
     progress, path, names, *arrays = distribution.broadcast(packed)
     fields = json.loads(str(progress))
-    return State(Progress(**fields), dict(zip(map(str, names), arrays, strict=True)), pathlib.Path(str(path)))
+    return State(TrainingProgress(**fields), dict(zip(map(str, names), arrays, strict=True)), pathlib.Path(str(path)))
 
 
-def _alarms(
-    config: JobConfig, classifier: keras.Model, task: TaskData, progress: Progress, distribution: Distribution
-) -> Alarms:
-    held = task.preview(NUM_IMAGES)
-    return Alarms(
-        classifier,
-        held=held,
-        attack=config.attack,
-        every_epochs=config.alarm_every_epochs,
-        history=progress.alarms,
-        agree=distribution.any,
-    )
-
-
-def _select_by(config: JobConfig, metric: str) -> str | None:
-    """The name in Keras's logs of the validation figure that chooses the epoch."""
-    if config.select_by == "last":
+def _selecting_metric(select_by: SelectBy, metric: str, *, attacked: bool) -> str | None:
+    """Returns the name in Keras's logs of the validation figure that chooses the epoch; None keeps the last epoch."""
+    if select_by == "last":
         return None
-    if config.select_by == "accuracy":
-        return "val_clean_accuracy" if config.attack.active else "val_accuracy"
-    # With an attack the compiled accuracy is the robust one.
-    return "val_accuracy" if config.attack.active else f"val_{metric}"
+    if select_by == "accuracy":
+        return "val_clean_accuracy" if attacked else "val_accuracy"
+    # With an attack, the accuracy that is compiled into the trainer is the robust one.
+    return "val_accuracy" if attacked else f"val_{metric}"

@@ -1,10 +1,10 @@
-"""Half precision on a processor without instructions for it: TensorFlow emulates it, which is many times slower."""
+"""A warning for half precision on a processor that has to emulate it, which is many times slower."""
 
 import pathlib
 
 import tensorflow as tf
 
-# What /proc/cpuinfo calls the instructions that multiply such numbers, on x86 and on ARM.
+# Names in /proc/cpuinfo of the instructions that multiply such numbers, on x86 and on ARM.
 _INSTRUCTIONS = {
     "mixed_bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
     "mixed_float16": {"avx512_fp16", "amx_fp16", "fphp", "asimdhp"},
@@ -12,11 +12,11 @@ _INSTRUCTIONS = {
 
 
 def emulation_warning(precision: str, cpu_info: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str | None:
-    """What to say of a job that will compute in emulated half precision, or None.
+    """Returns a warning for a job that would compute in emulated half precision, or None.
 
     Args:
-        precision: a value of --precision.
-        cpu_info: Linux's description of the processors; where there is none, nothing is said.
+        precision: Value of `--precision`.
+        cpu_info: Linux's description of the processors; without that file there is no warning.
     """
     if precision not in _INSTRUCTIONS or any(tf.config.list_physical_devices(kind) for kind in ("GPU", "TPU")):
         return None

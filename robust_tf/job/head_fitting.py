@@ -16,62 +16,70 @@ from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.files import cache_folder
 from robust_tf.flags import to_flag_file
-from robust_tf.job.building import loss_of, optimizer_of
-from robust_tf.job.patience import say_why, stopped_early
-from robust_tf.training.checkpoint import Progress
+from robust_tf.job.building import job_loss, job_optimizer, optimizer_steps_per_epoch
+from robust_tf.job.patience import patience_of
+from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.tensorboard import write_config, write_history
 from robust_tf.transfer.features import Features, stored_features
 from robust_tf.transfer.probes import PENALTIES, PROBES, metric_of
 
-# Features that are in memory at once in an epoch, in bytes.
+# Bytes of features that an epoch holds in memory at once.
 _CHUNK_BYTES = 256 * 1024**2
 _METRICS = ("accuracy", "mean_per_class_accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadFit:
-    """What fitting a head on stored features gave.
+    """The result of fitting a head on stored features.
 
     Attributes:
-        progress: of the training; `epochs_done` is 0 for a head that is solved for, not trained.
-        cache_hits, cache_misses: rows of features that were stored already, and that were computed.
-        feature_seconds: how long it took to have all features.
-        penalty: regularisation that a probe chose; None for SGD.
+        progress: Progress of the training; `epochs_done` is 0 for a head that is solved for instead of trained.
+        cache_hits: Number of rows of features that were stored already.
+        cache_misses: Number of rows of features that had to be computed.
+        feature_seconds: Seconds until all features were there.
+        penalty: Regularization that a probe chose; None for SGD.
     """
 
-    progress: Progress
+    progress: TrainingProgress
     cache_hits: int
     cache_misses: int
     feature_seconds: float
     penalty: float | None
 
 
-def fit_head(config: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path) -> HeadFit:
+def fit_head(job: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path) -> HeadFit:
     """Gives the classifier the best head on the features of its backbone, which stays as it is.
 
+    Args:
+        job: Job to run.
+        classifier: Classifier whose head is fitted in place.
+        task: Data of the job.
+        workdir: Folder of the job.
+
     Raises:
-        UserError: the features can't be stored, or the loss is no longer a number.
+        UserError: The features can't be stored, or the loss is no longer a number.
     """
+    transfer = job.transfer
     start = time.perf_counter()
     features = stored_features(
         classifier,
         task,
-        views=config.views,
-        folder=cache_folder(config.cache_dir or None) / "features",
-        max_bytes=config.features_cache_size_gb * 1e9,
+        views=transfer.views,
+        cache_dir=cache_folder(job.data.cache_dir or None),
+        features_cache_size_gb=transfer.features_cache_size_gb,
         track=track,
     )
     feature_seconds = time.perf_counter() - start
     console.print(f"Features: {features.computed} computed, {features.hits} found stored, in {feature_seconds:.1f} s.")
     penalty = None
-    if config.head == "sgd":
-        write_config(workdir / "tensorboard", to_flag_file(config))
-        progress = _train(config, classifier, features, task)
+    if transfer.head == "sgd":
+        write_config(workdir / "tensorboard", to_flag_file(job.resolved()))
+        progress = _train(job, classifier, features, task)
         write_history(workdir / "tensorboard", progress.history)
     else:
-        with meter("head", total=PENALTIES[config.head], unit="penalties") as bar:
-            probe = PROBES[config.head](
+        with meter("head", total=PENALTIES[transfer.head], unit="penalties") as bar:
+            probe = PROBES[transfer.head](
                 features.train,
                 features.train_labels,
                 features.validation,
@@ -81,27 +89,31 @@ def fit_head(config: JobConfig, classifier: keras.Model, task: TaskData, workdir
                 report=bar.update,
             )
         classifier.get_layer("logits").set_weights([probe.kernel, probe.bias])
-        progress, penalty = Progress(best_value=probe.validation_value), probe.penalty
+        progress, penalty = TrainingProgress(best_value=probe.validation_value), probe.penalty
     progress.seconds = time.perf_counter() - start
     console.print(
-        f"Head: {config.head}, in {progress.seconds - feature_seconds:.1f} s, {task.metric} {progress.best_value:.1%} "
-        f"on the validation part{f', penalty {penalty:.2g}' if penalty is not None else ''}."
+        f"Head: {transfer.head}, in {progress.seconds - feature_seconds:.1f} s, {task.metric} "
+        f"{progress.best_value:.1%} on the validation part{f', penalty {penalty:.2g}' if penalty is not None else ''}."
     )
     return HeadFit(progress, features.hits, features.computed, feature_seconds, penalty)
 
 
-def _train(config: JobConfig, classifier: keras.Model, features: Features, task: TaskData) -> Progress:
-    """The recipe of the flags; each epoch sees every image once, in a view that is drawn for it."""
+def _train(job: JobConfig, classifier: keras.Model, features: Features, task: TaskData) -> TrainingProgress:
+    """Trains the head as the flags say; each epoch sees every image once, in a view that is drawn for it."""
+    optimization, patience = job.optimization, patience_of(job)
     head = _copy_of_head(classifier)
-    optimizer = optimizer_of(config, task.steps_per_epoch)
+    optimizer = job_optimizer(
+        optimization, optimizer_steps_per_epoch(optimization, replays=1, batches=task.steps_per_epoch)
+    )
     optimizer.build(head.trainable_variables)
-    loss = loss_of(config, task)
+    loss = job_loss(optimization.class_weight, task)
     train_rows, predict = _steps(head, optimizer, loss, task.batch_size)
-    progress = Progress()
+    progress = TrainingProgress()
     best_weights = head.get_weights()
-    for epoch in range(config.epochs):
+    for epoch in range(optimization.epochs):
         logs = _mean_logs(
-            [train_rows(*chunk).numpy() for chunk in _epoch_chunks(features, task, config.seed, epoch)], task.num_train
+            [train_rows(*chunk).numpy() for chunk in _epoch_chunks(features, task, job.run.seed, epoch)],
+            task.num_train,
         )
         if not math.isfinite(logs["loss"]):
             raise UserError(
@@ -114,15 +126,15 @@ def _train(config: JobConfig, classifier: keras.Model, features: Features, task:
             logs[f"val_{metric}"] = metric_of(logits.argmax(axis=1), features.validation_labels, metric)
         logs["learning_rate"] = float(optimizer.learning_rate)
         value = {"last": float(epoch), "accuracy": logs["val_accuracy"]}.get(
-            config.select_by, logs[f"val_{task.metric}"]
+            optimization.select_by, logs[f"val_{task.metric}"]
         )
         if (value, -logs["val_loss"]) > (progress.best_value, -progress.best_loss):
             progress.best_epoch, progress.best_value, progress.best_loss = epoch, value, logs["val_loss"]
             best_weights = head.get_weights()
         progress.epochs_done = epoch + 1
         progress.history.append(logs)
-        if stopped_early(config, progress):
-            say_why(config, progress)
+        if patience.is_exhausted(progress):
+            console.print(patience.explanation(progress))
             break
     for layer, source in zip(_head_layers(classifier), _split_weights(head, best_weights), strict=True):
         layer.set_weights(source)
@@ -132,7 +144,11 @@ def _train(config: JobConfig, classifier: keras.Model, features: Features, task:
 def _steps(
     head: keras.Model, optimizer: keras.optimizers.Optimizer, loss: CrossEntropy, batch_size: int
 ) -> tuple[Any, Any]:
-    """Graph functions: the steps over some rows (sum of losses, number of hits), and the logits of rows."""
+    """Returns two graph functions.
+
+    The first takes the training steps over some rows, and returns the sum of the losses and the number of hits; the
+    second returns the logits of rows.
+    """
     dim = head.input_shape[-1]
     rows = tf.TensorSpec([None, dim], tf.float32)
 
@@ -159,7 +175,7 @@ def _steps(
 
 
 def _epoch_chunks(features: Features, task: TaskData, seed: int, epoch: int) -> Any:
-    """The rows of an epoch with their labels, in its order, in pieces of whole batches."""
+    """Yields the rows of an epoch with their labels, in the order of the epoch, in chunks of whole batches."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(features.train_labels))
     view_of = rng.integers(len(features.train), size=len(order))
@@ -187,11 +203,11 @@ def _mean_logs(sums: list[np.ndarray], count: int) -> dict[str, float]:
 
 def _head_layers(classifier: keras.Model) -> list[keras.layers.Layer]:
     names = [layer.name for layer in classifier.layers]
-    return classifier.layers[names.index("features") + 1 :]
+    return list(classifier.layers[names.index("features") + 1 :])
 
 
 def _copy_of_head(classifier: keras.Model) -> keras.Model:
-    """The layers after "features" as a model of their own. A copy: a layer that is used twice has no one input."""
+    """Returns a copy of the layers after "features" as a model; a layer in two models would have no single input."""
     outputs = inputs = keras.Input(classifier.get_layer("features").output.shape[1:], name="features")
     for layer in _head_layers(classifier):
         copy = type(layer).from_config(layer.get_config())
@@ -201,6 +217,6 @@ def _copy_of_head(classifier: keras.Model) -> keras.Model:
 
 
 def _split_weights(head: keras.Model, weights: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """The weights of a head by layer."""
+    """Groups the weights of a head by layer."""
     remaining = iter(weights)
     return [[next(remaining) for _ in layer.weights] for layer in head.layers[1:]]

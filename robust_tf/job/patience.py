@@ -1,50 +1,74 @@
-"""Early stopping: a run ends when the validation figure that chooses the epoch has not improved for some epochs."""
+"""Early stopping: training ends when the validation figure that chooses the epoch has not improved for some epochs."""
 
+import dataclasses
 from typing import Any
 
 import keras
 
 from robust_tf.config.job import JobConfig
-from robust_tf.console import console
-from robust_tf.training.checkpoint import Progress
+from robust_tf.training.checkpoint import TrainingProgress
 
 
-def epochs_without_gain(config: JobConfig, progress: Progress) -> int:
-    """Epochs since the best one, or since the whole network began to train: a head's best says nothing about that."""
-    unfrozen_at = config.unfreeze_at_epoch
-    since = progress.best_epoch if unfrozen_at is None else max(progress.best_epoch, unfrozen_at - 1)
-    return progress.epochs_done - 1 - since
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Patience:
+    """The rule by which training ends early.
+
+    Attributes:
+        limit: Number of epochs without a better validation figure after which training ends; 0 never ends it early.
+        num_epochs: Number of epochs of the whole training.
+        unfreeze_at_epoch: Epoch from which the whole network trains, or None. The count begins anew there, because the
+            best figure of a head alone says nothing about the whole network.
+    """
+
+    limit: int
+    num_epochs: int
+    unfreeze_at_epoch: int | None = None
+
+    def epochs_without_gain(self, progress: TrainingProgress) -> int:
+        """Returns the number of epochs since the best one, or since the whole network began to train."""
+        since = progress.best_epoch
+        if self.unfreeze_at_epoch is not None:
+            since = max(since, self.unfreeze_at_epoch - 1)
+        return progress.epochs_done - 1 - since
+
+    def is_exhausted(self, progress: TrainingProgress) -> bool:
+        """Returns whether training ends before its last epoch; a resumed training then has nothing left to do."""
+        if not self.limit or not 0 < progress.epochs_done < self.num_epochs:
+            return False
+        return self.epochs_without_gain(progress) >= self.limit
+
+    def explanation(self, progress: TrainingProgress) -> str:
+        """Returns a sentence on why training ended early and which epoch is kept."""
+        count = self.epochs_without_gain(progress)
+        return (
+            f"Stopped early after epoch {progress.epochs_done} of {self.num_epochs}: {count} epoch{'s' * (count != 1)} "
+            f"without a better validation figure than {progress.best_value:.1%}. Epoch {progress.best_epoch + 1}, "
+            f"which reached it, is kept (--patience={self.limit})."
+        )
 
 
-def stopped_early(config: JobConfig, progress: Progress) -> bool:
-    """Whether `--patience` ends the run before its last epoch; a run that is resumed then has nothing left to do."""
-    if not config.patience or not 0 < progress.epochs_done < config.passes:
-        return False
-    return epochs_without_gain(config, progress) >= config.patience
-
-
-def say_why(config: JobConfig, progress: Progress) -> None:
-    """Tells the user of the early end of a run, and of the epoch that is kept."""
-    count = epochs_without_gain(config, progress)
-    console.print(
-        f"Stopped early after epoch {progress.epochs_done} of {config.passes}: {count} epoch{'s' * (count != 1)} "
-        f"without a better validation figure than {progress.best_value:.1%}, that of epoch {progress.best_epoch + 1}, "
-        f"which is kept (--patience={config.patience})."
+def patience_of(job: JobConfig) -> Patience:
+    """Returns the patience of a job."""
+    return Patience(
+        limit=job.optimization.patience,
+        num_epochs=job.data_epochs,
+        unfreeze_at_epoch=job.transfer.unfreeze_at_epoch,
     )
 
 
 class StopEarly(keras.callbacks.Callback):
-    """Ends `fit` after an epoch that has used up the patience. Stands after the callback that saves the epoch.
+    """Ends `fit` after the epoch that exhausts the patience. It must come after the callback that saves the epoch.
 
     Args:
-        config: of the job.
-        progress: what the callback that saves keeps up to date.
+        patience: Rule by which training ends early.
+        progress: Progress of the training, which the callback that saves the epoch keeps up to date.
     """
 
-    def __init__(self, config: JobConfig, progress: Progress) -> None:
+    def __init__(self, patience: Patience, progress: TrainingProgress) -> None:
         super().__init__()
-        self._config, self._progress = config, progress
+        self._patience, self._progress = patience, progress
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if stopped_early(self._config, self._progress):
+        """Asks `fit` to stop if the patience is exhausted."""
+        if self._patience.is_exhausted(self._progress):
             self.model.stop_training = True

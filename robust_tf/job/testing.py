@@ -1,4 +1,4 @@
-"""The final figures: clean and robust accuracy with their intervals, on a part that training never saw."""
+"""The final evaluation: clean and robust accuracy with their intervals, on images that training never saw."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.console import track
 from robust_tf.evaluation.example_choice import Example, ExampleChoice
 from robust_tf.evaluation.outcomes import Outcomes
-from robust_tf.statistics import mean_per_class, wilson_interval
+from robust_tf.statistics import Interval, mean_per_class, wilson_interval
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What became of each image of one data set; the figures follow from that.
+    """The outcomes for all images of one data set, and the figures that follow from them.
 
     Attributes:
-        outcomes: for each image.
-        num_classes: of the classifier.
-        examples: some of the images that this process has looked at, with their adversarial images.
+        outcomes: Predictions for each image.
+        num_classes: Number of classes of the classifier.
+        examples: Some of the images that this process evaluated, with their adversarial images.
     """
 
     outcomes: Outcomes
@@ -36,28 +36,32 @@ class Evaluation:
 
     @property
     def num_images(self) -> int:
+        """Number of evaluated images."""
         return len(self.outcomes.labels)
 
     @property
     def clean_accuracy(self) -> float:
+        """Share of the images that are classified correctly."""
         return int(self.outcomes.right.sum()) / self.num_images
 
     @property
-    def clean_interval(self) -> tuple[float, float]:
+    def clean_interval(self) -> Interval:
         """95 % Wilson interval of the clean accuracy."""
         return wilson_interval(int(self.outcomes.right.sum()), self.num_images)
 
     @property
     def mean_per_class_accuracy(self) -> float:
+        """Mean over the classes of the clean accuracy in each class."""
         return mean_per_class(self.confusion)
 
     @property
     def robust_accuracy(self) -> float | None:
+        """Share of the images that are classified correctly before and after the attack; None without an attack."""
         robust = self.outcomes.robust
         return None if robust is None else int(robust.sum()) / self.num_images
 
     @property
-    def robust_interval(self) -> tuple[float, float] | None:
+    def robust_interval(self) -> Interval | None:
         """95 % Wilson interval of the robust accuracy."""
         robust = self.outcomes.robust
         return None if robust is None else wilson_interval(int(robust.sum()), self.num_images)
@@ -71,23 +75,25 @@ def evaluate_classifier(
     ids: np.ndarray,
     strategy: tf.distribute.Strategy | None = None,
 ) -> Evaluation:
-    """Clean accuracy, and accuracy under PGD, where an image counts that is right before and after the attack.
+    """Measures the clean accuracy and the accuracy under PGD.
+
+    An image counts as robust if it is classified correctly both before and after the attack.
 
     Args:
-        classifier: [0, 1] images to logits.
-        dataset: batches of images (batch, height, width, channels) float32 and labels (batch,) int.
-        attack: epsilon 0 leaves the robust figures out.
-        ids: (num_images,) int64, of the images in the order in which they come.
-        strategy: with several replicas, `dataset` is a distributed one, whose batches also have weights (batch,); what
-            has weight 0 is there to fill a batch. Every process gets the whole result, but examples from its own share
-            of the images.
+        classifier: Function from images in [0, 1] to logits.
+        dataset: Batches of images (batch, height, width, channels) float32 and labels (batch,) int.
+        attack: Attack of the evaluation; with epsilon 0 there is no robust accuracy.
+        ids: Ids of the images in the order of `dataset`, (num_images,) int64.
+        strategy: Strategy of the job. With several replicas, `dataset` is a distributed one whose batches also have
+            weights (batch,), and images of weight 0 only fill a batch. Every process returns the outcomes of all
+            images, but examples from its own share only.
     """
     replicas: Any = strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
 
     def outcomes(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
-        """For each image the label, the prediction, that under attack, and whether it counts; and the last image.
+        """Returns the outcomes, (batch, 4) int32, and the adversarial images, (batch, height, width, channels) float32.
 
-        They are (batch, 4) int32 and (batch, height, width, channels) float32.
+        The four columns are the label, the prediction, the prediction under attack, and whether the image counts.
         """
         images_adv = images
         attacked = clean = tf.argmax(classifier(images, training=False), axis=-1, output_type=tf.int32)
@@ -99,7 +105,7 @@ def evaluate_classifier(
         return rows, images_adv
 
     if replicas is None:
-        # The signature has a free batch size: the last, smaller batch is no reason to trace again.
+        # The signature leaves the batch size open, so that a smaller last batch does not trace the function again.
         outcomes_of = tf.function(outcomes, input_signature=dataset.element_spec)
     else:
 

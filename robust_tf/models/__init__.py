@@ -1,4 +1,7 @@
-"""Architectures, and the way between their weights and the reference's checkpoints."""
+"""Architectures, classifier files, and the exchange of weights with PyTorch checkpoints.
+
+To add an architecture, see `robust_tf.models.architectures`.
+"""
 
 import robust_tf.keras_backend  # noqa: F401  # before Keras is imported
 from robust_tf.models.architectures import ARCHITECTURES, Architecture, build_classifier

@@ -1,4 +1,16 @@
-"""The table of architectures, and the one function that builds a classifier from it."""
+"""The table of architectures, and the function that builds a classifier from it.
+
+To add an architecture:
+
+1. Write a function that maps normalized images (batch, height, width, 3) to features (batch, feature_dim), in a new
+   file of this folder; `resnet.py` is a complete example. Take convolutions, BatchNorm and activations from a `Layers`
+   object of `layers.py`. Name the layers "stem_...", "stage1_...", "stage2_...", ..., "head_...", since stages are
+   frozen and given learning rates by these names. The last layer must be called "features".
+2. Write `reference_module`, which translates the name of a layer into the name of its module in PyTorch. Checkpoints
+   are converted with it.
+3. Add an entry to `ARCHITECTURES`, below. Now `build_classifier` and the flag --architecture accept the name.
+4. `tests/models/test_architectures.py` checks every entry of the table. Add what is special about the new one.
+"""
 
 import dataclasses
 import functools
@@ -13,17 +25,21 @@ from robust_tf.models.layers import Start, normal_001, torch_default, uniform_fa
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One line of the table.
+    """An entry of the table of architectures.
 
     Attributes:
-        backbone: normalised images (batch, size, size, 3) to the tensor of the layer "features".
-        feature_dim: channels of that tensor.
-        parameters: trainable parameters of the backbone, without the head.
-        reference_module: the reference's module for the name of one of our layers with weights.
-        reference_name: what the reference's own programs call it, if they know it.
-        minimum_image_size: the smallest height and width, in pixels, that leave something to pool.
-        head_kernel: how the kernel of the head starts.
-        head_bias: how its bias starts.
+        backbone: Function that maps normalized images (batch, size, size, 3) to the output of the layer "features".
+        feature_dim: Number of features.
+        parameters: Number of trainable parameters of the backbone, without the head.
+        reference_module: Function that maps the name of a layer with weights to the name of the reference's module.
+        reference_name: Name of the architecture in the reference's programs, or None if they do not have it.
+        minimum_image_size: Smallest height and width of the images, in pixels, at which every layer has an input.
+        head_kernel: Initializer of the head's kernel.
+        head_bias: Initializer of the head's bias.
+
+    Example:
+        >>> ARCHITECTURES["resnet50"].feature_dim
+        2048
     """
 
     backbone: Callable[[keras.KerasTensor], keras.KerasTensor]
@@ -148,28 +164,34 @@ ARCHITECTURES: dict[str, Architecture] = {
 def build_classifier(
     architecture: str, num_classes: int, *, image_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> keras.Model:
-    """Builds an untrained classifier, with the weights where the reference starts them.
+    """Builds an untrained classifier, with initial weights drawn as in the reference.
 
     Args:
-        architecture: a name in `ARCHITECTURES`; becomes the name of the model.
-        num_classes: number of logits, at least 2.
-        image_size: height and width of the images, in pixels.
-        mean: of the three channels, in [0, 1] pixel units.
-        std: standard deviation of the three channels, in [0, 1] pixel units.
+        architecture: Name in `ARCHITECTURES`. It becomes the name of the model.
+        num_classes: Number of classes, at least 2.
+        image_size: Height and width of the images, in pixels.
+        mean: Means of the three channels, in [0, 1] pixel units.
+        std: Standard deviations of the three channels, in [0, 1] pixel units.
 
     Returns:
-        A Functional model from "images", (batch, image_size, image_size, 3) float32 in [0, 1], to "logits",
-        (batch, num_classes) float32. It clips and normalises the images itself, in float32 under every policy.
+        A Functional model that maps "images", (batch, image_size, image_size, 3) float32 in [0, 1], to "logits",
+        (batch, num_classes) float32. The model clips and normalizes the images itself, in float32 under every dtype
+        policy.
 
     Raises:
-        UserError: an unknown architecture, or a number out of its range.
+        UserError: The architecture is unknown, or a number is outside its range.
+
+    Example:
+        >>> model = build_classifier("resnet8", 10, image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> model.name, model.output_shape
+        ('resnet8', (None, 10))
     """
     if architecture not in ARCHITECTURES:
         raise unknown_name("architecture", architecture, ARCHITECTURES)
     if keras.config.image_data_format() != "channels_last":
         raise UserError(
-            "The architectures have the channels last. Received: image_data_format='channels_first' from Keras's "
-            "settings. Change it to 'channels_last' in ~/.keras/keras.json, or call "
+            "The architectures need the channels last. Received: image_data_format='channels_first' in the settings "
+            "of Keras. Change it to 'channels_last' in ~/.keras/keras.json, or call "
             "keras.config.set_image_data_format('channels_last') first."
         )
     entry = ARCHITECTURES[architecture]
@@ -202,11 +224,11 @@ def build_classifier(
 def _check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
     if len(mean) != 3 or not all(0 <= value <= 1 for value in mean):
         raise UserError(
-            f"`mean` holds one number in [0, 1] for each of the three channels. Received: mean={tuple(mean)}. "
-            "Means in 0..255 units have to be divided by 255."
+            f"`mean` must hold one number in [0, 1] for each of the three channels. Received: mean={tuple(mean)}. "
+            "Divide means in 0..255 units by 255."
         )
     if len(std) != 3 or not all(0 < value <= 1 for value in std):
         raise UserError(
-            f"`std` holds one number in (0, 1] for each of the three channels. Received: std={tuple(std)}. "
-            "Deviations in 0..255 units have to be divided by 255."
+            f"`std` must hold one number in (0, 1] for each of the three channels. Received: std={tuple(std)}. "
+            "Divide deviations in 0..255 units by 255."
         )

@@ -1,9 +1,10 @@
-"""ResNets for small images (CIFAR and the like): a 3x3 stem without pooling.
+"""ResNets for small images such as CIFAR's, with a 3x3 stem and no pooling.
 
-`resnet18` is the reference library's CIFAR network: all kernels start as PyTorch's convolutions do by default.
-`resnet_6n` is the family of He et al. 2015 (arXiv 1512.03385), section 4.2, Kaiming-normal over fan_out.
-`wide_resnet` is the pre-activation network of Zagoruyko and Komodakis 2016 (arXiv 1605.07146), Kaiming-normal over
-fan_out too; the wide_resnet28_10 of adversarial training, with the module names that its PyTorch checkpoints use.
+* `resnet18` is the CIFAR network of the reference library. All kernels are initialized with PyTorch's default.
+* `resnet_6n` is the family of He et al. 2015 (arXiv 1512.03385), section 4.2. Initialization: Kaiming-normal, fan_out.
+* `wide_resnet` is the pre-activation network of Zagoruyko and Komodakis 2016 (arXiv 1605.07146). Initialization:
+  Kaiming-normal, fan_out. The wide_resnet28_10 is common in adversarial training; its module names are those of the
+  PyTorch checkpoints.
 """
 
 import keras
@@ -16,21 +17,25 @@ KAIMING = Layers()
 
 
 def resnet18(x: keras.KerasTensor) -> keras.KerasTensor:
-    """The reference's ResNet-18 for CIFAR: (batch, height, width, 3) normalised images to (batch, 512) features."""
+    """Returns the features of the reference's ResNet-18 for CIFAR, (batch, 512).
+
+    Args:
+        x: Normalized images (batch, height, width, 3).
+    """
     x = REFERENCE.conv_bn_relu(x, 64, 3, prefix="stem")
     return mean_features(resnet.basic_stages(x, layers=REFERENCE))
 
 
 def resnet_6n(x: keras.KerasTensor, *, blocks: int, width: int = 16) -> keras.KerasTensor:
-    """ResNet with 6 x `blocks` + 2 layers: (batch, height, width, 3) normalised images to (batch, 4 x width) features.
+    """Returns the features of a ResNet with 6 * `blocks` + 2 layers, (batch, 4 * width).
 
-    Shortcuts have no weights: where the shape changes, every second pixel and zeros for the new channels (option A
-    of the paper).
+    The shortcuts have no weights. Where the shape changes, they take every second pixel and fill the new channels with
+    zeros (option A of the paper).
 
     Args:
-        x: the images.
-        blocks: residual blocks in each of the three stages; 3 gives ResNet-20.
-        width: channels of the first stage, doubled from stage to stage.
+        x: Normalized images (batch, height, width, 3).
+        blocks: Number of residual blocks in each of the three stages; 3 gives ResNet-20.
+        width: Number of channels of the first stage. It doubles from stage to stage.
     """
     x = KAIMING.conv_bn_relu(x, width, 3, prefix="stem")
     for stage, prefix, strides in residual_blocks((blocks, blocks, blocks)):
@@ -39,7 +44,7 @@ def resnet_6n(x: keras.KerasTensor, *, blocks: int, width: int = 16) -> keras.Ke
         residual = KAIMING.conv_bn(residual, filters, 3, prefix=prefix, index="2")
         if strides == 2:
             x = keras.layers.MaxPooling2D(1, 2, name=f"{prefix}_shortcut_subsample")(x)
-            # Read as channels-first, the last axis is a side of the image, which this layer can pad.
+            # With "channels_first" the layer pads the last axis, which holds the channels here.
             new_channels = ((0, 0), (0, filters - x.shape[-1]))
             x = keras.layers.ZeroPadding2D(new_channels, "channels_first", name=f"{prefix}_shortcut_channels")(x)
         x = keras.layers.Add(name=f"{prefix}_add")([x, residual])
@@ -48,12 +53,12 @@ def resnet_6n(x: keras.KerasTensor, *, blocks: int, width: int = 16) -> keras.Ke
 
 
 def wide_resnet(x: keras.KerasTensor, *, blocks: int, width: int) -> keras.KerasTensor:
-    """Wide ResNet with 6 x `blocks` + 4 layers: normalised images to (batch, 64 x width) features.
+    """Returns the features of a wide ResNet with 6 * `blocks` + 4 layers, (batch, 64 * width).
 
     Args:
-        x: the images, (batch, height, width, 3).
-        blocks: residual blocks in each of the three stages.
-        width: the factor on the channels 16, 32 and 64.
+        x: Normalized images (batch, height, width, 3).
+        blocks: Number of residual blocks in each of the three stages.
+        width: Factor on the channels 16, 32 and 64 of the three stages.
     """
     x = KAIMING.conv(x, 16, 3, name="stem_conv")
     for stage, prefix, strides in residual_blocks((blocks, blocks, blocks)):
@@ -73,12 +78,20 @@ def _preactivation_block(x: keras.KerasTensor, filters: int, *, prefix: str, str
 
 
 def reference_module(layer: str) -> str:
-    """The reference's module for one of our layers of `resnet18`; `resnet_6n` is written out the same way."""
+    """Returns the reference's module for a layer of `resnet18`. `resnet_6n` uses the same names.
+
+    Args:
+        layer: Name of a layer with weights.
+    """
     return resnet.reference_module(layer, shortcut="shortcut", head="linear")
 
 
 def wide_reference_module(layer: str) -> str:
-    """The module of the PyTorch implementations for one of our layers of `wide_resnet`."""
+    """Returns the module of the PyTorch implementations for a layer of `wide_resnet`.
+
+    Args:
+        layer: Name of a layer with weights.
+    """
     outside = {"stem_conv": "conv1", "head_bn": "bn1", "logits": "fc"}
     if layer in outside:
         return outside[layer]

@@ -1,6 +1,7 @@
-"""DenseNet-161. Kernels start Kaiming-normal over fan_in, the head as PyTorch's linear layer with zero bias.
+"""DenseNet-161.
 
-Source: Huang et al. 2016 (arXiv 1608.06993).
+Initialization: Kaiming-normal with fan_in for convolutions; PyTorch's default for the kernel of the head, zeros for its
+bias. Source: Huang et al. 2016 (arXiv 1608.06993).
 """
 
 import keras
@@ -9,11 +10,15 @@ from robust_tf.models.layers import Layers, kaiming_fan_in, max_pool_3x3, mean_f
 
 LAYERS = Layers(kernel_start=kaiming_fan_in)
 GROWTH = 48
-BLOCKS = (6, 12, 36, 24)  # dense layers in each stage
+BLOCKS = (6, 12, 36, 24)  # number of dense layers in each stage
 
 
 def densenet161(x: keras.KerasTensor) -> keras.KerasTensor:
-    """DenseNet-161: (batch, height, width, 3) normalised images to (batch, 2208) features."""
+    """Returns the features of DenseNet-161, (batch, 2208).
+
+    Args:
+        x: Normalized images (batch, height, width, 3).
+    """
     x = LAYERS.conv_bn_relu(x, 2 * GROWTH, 7, prefix="stem", strides=2)
     x = max_pool_3x3(x, name="stem_pool")
     for stage, blocks in enumerate(BLOCKS, start=1):
@@ -39,7 +44,11 @@ def _bn_relu_conv(
 
 
 def reference_module(layer: str) -> str:
-    """The reference's module for one of our layers, e.g. features.denseblock1.denselayer2.norm1."""
+    """Returns the reference's module for a layer, such as features.denseblock1.denselayer2.norm1.
+
+    Args:
+        layer: Name of a layer with weights.
+    """
     outside = {
         "stem_conv": "features.conv0",
         "stem_bn": "features.norm0",

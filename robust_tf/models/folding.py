@@ -1,4 +1,4 @@
-"""A classifier rewritten for inference: BatchNorm after a convolution becomes part of the convolution."""
+"""Folding of BatchNorm into the convolution before it, for faster inference."""
 
 import collections
 import functools
@@ -13,17 +13,19 @@ _CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D)
 
 
 def fold_batch_norm(classifier: keras.Model) -> keras.Model:
-    """The same function in inference, with less to do: (x * kernel - mean) / std is one convolution with a bias.
+    """Returns a model that computes the same function in inference with fewer operations.
 
-    TensorFlow then runs convolution, bias and ReLU as one operation, where a BatchNorm takes two more passes over the
-    activations. Rounding differs in the last bits.
+    A convolution followed by BatchNorm, (x * kernel - mean) / std, equals one convolution with a bias. TensorFlow can
+    run convolution, bias and ReLU as one operation, while BatchNorm needs two more passes over the activations. The
+    outputs differ by rounding errors only.
 
     Args:
-        classifier: stays as it is.
+        classifier: Classifier to fold. It is not changed.
 
     Returns:
-        A new model with weights of its own, not to be trained: it has no statistics left to follow. The classifier
-        itself when there is nothing to fold: layers that compute in half precision would round the folded kernels.
+        A new model with copies of the weights. It must not be trained, because it has no statistics to update. If there
+        is nothing to fold, the classifier itself. Layers that compute in half precision are not folded, because that
+        would round the folded kernels.
     """
     folded = _folded_pairs(classifier)
     if not folded:
@@ -31,7 +33,7 @@ def fold_batch_norm(classifier: keras.Model) -> keras.Model:
     layers = {layer.name: layer for layer in classifier.layers}
     norms = set(folded.values())
 
-    @functools.cache  # a layer that is called twice stays one layer
+    @functools.cache  # so that a layer that is called twice stays one layer
     def clone(layer: keras.Operation) -> keras.Operation:
         config = layer.get_config()
         return type(layer).from_config({**config, "use_bias": True} if layer.name in folded else config)
@@ -50,7 +52,10 @@ def fold_batch_norm(classifier: keras.Model) -> keras.Model:
 
 
 def _folded_pairs(classifier: keras.Model) -> dict[str, str]:
-    """Convolution -> the BatchNorm that alone takes its output, in float32."""
+    """Returns the name of the BatchNorm to fold by the name of its convolution.
+
+    The BatchNorm must be the only layer that uses the output of the convolution, and both must compute in float32.
+    """
     if not hasattr(classifier, "operations"):  # not a Functional model
         return {}
     layers = {layer.name: layer for layer in classifier.layers}
@@ -60,12 +65,12 @@ def _folded_pairs(classifier: keras.Model) -> dict[str, str]:
             consumers[name].append(layer["name"])
     pairs = {}
     for name, (first, *others) in consumers.items():
-        conv, norm = layers.get(name), layers.get(first)  # operations such as a sum are no layers
+        conv, norm = layers.get(name), layers.get(first)  # None for operations that are not layers, such as a sum
         if others or not isinstance(conv, _CONVOLUTIONS) or not isinstance(norm, keras.layers.BatchNormalization):
             continue
         if _is_foldable(conv) and norm.compute_dtype == "float32" and norm.axis in _channel_axes(conv):
             pairs[name] = first
-    # A norm that is called on something else as well stays.
+    # A BatchNorm that is also called on another input cannot be folded.
     calls = collections.Counter(consumer for found in consumers.values() for consumer in found)
     return {conv: norm for conv, norm in pairs.items() if calls[norm] == 1}
 
@@ -80,7 +85,7 @@ def _channel_axes(conv: keras.layers.Layer) -> tuple[int, ...]:
 
 
 def _inputs(nodes: Any) -> list[str]:
-    """The layers that the serialised calls of a layer take their inputs from."""
+    """Returns the names of the layers whose outputs are inputs of a layer, from its serialized calls."""
     if isinstance(nodes, dict):
         if nodes.get("class_name") == "__keras_tensor__":
             return [nodes["config"]["keras_history"][0]]
@@ -91,7 +96,7 @@ def _inputs(nodes: Any) -> list[str]:
 
 
 def _folded_weights(conv: keras.layers.Layer, norm: keras.layers.BatchNormalization) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias of the convolution that does the work of both."""
+    """Returns kernel and bias of the convolution that replaces both layers."""
     kernel = np.asarray(conv.kernel)
     bias = np.asarray(conv.bias) if conv.use_bias else np.zeros(norm.moving_mean.shape, np.float32)
     scale = 1.0 / np.sqrt(np.asarray(norm.moving_variance, np.float64) + norm.epsilon)

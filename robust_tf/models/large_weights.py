@@ -1,4 +1,4 @@
-"""Weights of hundreds of megabytes: one copy of each in memory, where TensorFlow and Keras make up to three."""
+"""Handling of weights of hundreds of megabytes with one copy in memory, where TensorFlow and Keras make up to three."""
 
 import contextlib
 import functools
@@ -11,30 +11,43 @@ import tensorflow as tf
 
 
 def untouched_zeros(shape: Sequence[int]) -> np.ndarray:
-    """Float32 zeros that take no memory until something is written to them, for `tensor_over`."""
+    """Returns float32 zeros, for `tensor_over`, that take no memory until something is written to them.
+
+    Args:
+        shape: Shape of the array.
+    """
     count = int(np.prod(shape))
-    # TensorFlow takes memory over that begins at a multiple of 64 bytes.
+    # TensorFlow uses memory without copying it only if it is aligned to 64 bytes.
     memory = np.zeros(4 * count + 64, np.uint8)
     return memory[-memory.ctypes.data % 64 :][: 4 * count].view(np.float32).reshape(shape)
 
 
 def tensor_over(array: np.ndarray) -> tf.Tensor:
-    """A tensor in the memory of an `untouched_zeros` array, which must not be written to any more."""
+    """Returns a tensor that shares the memory of an array from `untouched_zeros`.
+
+    Args:
+        array: Array from `untouched_zeros`. Do not write to it afterwards.
+    """
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 class UntouchedZeros(keras.initializers.Initializer):
-    """Zeros for weights that are replaced at once.
+    """Initializes weights that are about to be replaced with zeros that take no memory.
 
     Args:
-        instead_of: the initializer that these weights have otherwise.
+        instead_of: Initializer that these weights would normally have.
     """
 
     def __init__(self, instead_of: keras.initializers.Initializer) -> None:
         self.instead_of = instead_of
 
     def __call__(self, shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
-        """A tensor of the shape; in another type than float32, zeros as any."""
+        """Returns zeros of the given shape. Only float32 zeros save memory.
+
+        Args:
+            shape: Shape of the weight.
+            dtype: Data type, by default float32.
+        """
         if dtype not in (None, "float32", tf.float32):
             return tf.zeros(shape, dtype)
         return tensor_over(untouched_zeros(shape))
@@ -42,14 +55,18 @@ class UntouchedZeros(keras.initializers.Initializer):
 
 @contextlib.contextmanager
 def saved_without_copies(model: keras.Model) -> Iterator[None]:
-    """What Keras saves inside goes to the file from where it is; Keras copies each weight twice for that."""
-    kinds = (keras.layers.Dense, keras.layers.Conv2D)  # only their weights are large
+    """Returns a context in which Keras saves the weights without copying them. Normally it copies each weight twice.
+
+    Args:
+        model: Model that is saved within the context.
+    """
+    kinds = (keras.layers.Dense, keras.layers.Conv2D)  # only these have large weights
     layers = [
         layer
         for layer in model.layers
         if isinstance(layer, kinds)
         and layer.quantization_mode is None
-        and all(weight.dtype == "float32" for weight in layer.weights)  # bfloat16 has no place in a buffer
+        and all(weight.dtype == "float32" for weight in layer.weights)  # Python buffers do not support bfloat16
     ]
     for layer in layers:
         layer.save_own_variables = functools.partial(_save_weights, layer)
@@ -61,13 +78,13 @@ def saved_without_copies(model: keras.Model) -> Iterator[None]:
 
 
 def _save_weights(layer: keras.layers.Layer, store: Any) -> None:
-    """As Keras's own: the weights by their numbers."""
+    """Stores the weights under their numbers, as `keras.layers.Layer.save_own_variables` does."""
     for number, weight in enumerate(layer.weights):
         store[str(number)] = _InPlace(np.asarray(memoryview(tf.convert_to_tensor(weight.value))))
 
 
 class _InPlace:
-    """An array that NumPy is not to copy when Keras asks it to."""
+    """Wraps an array so that NumPy does not copy it, although Keras asks for a copy."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array

@@ -1,7 +1,7 @@
-"""MNASNet-B1 of depth multiplier 1.
+"""MNASNet-B1 with depth multiplier 1.
 
-Kernels start Kaiming-normal over fan_out, the head uniform with variance 1 / number of classes and zero bias;
-BatchNorm moves its statistics by 0.0003 a step, as in the reference.
+Initialization: Kaiming-normal with fan_out for convolutions; uniform with variance 1 / num_classes for the kernel of
+the head, zeros for its bias. As in the reference, each step replaces only 0.0003 of BatchNorm's moving statistics.
 Source: Tan et al. 2019 (arXiv 1807.11626).
 """
 
@@ -16,7 +16,11 @@ STAGES = ((3, 24, 3, 2, 3), (3, 40, 3, 2, 5), (6, 80, 3, 2, 5), (6, 96, 2, 1, 3)
 
 
 def mnasnet1_0(x: keras.KerasTensor) -> keras.KerasTensor:
-    """MNASNet: (batch, height, width, 3) normalised images to (batch, 1280) features."""
+    """Returns the features of MNASNet, (batch, 1280).
+
+    Args:
+        x: Normalized images (batch, height, width, 3).
+    """
     x = LAYERS.conv_bn_relu(x, 32, 3, prefix="stem", strides=2)
     x = inverted_residual(x, 16, prefix="stem_block", expansion=1, layers=LAYERS)
     for stage, (expansion, filters, blocks, stage_strides, kernel_size) in enumerate(STAGES, start=1):
@@ -34,7 +38,11 @@ def mnasnet1_0(x: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def reference_module(layer: str) -> str:
-    """The reference's module for one of our layers: one list that counts activations too."""
+    """Returns the reference's module for a layer. The reference numbers all modules, with activations.
+
+    Args:
+        layer: Name of a layer with weights.
+    """
     outside = {
         "stem_conv": "layers.0",
         "stem_bn": "layers.1",

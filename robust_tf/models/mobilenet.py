@@ -1,7 +1,7 @@
 """MobileNetV2, and the inverted residual block that it shares with MNASNet.
 
-Kernels start Kaiming-normal over fan_out, the head normal with deviation 0.01 and zero bias.
-Source: Sandler et al. 2018 (arXiv 1801.04381).
+Initialization: Kaiming-normal with fan_out for convolutions; normal with standard deviation 0.01 for the kernel of the
+head, zeros for its bias. Source: Sandler et al. 2018 (arXiv 1801.04381).
 """
 
 import keras
@@ -23,16 +23,18 @@ def inverted_residual(
     kernel_size: int = 3,
     strides: int = 1,
 ) -> keras.KerasTensor:
-    """Expands by a 1x1 convolution, filters channel by channel, projects linearly; adds the input where it fits.
+    """Applies an inverted residual block: 1x1 expansion, depthwise convolution, linear 1x1 projection.
+
+    The input is added to the result if the shapes agree.
 
     Args:
-        x: (batch, height, width, channels).
-        filters: channels of the output.
-        prefix: what the names of the layers start with.
-        expansion: the factor of the first convolution, which is left out at 1.
-        layers: the family's.
-        kernel_size: of the depthwise convolution.
-        strides: of the depthwise convolution.
+        x: Input (batch, height, width, channels).
+        filters: Number of output channels.
+        prefix: Beginning of the names of the layers.
+        expansion: Factor on the number of channels in the expansion, which is left out if the factor is 1.
+        layers: Layers of the family.
+        kernel_size: Height and width of the kernel of the depthwise convolution.
+        strides: Strides of the depthwise convolution.
     """
     width = x.shape[-1] * expansion
     y = x if expansion == 1 else layers.conv_bn_relu(x, width, 1, prefix=prefix, index="1")
@@ -44,7 +46,11 @@ def inverted_residual(
 
 
 def mobilenet_v2(x: keras.KerasTensor) -> keras.KerasTensor:
-    """MobileNetV2 of width 1: (batch, height, width, 3) normalised images to (batch, 1280) features."""
+    """Returns the features of MobileNetV2 with width 1, (batch, 1280).
+
+    Args:
+        x: Normalized images (batch, height, width, 3).
+    """
     x = LAYERS.conv_bn_relu(x, 32, 3, prefix="stem", strides=2)
     for stage, (expansion, filters, blocks, stage_strides) in enumerate(STAGES, start=1):
         for block in range(1, blocks + 1):
@@ -55,13 +61,21 @@ def mobilenet_v2(x: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def pooled_head(x: keras.KerasTensor) -> keras.KerasTensor:
-    """The mean over all positions, then dropout of a fifth: the layer "features"."""
+    """Applies the mean over all positions, then dropout with rate 0.2 as the layer "features".
+
+    Args:
+        x: Input (batch, height, width, channels).
+    """
     x = keras.layers.GlobalAveragePooling2D(name="head_pool")(x)
     return keras.layers.Dropout(0.2, name="features")(x)
 
 
 def reference_module(layer: str) -> str:
-    """The reference's module for one of our layers: it numbers the blocks of all stages through."""
+    """Returns the reference's module for a layer. The reference numbers the blocks of all stages consecutively.
+
+    Args:
+        layer: Name of a layer with weights.
+    """
     outside = {
         "stem_conv": "features.0.0",
         "stem_bn": "features.0.1",

@@ -1,7 +1,7 @@
-"""Any Keras image classifier as the one form that the programs work with.
+"""Conversion of any Keras image classifier into the plain form that all programs use.
 
-That form is a flat Functional model from one tensor of [0, 1] images (batch, height, width, channels) to float32 logits
-(batch, num_classes), num_classes >= 2. `build_classifier` makes such models.
+A plain classifier is a flat Functional model that maps one tensor of images in [0, 1], (batch, height, width,
+channels), to float32 logits (batch, num_classes) with num_classes >= 2. `build_classifier` builds such models.
 """
 
 import inspect
@@ -18,21 +18,29 @@ _PROBABILITIES = ("softmax", "sigmoid")
 
 
 def plain_classifier(model: keras.Model) -> keras.Model:
-    """Returns the model as a flat Functional classifier from [0, 1] images to logits.
+    """Converts a model into a flat Functional classifier that maps images in [0, 1] to logits.
 
-    Nested models become part of the flat one; one-entry dicts of inputs and outputs are unwrapped; a softmax at the end
-    is removed. One output, a logit z or the sigmoid of one, becomes the two logits [0, z]: class 1 is what z speaks
-    for (label 1 of a binary cross-entropy), and the softmax of the two is [1 - sigmoid(z), sigmoid(z)].
+    Nested models are flattened, dicts with a single input or output are unwrapped, and a softmax at the end is removed.
+    A single output, which is a logit z or its sigmoid, becomes the two logits [0, z], whose softmax is
+    [1 - sigmoid(z), sigmoid(z)]. Class 1 is label 1 of the binary cross-entropy.
 
     Args:
-        model: a Sequential, Functional or subclassed model. It stays as it is.
+        model: Sequential, Functional or subclassed model. It is not changed.
 
     Returns:
-        The model itself where it has this form already, otherwise a new model with copies of the weights.
+        The model itself if it is plain already, otherwise a new model with copies of the weights.
 
     Raises:
-        UserError: the model has several inputs or outputs, takes no float images, gives no row of numbers for each
-            image, or can't be called on a symbolic input.
+        UserError: The model has several inputs or outputs, does not take float images, does not return one row of
+            numbers for each image, or cannot be called on a symbolic input.
+
+    Example:
+        >>> model = keras.Sequential(
+        ...     [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(5, activation="softmax")]
+        ... )
+        >>> classifier = plain_classifier(model)
+        >>> classifier.output_shape, classifier.layers[-1].activation.__name__
+        ((None, 5), 'linear')
     """
     if _is_plain(model):
         return model
@@ -43,14 +51,14 @@ def plain_classifier(model: keras.Model) -> keras.Model:
     if units == 1:
         if removed == "softmax" or left:
             raise UserError(
-                "A classifier with one output gives a logit or its sigmoid, for class 1 of two. Received: "
+                "A classifier with one output must return a logit or its sigmoid, for class 1 of two. Received: "
                 f"{model.name!r}, whose output ends in {removed or left}. Use a sigmoid, or one output for each class."
             )
         logits = keras.ops.pad(logits, [[0, 0], [1, 0]])
     elif "sigmoid" in (removed, left):
         raise UserError(
-            f"A classifier chooses one of its classes. Received: {model.name!r}, whose {units} sigmoid outputs are "
-            "independent labels. If just one of them is right for each image, build it again without the sigmoid."
+            f"A classifier must choose one of its classes. Received: {model.name!r}, whose {units} sigmoid outputs are "
+            "independent labels. If exactly one of them is right for each image, build it again without the sigmoid."
         )
     if logits.dtype != "float32":
         logits = keras.layers.Activation("linear", dtype="float32", name="float32_logits")(logits)
@@ -58,9 +66,19 @@ def plain_classifier(model: keras.Model) -> keras.Model:
 
 
 def pixel_warning(classifier: keras.Model) -> str | None:
-    """A sentence for a plain classifier whose first layers expect 0-255 pixels, or None.
+    """Returns a warning for a classifier whose first layer expects pixels from 0 to 255, or None.
 
-    Only a Rescaling by 1/64 or less, or a Normalization with means above 2, right after the input tells that.
+    The signs are a Rescaling by 1/64 or less, or a Normalization with means above 2, right after the input.
+
+    Args:
+        classifier: Plain classifier.
+
+    Example:
+        >>> model = keras.Sequential(
+        ...     [keras.Input((8, 8, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(2)]
+        ... )
+        >>> pixel_warning(plain_classifier(model)) is None
+        False
     """
     for layer in classifier.layers:
         if isinstance(layer, keras.layers.InputLayer) or layer.input is not classifier.inputs[0]:
@@ -73,41 +91,62 @@ def pixel_warning(classifier: keras.Model) -> str | None:
             continue
         if found:
             return (
-                f"The layer {layer.name!r} after the input looks made for pixels from 0 to 255, but here every "
-                "classifier gets pixels in [0, 1]: 0 is black and 1 is white. If so, the figures will be wrong; remove "
-                "that layer, or put keras.layers.Rescaling(255) before it."
+                f"The layer {layer.name!r} after the input seems to expect pixels from 0 to 255, but here every "
+                "classifier gets pixels in [0, 1], from black to white. In that case all figures will be wrong: remove "
+                "the layer, or put keras.layers.Rescaling(255) before it."
             )
     return None
 
 
 def image_shape(model: keras.Model) -> tuple[int | None, ...]:
-    """The shape of the images that a model takes, (batch, height, width, channels), batch None.
+    """Returns the shape of the images that a model takes, (None, height, width, channels).
+
+    Args:
+        model: Any model.
 
     Raises:
-        UserError: the model takes something else.
+        UserError: The model does not take images, or has further inputs.
+
+    Example:
+        >>> image_shape(keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten()]))
+        (None, 8, 8, 3)
     """
     return tuple(_image_input(model).shape)
 
 
 def outputs_of(model: keras.Model, images: Any) -> Any:
-    """What a model itself gives for images (batch, height, width, channels), in inference mode: (batch, outputs).
+    """Returns the outputs of a model in inference mode, (batch, num_outputs), without any conversion to logits.
+
+    Args:
+        model: Any model that takes images.
+        images: Images (batch, height, width, channels).
 
     Raises:
-        UserError: it has several outputs, none of them called "logits".
+        UserError: The model has several outputs, none of them called "logits".
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(5)])
+        >>> outputs_of(model, np.zeros((2, 8, 8, 3))).shape.as_list()
+        [2, 5]
     """
     return _one_output(model, model(_arguments(model, images), training=False))
 
 
 def copy_weights(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
-    """Gives a layer the weights of another one of the same kind."""
+    """Copies the weights of a layer to another layer of the same kind.
+
+    Args:
+        source: Layer with the weights.
+        target: Layer that gets the weights.
+    """
     target.set_weights(source.get_weights())
     for layer in getattr(target, "layers", [target]):
-        if hasattr(layer, "finalize_state"):  # an adapted Normalization computes with what it derives from its weights
+        if hasattr(layer, "finalize_state"):  # an adapted Normalization uses values that it derives from its weights
             layer.finalize_state()
 
 
 def _is_functional(model: keras.Model) -> bool:
-    # A subclass of Functional may add a training step or other arguments, which copies would lose.
+    # Not a subclass of Functional, which may add a training step or arguments that a copy would lose.
     return type(model).__name__ == "Functional"
 
 
@@ -129,12 +168,12 @@ def _is_plain(model: keras.Model) -> bool:
 
 
 def _image_input(model: keras.Model) -> keras.KerasTensor:
-    """A new input like the only one of a model, with a free batch size."""
+    """Returns a new input like the only input of a model, but with any batch size."""
     given = _inputs(model)
     if len(given) != 1:
         raise UserError(
-            f"A classifier has one input, the images. Received: {model.name!r} with {_listed(list(given))}. Build one "
-            "with keras.Model(images, outputs) that computes or fixes the others."
+            f"A classifier must have one input, the images. Received: {model.name!r} with {_listed(list(given))}. "
+            "Build a keras.Model(images, outputs) that computes the other inputs or sets them to constants."
         )
     (tensor,) = given.values()
     _check_images(model.name, tensor)
@@ -142,17 +181,17 @@ def _image_input(model: keras.Model) -> keras.KerasTensor:
 
 
 def _one_to_one(model: keras.Model) -> tuple[keras.KerasTensor, keras.KerasTensor]:
-    """A new input of one image tensor, and the one output that the model gives for it."""
+    """Returns a new input, which is one image tensor, and the only output of the model for it."""
     images = _image_input(model)
     takes_training = "training" in inspect.signature(model.call).parameters
     try:
-        # `call`, not the model itself: its layers are then the layers of the new model.
+        # `call` instead of the model itself makes the layers of the model the layers of the new model.
         outputs = model.call(_arguments(model, images), **({"training": None} if takes_training else {}))
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
-        # The user's own code fails here, in whatever way it does; the message has its words.
+        # The user's own code has failed; the message quotes its error.
         raise UserError(
-            f"The model must be one that Keras can call on a symbolic input. Received: {model.name!r}, "
-            f"{type(model).__name__}: {_first_line(error)}. Write its `call` with keras.layers and keras.ops alone, or "
+            f"Keras must be able to call the model on a symbolic input. Received: {model.name!r}, "
+            f"{type(model).__name__}: {_first_line(error)}. Use only keras.layers and keras.ops in its `call`, or "
             "build it with keras.Model(inputs, outputs)."
         ) from error
     output = _one_output(model, outputs)
@@ -161,7 +200,7 @@ def _one_to_one(model: keras.Model) -> tuple[keras.KerasTensor, keras.KerasTenso
 
 
 def _arguments(model: keras.Model, images: Any) -> Any:
-    """The images in the structure that the model takes them in, such as a dict."""
+    """Puts the images into the structure that the model takes, such as a dict."""
     if isinstance(model.input if _has_graph(model) else None, dict | list | tuple):
         return keras.tree.pack_sequence_as(model.input, [images])
     return images
@@ -172,7 +211,7 @@ def _has_graph(model: keras.Model) -> bool:
 
 
 def _inputs(model: keras.Model) -> dict[str, keras.KerasTensor]:
-    """The inputs of a model by name; of a subclassed one, those that it was built with."""
+    """Returns the inputs of a model by name. For a subclassed model these are the inputs that it was built with."""
     if _has_graph(model):
         return dict(zip(_names(model.input, model.inputs, "input"), model.inputs, strict=True))
     if isinstance(model, keras.Sequential) and model.built:
@@ -181,23 +220,23 @@ def _inputs(model: keras.Model) -> dict[str, keras.KerasTensor]:
     by_name = shapes if isinstance(shapes, dict) else {"images": shapes}
     if not all(isinstance(shape, list | tuple) and len(shape) > 1 for shape in by_name.values()):
         raise UserError(
-            f"A classifier must know the shape of its images. Received: {model.name!r}, built for {shapes}. Begin it "
-            "with keras.Input((height, width, 3)), or call it once on a batch of images before it is saved."
+            f"A classifier must know the shape of its images. Received: {model.name!r}, built for {shapes}. Make its "
+            "first layer a keras.Input((height, width, 3)), or call it once on a batch of images before it is saved."
         )
     return {name: keras.KerasTensor((None, *shape[1:]), "float32") for name, shape in by_name.items()}
 
 
 def _one_output(model: keras.Model, outputs: Any) -> keras.KerasTensor:
-    """The output of a model that has one, or the one that is called "logits"."""
-    tensors = keras.tree.flatten(outputs)
+    """Returns the only output of a model, or the one that is called "logits"."""
+    tensors: list[keras.KerasTensor] = keras.tree.flatten(outputs)
     if len(tensors) == 1:
         return tensors[0]
     names = _names(outputs, tensors, "output", getattr(model, "output_names", None))
     if names.count(LOGITS) == 1:
         return tensors[names.index(LOGITS)]
     raise UserError(
-        f"A classifier has one output, or one that is called 'logits'. Received: {model.name!r} with "
-        f"{_listed(names)}. Keep one, e.g. the first: keras.Model(model.inputs, model.outputs[0])."
+        f"A classifier must have one output, or one that is called 'logits'. Received: {model.name!r} with "
+        f"{_listed(names)}. Keep one of them, such as the first: keras.Model(model.inputs, model.outputs[0])."
     )
 
 
@@ -217,16 +256,16 @@ def _check_images(name: str, images: keras.KerasTensor) -> None:
     shape = tuple(images.shape)
     if len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
         raise UserError(
-            f"A classifier takes images with the channels last, (batch, height, width, 3). Received: {shape} in "
+            f"A classifier must take images with the channels last, (batch, height, width, 3). Received: {shape} in "
             f"{name!r}, channels first. Build it with data_format='channels_last', or put "
             "keras.layers.Permute((3, 1, 2)) after an input of (height, width, 3)."
         )
     if len(shape) != 4:
-        raise UserError(f"A classifier takes images, (batch, height, width, 3). Received: {shape} in {name!r}.")
+        raise UserError(f"A classifier must take images, (batch, height, width, 3). Received: {shape} in {name!r}.")
     if not images.dtype.startswith(("float", "bfloat")):
         raise UserError(
-            f"A classifier takes images of floating-point numbers in [0, 1]. Received: an input of type {images.dtype} "
-            f"in {name!r}. Build it with keras.Input(..., dtype='float32'); rounding has no gradient."
+            f"A classifier must take floating-point images in [0, 1]. Received: an input of type {images.dtype} in "
+            f"{name!r}. Build it with keras.Input(..., dtype='float32'), because integers have no gradients."
         )
 
 
@@ -234,13 +273,13 @@ def _check_outputs(name: str, outputs: Any) -> None:
     shape = tuple(getattr(outputs, "shape", ()))
     if len(shape) != 2 or shape[1] is None:
         raise UserError(
-            f"A classifier gives one number for each class, (batch, num_classes). Received: {shape} from {name!r}. Add "
-            "pooling or Flatten before its end."
+            f"A classifier must return one number for each class, (batch, num_classes). Received: {shape} from "
+            f"{name!r}. Add pooling or Flatten near its end."
         )
 
 
 def _flat_copy(model: keras.Model) -> keras.Model:
-    """A copy whose layers include those of the models inside it, renamed where two have the same name."""
+    """Returns a copy without nested models. Layers with the same name are renamed."""
     skeleton = keras.Model.from_config(model.get_config())
     pairs = list(_pairs(model, skeleton))
     taken: set[str] = set()
@@ -251,7 +290,7 @@ def _flat_copy(model: keras.Model) -> keras.Model:
     flat = skeleton
     while any(_is_opened(operation) or _is_needless(operation) for operation in flat.operations):
         flat = keras.models.clone_model(flat, clone_function=lambda layer: layer, call_function=_call)
-    copy = keras.Model.from_config(flat.get_config())  # each of its layers is called in this graph alone
+    copy = keras.Model.from_config(flat.get_config())  # the layers of the copy are not called in any other graph
     sources = {twin.name: operation for operation, twin in pairs}
     for layer in copy.layers:
         if layer.weights:
@@ -264,7 +303,7 @@ def _is_opened(operation: keras.Operation) -> bool:
 
 
 def _is_needless(operation: keras.Operation) -> bool:
-    """Whether it is the conversion to a tensor that Keras puts before the layers of a model that is opened."""
+    """Returns whether an operation is the conversion to a tensor that Keras adds in front of a flattened model."""
     return type(operation).__name__ == "ConvertToTensor" and operation.input.dtype == operation.output.dtype
 
 
@@ -275,7 +314,7 @@ def _call(operation: keras.Operation, *arguments: Any, **options: Any) -> Any:
 
 
 def _pairs(model: keras.Model, copy: keras.Model) -> Iterator[tuple[keras.Operation, keras.Operation]]:
-    """Yields each operation that is not opened as a nested model, with the same operation of a copy."""
+    """Yields each operation that is not a nested model, together with the same operation of a copy."""
     twins = {twin.name: twin for twin in _operations(copy)}
     for operation in _operations(model):
         twin = twins[operation.name]
@@ -286,7 +325,8 @@ def _pairs(model: keras.Model, copy: keras.Model) -> Iterator[tuple[keras.Operat
 
 
 def _operations(model: keras.Model) -> list[keras.Operation]:
-    return model.operations if _has_graph(model) else model.layers
+    operations: list[keras.Operation] = model.operations if _has_graph(model) else model.layers
+    return operations
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -299,9 +339,9 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _misnamed(model: keras.Model) -> set[str]:
-    """Which of the names that mean something here belong to layers that are something else.
+    """Returns the reserved names that are used for other layers.
 
-    "features" is a layer that gives (batch, feature_dim), "logits" the head.
+    "features" is reserved for a layer that returns (batch, feature_dim), "logits" for the head.
     """
     names = {layer.name: layer for _, layer in _pairs(model, model) if isinstance(layer, keras.Layer)}
     misnamed = set()
@@ -313,19 +353,19 @@ def _misnamed(model: keras.Model) -> set[str]:
 
 
 def _activation(operation: keras.Operation) -> str:
-    """ "softmax", "sigmoid", "linear" or another activation at the end of an operation; "" for one that has none."""
+    """Returns the name of the activation at the end of an operation, such as "softmax", or "" if there is none."""
     name = type(operation).__name__.lower()
-    if name in _PROBABILITIES:  # a Softmax layer, or keras.ops.softmax and sigmoid
+    if name in _PROBABILITIES:  # a Softmax layer, keras.ops.softmax, or keras.ops.sigmoid
         return name
     return getattr(getattr(operation, "activation", None), "__name__", "")
 
 
 def _without_probabilities(classifier: keras.Model) -> tuple[str, str, keras.KerasTensor]:
-    """Takes a softmax or sigmoid from the end of a copy, which is changed in place.
+    """Removes a softmax or sigmoid from the end of a copied model, which is changed in place.
 
     Returns:
-        The name of what was taken, or ""; where nothing was, the name of an activation that is left after the head, or
-        ""; and the tensor before what was taken.
+        A tuple (removed, left, logits): the name of the removed activation, or ""; if nothing was removed, the name of
+        another activation after the head, or ""; and the output without the removed activation.
     """
     tail = list(_tail(classifier))
     kept = [one for one in tail if not (isinstance(one, keras.layers.Identity) or _is_linear(one))]
@@ -345,7 +385,7 @@ def _is_linear(operation: keras.Operation) -> bool:
 
 
 def _tail(classifier: keras.Model) -> Iterator[keras.Operation]:
-    """The operations from the output back to the first one with a kernel, as long as each has one input."""
+    """Yields the operations from the output back to the last one with a kernel, or to one with several inputs."""
     makers = {id(tensor): one for one in classifier.operations for tensor in keras.tree.flatten(one.output)}
     operation = makers[id(classifier.outputs[0])]
     while True:

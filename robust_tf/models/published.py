@@ -1,7 +1,7 @@
-"""The published robust models by name: their table, and how they get onto this machine.
+"""The table of published robust models, and their download.
 
-The ImageNet models are the authors' PyTorch checkpoints. Each is fetched from the hub once, checked, and converted
-once. The small Fashion-MNIST models are ours and come with the package.
+The ImageNet models are PyTorch checkpoints by the authors of the paper. Each checkpoint is downloaded, verified and
+converted once. The small Fashion-MNIST models are part of this package.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
 
+from robust_tf.config.attack import Norm
 from robust_tf.errors import UserError, unknown_name, warn_user
 from robust_tf.files import cache_folder, temporary_cache, write_json
 from robust_tf.models.architectures import ARCHITECTURES
@@ -28,26 +29,30 @@ from robust_tf.models.reference_checkpoint import read_reference_checkpoint
 
 REPOSITORY = "madrylab/robust-imagenet-models"
 PACKAGED = pathlib.Path(__file__).parent / "weights"
-# Seconds before each further attempt at a download that failed for a reason that may pass.
+# Seconds to wait before each further attempt at a download that failed for a temporary reason.
 _PAUSES = (1, 2, 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishedModel:
-    """One published model.
+    """A published model.
 
     Attributes:
-        architecture: a name in `ARCHITECTURES`.
-        norm: of the perturbations that it was trained against.
-        epsilon: their largest norm, in [0, 1] pixel units; 0 for standard training.
-        dataset: what it was trained on.
-        filename: of the checkpoint in the hub's repository, or of the classifier that comes with the package.
-        clean_accuracy: published top-1 accuracy on unperturbed test images, in percent.
-        sha256: of the checkpoint, where its authors have published one.
+        architecture: Name in `ARCHITECTURES`.
+        norm: Norm of the perturbations in training.
+        epsilon: Radius of the perturbations in training, in [0, 1] pixel units; 0 for standard training.
+        dataset: Data set of the training.
+        filename: Name of the checkpoint in the repository of the hub, or of the classifier in this package.
+        clean_accuracy: Published top-1 accuracy on unperturbed test images, in percent.
+        sha256: SHA-256 of the checkpoint, if its authors have published it.
+
+    Example:
+        >>> PUBLISHED["resnet50_l2_eps3"].clean_accuracy
+        62.83
     """
 
     architecture: str
-    norm: Literal["l2", "linf"]
+    norm: Norm
     epsilon: float
     dataset: Literal["imagenet", "fashion_mnist"]
     filename: str
@@ -56,13 +61,13 @@ class PublishedModel:
 
     @property
     def packaged(self) -> bool:
+        """Whether the classifier is part of this package."""
         return self.filename.endswith(".keras")
 
 
-# ImageNet top-1 accuracies by norm, epsilon (as the file names spell it; for linf in 1/255) and architecture.
-# Source: Salman et al. 2020 (arXiv 2007.08489) and the tables of the code published with it.
-_Norm = Literal["l2", "linf"]
-_IMAGENET: tuple[tuple[_Norm, tuple[str, ...], dict[str, tuple[float, ...]]], ...] = (
+# ImageNet top-1 accuracies by norm, epsilon and architecture. Epsilon is written as in the file names, in 1/255 for
+# linf. Source: Salman et al. 2020 (arXiv 2007.08489) and the tables of the code published with it.
+_IMAGENET: tuple[tuple[Norm, tuple[str, ...], dict[str, tuple[float, ...]]], ...] = (
     (
         "l2",
         ("0", "0.01", "0.03", "0.05", "0.1", "0.25", "0.5", "1", "3", "5"),
@@ -102,7 +107,7 @@ PUBLISHED: dict[str, PublishedModel] = {
         norm=norm,
         epsilon=float(epsilon) / (255 if norm == "linf" else 1),
         dataset="imagenet",
-        # The file names have the reference's name of the architecture, such as densenet for densenet161.
+        # The file names use the reference's names of the architectures, such as densenet for densenet161.
         filename=f"{ARCHITECTURES[architecture].reference_name}_{norm}_eps{epsilon}.ckpt",
         clean_accuracy=accuracy,
     )
@@ -118,7 +123,7 @@ PUBLISHED: dict[str, PublishedModel] = {
         filename=f"{name}.keras",
         clean_accuracy=accuracy,
     )
-    # Made by configs/fashion_mnist_standard.cfg and configs/fashion_mnist_l2.cfg, whose headers hold all figures.
+    # Trained with configs/fashion_mnist_standard.cfg and configs/fashion_mnist_l2.cfg, whose headers list all figures.
     for name, epsilon, accuracy in (
         ("resnet20_fashion_mnist_l2_eps0", 0.0, 93.25),
         ("resnet20_fashion_mnist_l2_eps1", 1.0, 88.55),
@@ -127,14 +132,29 @@ PUBLISHED: dict[str, PublishedModel] = {
 
 
 def published_model(name: str) -> PublishedModel:
-    """The line of a name in `PUBLISHED`; an unknown one is a `UserError` that suggests the nearest."""
+    """Returns the entry of a name in `PUBLISHED`.
+
+    Args:
+        name: Name of the model.
+
+    Raises:
+        UserError: The name is unknown. The message suggests the nearest name.
+    """
     if name not in PUBLISHED:
         raise unknown_name("published model", name, PUBLISHED)
     return PUBLISHED[name]
 
 
 def standard_twin(name: str) -> str:
-    """Name of the model that differs from this one in its training alone: standard instead of robust."""
+    """Returns the name of the model with the same architecture and data set, but standard training.
+
+    Args:
+        name: Name in `PUBLISHED`.
+
+    Example:
+        >>> standard_twin("resnet50_l2_eps3")
+        'resnet50_l2_eps0'
+    """
     model = published_model(name)
     return next(
         twin
@@ -146,29 +166,33 @@ def standard_twin(name: str) -> str:
 def fetch_published(
     name: str, *, cache_dir: str | pathlib.Path | None = None, endpoint: str | None = None
 ) -> pathlib.Path:
-    """Path of a published classifier, fetched and converted at the first call.
+    """Returns the path of a published classifier. The first call downloads and converts it.
 
-    A checkpoint that was downloaded by hand into the cache folder is taken from there. Size and SHA-256 of what
-    comes are written down at first and compared at every later call.
+    If you have downloaded a checkpoint into the cache folder by hand, it is used. The first call records the size and
+    SHA-256 of each file, and every later call compares the file with the record.
 
     Args:
-        name: in `PUBLISHED`.
-        cache_dir: where checkpoints and classifiers are kept; `robust_tf` in the user's cache folder by default.
-        endpoint: address of the hub; by default what HF_ENDPOINT says, or the public one.
+        name: Name in `PUBLISHED`.
+        cache_dir: Folder for checkpoints and classifiers, by default `robust_tf` in the user's cache folder.
+        endpoint: Address of the hub, by default the one in HF_ENDPOINT, or the public hub.
 
     Returns:
-        path of a `.keras` file.
+        The path of a `.keras` file.
 
     Raises:
-        UserError: an unknown name, no connection and no file, not enough space, or a file that has changed.
+        UserError: The name is unknown, the download failed, there is not enough space, or a file has changed.
+
+    Example:
+        >>> fetch_published("resnet20_fashion_mnist_l2_eps1").name
+        'resnet20_fashion_mnist_l2_eps1.keras'
     """
     model = published_model(name)
     if model.packaged:
         classifier_path = PACKAGED / model.filename
         if not classifier_path.exists():
             raise UserError(
-                f"The classifier {name} should have come with robust_tf. Missing file: {classifier_path}. "
-                "Install the package again, or train it with the flag file in configs/."
+                f"The classifier {name} is part of the package robust_tf. Missing file: {classifier_path}. "
+                "Install the package again, or train the classifier with the flag file in configs/."
             )
         return classifier_path
 
@@ -177,7 +201,7 @@ def fetch_published(
         with _exclusive(cache_folder(cache_dir), name) as folder:
             checkpoint_path = _checkpoint_in(folder, model, endpoint, there=cache_folder(cache_dir))
             classifier_path = folder / classifier_path.name
-            if not classifier_path.exists():  # no other process made it while this one waited
+            if not classifier_path.exists():  # unless another process made it while this one waited for the lock
                 classifier = classifier_from_checkpoint(read_reference_checkpoint(checkpoint_path), model.architecture)
                 _record_path(classifier_path).unlink(missing_ok=True)
                 save_classifier(classifier, classifier_path)
@@ -188,12 +212,22 @@ def fetch_published(
 def fetch_checkpoint(
     name: str, *, cache_dir: str | pathlib.Path | None = None, endpoint: str | None = None
 ) -> pathlib.Path:
-    """Path of the checkpoint behind a published ImageNet model; arguments and errors as of `fetch_published`."""
+    """Returns the path of the checkpoint of a published ImageNet model. The first call downloads it.
+
+    Args:
+        name: Name in `PUBLISHED`.
+        cache_dir: Folder for checkpoints and classifiers, by default `robust_tf` in the user's cache folder.
+        endpoint: Address of the hub, by default the one in HF_ENDPOINT, or the public hub.
+
+    Raises:
+        UserError: The name is unknown or belongs to a model without a checkpoint, the download failed, there is not
+            enough space, or the file has changed.
+    """
     model = published_model(name)
     if model.packaged:
         raise UserError(
-            f"The classifier {name} comes with robust_tf and has no PyTorch checkpoint. It is at "
-            f"{PACKAGED / model.filename}."
+            f"Only the ImageNet models have a PyTorch checkpoint. Received: {name}, a classifier that is part of the "
+            f"package: {PACKAGED / model.filename}."
         )
     there = cache_folder(cache_dir)
     if (there / model.filename).exists():
@@ -205,9 +239,10 @@ def fetch_checkpoint(
 
 @contextlib.contextmanager
 def _exclusive(folder: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """Lets one process at a time work on a model's files in the cache folder; the others wait.
+    """Returns a context in which only one process at a time works on the files of a model. Other processes wait.
 
-    Yields the folder to write to: a temporary one, with a warning, where the cache folder cannot be written.
+    Yields:
+        The folder to write to. If the cache folder is not writable, a warning is printed and it is a temporary folder.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -221,7 +256,7 @@ def _exclusive(folder: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 def _checkpoint_in(
     folder: pathlib.Path, model: PublishedModel, endpoint: str | None, *, there: pathlib.Path
 ) -> pathlib.Path:
-    """The checkpoint in the cache folder `there`, which may be read-only, or downloaded into `folder`."""
+    """Returns the checkpoint in the cache folder `there`, which may be read-only, or downloads it into `folder`."""
     path = there / model.filename
     if not path.exists():
         path = folder / model.filename
@@ -234,21 +269,24 @@ def _checkpoint_in(
 
 
 def _download(path: pathlib.Path, model: PublishedModel, endpoint: str | None) -> None:
-    """Fetches a checkpoint, in several attempts and several runs if need be: what has come is kept.
+    """Downloads a checkpoint. A download that was interrupted continues where it stopped, even in a later run.
 
-    `huggingface_hub.hf_hub_download` throws a partial file away when its process ends, which is much to lose of a
-    file of 1.8 GB; hence its two halves here, metadata and content, with the partial file in our own hands.
+    `huggingface_hub.hf_hub_download` deletes a partial file when its process ends, which hurts for files of 1.8 GB. So
+    the metadata and the content are fetched separately here, and the partial file is kept.
     """
     url = huggingface_hub.hf_hub_url(REPOSITORY, path.name, endpoint=endpoint)
     by_hand = (
-        f"Run the command again to go on with the download, or fetch {path.name} by hand from "
-        f"huggingface.co/{REPOSITORY} and put it into {path.parent}: it is looked for there first."
+        f"Run the command again to continue the download, or download {path.name} by hand from "
+        f"huggingface.co/{REPOSITORY} and put it into {path.parent}."
     )
     for pause in (*_PAUSES, None):
         try:
             metadata = huggingface_hub.get_hf_file_metadata(url, endpoint=endpoint)
             if metadata.etag is None or metadata.commit_hash is None:
-                raise UserError(f"What answers at {url} is not the hub; a login page of the network may be. {by_hand}")
+                raise UserError(
+                    f"The answer from {url} does not come from the hub, but perhaps from a login page of your network. "
+                    f"{by_hand}"
+                )
             version = re.sub("[^0-9a-zA-Z]", "", metadata.etag)
             part = path.with_name(f".{path.name}.{version}.part")
             with part.open("ab") as file:
@@ -257,30 +295,30 @@ def _download(path: pathlib.Path, model: PublishedModel, endpoint: str | None) -
                     file,
                     resume_size=file.tell(),
                     expected_size=metadata.size,
-                    headers={"Accept-Encoding": "identity"},  # compressed, it would not have this size
+                    headers={"Accept-Encoding": "identity"},  # compressed content would not have the expected size
                     displayed_filename=path.name,
                 )
             break
         except (HTTPError, OSError) as error:
             if pause is None or not _may_pass(error):
                 reason = str(error).partition("\n")[0] or type(error).__name__
-                raise UserError(f"Cannot fetch {path.name} from {url}: {reason}. {by_hand}") from error
+                raise UserError(f"Cannot download {path.name} from {url}: {reason}. {by_hand}") from error
             time.sleep(pause)
 
     sha256 = _sha256(part)
-    hub_sha256 = version if re.fullmatch("[0-9a-f]{64}", version) else None  # how the hub names large files
+    hub_sha256 = version if re.fullmatch("[0-9a-f]{64}", version) else None  # for large files the etag is the SHA-256
     for expected in filter(None, (hub_sha256, model.sha256)):
         if sha256 != expected:
             part.unlink()
             raise UserError(
-                f"The download of {path.name} is damaged and was removed: its SHA-256 must be {expected}. "
+                f"The download of {path.name} is damaged and was deleted: its SHA-256 must be {expected}. "
                 f"Received: {sha256}. {by_hand}"
             )
     part.replace(path)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether it is worth trying again: not where the file is missing, the disk full or the machine set offline."""
+    """Returns whether a new attempt may succeed, unlike with a missing file, a full disk, or the hub's offline mode."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in {408, 429, 500, 502, 503, 504}
     return not isinstance(error, OfflineModeIsEnabled) and getattr(error, "errno", None) is None
@@ -294,14 +332,14 @@ def _record_path(path: pathlib.Path) -> pathlib.Path:
 
 
 def _check_or_record(path: pathlib.Path) -> None:
-    """Compares a file with what was written down when it came, or writes it down."""
+    """Compares the size and SHA-256 of a file with the record, or writes the record if there is none."""
     found = {"size": path.stat().st_size, "sha256": _sha256(path)}
     record = _record_path(path)
     if not record.exists():
         try:
             write_json(record, found)
         except UserError as error:
-            warn_user(f"{error} A later change of {path.name} will not be noticed.")
+            warn_user(f"{error} Later changes of {path.name} will not be noticed.")
         return
     try:
         expected = json.loads(record.read_text(encoding="utf-8"))
@@ -309,8 +347,8 @@ def _check_or_record(path: pathlib.Path) -> None:
         expected = "an unreadable record"
     if found != expected:
         raise UserError(
-            f"{path} is not the file that came first: {record.name} says {expected}. Received: {found}. Remove both "
-            "to fetch it again."
+            f"{path} has changed since it was downloaded: {record.name} says {expected}. Received: {found}. Delete "
+            "both files to download it again."
         )
 
 

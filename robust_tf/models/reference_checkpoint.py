@@ -1,4 +1,4 @@
-"""What the PyTorch reference keeps in its checkpoints: the weights, and how far and how well the training went."""
+"""Reading of the PyTorch reference's checkpoints: the weights, the epoch and the accuracies."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from robust_tf.models.safetensors_file import is_safetensors, read_safetensors
 from robust_tf.models.torch_file import TorchFile, open_torch_file
 from robust_tf.models.torch_pickle import Tensor, short
 
-# What training code wraps a network in, in any order, as the beginnings of its keys: the reference's attacker,
+# Training code wraps networks, which adds these prefixes to the keys in any order: the reference's attacker (model),
 # DataParallel and AveragedModel (module), torch.compile (_orig_mod), Lightning and timm.
 _WRAPPERS = re.compile(r"(?:(?:module|model|_orig_mod|net|network|ema|ema_model)\.)+")
 _LONGEST_MESSAGE = 490
@@ -21,43 +21,54 @@ _LONGEST_MESSAGE = 490
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceCheckpoint:
-    """A checkpoint of the reference, without its optimizer.
+    """A checkpoint of the reference, without the state of the optimizer.
 
     Attributes:
-        state: the checkpoint's own keys to arrays of PyTorch's shapes, without the `attacker.` copy of the model.
-            The types are as stored, bfloat16 that of `ml_dtypes`. The arrays are read-only views of the file: leave it
-            as it is while they are in use.
-        epoch: the last finished epoch, if stored.
-        accuracies: what the reference stored as `nat_prec1` and `adv_prec1`, in percent.
-        container: "zip" (torch >= 1.6), "legacy" or "safetensors".
-        sha256: digest of the file, in hexadecimal.
-        size: of the file, in bytes.
+        state: Arrays in PyTorch's shapes by the keys of the checkpoint, without the `attacker.` copy of the model. The
+            types are as stored; bfloat16 is the type of `ml_dtypes`. The arrays are read-only views of the file, so the
+            file must not change while they are in use.
+        epoch: The last finished epoch, or None if it is not stored.
+        accuracies: Stored accuracies `nat_prec1` and `adv_prec1`, in percent.
+        container: Format of the file: "zip" (torch >= 1.6), "legacy" or "safetensors".
+        sha256: SHA-256 of the file, in hexadecimal.
+        size: Size of the file, in bytes.
+
+    Example:
+        >>> ReferenceCheckpoint(state={"fc.bias": np.zeros(2)}, epoch=90, accuracies={"nat_prec1": 57.9}).epoch
+        90
     """
 
     state: dict[str, np.ndarray]
-    epoch: int | None
-    accuracies: dict[str, float]
-    container: str
-    sha256: str
-    size: int
+    epoch: int | None = None
+    accuracies: dict[str, float] = dataclasses.field(default_factory=dict)
+    container: str = ""
+    sha256: str = ""
+    size: int = 0
 
 
 def read_reference_checkpoint(path: str | pathlib.Path) -> ReferenceCheckpoint:
-    """Reads a checkpoint of `torch.save` or safetensors, as data: PyTorch is not needed, no code in it runs.
+    """Reads a checkpoint of `torch.save` or safetensors as data. PyTorch is not needed, and no code in the file is run.
 
-    The weights may stand under `model`, under `state_dict`, alone (torchvision's `.pth`), or under any other name if
-    there is only one such dictionary. The memory that is taken for any file, hostile ones included, is below 3 times
-    its size plus 200 MB.
+    The weights may be under `model`, under `state_dict`, at the top level (torchvision's `.pth`), or under any other
+    key if there is only one dictionary of tensors. For any file, even a hostile one, the memory use is below 3 times
+    the size of the file plus 200 MB.
 
     Args:
-        path: of the file, in PyTorch's zip format, in its older one, or in the safetensors format.
+        path: Path of the file, in PyTorch's zip format, PyTorch's older format, or the safetensors format.
 
     Returns:
-        the weights, and what is known about them.
+        The weights, and the information stored with them.
 
     Raises:
-        UserError: the file is missing, damaged, in another format or without weights, or its pickle asks for
-            something that is not needed to rebuild tensors (named in the message).
+        UserError: The file is missing, damaged, in another format, or without weights, or its pickle asks for
+            something that is not needed to rebuild tensors. The message names it.
+
+    Example:
+        >>> header = b'{"fc.bias": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+        >>> with open("model.safetensors", "wb") as file:
+        ...     _ = file.write(len(header).to_bytes(8, "little") + header + bytes(8))
+        >>> read_reference_checkpoint("model.safetensors").state["fc.bias"].tolist()
+        [0.0, 0.0]
     """
     path = pathlib.Path(path)
     try:
@@ -71,9 +82,9 @@ def read_reference_checkpoint(path: str | pathlib.Path) -> ReferenceCheckpoint:
     except OSError as error:
         raise UserError(f"Cannot read the checkpoint {path}: {error.strerror or error}.") from error
     except Exception as error:
-        # A damaged pickle or archive can raise nearly every exception there is.
+        # A damaged pickle or archive can raise almost any exception.
         problem = f"{type(error).__name__}: {str(error)[:100]}"
-        message = f"The checkpoint is damaged or cut short ({problem}). It has {size} bytes. Fetch it again."
+        message = f"The checkpoint is damaged or truncated ({problem}). It has {size} bytes. Download it again."
         raise UserError(_with_file(message, path)) from error
     epoch = numbers.get("epoch")
     return ReferenceCheckpoint(
@@ -87,20 +98,24 @@ def read_reference_checkpoint(path: str | pathlib.Path) -> ReferenceCheckpoint:
 
 
 def _with_file(message: str, path: pathlib.Path) -> str:
-    """A message with the file's name, shortened in front of it where a file made it long."""
+    """Adds the name of the file to a message. A message that the content of the file has made long is shortened."""
     name = str(path) if len(str(path)) <= 300 else f"...{str(path)[-297:]}"
     room = _LONGEST_MESSAGE - len(name)
     return f"{message if len(message) <= room else message[: room - 3] + '...'} File: {name}."
 
 
 def without_wrappers(key: str) -> str:
-    """A key without what training code puts in front of it: `_orig_mod.module.conv1.weight` is `conv1.weight`."""
+    """Returns a key without the prefixes of training code: `conv1.weight` for `_orig_mod.module.conv1.weight`.
+
+    Args:
+        key: Key of a checkpoint.
+    """
     wrappers = _WRAPPERS.match(key)
     return key[wrappers.end() :] if wrappers else key
 
 
 def _read(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
-    """Weights, the numbers that the checkpoint holds of `epoch`, `nat_prec1` and `adv_prec1`, name of the format."""
+    """Returns the weights, the stored ones of `epoch`, `nat_prec1` and `adv_prec1`, and the name of the format."""
     start = file.read(9)
     file.seek(0)
     if is_safetensors(start):
@@ -119,9 +134,9 @@ def _is_attacker(key: str) -> bool:
 
 
 def _tensors(content: Any) -> dict[str, Tensor]:
-    """The model's state. The attacker holds the same model once more; that copy is left out."""
+    """Returns the state of the model, without the second copy of the model in the attacker."""
     if isinstance(content, dict):
-        # "model" may be a mere name.
+        # The value under "model" need not be a state; it may be just a name.
         named: list[Any] = [content.get("model"), content.get("state_dict"), content]
         named = [state for state in named if _is_state(state)]
         others = [state for state in content.values() if _is_state(state)]
@@ -146,7 +161,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _number(saved: TorchFile, name: str) -> float | None:
-    """A number that the checkpoint may hold, as such or as a tensor of one element."""
+    """Returns a number that is stored as such or as a tensor of one element, or None."""
     value = saved.content.get(name)
     if isinstance(value, Tensor):
         array = saved.array(value)

@@ -1,8 +1,8 @@
-"""Between the weights of a classifier and the state of a PyTorch checkpoint: names, layouts, checks.
+"""Conversion between the weights of a classifier and the state of a PyTorch checkpoint.
 
-The reference saves a network inside its attacker, inside DataParallel, so that the keys of one weight read
-module.model.conv1.weight and, once more, module.attacker.model.conv1.weight; some networks have another "model." in
-front, and other training code has wrappers of other names. Here the core key, conv1.weight, counts.
+The reference saves a network inside its attacker and inside DataParallel, so each weight has two keys:
+module.model.conv1.weight and module.attacker.model.conv1.weight. Some networks have one more "model." in front, and
+other training code uses other prefixes. This module ignores them and uses the core key, conv1.weight.
 """
 
 import dataclasses
@@ -26,20 +26,20 @@ _MAX_CHANNELS = 16
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """One variable of the classifier and the layout of its counterpart.
+    """A variable of the classifier, and the layout of its counterpart in the reference.
 
     Attributes:
-        variable: of the classifier.
-        groups: in how many groups a kernel works; None for a vector, which is the same on both sides.
+        variable: Variable of the classifier.
+        groups: Number of groups of a kernel, or None for a vector, which has the same layout in both.
     """
 
     variable: keras.Variable
     groups: int | None = None
 
     def from_reference(self, array: np.ndarray) -> np.ndarray:
-        """(outputs, inputs / groups, *area) to Keras's (*area, inputs, outputs / groups).
+        """Converts (outputs, inputs / groups, *area) into Keras's layout, (*area, inputs, outputs / groups).
 
-        The inputs of a grouped kernel stand in the order of `layers.shuffle_channels`.
+        The inputs of a grouped kernel are in the order of `layers.shuffle_channels`.
         """
         if self.groups is None:
             return array
@@ -49,17 +49,17 @@ class _Slot:
         return array.reshape(*area, self.groups * members, outputs // self.groups)
 
     def fill(self, array: np.ndarray) -> None:
-        """Puts an array of the reference into the variable, by way of a single copy: kernels may have 400 MB."""
-        values = self.from_reference(array)  # a view still, of the stored type
-        # From an array TensorFlow would make two more copies; and what updates a variable in part has it copied at
-        # every later read.
+        """Assigns an array of the reference to the variable, with only one copy, because kernels may have 400 MB."""
+        values = self.from_reference(array)  # still a view, and of the stored type
+        # Assigning the array itself would make two more copies, and after a partial update TensorFlow would copy the
+        # variable at every read.
         copy = untouched_zeros(values.shape)
         copy[...] = values
         self.variable.assign(tensor_over(copy))
 
     def to_reference(self) -> np.ndarray:
-        """The inverse of `from_reference`, of the variable's value."""
-        array = keras.ops.convert_to_numpy(self.variable)
+        """Returns the value of the variable in the reference's layout, the inverse of `from_reference`."""
+        array: np.ndarray = keras.ops.convert_to_numpy(self.variable)
         if self.groups is None:
             return array
         *area, inputs, outputs = array.shape
@@ -69,6 +69,7 @@ class _Slot:
 
     @property
     def reference_shape(self) -> tuple[int, ...]:
+        """Shape of the counterpart in the reference."""
         shape = tuple(self.variable.shape)
         if self.groups is None:
             return shape
@@ -77,16 +78,21 @@ class _Slot:
 
 
 def load_reference_state(classifier: keras.Model, state: State) -> None:
-    """Fills a classifier with the weights of a PyTorch checkpoint; everything is checked before anything changes.
+    """Assigns the weights of a PyTorch checkpoint to a classifier. Everything is checked before anything changes.
 
     Args:
-        classifier: as `build_classifier` makes it; filled in place.
-        state: the checkpoint's keys, in any of the reference's wrappings, to arrays. Half precision is converted;
-            duplicate copies and counters of batches are passed over.
+        classifier: Classifier from `build_classifier`, which is changed in place.
+        state: Arrays by the keys of the checkpoint, with or without prefixes. Half precision is converted. The
+            attacker's copy of the model and the batch counters of BatchNorm are ignored.
 
     Raises:
-        UserError: missing keys, keys that are left over, other shapes, another architecture, or another
-            normalisation than the classifier's.
+        UserError: Keys are missing or unknown, or the shapes, the architecture or the normalization differ.
+
+    Example:
+        >>> from robust_tf.models import build_classifier
+        >>> constants = {"image_size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+        >>> state = to_reference_state(build_classifier("resnet8", 10, **constants))
+        >>> load_reference_state(build_classifier("resnet8", 10, **constants), state)
     """
     slots = _slots(classifier)
     core = _core_state(state)
@@ -98,17 +104,23 @@ def load_reference_state(classifier: keras.Model, state: State) -> None:
 
 
 def to_reference_state(classifier: keras.Model) -> dict[str, np.ndarray]:
-    """The weights of a classifier as a bare PyTorch state_dict, in which hidden layers of the head have their place.
+    """Returns the weights of a classifier as a plain PyTorch state_dict, including hidden layers of the head.
 
     Args:
-        classifier: of an architecture in `ARCHITECTURES`, as its name says.
+        classifier: Classifier whose name is an architecture in `ARCHITECTURES`.
 
     Returns:
-        Core keys to float32 arrays in PyTorch's layouts, and an int64 zero for each BatchNorm's num_batches_tracked.
-        The normalisation is not part of it: PyTorch users do it in their pipeline.
+        Float32 arrays in PyTorch's layouts by core key, and an int64 zero for the num_batches_tracked of each
+        BatchNorm. The normalization is not included, because PyTorch users apply it in their data pipelines.
 
     Raises:
-        UserError: the classifier is of no known architecture, or has a layer that the reference lacks.
+        UserError: The architecture is unknown, or the classifier has a layer that the reference does not have.
+
+    Example:
+        >>> from robust_tf.models import build_classifier
+        >>> model = build_classifier("resnet8", 10, image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> to_reference_state(model)["conv1.weight"].shape
+        (16, 3, 3, 3)
     """
     state = {}
     for key, slot in _slots(classifier).items():
@@ -119,7 +131,17 @@ def to_reference_state(classifier: keras.Model) -> dict[str, np.ndarray]:
 
 
 def reference_architecture(state: State) -> str | None:
-    """The architecture whose head and number of parameters a checkpoint has, or None."""
+    """Returns the architecture with the same head and the same number of parameters as a checkpoint, or None.
+
+    Args:
+        state: Arrays by the keys of the checkpoint.
+
+    Example:
+        >>> from robust_tf.models import build_classifier
+        >>> model = build_classifier("resnet8", 10, image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> reference_architecture(to_reference_state(model))
+        'resnet8'
+    """
     core = _core_state(state)
     for name, entry in ARCHITECTURES.items():
         head = entry.reference_module("logits")
@@ -137,10 +159,18 @@ def reference_architecture(state: State) -> str | None:
 
 
 def reference_num_classes(state: State, architecture: str) -> int:
-    """The number of classes that a checkpoint of an architecture tells apart.
+    """Returns the number of classes of a checkpoint.
+
+    Args:
+        state: Arrays by the keys of the checkpoint.
+        architecture: Architecture of the checkpoint, a name in `ARCHITECTURES`.
 
     Raises:
-        UserError: it has no head of this architecture.
+        UserError: The checkpoint has no head of this architecture.
+
+    Example:
+        >>> reference_num_classes({"linear.weight": np.zeros((10, 64), np.float32)}, "resnet8")
+        10
     """
     entry = _entry(architecture)
     key = f"{entry.reference_module('logits')}.weight"
@@ -150,20 +180,29 @@ def reference_num_classes(state: State, architecture: str) -> int:
             f"The checkpoint holds no head {key!r}. Received: architecture={architecture}, keys {_first(state)}."
             + _advice(state, architecture)
         )
-    # A head with few columns could ask for a classifier that is many times as large as the file.
+    # With a wrong number of columns, a small file could demand a classifier many times as large as itself.
     if kernel.shape[1] != entry.feature_dim or kernel.size == 0 or not _is_floating_point(kernel.dtype):
         raise UserError(
             f"The head {key!r} must have floating-point numbers in rows of {entry.feature_dim}. Received: "
             f"{kernel.dtype} of shape {kernel.shape}, architecture={architecture}." + _advice(state, architecture)
         )
-    return kernel.shape[0]
+    return int(kernel.shape[0])
 
 
 def reference_normalization(state: State) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of the channels, in [0, 1] pixel units, that a checkpoint normalises with.
+    """Returns the mean and standard deviation of the channels that a checkpoint stores for the normalization.
+
+    Args:
+        state: Arrays by the keys of the checkpoint.
 
     Returns:
-        (mean, std), three numbers each, for `build_classifier`; None for a bare state_dict, which holds none.
+        A tuple (mean, std) with three numbers each, in [0, 1] pixel units, for `build_classifier`. None for a plain
+        state_dict, which does not store them.
+
+    Example:
+        >>> constants = {"normalizer.new_mean": np.full(3, 0.5), "normalizer.new_std": np.full(3, 0.25)}
+        >>> reference_normalization(constants)
+        ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     """
     arrays = _normalization_arrays(state)
     if arrays is None:
@@ -173,7 +212,7 @@ def reference_normalization(state: State) -> tuple[tuple[float, ...], tuple[floa
 
 
 def _decimals(array: np.ndarray) -> tuple[float, ...]:
-    """The shortest decimal numbers that stand for the values: 0.485, where float() gives 0.48500001430511475."""
+    """Returns the shortest decimal numbers that represent the values: 0.485 instead of 0.48500001430511475."""
     return tuple(float(str(value)) for value in array.ravel())
 
 
@@ -184,25 +223,25 @@ def _normalization_arrays(state: State) -> tuple[np.ndarray, np.ndarray] | None:
     for name in ("new_mean", "new_std"):
         if not 1 <= found[name].size <= _MAX_CHANNELS or not _is_floating_point(found[name].dtype):
             raise UserError(
-                f"The checkpoint's {name} must hold one number a channel. Received: {found[name].dtype} of shape "
+                f"{name} of a checkpoint must hold one number for each channel. Received: {found[name].dtype} of shape "
                 f"{_cut(str(found[name].shape))}."
             )
     return found["new_mean"], found["new_std"]
 
 
 def _core_state(state: State) -> dict[str, np.ndarray]:
-    """What of a state is weights of the network, by core key."""
+    """Returns the weights of the network in a state, by core key."""
     core: dict[str, np.ndarray] = {}
     for key, array in state.items():
         name = without_wrappers(key)
         if name.startswith(("attacker.", "normalizer.")) or name.endswith((".num_batches_tracked", "n_averaged")):
             continue
-        # torchvision's own DenseNet files are older than PyTorch's ban on dots in module names: norm.1 is norm1.
+        # torchvision's DenseNet files are older than PyTorch's ban on dots in module names, and say norm.1 for norm1.
         name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
         if name in core:
             raise UserError(
-                f"Two keys of the checkpoint stand for the same weight. Received: {_cut(key)} for {_cut(name)}, which "
-                "stands under another key too. Keep one copy of the weights in the file."
+                f"A checkpoint must hold each weight once. Received: {_cut(key)} for {_cut(name)}, which is also "
+                "stored under another key. Keep only one copy of the weights in the file."
             )
         core[name] = array
     return core
@@ -215,11 +254,11 @@ def _entry(architecture: str) -> Architecture:
 
 
 def _slots(classifier: keras.Model) -> dict[str, _Slot]:
-    """The variables of a classifier by the core keys of their counterparts."""
+    """Returns the variables of a classifier by the core keys of their counterparts."""
     entry = _entry(classifier.name)
     head = entry.reference_module("logits")
     hidden = [layer.name for layer in classifier.layers if layer.name.startswith("head_hidden")]
-    modules = {name: f"{head}.{2 * index}" for index, name in enumerate(hidden)}  # a ReLU follows each
+    modules = {name: f"{head}.{2 * index}" for index, name in enumerate(hidden)}  # each is followed by a ReLU
     if hidden:
         modules["logits"] = f"{head}.{2 * len(hidden)}"
 
@@ -231,7 +270,8 @@ def _slots(classifier: keras.Model) -> dict[str, _Slot]:
             module = modules.get(layer.name) or entry.reference_module(layer.name)
         except (LookupError, ValueError):
             raise UserError(
-                f"A layer has no counterpart in the reference's {classifier.name}. Received: {layer.name!r}."
+                f"Every layer must have a counterpart in the reference's {classifier.name}. Received: {layer.name!r}, "
+                "which has none."
             ) from None
         if isinstance(layer, keras.layers.BatchNormalization):
             slots[f"{module}.weight"] = _Slot(layer.gamma)
@@ -241,7 +281,7 @@ def _slots(classifier: keras.Model) -> dict[str, _Slot]:
             continue
         groups = 1
         if isinstance(layer, keras.layers.DepthwiseConv2D):
-            # `Layers.conv` makes a group of m channels by m outputs a channel.
+            # `Layers.conv` implements groups of m channels with m outputs for each channel.
             groups = layer.kernel.shape[2] // layer.depth_multiplier
         slots[f"{module}.weight"] = _Slot(layer.kernel, groups)
         if layer.bias is not None:
@@ -273,7 +313,7 @@ def _check_keys(classifier: keras.Model, slots: Mapping[str, _Slot], core: State
 
 
 def _is_floating_point(dtype: np.dtype) -> bool:
-    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16  # which NumPy takes for raw bytes
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16  # NumPy's kind of bfloat16 is raw bytes
 
 
 def _first(keys: Iterable[str], count: int = 3) -> str:
@@ -283,13 +323,13 @@ def _first(keys: Iterable[str], count: int = 3) -> str:
 
 
 def _cut(text: str, length: int = 60) -> str:
-    """At most `length` characters of a text from a file."""
+    """Returns at most `length` printable characters of a text from a file."""
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _advice(state: State, architecture: str, num_classes: int | None = None) -> str:
-    """What a checkpoint that does not fit `architecture` with `num_classes` fits instead."""
+    """Returns a sentence about what a checkpoint that does not fit an architecture fits instead."""
     fitting = reference_architecture(state)
     if fitting is None:
         return " No other architecture fits it either."
@@ -310,7 +350,7 @@ def _check_normalization(classifier: keras.Model, state: State) -> None:
         precision = 2 * float(ml_dtypes.finfo(array.dtype if half else np.float32).eps)
         if array.size != own.size or not np.allclose(array.ravel(), own, rtol=precision, atol=0):
             raise UserError(
-                f"The checkpoint normalises images otherwise than the classifier. Received: {name}={_decimals(array)}, "
-                f"in the classifier {_decimals(own)}. Build the classifier with the mean and std that "
-                "`reference_normalization` finds."
+                f"The checkpoint and the classifier must normalize images in the same way. Received: "
+                f"{name}={_decimals(array)} in the checkpoint, {_decimals(own)} in the classifier. Build the "
+                "classifier with the mean and std from `reference_normalization`."
             )

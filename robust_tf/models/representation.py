@@ -1,4 +1,4 @@
-"""What "features" means for a classifier, in transfer, in serving and in pictures: one place decides it."""
+"""The features of a classifier, as used in transfer, in serving and in pictures."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,12 @@ FEATURES, LOGITS = "features", "logits"
 
 
 def head_of(layers: Sequence[keras.layers.Layer]) -> keras.layers.Layer | None:
-    """The head among layers in their order: the last one with a kernel, or else with weights; None without any.
+    """Returns the head: the last layer with a kernel, or else the last one with weights, or None.
 
-    A normalization layer after it does not count as a head.
+    A normalization layer at the end is not taken for the head, because it has no kernel.
+
+    Args:
+        layers: Layers of a classifier in their order.
     """
     with_weights = [layer for layer in layers if layer.weights]
     with_kernel = [layer for layer in with_weights if hasattr(layer, "kernel")]
@@ -18,14 +21,14 @@ def head_of(layers: Sequence[keras.layers.Layer]) -> keras.layers.Layer | None:
 
 
 def features_layer(classifier: keras.Model) -> keras.layers.Layer:
-    """The layer "features", (batch, feature_dim), on which a head stands.
+    """Returns the layer "features", whose output (batch, feature_dim) is the input of the head.
 
-    It is the layer of that name where the classifier has one, as all of this package's have: hidden layers of a head
-    come after it. For another model it is a new layer of that name, on the input of the last layer with a kernel (the
-    head), averaged over all positions where that isn't (batch, feature_dim).
+    All classifiers of this package have a layer of this name; hidden layers of a head come after it. For another
+    classifier a new layer is created, which takes the input of the last layer with a kernel and averages it over all
+    positions if it is not (batch, feature_dim).
 
     Args:
-        classifier: as of `plain_classifier`.
+        classifier: Plain classifier, see `plain_classifier`.
     """
     for layer in classifier.layers:
         if layer.name == FEATURES:
@@ -43,10 +46,16 @@ def features_layer(classifier: keras.Model) -> keras.layers.Layer:
 
 
 def features_of(classifier: keras.Model, *, name: str | None = None) -> keras.Model:
-    """The classifier up to its `features_layer`: images to features (batch, feature_dim).
+    """Returns a model that maps images to the features of a classifier, (batch, feature_dim).
 
     Args:
-        classifier: as of `plain_classifier`; the layers are shared with it.
-        name: of the model that is returned.
+        classifier: Plain classifier, see `plain_classifier`. The new model shares its layers.
+        name: Name of the new model.
+
+    Example:
+        >>> from robust_tf.models import build_classifier
+        >>> model = build_classifier("resnet8", 10, image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> features_of(model).output_shape
+        (None, 64)
     """
     return keras.Model(classifier.inputs[0], features_layer(classifier).output, name=name)

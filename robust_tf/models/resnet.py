@@ -1,8 +1,8 @@
-"""ImageNet ResNets: basic, bottleneck, wide and grouped (ResNeXt).
+"""ResNets for ImageNet: basic, bottleneck, wide and grouped (ResNeXt).
 
-Kernels start Kaiming-normal over fan_out, BatchNorm at scale 1 and shift 0, the head as PyTorch's linear layer.
-Source: He et al. 2015 (arXiv 1512.03385) with the stride on the 3x3 convolution of a bottleneck; Zagoruyko and
-Komodakis 2016 (arXiv 1605.07146) for the wide ones; Xie et al. 2016 (arXiv 1611.05431) for ResNeXt.
+Initialization: Kaiming-normal with fan_out for convolutions; scale 1 and shift 0 for BatchNorm; PyTorch's default for
+the head. Source: He et al. 2015 (arXiv 1512.03385), but with the stride on the 3x3 convolution of a bottleneck;
+Zagoruyko and Komodakis 2016 (arXiv 1605.07146) for wide ResNets; Xie et al. 2016 (arXiv 1611.05431) for ResNeXt.
 """
 
 import keras
@@ -13,7 +13,12 @@ LAYERS = Layers()
 
 
 def basic_stages(x: keras.KerasTensor, *, layers: Layers) -> keras.KerasTensor:
-    """The four stages of ResNet-18: blocks of two 3x3 convolutions beside a shortcut."""
+    """Applies the four stages of ResNet-18, whose blocks have two 3x3 convolutions and a shortcut.
+
+    Args:
+        x: Output of the stem, (batch, height, width, 64).
+        layers: Layers of the family.
+    """
     for stage, prefix, strides in residual_blocks((2, 2, 2, 2)):
         filters = 64 * 2 ** (stage - 1)
         residual = layers.conv_bn_relu(x, filters, 3, prefix=prefix, index="1", strides=strides)
@@ -25,15 +30,15 @@ def basic_stages(x: keras.KerasTensor, *, layers: Layers) -> keras.KerasTensor:
 def _bottleneck_block(
     x: keras.KerasTensor, filters: int, *, prefix: str, strides: int, width: int, groups: int
 ) -> keras.KerasTensor:
-    """1x1, 3x3 and 1x1 convolution beside a shortcut.
+    """Applies a 1x1, a 3x3 and a 1x1 convolution with a shortcut.
 
     Args:
-        x: (batch, height, width, channels).
-        filters: channels of the output.
-        prefix: what the names of the layers start with.
-        strides: of the 3x3 convolution and of the shortcut.
-        width: channels of the 3x3 convolution.
-        groups: of the 3x3 convolution.
+        x: Input (batch, height, width, channels).
+        filters: Number of output channels.
+        prefix: Beginning of the names of the layers.
+        strides: Strides of the 3x3 convolution and of the shortcut.
+        width: Number of channels of the 3x3 convolution.
+        groups: Number of groups of the 3x3 convolution.
     """
     residual = LAYERS.conv_bn_relu(x, width, 1, prefix=prefix, index="1")
     residual = LAYERS.conv_bn_relu(residual, width, 3, prefix=prefix, index="2", strides=strides, groups=groups)
@@ -44,7 +49,7 @@ def _bottleneck_block(
 def _add_shortcut(
     x: keras.KerasTensor, residual: keras.KerasTensor, *, prefix: str, strides: int, layers: Layers
 ) -> keras.KerasTensor:
-    """relu(shortcut(x) + residual); the shortcut is a 1x1 convolution with BatchNorm where the shapes differ."""
+    """Returns relu(shortcut(x) + residual). The shortcut is a 1x1 convolution with BatchNorm if the shapes differ."""
     if x.shape != residual.shape:
         x = layers.conv_bn(x, residual.shape[-1], 1, prefix=f"{prefix}_shortcut", strides=strides)
     x = keras.layers.Add(name=f"{prefix}_add")([x, residual])
@@ -52,17 +57,22 @@ def _add_shortcut(
 
 
 def resnet18(x: keras.KerasTensor) -> keras.KerasTensor:
-    """ResNet-18: (batch, height, width, 3) normalised images to (batch, 512) features."""
+    """Returns the features of ResNet-18, (batch, 512).
+
+    Args:
+        x: Normalized images (batch, height, width, 3).
+    """
     return mean_features(basic_stages(_stem(x), layers=LAYERS))
 
 
 def resnet50(x: keras.KerasTensor, *, base_width: int = 64, groups: int = 1) -> keras.KerasTensor:
-    """ResNet-50 and its relatives: (batch, height, width, 3) normalised images to (batch, 2048) features.
+    """Returns the features of ResNet-50, of a wide ResNet-50, or of ResNeXt-50, (batch, 2048).
 
     Args:
-        x: the images.
-        base_width: channels of the first stage's 3x3 convolutions, in one group; doubled from stage to stage.
-        groups: of the 3x3 convolutions.
+        x: Normalized images (batch, height, width, 3).
+        base_width: Number of channels per group of the 3x3 convolutions in the first stage. It doubles from stage to
+            stage.
+        groups: Number of groups of the 3x3 convolutions.
     """
     x = _stem(x)
     for stage, prefix, strides in residual_blocks((3, 4, 6, 3)):
@@ -78,12 +88,12 @@ def _stem(x: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def reference_module(layer: str, *, shortcut: str = "downsample", head: str = "fc") -> str:
-    """The reference's module for one of our layers, e.g. layer1.0.conv2 for stage1_block1_conv2.
+    """Returns the reference's module for a layer, such as layer1.0.conv2 for stage1_block1_conv2.
 
     Args:
-        layer: the name of a layer with weights.
-        shortcut: what the reference calls the projected shortcut.
-        head: what the reference calls the last linear layer.
+        layer: Name of a layer with weights.
+        shortcut: The reference's name of the projection in a shortcut.
+        head: The reference's name of the last linear layer.
     """
     outside = {"stem_conv": "conv1", "stem_bn": "bn1", "logits": head}
     if layer in outside:

@@ -1,7 +1,7 @@
-"""Reads `.safetensors` files: a JSON header with each tensor's type, shape and place, then the numbers.
+"""Reading of `.safetensors` files: a JSON header with the type, shape and position of each tensor, then the numbers.
 
-The format: https://github.com/huggingface/safetensors#format. It holds no code. A file of the same kind as a hostile
-checkpoint can still claim wrong sizes and places, so each is checked before an array is made of it.
+The format is described at https://github.com/huggingface/safetensors#format. It contains no code, but a hostile file
+can still claim wrong sizes and positions, so all of them are checked before an array is made.
 """
 
 import json
@@ -27,21 +27,28 @@ _DTYPES: dict[str, Any] = {
     "U8": "u1",
     "BOOL": "?",
 }
-# In bytes. A tensor takes about 120, and JSON unfolds to 25 times its size.
+# In bytes. The entry of a tensor takes about 120, and parsed JSON takes 25 times the memory of its text.
 _LONGEST_HEADER = 2**22
 _MAX_DIMENSIONS = 32
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Whether a file starts as one: with a length, which no PyTorch file has, and JSON. Nine bytes tell."""
+    """Returns whether a file is a `.safetensors` file: it starts with a length, unlike PyTorch's files, and then JSON.
+
+    Args:
+        start: First nine bytes of the file.
+    """
     return start[8:9] == b"{" and start[6:8] == b"\x00\x00"
 
 
 def read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, as read-only views of it, in the order in which they lie there.
+    """Returns the tensors of a file by name, as read-only views of the file, in their order in the file.
+
+    Args:
+        file: File to read.
 
     Raises:
-        UserError: the header is too long, no JSON or incomplete; a type is unknown; tensors overlap, leave gaps, or
+        UserError: The header is too long, incomplete or not JSON; a type is unknown; or tensors overlap, leave gaps, or
             reach beyond the file.
     """
     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -63,8 +70,8 @@ def read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
         if begin != end or 8 + length + stop > len(data):
             raise UserError(
                 "The tensors of a .safetensors file must follow one another inside the file, without gaps or overlaps. "
-                f"Received: {short(name)} from {begin} to {stop}, where {end} is next and {len(data) - 8 - length} is "
-                "the end."
+                f"Received: {short(name)} from {begin} to {stop}, but the previous tensor ends at {end} and the file "
+                f"at {len(data) - 8 - length}."
             )
         arrays[name] = np.frombuffer(data, dtype, math.prod(shape), 8 + length + begin).reshape(shape)
         end = stop
@@ -78,12 +85,12 @@ def read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        raise UserError(f"No name may stand twice in a .safetensors file. Received: {short([n for n, _ in pairs])}.")
+        raise UserError(f"Names in a .safetensors file must be unique. Received: {short([n for n, _ in pairs])}.")
     return entries
 
 
 def _place(name: str, entry: Any) -> tuple[np.dtype, list[int], int, int]:
-    """Type, shape and range of bytes of a tensor, once they agree with each other."""
+    """Returns the type, shape and byte range of a tensor after checking that they agree with each other."""
     fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     code, shape, offsets = fields.get("dtype"), fields.get("shape", ()), fields.get("data_offsets", ())
     if not isinstance(code, str) or code not in _DTYPES:
@@ -91,7 +98,8 @@ def _place(name: str, entry: Any) -> tuple[np.dtype, list[int], int, int]:
     dtype = np.dtype(_DTYPES[code])
     if not _are_counts(shape, at_most=_MAX_DIMENSIONS) or not _are_counts(offsets, at_most=2) or len(offsets) != 2:
         raise UserError(
-            f"The shape and data_offsets of {short(name)} must be counts. Received: {short(shape)}, {short(offsets)}."
+            f"The shape and data_offsets of {short(name)} must be lists of integers of at least 0. Received: "
+            f"{short(shape)}, {short(offsets)}."
         )
     begin, end = offsets
     size = math.prod(shape) * dtype.itemsize

@@ -1,6 +1,6 @@
-"""ShuffleNetV2 of width 1. All layers start as PyTorch's do by default.
+"""ShuffleNetV2 with width 1.
 
-Source: Ma et al. 2018 (arXiv 1807.11164).
+Initialization: PyTorch's default for all layers. Source: Ma et al. 2018 (arXiv 1807.11164).
 """
 
 import keras
@@ -12,7 +12,11 @@ STAGES = ((116, 4), (232, 8), (464, 4))  # (channels, blocks) of each stage
 
 
 def shufflenet_v2_x1_0(x: keras.KerasTensor) -> keras.KerasTensor:
-    """ShuffleNetV2: (batch, height, width, 3) normalised images to (batch, 1024) features."""
+    """Returns the features of ShuffleNetV2, (batch, 1024).
+
+    Args:
+        x: Normalized images (batch, height, width, 3).
+    """
     x = LAYERS.conv_bn_relu(x, 24, 3, prefix="stem", strides=2)
     x = max_pool_3x3(x, name="stem_pool")
     for stage, (filters, blocks) in enumerate(STAGES, start=1):
@@ -22,7 +26,7 @@ def shufflenet_v2_x1_0(x: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def _block(x: keras.KerasTensor, filters: int, *, prefix: str, strides: int) -> keras.KerasTensor:
-    """Half of the channels go through the long branch, the rest through the short one; then both are interleaved."""
+    """Sends one half of the channels through the long branch, the other through the short one, and interleaves them."""
     half = filters // 2
     if strides == 1:
         short, long = keras.ops.split(x, 2, axis=-1)
@@ -40,7 +44,11 @@ def _block(x: keras.KerasTensor, filters: int, *, prefix: str, strides: int) -> 
 
 
 def reference_module(layer: str) -> str:
-    """The reference's module for one of our layers: its first stage is called stage2, after conv1."""
+    """Returns the reference's module for a layer. The reference calls the first stage stage2, after conv1.
+
+    Args:
+        layer: Name of a layer with weights.
+    """
     outside = {
         "stem_conv": "conv1.0",
         "stem_bn": "conv1.1",

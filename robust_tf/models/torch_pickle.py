@@ -1,8 +1,8 @@
-"""Reads the pickle of a `torch.save` file as data, at a bounded cost.
+"""Reading of the pickle in a `torch.save` file as data, at a bounded cost.
 
-A pickle is a program for a stack machine, and Python's own machine may call any function, and may be asked to build
-gigabytes from a few bytes. The machine here knows only the operations that weights need. It looks names up in the
-table `_ALLOWED` and nowhere else, and it charges every operation, and every object that one makes, to a budget.
+A pickle is a program for a stack machine. Python's own machine lets it call any function, and lets a few bytes build
+gigabytes. The machine in this module knows only the operations that weights need. It looks up names only in the table
+`_ALLOWED`, and it charges every operation, and every object that an operation makes, to a budget.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from robust_tf.errors import UserError
 
 # Longest pickle in bytes. The largest networks with their optimizers have about a megabyte.
 LONGEST = 2**24
-# Bytes of a file's budget, what an operation costs of it besides the object that it makes, and what a tensor costs
-# (with the array that is made of it later). They allow 600,000 operations, which take a few seconds and about as much
-# memory as the budget says; a tensor in a checkpoint takes about 35.
+# The budget of a file in bytes; the cost of an operation in addition to the object that it makes; and the cost of a
+# tensor, including its later array. The budget allows 600,000 operations, which take a few seconds and about as much
+# memory as the budget says. A tensor in a checkpoint takes about 35 operations.
 _BUDGET = 2**26
 _OPERATION = 100
 _TENSOR = 1000
 _MAX_DIMENSIONS = 32
-# Magic numbers have 80 bits; all other numbers of a checkpoint fit into 64.
+# Magic numbers have 80 bits. All other numbers of a checkpoint fit into 64 bits.
 _MAX_BITS = 128
 
 _BFLOAT16 = "bfloat16"
@@ -50,38 +50,51 @@ _REPR.maxlevel, _REPR.maxtuple, _REPR.maxstring, _REPR.maxother = 2, 8, 80, 80
 
 
 def short(value: Any) -> str:
-    """A text of at most 120 characters for a value of a file, which may stand for an endless one."""
+    """Returns a text of at most 120 characters for a value from a file, whose full text may be endless.
+
+    Args:
+        value: Any value.
+    """
     text = _REPR.repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 class Budget:
-    """The bytes that the pickles of one file may still take."""
+    """The number of bytes that the pickles of one file may still use."""
 
     def __init__(self) -> None:
         self._left = _BUDGET
 
     def charge(self, cost: int) -> None:
-        """Takes `cost` bytes away.
+        """Deducts from the budget.
+
+        Args:
+            cost: Number of bytes.
 
         Raises:
-            UserError: there are not so many left.
+            UserError: The budget is exceeded.
         """
         self._left -= cost
         if self._left < 0:
             raise UserError(
-                f"The checkpoint's pickle must not build more than {_BUDGET:,} bytes of objects besides the tensors' "
-                "numbers. Received: more. If you trust the file, save its weights alone in PyTorch, "
-                "torch.save(checkpoint['model'], path), and read that."
+                f"The checkpoint's pickle must not build more than {_BUDGET:,} bytes of objects, not counting the "
+                "numbers of the tensors. Received: more. If you trust the file, save only its weights in PyTorch with "
+                "torch.save(checkpoint['model'], path), and read that file."
             )
 
 
-# What a pickle is rebuilt from -----------------------------------------------------------------------------------
+# Objects that a pickle may build ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Storage:
-    """A run of `count` numbers somewhere in the file."""
+    """A sequence of numbers in the file.
+
+    Attributes:
+        key: Name of the storage in the file.
+        type: NumPy's code of the type of the numbers, or "bfloat16".
+        count: How many numbers there are.
+    """
 
     key: str
     type: str
@@ -95,7 +108,14 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tensor:
-    """A view into a storage; offset and strides count elements. Nothing is checked before it becomes an array."""
+    """A view of a storage. Its fields are checked only when it becomes an array.
+
+    Attributes:
+        storage: Storage with the numbers.
+        offset: Position of the first element, counted in elements.
+        shape: Shape of the tensor.
+        strides: Distance between neighbors along each axis, counted in elements.
+    """
 
     storage: Any
     offset: Any
@@ -103,14 +123,14 @@ class Tensor:
     strides: Any
 
     def __repr__(self) -> str:
-        """Shortened, since a few bytes of a pickle can stand for an endless text."""
+        """Returns a short text, since a few bytes of a pickle can describe an endless one."""
         parts = (f"{name}={short(getattr(self, name))[:60]}" for name in ("offset", "shape", "strides"))
         return f"Tensor({', '.join(parts)})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Function:
-    """A name of `_ALLOWED` that can be called with a budget and the pickle's arguments."""
+    """A function in `_ALLOWED`, to be called with a budget and the arguments from the pickle."""
 
     call: Callable[..., Any]
 
@@ -121,7 +141,7 @@ class _NumpyType:
 
 
 def _ordered_dict(budget: Budget, pairs: Any = ()) -> dict[Any, Any]:
-    """PyTorch hangs a `_metadata` attribute on it, which nothing here needs: a plain dictionary does."""
+    """Returns a plain dict. PyTorch adds an attribute `_metadata` to an OrderedDict, which is not needed here."""
     if not isinstance(pairs, list | tuple):
         raise UserError(f"An OrderedDict must be made of a list of pairs. Received: {short(pairs)}.")
     budget.charge(_OPERATION * len(pairs))
@@ -134,11 +154,12 @@ def _ordered_dict(budget: Budget, pairs: Any = ()) -> dict[Any, Any]:
 def _set_item(mapping: Any, key: Any, value: Any) -> None:
     """Sets `mapping[key]`.
 
-    Only the hashes of texts and of numbers up to 64 bits are both quick and hard to make equal on purpose.
+    Only strings and integers of up to 64 bits are accepted as keys: their hashes are quick to compute, and a hostile
+    file cannot easily make many of them collide.
     """
     if not isinstance(mapping, dict) or not (isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**63)):
         raise UserError(
-            f"The keys of a checkpoint's dictionaries must be texts or integers of 64 bits. Received: {short(key)}."
+            f"The keys of a checkpoint's dictionaries must be strings or 64-bit integers. Received: {short(key)}."
         )
     mapping[key] = value
 
@@ -175,10 +196,11 @@ def _numpy_scalar(_: Budget, numpy_type: Any, data: Any) -> float:
             f"A stored NumPy number must have a type and the bytes of one number. Received: {short(numpy_type)}, "
             f"{short(data)}."
         )
-    return np.frombuffer(data, f"<{numpy_type.name}")[0].item()
+    number: float = np.frombuffer(data, f"<{numpy_type.name}")[0].item()
+    return number
 
 
-# All that a file may name. The strings stand for the storage types and do nothing.
+# All names that a file may refer to. The strings are the types of storages and cannot be called.
 _ALLOWED: dict[tuple[str, str], _Function | str] = {
     ("collections", "OrderedDict"): _Function(_ordered_dict),
     ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
@@ -186,7 +208,7 @@ _ALLOWED: dict[tuple[str, str], _Function | str] = {
     ("torch._utils", "_rebuild_parameter"): _Function(lambda _, data, *__: data),
     ("torch", "Size"): _Function(_size),
     ("torch", "device"): _Function(lambda *_: None),
-    # Numbers that NumPy made, such as a learning rate that was interpolated.
+    # For numbers that NumPy computed, such as an interpolated learning rate.
     ("numpy", "dtype"): _Function(_numpy_type),
     ("numpy.core.multiarray", "scalar"): _Function(_numpy_scalar),
     ("numpy._core.multiarray", "scalar"): _Function(_numpy_scalar),
@@ -196,23 +218,23 @@ _ALLOWED: dict[tuple[str, str], _Function | str] = {
 
 
 class Window:
-    """A part of a mapped file, as `pickletools` reads it: nothing is copied that isn't asked for."""
+    """A part of a memory-mapped file with the methods that `pickletools` needs. Only what is read is copied."""
 
     def __init__(self, data: mmap.mmap, start: int, stop: int | None = None) -> None:
         self._data, self.position = data, start
         self._stop = min(len(data), start + LONGEST, len(data) if stop is None else stop)
 
     def tell(self) -> int:
-        """The place in the whole file."""
+        """Returns the position in the whole file."""
         return self.position
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes, or as many as there are."""
+        """Returns the next `size` bytes, or fewer at the end."""
         start, self.position = self.position, min(self.position + size, self._stop)
         return self._data[start : self.position]
 
     def readline(self) -> bytes:
-        """The bytes up to the next line break, or all that there are."""
+        """Returns the bytes up to and including the next line break, or up to the end."""
         end = self._data.find(b"\n", self.position, self._stop)
         return self.read((self._stop if end < 0 else end + 1) - self.position)
 
@@ -226,7 +248,7 @@ class Unpickler:
     """Runs one pickle.
 
     Attributes:
-        storages: the storages that it refers to, by key.
+        storages: Storages that the pickle refers to, by key.
     """
 
     def __init__(self, file: Window, budget: Budget) -> None:
@@ -236,28 +258,32 @@ class Unpickler:
         self._memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """The object that the pickle stands for: dict, list, tuple, str, bytes, numbers, None and `Tensor`."""
-        for opcode, argument, position in pickletools.genops(self._file):  # type: ignore[arg-type]  # a Window will do
+        """Returns the object of the pickle, made of dict, list, tuple, str, bytes, numbers, None and `Tensor`."""
+        for opcode, argument, position in pickletools.genops(self._file):  # type: ignore[arg-type]  # not an IO object
             name = opcode.name
-            # Charged once more than it is made: the argument of an operation is read before it is known to be one.
+            # Every argument is charged, even an unused one, because it has been read already.
             self._budget.charge(_OPERATION + (0 if argument is None else sys.getsizeof(argument)))
             if name == "STOP":
                 return self._stack.pop()
             if name in _CONSTANTS:
-                self._stack.append(argument if name not in _FIXED else _FIXED[name])
+                self._stack.append(_FIXED.get(name, argument))
                 if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
-                    raise UserError(f"The numbers of a checkpoint's pickle must be short. Received: {name} of 2^...")
+                    raise UserError(
+                        f"The integers of a checkpoint's pickle must have at most {_MAX_BITS} bits. Received: {name} "
+                        f"with {argument.bit_length()} bits."
+                    )
                 continue
             if name not in _ACTIONS or (name.endswith("PUT") and (argument or 0) > (position or 0)):
-                # A pickler counts its objects: the index of a PUT never gets ahead of the bytes.
+                # A pickler numbers its objects, so the index of a PUT can never exceed the position in the file.
                 raise UserError(
-                    f"The checkpoint's pickle was not made by a pickler of weights. Received: {name} {short(argument)}."
+                    "The checkpoint's pickle must contain only operations that weights need. Received: "
+                    f"{name} {short(argument)}."
                 )
             _ACTIONS[name](self, argument)
         raise AssertionError("genops ends with STOP or raises")
 
     def _to_mark(self) -> list[Any]:
-        """What lies above the topmost mark, which is taken off as well."""
+        """Removes the topmost mark and everything above it; returns what was above it."""
         taken = []
         while (value := self._stack.pop()) is not _MARK:
             taken.append(value)
@@ -266,7 +292,7 @@ class Unpickler:
     def _pop(self, count: int) -> list[Any]:
         if len(self._stack) < count:
             raise UserError(
-                "The checkpoint's pickle takes more off its stack than lies there. Received: a damaged one."
+                "The checkpoint's pickle takes more objects from its stack than there are. Received: a damaged pickle."
             )
         taken = self._stack[-count:]
         del self._stack[-count:]
@@ -296,17 +322,17 @@ class Unpickler:
             received = received if len(received) <= 120 else f"{received[:117]}..."
             raise UserError(
                 "The checkpoint's pickle asks for something that is not needed to rebuild tensors, so it was refused "
-                f"and nothing in it was run. Received: {received}. If you trust the file, save its weights alone "
-                "in PyTorch, torch.save(checkpoint['model'], path), and convert that."
+                f"and none of its code was run. Received: {received}. If you trust the file, save only its weights in "
+                "PyTorch with torch.save(checkpoint['model'], path), and convert that file."
             )
         return _ALLOWED[module, name]
 
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(function, _Function) or not isinstance(arguments, tuple | list):
             raise UserError(f"The checkpoint's pickle must call functions only. Received: {short(function)}.")
-        # No function of a checkpoint takes more; unpacking them would copy what a file can repeat for three bytes.
+        # No function of a checkpoint needs more. Unpacking makes a copy, and a file can ask for one with three bytes.
         if len(arguments) > _MAX_DIMENSIONS:
-            raise UserError(f"A function has at most {_MAX_DIMENSIONS} arguments. Received: {len(arguments)}.")
+            raise UserError(f"A function can have at most {_MAX_DIMENSIONS} arguments. Received: {len(arguments)}.")
         self._stack.append(function.call(self._budget, *arguments))
 
     def _instance(self, named: str) -> None:
@@ -331,10 +357,10 @@ _CONSTANTS = {
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 }
-# By the names of `pickletools`; each takes the machine and the operation's argument.
+# Functions of the machine and the operation's argument, by the names that `pickletools` gives the operations.
 _ACTIONS: dict[str, Callable[[Unpickler, Any], Any]] = {
-    "PROTO": lambda machine, _: None,
-    "FRAME": lambda machine, _: None,
+    "PROTO": lambda _machine, _: None,
+    "FRAME": lambda _machine, _: None,
     "POP": lambda machine, _: machine._stack.pop(),
     "POP_MARK": lambda machine, _: machine._to_mark(),
     "DUP": lambda machine, _: machine._stack.append(machine._stack[-1]),
@@ -356,7 +382,7 @@ _ACTIONS: dict[str, Callable[[Unpickler, Any], Any]] = {
     "NEWOBJ": lambda machine, _: machine._call(*machine._pop(2)),
     "INST": lambda machine, named: machine._instance(named),
     "OBJ": lambda machine, _: machine._call((values := machine._to_mark())[0], values[1:]),
-    "BUILD": lambda machine, _: machine._pop(1),  # no state is set on anything
+    "BUILD": lambda machine, _: machine._pop(1),  # the state is dropped
     "BINPERSID": lambda machine, _: machine._persistent(machine._stack.pop()),
     "MEMOIZE": lambda machine, _: machine._memoize(None),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda machine, index: machine._memoize(index)),

@@ -1,5 +1,6 @@
-"""VGG-16 with BatchNorm. Convolutions start Kaiming-normal over fan_out, linear layers normal with deviation 0.01.
+"""VGG-16 with BatchNorm.
 
+Initialization: Kaiming-normal with fan_out for convolutions; normal with standard deviation 0.01 for linear layers.
 Source: Simonyan and Zisserman 2014 (arXiv 1409.1556).
 """
 
@@ -8,22 +9,26 @@ import keras
 from robust_tf.models.layers import Layers, normal_001
 
 LAYERS = Layers()
-# (channels, convolutions); each stage ends with a pooling. The first one is called the stem.
+# (channels, number of convolutions). Each stage ends with a pooling. The first one is called the stem.
 STAGES = {"stem": (64, 2), "stage1": (128, 2), "stage2": (256, 3), "stage3": (512, 3), "stage4": (512, 3)}
 
 
 def vgg16_bn(x: keras.KerasTensor) -> keras.KerasTensor:
-    """VGG-16: (batch, height, width, 3) normalised images to (batch, 4096) features."""
+    """Returns the features of VGG-16, (batch, 4096).
+
+    Args:
+        x: Normalized images (batch, height, width, 3).
+    """
     for stage, (filters, convolutions) in STAGES.items():
         for index in range(1, convolutions + 1):
             x = LAYERS.conv(x, filters, 3, name=f"{stage}_conv{index}", use_bias=True)
             x = LAYERS.batch_norm(x, name=f"{stage}_bn{index}")
             x = LAYERS.relu(x, name=f"{stage}_relu{index}")
         x = keras.layers.MaxPooling2D(2, name=f"{stage}_pool")(x)
-    # Adaptive pooling repeats a single pixel; that of Keras 3.15 cannot in a graph, where it asks for a 2x2 window.
+    # Adaptive pooling of a single pixel repeats it. Keras 3.15 cannot do that in a graph, where it needs a 2x2 window.
     pool = keras.layers.UpSampling2D if x.shape[1] == 1 else keras.layers.AdaptiveAveragePooling2D
     x = pool(7, name="head_pool")(x)
-    # The reference flattens channel by channel; in this order its linear weights fit as they are.
+    # The reference flattens channel by channel. In this order its linear weights can be used as they are.
     x = keras.layers.Permute((3, 1, 2), name="head_channels_first")(x)
     x = keras.layers.Flatten(name="head_flatten")(x)
     for index, dropout in ((1, "head_dropout1"), (2, "features")):
@@ -35,7 +40,11 @@ def vgg16_bn(x: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def reference_module(layer: str) -> str:
-    """The reference's module for one of our layers: one list that counts activations and poolings too."""
+    """Returns the reference's module for a layer. The reference numbers all modules, with activations and pooling.
+
+    Args:
+        layer: Name of a layer with weights.
+    """
     head = {"head_dense1": "classifier.0", "head_dense2": "classifier.3", "logits": "classifier.6"}
     if layer in head:
         return head[layer]

@@ -1,4 +1,4 @@
-"""What a finished training job leaves for people: report.html, the figures beside it, and a model card."""
+"""What a finished training job leaves for people to read: report.html with its figures, and a model card."""
 
 from robust_tf.reporting.job_files import write_examples, write_history
 from robust_tf.reporting.job_report import REPORT, write_report

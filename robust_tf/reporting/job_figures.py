@@ -1,4 +1,4 @@
-"""The figures of a job's report. The colors are Okabe and Ito's, which color-blind readers can tell apart."""
+"""The figures in the report of a job, in Okabe and Ito's colors, which color-blind readers can tell apart."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,30 +15,38 @@ from robust_tf.training.tensorboard import axis_name, confusion_figure
 
 _BLUE, _RED, _GREEN = "#0072B2", "#D55E00", "#009E73"
 _WIDTH = 5.2  # inches: letters of 10 points are still legible when a phone shows the figure at half size
-_MOST_CLASSES = 25  # bars in the figure of the classes
+_MOST_CLASSES = 25  # more do not fit into the figure of the classes
 
 
 def job_figures(job: FinishedJob) -> dict[str, tuple[Figure, str]]:
-    """Each figure by its file's name, with the text that stands for it. The caller closes the figures."""
-    names = job.results["class_names"]
+    """Draws all figures of a report.
+
+    Args:
+        job: The finished job.
+
+    Returns:
+        The figures by the names of their files, each with the text for readers who cannot see it. The caller has to
+        close them.
+    """
+    names = job.results.class_names
     confusion = job.outcomes.confusion(len(names))
     figures = {}
     if job.history:
         figures["curves"] = (curves_figure(job), _curves_text(job))
     figures["classes"] = (
         classes_figure(job),
-        "Accuracy of each class with its 95 % interval; the numbers are in the table below.",
+        "Accuracy of each class with its 95 % interval. The table below has the numbers.",
     )
     largest = _largest_confusions(confusion, names)
     figures["confusion"] = (
         confusion_figure(confusion, names),
-        f"Confusion matrix of {len(names)} classes on clean test images. {largest}",
+        f"Confusion matrix of the {len(names)} classes on clean test images. {largest}",
     )
     return figures
 
 
 def curves_figure(job: FinishedJob) -> Figure:
-    """Loss, accuracy and learning rate over the epochs, with a line at the epoch that was kept."""
+    """Draws loss, accuracy and learning rate over the epochs, with a line at the epoch that was kept."""
     panels = [("loss", _losses(job)), ("accuracy, %", _accuracies(job))]
     rates = _column(job, "learning_rate")
     if rates:
@@ -48,19 +56,19 @@ def curves_figure(job: FinishedJob) -> Figure:
     )
     for axis, (label, lines) in zip(axes, panels, strict=True):
         _draw_lines(axis, label, lines)
-        if job.results["best_epoch"] > 0:
-            axis.axvline(job.results["best_epoch"], color="grey", linestyle=":", linewidth=1)
+        if job.results.best_epoch > 0:
+            axis.axvline(job.results.best_epoch, color="grey", linestyle=":", linewidth=1)
         if any(lines):
             axis.legend(fontsize="small")
     if rates and max(rates) > 20 * min(rate for rate in rates if rate > 0):
         axes[-1].set_yscale("log")
-    axes[-1].set_xlabel("epoch (dotted: the one that was kept)")
+    axes[-1].set_xlabel("epoch (dotted line: the one that was kept)")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
 def classes_figure(job: FinishedJob) -> Figure:
-    """Accuracy of each class with its 95 % interval, the best on top; of many classes the worst."""
+    """Draws the accuracy of each class with its 95 % interval, or only the worst classes if there are many."""
     accuracies = class_accuracies(job)
     accuracies = sorted(accuracies, key=lambda each: each.right / each.total)[:_MOST_CLASSES]
     rows = np.arange(len(accuracies))
@@ -86,7 +94,14 @@ def classes_figure(job: FinishedJob) -> Figure:
 
 
 class ClassAccuracy(NamedTuple):
-    """How many test images of a class are right, how many are right under the attack too, and how many there are."""
+    """Counts of the test images of one class.
+
+    Attributes:
+        name: Name of the class.
+        right: Number of images that are classified correctly.
+        robust: Number of images that are classified correctly under the attack as well.
+        total: Number of images.
+    """
 
     name: str
     right: int
@@ -95,11 +110,11 @@ class ClassAccuracy(NamedTuple):
 
 
 def class_accuracies(job: FinishedJob) -> list[ClassAccuracy]:
-    """Of each class that occurs, in the order of the labels."""
+    """Returns the counts of each class that occurs, in the order of the labels."""
     outcomes = job.outcomes
     robust = outcomes.right if outcomes.robust is None else outcomes.robust
     found = []
-    for label, name in enumerate(job.results["class_names"]):
+    for label, name in enumerate(job.results.class_names):
         chosen = outcomes.labels == label
         if chosen.any():
             counts = (int(hits.sum()) for hits in (outcomes.right[chosen], robust[chosen], chosen))
@@ -108,7 +123,7 @@ def class_accuracies(job: FinishedJob) -> list[ClassAccuracy]:
 
 
 def _losses(job: FinishedJob) -> dict[str, tuple[list[float], str, str]]:
-    kind = "under attack" if job.config.attack.active else "clean"
+    kind = "under attack" if job.config.adversarial.training_attack.active else "clean"
     return _present(
         {
             f"training, {kind}": (_column(job, "loss"), _BLUE, "--"),
@@ -118,7 +133,7 @@ def _losses(job: FinishedJob) -> dict[str, tuple[list[float], str, str]]:
 
 
 def _accuracies(job: FinishedJob) -> dict[str, tuple[list[float], str, str]]:
-    if job.config.attack.active:
+    if job.config.adversarial.training_attack.active:
         names = {
             "training, under attack": ("accuracy", _BLUE, "--"),
             "validation, clean": ("val_clean_accuracy", _GREEN, "-"),
@@ -139,7 +154,7 @@ def _present(lines: dict[str, tuple[list[float], str, str]]) -> dict[str, tuple[
 
 
 def _column(job: FinishedJob, name: str) -> list[float]:
-    """A figure of all epochs; empty if an epoch lacks it, as those before an update of the package."""
+    """Returns a figure of all epochs, or nothing if an epoch lacks it, because an older version ran it."""
     return [logs[name] for logs in job.history] if all(name in logs for logs in job.history) else []
 
 
@@ -153,9 +168,9 @@ def _draw_lines(axis: Axes, label: str, lines: dict[str, tuple[list[float], str,
 
 def _curves_text(job: FinishedJob) -> str:
     first, last = job.history[0], job.history[-1]
-    kept = f" Epoch {job.results['best_epoch']} was kept." if job.results["best_epoch"] > 0 else ""
+    kept = f" Epoch {job.results.best_epoch} was kept." if job.results.best_epoch > 0 else ""
     return (
-        f"Training curves over {len(job.history)} epochs: the validation loss goes from {first['val_loss']:.3g} to "
+        f"Training curves over {len(job.history)} epochs: the validation loss went from {first['val_loss']:.3g} to "
         f"{last['val_loss']:.3g}, the validation accuracy from {first['val_accuracy']:.1%} to "
         f"{last['val_accuracy']:.1%}.{kept}"
     )
@@ -166,6 +181,8 @@ def _largest_confusions(confusion: np.ndarray, names: Sequence[str], most: int =
     np.fill_diagonal(wrong, 0)
     pairs = [np.unravel_index(place, wrong.shape) for place in np.argsort(-wrong, axis=None, kind="stable")[:most]]
     texts = [
-        f"{names[row]} taken for {names[column]} ({wrong[row, column]})" for row, column in pairs if wrong[row, column]
+        f"{names[row]} classified as {names[column]} ({wrong[row, column]})"
+        for row, column in pairs
+        if wrong[row, column]
     ]
     return f"Most frequent mistakes: {', '.join(texts)}." if texts else "There are no mistakes."

@@ -1,11 +1,9 @@
-"""The files of a finished job that its report is made from, written by the job and read back at any later time."""
+"""The files of a job from which its report is made. The job writes them, and the report can be made at any time."""
 
 import csv
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,24 +13,27 @@ from robust_tf.evaluation.example_choice import Example
 from robust_tf.evaluation.figures import magnified
 from robust_tf.evaluation.outcomes import Outcomes, read_outcomes
 from robust_tf.files import replaced_atomically
+from robust_tf.results import FILE_NAME, JobResults
 
 FIGURES = "figures"
 _HISTORY = "history.csv"
 _EXAMPLES = pathlib.Path(FIGURES) / "examples"
 _EXAMPLE_COLUMNS = ("file", "kind", "label", "prediction", "prediction_under_attack", "magnified")
-# Sides in pixels that a picture of the sheet has at least and at most.
+# Least and most pixels of the longer side of a picture.
 _SMALLEST, _LARGEST = 96, 160
 
 
 @dataclasses.dataclass(frozen=True)
 class ExamplePicture:
-    """A picture on disk: the image, and with an attack its adversarial image and the magnified perturbation beside it.
+    """A picture on disk: a test image, and after an attack the adversarial image and the perturbation beside it.
 
     Attributes:
-        path: of the PNG file.
-        kind: "resists", "falls" or "wrong"; see `Example`.
-        label, prediction, prediction_adv: classes.
-        factor: by which the perturbation is magnified; 0 where there is none.
+        path: Path of the PNG file.
+        kind: Kind of the example, "resists", "falls" or "wrong"; see `Example`.
+        label: True class.
+        prediction: Predicted class of the clean image.
+        prediction_adv: Predicted class of the adversarial image.
+        factor: Factor by which the perturbation is magnified; 0 if there is none.
     """
 
     path: pathlib.Path
@@ -45,43 +46,46 @@ class ExamplePicture:
 
 @dataclasses.dataclass(frozen=True)
 class FinishedJob:
-    """A finished job as its workdir has it.
+    """A finished job, read from its workdir.
 
     Attributes:
-        workdir: of the job.
-        config: its flags.
-        results: results.json.
-        outcomes: for each test image.
-        history: for each epoch its figures by name; empty where no epochs were run.
-        examples: pictures of some test images; empty where none were kept.
+        workdir: Folder of the job.
+        config: Flags of the job.
+        results: Content of results.json.
+        outcomes: Predictions for each test image.
+        history: Figures of each epoch by name; empty if no epochs were run.
+        examples: Pictures of some test images; empty if none were kept.
     """
 
     workdir: pathlib.Path
     config: JobConfig
-    results: dict[str, Any]
+    results: JobResults
     outcomes: Outcomes
     history: tuple[dict[str, float], ...]
     examples: tuple[ExamplePicture, ...]
 
     @property
     def attacked(self) -> bool:
-        """Whether the final figures have a robust accuracy."""
+        """Whether the classifier was attacked for the final figures."""
         return self.outcomes.predictions_adv is not None
 
 
 def read_finished_job(workdir: pathlib.Path) -> FinishedJob | None:
-    """The job of a workdir; None if it has no results or, as those of older versions, no predictions.
+    """Returns the job of a workdir, or None if it has no results, or no predictions because an older version ran it.
 
     Raises:
-        UserError, OSError, ValueError: a file is missing or damaged.
+        UserError: A file is missing or damaged.
+        OSError: A file cannot be read.
+        ValueError: A table is damaged.
     """
-    outcomes = read_outcomes(workdir)
-    if outcomes is None or not (workdir / "results.json").is_file():
+    outcomes, results = read_outcomes(workdir), JobResults.read(workdir / FILE_NAME)
+    if outcomes is None or results is None:
         return None
+    results.check_finished(workdir / FILE_NAME)
     return FinishedJob(
         workdir=workdir,
         config=read_flag_file(workdir / "flags.cfg"),
-        results=json.loads((workdir / "results.json").read_text(encoding="utf-8")),
+        results=results,
         outcomes=outcomes,
         history=_read_history(workdir),
         examples=_read_examples(workdir),
@@ -89,7 +93,7 @@ def read_finished_job(workdir: pathlib.Path) -> FinishedJob | None:
 
 
 def write_history(workdir: pathlib.Path, history: Sequence[dict[str, float]]) -> None:
-    """Writes history.csv: a row for each epoch, a column for each figure. Without epochs there is no file."""
+    """Writes history.csv, with a row for each epoch and a column for each figure. Without epochs it writes nothing."""
     if not history:
         return
     names = list(dict.fromkeys(name for logs in history for name in logs))
@@ -109,7 +113,7 @@ def _read_history(workdir: pathlib.Path) -> tuple[dict[str, float], ...]:
 
 
 def write_examples(workdir: pathlib.Path, examples: Sequence[Example]) -> None:
-    """Writes a PNG file for each example, and a table of them, into figures/examples/."""
+    """Writes a PNG file for each example, and a table of all examples, into figures/examples/."""
     folder = workdir / _EXAMPLES
     rows = []
     for number, each in enumerate(examples, start=1):
@@ -143,7 +147,7 @@ def _read_examples(workdir: pathlib.Path) -> tuple[ExamplePicture, ...]:
 
 
 def _side_by_side(pictures: Sequence[np.ndarray]) -> Image.Image:
-    """Pictures (height, width, 3) in [0, 1] in a row, with a white line between; small ones in whole multiples."""
+    """Returns pictures (height, width, 3) in [0, 1] in one row, small ones enlarged by a whole number."""
     tiles = []
     for pixels in pictures:
         tile = Image.fromarray(np.round(255 * np.clip(pixels, 0.0, 1.0)).astype(np.uint8))

@@ -1,15 +1,15 @@
-"""report.html: one file that needs no network and no script, for a wide screen, a phone, paper, and dark mode."""
+"""The page report.html: one file without scripts that needs no network, for screens, phones, paper and dark mode."""
 
 import base64
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from robust_tf.job.results import attack_in_words, comparison_lines, figure_name
-from robust_tf.reporting.facts import changed_flags, commands, limits_of, title_of, training_of
+from robust_tf.reporting.facts import BASELINE_NOTE, changed_flags, commands, limitations_of, title_of, training_of
 from robust_tf.reporting.job_figures import class_accuracies
 from robust_tf.reporting.job_files import ExamplePicture, FinishedJob
-from robust_tf.statistics import wilson_interval
+from robust_tf.results import JobResults
+from robust_tf.statistics import Interval, wilson_interval
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --soft: #5c5c5c; --ground: #fff; --card: #f4f5f7; --line: #d5d8dd; }
@@ -51,36 +51,39 @@ pre { background: var(--card); padding: 0.5rem 0.75rem; border-radius: 0.5rem; m
   details > * { display: block; }
 }
 """
-_OPEN_CLASSES = 12  # of more classes the table is folded and the confusion matrix wide
+_OPEN_CLASSES = 12  # for more classes, the table is folded and the confusion matrix is wide
+# Between the ends of an interval, which stays in one piece on the second line of a narrow cell.
+_TO = "\u00a0to\u00a0"
 _KINDS = {
-    "resists": "Right, also under the attack",
-    "falls": "Right, but wrong under the attack",
-    "wrong": "Wrong without an attack",
+    "resists": "Classified correctly, even under the attack",
+    "falls": "Classified correctly, but not under the attack",
+    "wrong": "Misclassified even without an attack",
 }
+_KINDS_WITHOUT_ATTACK = {"resists": "Classified correctly", "wrong": "Misclassified"}
 
 
 def job_page(job: FinishedJob, figures: dict[str, tuple[str, str]]) -> str:
-    """The whole page.
+    """Returns the whole page.
 
     Args:
-        job: what it is about.
-        figures: by name an SVG element, and the text that stands for it.
+        job: The finished job.
+        figures: SVG element of each figure by its name, with the text for readers who cannot see it.
     """
     results = job.results
     title = escape(title_of(job))
     sections = [
-        ("Figures on the test part", _tiles(job)),
-        ("Beside the standard source", _comparison(results)),
-        ("Warnings", _list(results["alarms"], "alarm")),
-        ("Training, mistakes, classes", _figures(figures, len(results["class_names"]))),
-        ("Test images", _examples(job)),
+        ("Accuracy on the test images", _tiles(job)),
+        ("Comparison with the standard source", _comparison(results)),
+        ("Warnings", _list(results.alarms, "alarm")),
+        ("Training, mistakes and classes", _figures(figures, len(results.class_names))),
+        ("Examples of test images", _examples(job)),
         ("Accuracy of each class", _classes(job)),
         ("Data", _data(results)),
-        ("What the figures do not say", _list(limits_of(job))),
+        ("Limitations", _list(limitations_of(job))),
         ("Flags that differ from their defaults", _table(("flag", "value", "default"), changed_flags(job.config))),
-        ("How it went", _table((), _training_facts(results))),
-        ("Next", _commands(job)),
-        ("Versions", _table((), results["versions"].items())),
+        ("Training run", _table((), _training_facts(results))),
+        ("Next steps", _commands(job)),
+        ("Versions", _table((), results.versions.items())),
     ]
     body = "\n".join(f"<section>\n<h2>{name}</h2>\n{content}\n</section>" for name, content in sections if content)
     return f"""<!DOCTYPE html>
@@ -104,40 +107,31 @@ def job_page(job: FinishedJob, figures: dict[str, tuple[str, str]]) -> str:
 
 def _tiles(job: FinishedJob) -> str:
     results = job.results
-    names = ["clean_accuracy"]
-    if results["metric"] == "mean_per_class_accuracy":
-        names.append("mean_per_class_accuracy")
-    if results["robust_accuracy"] is not None:
-        names.append("robust_accuracy")
     tiles = [
-        f'<div class="tile">{escape(figure_name(name, results))}'
-        f'<data id="{name}" value="{results[name]}">{_percent(results[name])}</data>'
-        f'<span class="soft">{_interval(results.get(f"{name}_interval"))}</span></div>'
-        for name in names
+        f'<div class="tile">{escape(figure.title)}'
+        f'<data id="{figure.name}" value="{figure.value}">{_percent(figure.value)}</data>'
+        f'<span class="soft">{_interval(figure.interval)}</span></div>'
+        for figure in results.figures()
     ]
     tiles.append(
-        f'<div class="tile">test images<data id="num_test_images" value="{results["num_test_images"]}">'
-        f'{results["num_test_images"]:,}</data><span class="soft">in {len(results["class_names"])} classes, looked at '
-        "once</span></div>"
+        f'<div class="tile">test images<data id="num_test_images" value="{results.num_test_images}">'
+        f'{results.num_test_images:,}</data><span class="soft">in {len(results.class_names)} classes, used only '
+        "once, after the training</span></div>"
     )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _comparison(results: dict[str, Any]) -> str:
-    baseline = results["baseline"]
-    if not baseline:
+def _comparison(results: JobResults) -> str:
+    if results.baseline is None:
         return ""
-    attacked = results["robust_accuracy"] is not None
-    head = ["", "clean accuracy", *([attack_in_words(results["robust_accuracy_attack"])] if attacked else [])]
-    rows = []
-    for name, row in (("from the robust source", results), ("from the standard source", baseline)):
-        cells = [name]
-        for figure in ("clean_accuracy", "robust_accuracy")[: len(head) - 1]:
-            cells.append(
-                f"{_percent(row[figure])} {_within(row[f'{figure}_interval'])}" if row[figure] is not None else ""
-            )
-        rows.append(cells)
-    return _table(head, rows, numbers=True) + _list(comparison_lines(results))
+    figures = results.figures()
+    rows = [
+        [name, *(row.figure(figure.name).in_words.replace(" to ", _TO) for figure in figures)]
+        for name, row in results.by_source(alone="").items()
+    ]
+    head = ["", *(figure.short_title for figure in figures)]
+    note = f'<p class="soft">{BASELINE_NOTE}</p>'
+    return note + _table(head, rows, numbers=True) + _list(results.comparison_in_words())
 
 
 def _figures(figures: dict[str, tuple[str, str]], num_classes: int) -> str:
@@ -152,18 +146,18 @@ def _figures(figures: dict[str, tuple[str, str]], num_classes: int) -> str:
 def _examples(job: FinishedJob) -> str:
     if not job.examples:
         return ""
-    names = job.results["class_names"]
+    names = job.results.class_names
     parts = []
-    if attack := job.results["robust_accuracy_attack"]:
+    if attack := job.results.robust_accuracy_attack:
         parts.append(
-            f'<p class="soft">Each row: the image, the image under {escape(attack_in_words(attack))}, and the '
-            "perturbation, magnified around gray. They are chosen to show many classes and kinds of mistakes; their "
-            "numbers say nothing about how frequent these are.</p>"
+            f'<p class="soft">Each row shows an image, the same image under {escape(attack.in_words)}, and the '
+            "perturbation, magnified around gray. The examples were chosen to show many classes and many kinds of "
+            "mistakes, not to show how frequent each kind is.</p>"
         )
     for kind, title in _KINDS.items():
         chosen = [each for each in job.examples if each.kind == kind]
         if chosen:
-            title = title if job.attacked or kind == "wrong" else "Right"
+            title = title if job.attacked else _KINDS_WITHOUT_ATTACK.get(kind, title)
             pictures = "".join(_example(each, names, attacked=job.attacked) for each in chosen)
             parts.append(f'<h3>{title}</h3><div class="examples">{pictures}</div>')
     return "".join(parts)
@@ -194,32 +188,34 @@ def _classes(job: FinishedJob) -> str:
     return f"<details{opened}><summary>{len(rows)} classes</summary>{_table(head, rows, numbers=True)}</details>"
 
 
-def _data(results: dict[str, Any]) -> str:
+def _data(results: JobResults) -> str:
     rows = [
-        ("data set", results["dataset"]),
-        ("training images", f"{results['num_train_images']:,}"),
-        ("validation images", f"{results['num_validation_images']:,}"),
-        ("test images", f"{results['num_test_images']:,}"),
-        ("image size", f"{results['image_size']} x {results['image_size']}"),
+        ("data set", results.dataset),
+        ("training images", f"{results.num_train_images:,}"),
+        ("validation images", f"{results.num_validation_images:,}"),
+        ("test images", f"{results.num_test_images:,}"),
+        ("image size", f"{results.image_size} x {results.image_size}"),
     ]
-    skipped = results["skipped_images"]
+    skipped = results.skipped_images
     left_out = (
-        f"<p>Images left out, since they cannot be decoded: {len(skipped)}</p>{_list(skipped)}" if skipped else ""
+        f"<p>Images that were left out because they cannot be decoded: {len(skipped)}</p>{_list(skipped)}"
+        if skipped
+        else ""
     )
     return _table((), rows) + left_out
 
 
-def _training_facts(results: dict[str, Any]) -> list[tuple[str, Any]]:
-    trained = results["best_epoch"] > 0
-    facts = [
-        ("parameters", f"{results['total_parameters']:,}, {results['trainable_parameters']:,} of them trained"),
-        ("epochs", f"{results['epochs']}, of which number {results['best_epoch']} was kept" if trained else "none"),
-        ("validation figure", _percent(results["validation_value"])),
-        ("time for training", f"{results['seconds']:,} s"),
-        ("seed", results["seed"]),
+def _training_facts(results: JobResults) -> list[tuple[str, Any]]:
+    trained = results.best_epoch > 0
+    facts: list[tuple[str, Any]] = [
+        ("parameters", f"{results.total_parameters:,}, of which {results.trainable_parameters:,} were trained"),
+        ("epochs", f"{results.epochs}; epoch {results.best_epoch} was kept" if trained else "none"),
+        ("validation figure of the kept epoch", _percent(results.validation_value)),
+        ("time for training", f"{results.seconds:,} s"),
+        ("seed", results.seed),
     ]
-    if results["images_per_second"]:
-        facts.append(("training images a second", results["images_per_second"]))
+    if results.images_per_second:
+        facts.append(("training images per second", results.images_per_second))
     return facts
 
 
@@ -243,13 +239,13 @@ def _list(texts: Sequence[str], kind: str = "") -> str:
     return f"<ul>{items}</ul>"
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
+def _percent(share: float | None) -> str:
+    return "not measured" if share is None else f"{share:.1%}"
 
 
-def _interval(interval: Sequence[float] | None) -> str:
-    return f"95 % interval {interval[0]:.1%} to {interval[1]:.1%}" if interval else ""
+def _interval(interval: Interval | None) -> str:
+    return f"95 % interval {interval.in_words}" if interval else ""
 
 
-def _within(interval: Sequence[float]) -> str:
-    return f"({interval[0]:.1%}\u00a0to\u00a0{interval[1]:.1%})"  # in one piece on the second line of a narrow cell
+def _within(interval: Interval) -> str:
+    return f"({interval.in_words.replace(' to ', _TO)})"

@@ -1,4 +1,4 @@
-"""report.html, the figures beside it, and README.md of a finished job: all made from the files of its workdir."""
+"""Writes the report of a finished job, from the files in its workdir: report.html, its figures, and README.md."""
 
 import pathlib
 import warnings
@@ -16,21 +16,26 @@ REPORT = "report.html"
 def write_report(workdir: pathlib.Path) -> None:
     """Writes the report of a finished job.
 
-    A job of an older version, which kept no predictions, gets none.
+    A job without predictions.csv, which older versions did not write, gets no report.
+
+    Args:
+        workdir: Folder of the job.
 
     Raises:
-        UserError, OSError, ValueError: a file of the job is missing or damaged, or something cannot be written.
+        UserError: A file of the job is missing or damaged, or a file of the report cannot be written.
+        OSError: A file of the job cannot be read.
+        ValueError: A table of the job is damaged.
     """
     job = read_finished_job(workdir)
     if job is None:
         return
     drawn = {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the tables of the page have every letter
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the tables of the page show every letter
         with pyplot.rc_context({"font.size": 10}):
             for name, (figure, text) in job_figures(job).items():
                 drawn[name] = (svg_of(figure, name), text)
-                figure.set_layout_engine("none")  # its places are found once, not for each of the two files
+                figure.set_layout_engine("none")  # the layout is computed once, not for each of the two files
                 save(workdir / FIGURES / f"{name}.png", figure)
     for path, content in ((workdir / REPORT, job_page(job, drawn)), (workdir / "README.md", readme(job))):
         with replaced_atomically(path) as temporary:

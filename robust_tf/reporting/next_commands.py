@@ -1,4 +1,4 @@
-"""The commands that usually follow a finished job, quoted for a shell."""
+"""The commands that a training job prints when it is finished, quoted for a shell."""
 
 import base64
 import json
@@ -6,28 +6,23 @@ import pathlib
 import shlex
 import urllib.parse
 
-from robust_tf.config.job import JobConfig
+from robust_tf.config.run import RunConfig
 
-# A test image of so many bytes fits into a command.
+# A test image of at most this many bytes fits into a command.
 _LARGEST_SAMPLE = 1000
 
 
-def served_name(config: JobConfig) -> str:
-    """Returns the name that the model is exported and queried under."""
-    return config.model_name or pathlib.Path(config.workdir).name
-
-
-def next_commands(config: JobConfig, sample: bytes) -> list[str]:
-    """Returns the commands: TensorBoard, and after an export a server and a query of it.
+def next_commands(run: RunConfig, sample: bytes) -> list[str]:
+    """Returns the command that starts TensorBoard and, after an export, those that start and query a server.
 
     Args:
-        config: the finished job.
-        sample: encoded test image to ask the server about; unused without an export.
+        run: Record of the run of a finished job.
+        sample: Encoded test image for the query. It is not used without an export.
     """
-    commands = [shlex.join(["tensorboard", "--logdir", str(pathlib.Path(config.workdir).parent)])]
-    if config.export_dir:
-        name = served_name(config)
-        base = pathlib.Path(config.export_dir).resolve() / name
+    commands = [shlex.join(["tensorboard", "--logdir", str(pathlib.Path(run.workdir).parent)])]
+    if run.export_dir:
+        name = run.served_name
+        base = pathlib.Path(run.export_dir).resolve() / name
         serve = ["python", "-m", "robust_tf.serve", "--rest_api_port=8501", f"--model_name={name}"]
         serve.append(f"--model_base_path={base}")
         commands += [f"python -m pip install '.[serve]' && {shlex.join(serve)}", _query(name, sample)]
@@ -35,7 +30,7 @@ def next_commands(config: JobConfig, sample: bytes) -> list[str]:
 
 
 def _query(name: str, sample: bytes) -> str:
-    """Asks the served model about a test image: within the command where it is small enough for that."""
+    """Returns a command that asks the server about a test image, which is part of the command if it is small."""
     if len(sample) > _LARGEST_SAMPLE:
         predict = ["python", "-m", "robust_tf.predict", "--server=http://localhost:8501", f"--model_name={name}"]
         return shlex.join([*predict, "IMAGE_OR_FOLDER"])

@@ -1,56 +1,67 @@
-"""The model card of a job's workdir: README.md with the YAML front matter that the Hugging Face Hub reads."""
+"""The model card of a job: README.md, with the YAML front matter that the Hugging Face Hub reads."""
 
 import json
 import pathlib
+import typing
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from robust_tf.data import dataset_info
-from robust_tf.job.results import attack_in_words, comparison_lines, figure_name
-from robust_tf.reporting.facts import commands, limits_of, title_of, training_of
+from robust_tf.reporting.facts import BASELINE_NOTE, commands, limitations_of, title_of, training_of
 from robust_tf.reporting.job_files import FinishedJob
-from robust_tf.serving.publish.model_card import card_from_results
+from robust_tf.results import FigureName
+from robust_tf.serving.publish.model_card import LICENSE_NOT_STATED
 
-_FIGURES = {"clean_accuracy": "accuracy", "mean_per_class_accuracy": "balanced_accuracy", "robust_accuracy": "accuracy"}
+# Names of the accuracies on the Hugging Face Hub.
+_HUB_METRICS: dict[FigureName, str] = {
+    "clean_accuracy": "accuracy",
+    "mean_per_class_accuracy": "balanced_accuracy",
+    "robust_accuracy": "accuracy",
+}
 
 
 def readme(job: FinishedJob) -> str:
-    """The whole file."""
+    """Returns the whole file."""
     results = job.results
     parts = [
         _front_matter(job),
         f"# {title_of(job)}",
-        f"An image classifier of {len(results['class_names'])} classes. {training_of(job)} "
-        "[report.html](report.html) has figures, pictures and every flag.",
-        "## Figures",
+        f"An image classifier for {len(results.class_names)} classes. {training_of(job)} "
+        "[report.html](report.html) has figures, example images and all flags that differ from their defaults.",
+        "## Results",
         "\n".join(_figures_table(job)),
-        *(["\n".join(f"* {line}" for line in comparison_lines(results))] if results["baseline"] else []),
-        *(["## Warnings", "\n".join(f"* {text}" for text in results["alarms"])] if results["alarms"] else []),
+        *(
+            [BASELINE_NOTE, "\n".join(f"* {line}" for line in results.comparison_in_words())]
+            if results.baseline
+            else []
+        ),
+        *(["## Warnings", "\n".join(f"* {text}" for text in results.alarms)] if results.alarms else []),
         "## Data",
         _data(job),
         "## Intended use",
-        f"Classifying images of the kind that it was trained on into {_names(results['class_names'])}; studying robust "
-        "features and their transfer. It was not made for decisions about people.",
-        "## Limits",
-        "\n".join(f"* {text}" for text in limits_of(job)),
+        f"It classifies images of the kind that it was trained on into {_names(results.class_names)}. It is meant for "
+        "research on robust features and their transfer, and was not made for decisions about people.",
+        "## Limitations",
+        "\n".join(f"* {text}" for text in limitations_of(job)),
         "## How to use it",
         _usage(job),
-        "## Made with",
-        ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
+        "## Versions",
+        ", ".join(f"{name} {version}" for name, version in results.versions.items()) + ".",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(job: FinishedJob) -> str:
-    """The front matter; every value is JSON, which is YAML as well."""
+    """Returns the front matter. Every value is JSON, which is valid YAML."""
     results = job.results
-    card = card_from_results(results)
+    figures = [results.figure(name) for name in typing.get_args(FigureName)]
     measured = [
-        {"type": kind, "name": figure_name(name, results), "value": card[name]}
-        for name, kind in _FIGURES.items()
-        if card.get(name) is not None
+        {"type": _HUB_METRICS[figure.name], "name": figure.title, "value": figure.value}
+        for figure in figures
+        if figure.value is not None
     ]
-    data = {"type": results["dataset"], "name": results["dataset"], "split": "test"}
+    data = {"type": results.dataset, "name": results.dataset, "split": "test"}
     entry = {
         "name": job.workdir.absolute().name,
         "results": [{"task": {"type": "image-classification"}, "dataset": data, "metrics": measured}],
@@ -58,7 +69,7 @@ def _front_matter(job: FinishedJob) -> str:
     fields: dict[str, Any] = {
         "library_name": "keras",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "adversarial-robustness", results["architecture"]],
+        "tags": ["image-classification", "adversarial-robustness", results.architecture],
         "metrics": ["accuracy"],
         "model-index": [entry],
     }
@@ -68,48 +79,34 @@ def _front_matter(job: FinishedJob) -> str:
 
 def _figures_table(job: FinishedJob) -> list[str]:
     results = job.results
-    rows = {"this classifier": results}
-    if results["baseline"]:
-        rows = {"from the robust source": results, "from the standard source": results["baseline"]}
-    names = [name for name in _FIGURES if results.get(name) is not None]
-    if results["metric"] != "mean_per_class_accuracy":
-        names.remove("mean_per_class_accuracy")
-    titles = [figure_name(name, results) for name in names]
-    head = f"| {results['num_test_images']:,} test images | {' | '.join(titles)} |"
-    table = [head, "|---" * (len(names) + 1) + "|"]
-    for title, row in rows.items():
-        table.append(f"| {title} | {' | '.join(_share(row, name) for name in names)} |")
-    return [*table, "", "In brackets: 95 % Wilson intervals."]
-
-
-def _share(results: dict[str, Any], name: str) -> str:
-    interval = results.get(f"{name}_interval")
-    within = f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
-    return f"{results[name]:.1%}{within}" if results[name] is not None else "not measured"
+    figures = results.figures()
+    titles = " | ".join(figure.title for figure in figures)
+    table = [f"| {results.num_test_images:,} test images | {titles} |", "|---" * (len(figures) + 1) + "|"]
+    for title, row in results.by_source(alone="this classifier").items():
+        table.append(f"| {title} | {' | '.join(row.figure(figure.name).in_words for figure in figures)} |")
+    return [*table, "", "95 % Wilson confidence intervals are in brackets."]
 
 
 def _data(job: FinishedJob) -> str:
     results = job.results
-    info = dataset_info(results["dataset"])
+    info = dataset_info(results.dataset)
     about = f" {info.homepage}" if info.homepage else ""
-    licence = info.licence or "not stated"
     return (
-        f"{results['dataset']}: {results['num_train_images']:,} training, {results['num_validation_images']:,} "
-        f"validation and {results['num_test_images']:,} test images.{about} License of the images: {licence}; of the "
-        f"classifier: {card_from_results(results)['license']}."
+        f"{results.dataset}: {results.num_train_images:,} training images, {results.num_validation_images:,} "
+        f"validation images and {results.num_test_images:,} test images.{about} License of the images: "
+        f"{info.license or LICENSE_NOT_STATED}. License of the classifier: {LICENSE_NOT_STATED}."
     )
 
 
 def _usage(job: FinishedJob) -> str:
-    results = job.results
-    size = results["image_size"]
+    size = job.results.image_size
     lines = [
         "```python",
         "import keras",
         "import numpy as np",
         "",
-        'classifier = keras.models.load_model("classifier.keras")  # needs Keras alone',
-        f"# Images ({size}, {size}, 3) with values in [0, 1]; the normalization is inside.",
+        'classifier = keras.models.load_model("classifier.keras")  # needs only Keras',
+        f"# Images of shape ({size}, {size}, 3) with values in [0, 1]. The model normalizes them itself.",
         f"images = np.zeros((1, {size}, {size}, 3), np.float32)",
         "labels = classifier.predict(images).argmax(axis=-1)  # positions in class_names of results.json",
         "```",
@@ -118,11 +115,9 @@ def _usage(job: FinishedJob) -> str:
         *(line for what, command in commands(job, workdir=pathlib.Path()) for line in (f"# {what}", command)),
         "```",
     ]
-    attack = results["robust_accuracy_attack"]
-    note = f"\n\nThe attack of the figures above: {attack_in_words(attack)}." if attack else ""
-    return "\n".join(lines) + note
+    return "\n".join(lines)
 
 
-def _names(names: list[str], most: int = 10) -> str:
+def _names(names: Sequence[str], most: int = 10) -> str:
     shown = ", ".join(escape(" ".join(name.split())) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more classes"

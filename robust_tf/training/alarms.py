@@ -1,9 +1,9 @@
-"""Alarms: signs that adversarial training has stopped making the network robust, sought on a few held images.
+"""Alarms: signs, measured on a few held-out images, that adversarial training no longer makes the network robust.
 
 * Catastrophic overfitting: the network withstands one large step (FGSM) but not several small ones (PGD). Source: Wong
   et al. 2020, arXiv 2001.03994; Andriushchenko and Flammarion 2020, arXiv 2007.02617.
-* Gradient masking: an attack that sees no gradient (Square) fells what PGD does not, or input gradients are zero.
-  Source: Athalye et al. 2018, arXiv 1802.00420, section 3.1.
+* Gradient masking: Square, an attack without gradients, succeeds where PGD fails, or the gradients with respect to the
+  images are zero. Source: Athalye et al. 2018, arXiv 1802.00420, section 3.1.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,22 @@ NUM_IMAGES = 64
 PGD_STEPS = 10
 SQUARE_QUERIES = 50
 
-# PGD leaves less than half of what FGSM leaves, and the gap is more than what 64 images show by chance.
+# Overfitting: the accuracy under PGD is less than half of the accuracy under FGSM, and the difference is larger than 64
+# images show by chance.
 _OVERFITTING_GAP = 0.2
-# Square with few queries is far weaker than PGD where the gradient is worth anything; this is six images of 64.
+# With useful gradients PGD is much stronger than Square with few queries. This is a difference of six images out of 64.
 _MASKING_GAP = 0.1
 _ZERO_GRADIENTS = 0.1
 
 
 class Reading(NamedTuple):
-    """What was found on the held images; all are shares of them.
+    """Measurements on the held-out images, all as shares of these images.
 
     Attributes:
-        fgsm_accuracy, pgd_accuracy, square_accuracy: right both before and after the attack.
-        zero_gradients: images whose input gradient is zero in every pixel.
+        fgsm_accuracy: Share that is classified correctly both before and after FGSM.
+        pgd_accuracy: Share that is classified correctly both before and after PGD.
+        square_accuracy: Share that is classified correctly both before and after Square.
+        zero_gradients: Share whose gradient is zero in every pixel.
     """
 
     fgsm_accuracy: float
@@ -45,7 +48,7 @@ class Reading(NamedTuple):
 
     @property
     def figures(self) -> dict[str, float]:
-        """What is charted."""
+        """The figures to chart, by name."""
         return {
             "fgsm_pgd_gap": self.fgsm_accuracy - self.pgd_accuracy,
             "pgd_square_gap": self.pgd_accuracy - self.square_accuracy,
@@ -54,88 +57,91 @@ class Reading(NamedTuple):
 
     @property
     def alarms(self) -> list[str]:
-        """What is wrong, in words; empty when nothing is."""
+        """One sentence for each problem found."""
         found = []
         gap = self.fgsm_accuracy - self.pgd_accuracy
         if gap >= _OVERFITTING_GAP and self.pgd_accuracy <= 0.5 * self.fgsm_accuracy:
             found.append(
                 f"catastrophic overfitting: accuracy is {self.fgsm_accuracy:.0%} under FGSM but "
-                f"{self.pgd_accuracy:.0%} under PGD-{PGD_STEPS}. Use more --attack_steps, --random_start, or a smaller "
-                "--attack_step_size"
+                f"{self.pgd_accuracy:.0%} under PGD-{PGD_STEPS}. Increase attack_steps, set random_start, or reduce "
+                "attack_step_size"
             )
         if self.pgd_accuracy - self.square_accuracy >= _MASKING_GAP:
             found.append(
-                f"gradient masking: Square, which needs no gradient, leaves {self.square_accuracy:.0%} where "
-                f"PGD-{PGD_STEPS} leaves {self.pgd_accuracy:.0%}. The robust accuracy is not real"
+                f"gradient masking: accuracy is {self.square_accuracy:.0%} under Square, an attack without gradients, "
+                f"but {self.pgd_accuracy:.0%} under PGD-{PGD_STEPS}. The robust accuracy is not real"
             )
         if self.zero_gradients >= _ZERO_GRADIENTS:
             found.append(
-                f"the input gradient of {self.zero_gradients:.0%} of the images is zero: the attack cannot move them. "
-                "Try --precision=float32, or a lower --learning_rate"
+                f"zero gradients: the attack cannot change {self.zero_gradients:.0%} of the images, because their "
+                "gradients are zero. Try precision=float32, or a lower learning_rate"
             )
         return found
 
 
 class TrainingAlarm(Exception):
-    """Ends `fit` after an epoch that raised an alarm, before its state is saved."""
+    """Raised to end `fit` after an epoch with an alarm, before the state of the epoch is saved."""
 
 
 class Alarms(keras.callbacks.Callback):
-    """Looks for alarms after an epoch, warns in the log, and adds the figures to the epoch's validation logs.
+    """Checks for alarms after an epoch, prints warnings, and adds the figures to the validation logs of the epoch.
 
-    It looks at the weights that validation has measured and that may be saved: the moving averages, if there are any.
+    The check uses the same weights as the validation, which are also the weights that may be saved: the moving
+    averages, if the optimizer keeps any.
 
     Args:
-        classifier: the one that is trained.
-        held: images (count, height, width, 3) in [0, 1] and labels (count,) that are not trained on.
-        attack: of training; its norm and epsilon are those of the attacks here.
-        every_epochs: epochs between two looks.
-        history: gets every warning.
-        agree: whether any process of the job has found an alarm, from whether this one has.
+        classifier: Classifier that is being trained.
+        held_out: Images (count, height, width, 3) in [0, 1] and labels (count,) that are not used for training.
+        attack: Attack of the training. Its norm and epsilon are used here.
+        every_epochs: Number of epochs between two checks.
+        history: List to which every warning is appended.
+        agree: Function that takes whether this process has found an alarm and returns whether any process of the job
+            has.
     """
 
     def __init__(
         self,
         classifier: keras.Model,
         *,
-        held: tuple[np.ndarray, np.ndarray],
+        held_out: tuple[np.ndarray, np.ndarray],
         attack: AttackConfig,
         every_epochs: int,
         history: list[str],
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         super().__init__()
-        self.raised = False  # in the last epoch
+        self.raised = False  # whether the last epoch raised an alarm
         self._agree = agree
-        self._held = (tf.constant(held[0], tf.float32), tf.constant(held[1], tf.int32))
+        self._held_out = (tf.constant(held_out[0], tf.float32), tf.constant(held_out[1], tf.int32))
         self._every_epochs, self._history = every_epochs, history
-        self._read = tf.function(lambda images, labels: look(classifier, images, labels, attack))
+        self._measure = tf.function(lambda images, labels: measure(classifier, images, labels, attack))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Checks for alarms after every `every_epochs` epochs."""
         self.raised = False
         if (epoch + 1) % self._every_epochs:
             return
         with averages_in_place(self.model):
             reading = self.reading()
-        if logs is not None:  # Keras hands the same dictionary to the callbacks after this one
+        if logs is not None:  # Keras passes the same dictionary to the callbacks after this one
             logs.update({f"val_{name}": value for name, value in reading.figures.items()})
         for alarm in reading.alarms:
-            message = f"WARNING after epoch {epoch + 1}: {alarm}. ({len(self._held[1])} held images)"
+            message = f"WARNING after epoch {epoch + 1}: {alarm}. ({len(self._held_out[1])} held-out images)"
             self._history.append(message)
             console.print(message)
         self.raised = self._agree(bool(reading.alarms))
 
     def reading(self) -> Reading:
-        """Attacks the held images."""
-        return Reading(*(float(value) for value in self._read(*self._held)))
+        """Attacks the held-out images and returns the measurements."""
+        return Reading(*(float(value) for value in self._measure(*self._held_out)))
 
 
 class EndOnAlarm(keras.callbacks.Callback):
-    """Raises `TrainingAlarm` after an epoch with an alarm. Stands before the callback that saves the epoch.
+    """Raises `TrainingAlarm` after an epoch with an alarm. Place it before the callback that saves the epoch.
 
     Args:
-        alarms: the callback that looks for them.
-        save_anyway: end after the epoch is saved instead; for the very first, when there is no better one.
+        alarms: Callback that checks for alarms.
+        save_anyway: Whether to let the very first epoch be saved before `fit` ends, since there is no earlier state.
     """
 
     def __init__(self, alarms: Alarms, *, save_anyway: bool) -> None:
@@ -143,20 +149,24 @@ class EndOnAlarm(keras.callbacks.Callback):
         self._alarms, self._save_anyway = alarms, save_anyway
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Ends `fit` if the epoch raised an alarm."""
         if self._alarms.raised and self._save_anyway and epoch == 0:
             self.model.stop_training = True
         elif self._alarms.raised:
             raise TrainingAlarm
 
 
-def look(model: Model, images: tf.Tensor, labels: tf.Tensor, attack: AttackConfig) -> tuple[tf.Tensor, ...]:
-    """The fields of a `Reading`, as float32 scalars; inside tf.function or not.
+def measure(model: Model, images: tf.Tensor, labels: tf.Tensor, attack: AttackConfig) -> tuple[tf.Tensor, ...]:
+    """Attacks the images with FGSM, PGD and Square. Works eagerly and inside a tf.function.
 
     Args:
-        model: [0, 1] images to logits.
-        images: (count, height, width, 3) float32 in [0, 1].
-        labels: (count,) int32.
-        attack: its norm and epsilon count.
+        model: Callable that maps images in [0, 1] to logits.
+        images: Images (count, height, width, 3), float32 in [0, 1].
+        labels: Labels (count,), int32.
+        attack: Attack whose norm and epsilon are used.
+
+    Returns:
+        The fields of a `Reading` as float32 scalars.
     """
     epsilon = attack.epsilon
     pgd = AttackConfig(norm=attack.norm, epsilon=epsilon, step_size=2.5 * epsilon / PGD_STEPS, steps=PGD_STEPS)

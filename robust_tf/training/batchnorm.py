@@ -1,4 +1,4 @@
-"""BatchNorm in training: the moving variance as in PyTorch, and the statistics of several replicas."""
+"""BatchNorm in training: PyTorch's rule for the moving variance, and statistics over several replicas."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,15 +11,16 @@ import tensorflow as tf
 def unbiased_statistics(
     model: keras.Model, batch_size: tf.Tensor, *, passes: int = 1, replicas: int = 1
 ) -> Iterator[None]:
-    """Lets what passes in training mode within it add to the moving variances be the unbiased variance, as in PyTorch.
+    """Returns a context in which forward passes update the moving variance with the unbiased variance of the batch.
 
-    Keras adds the biased one. Layers whose input size is not known when the model is built keep that.
+    PyTorch uses the unbiased variance, Keras the biased one. Layers whose input size is unknown when the model is built
+    always behave as in Keras.
 
     Args:
-        model: whose BatchNormalization layers are meant, those in models inside it included.
-        batch_size: scalar int32, images of this replica.
-        passes: so many, one after the other.
-        replicas: whose statistics are one where the layer is synchronized.
+        model: Model whose BatchNormalization layers are meant, including those in nested models.
+        batch_size: Number of images of this replica, a scalar int32.
+        passes: Number of forward passes in training mode within the context.
+        replicas: Number of replicas that share the statistics of a synchronized layer.
     """
     layers = [layer for layer in flat_layers(model) if _is_updated(layer)]
     before = [tf.identity(layer.moving_variance) for layer in layers]
@@ -29,7 +30,12 @@ def unbiased_statistics(
 
 
 def prepare_batchnorm(model: keras.Model, *, synchronized: bool) -> None:
-    """Whether BatchNorm layers in training take the statistics of the whole batch or of the replica's share."""
+    """Sets whether BatchNorm layers in training use the statistics of the whole batch or of the replica's share.
+
+    Args:
+        model: Model whose BatchNormalization layers are meant, including those in nested models.
+        synchronized: True for the statistics of the whole batch.
+    """
     for layer in flat_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = synchronized
@@ -41,7 +47,7 @@ def _is_updated(layer: keras.layers.Layer) -> bool:
 
 
 def flat_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers of a model, those of models inside it included."""
+    """Returns the layers of a model, including those of nested models."""
     layers: list[keras.layers.Layer] = []
     for layer in model.layers:
         layers += flat_layers(layer) if isinstance(layer, keras.Model) else [layer]
@@ -49,10 +55,10 @@ def flat_layers(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _positions(layer: keras.layers.Layer) -> int | None:
-    """How many values each image adds to a channel's statistics, or None where that isn't known beforehand."""
+    """Returns how many values of each image enter a channel's statistics, or None if that is not known beforehand."""
     try:
         shape = layer.input.shape
-    except (AttributeError, ValueError):  # not in a functional graph, or used more than once
+    except (AttributeError, ValueError):  # the layer is not part of a functional graph, or used more than once
         return None
     channel_axis = layer.axis % len(shape)
     count = 1
@@ -67,7 +73,7 @@ def _positions(layer: keras.layers.Layer) -> int | None:
 def _make_unbiased(
     layer: keras.layers.BatchNormalization, variance_before: tf.Tensor, batch_size: tf.Tensor, passes: int
 ) -> None:
-    """Replaces the biased batch variances in the moving variance by the unbiased ones, n / (n - 1) times as large."""
+    """Replaces the biased batch variances in the moving variance by the unbiased ones, n / (n - 1) times the size."""
     count = tf.cast(batch_size * _positions(layer), tf.float32)
     kept = layer.momentum**passes * variance_before
     followed = layer.moving_variance - kept

@@ -1,4 +1,4 @@
-"""What happens around the steps of a job: its state is saved, and a run that has gone wrong stops."""
+"""Callbacks that save the state of a training run and stop a run that has diverged."""
 
 import contextlib
 import math
@@ -11,14 +11,18 @@ import keras
 import numpy as np
 
 from robust_tf.errors import UserError
-from robust_tf.training.checkpoint import Checkpoints, Progress, named_arrays
+from robust_tf.training.checkpoint import Checkpoints, TrainingProgress, named_arrays
 from robust_tf.training.distribution import Distribution
 from robust_tf.training.interruption import Interrupted, PendingSignal
 
 
 @contextlib.contextmanager
 def averages_in_place(trainer: Any) -> Iterator[None]:
-    """Within it the classifier has the moving averages of its weights, if the optimizer keeps any."""
+    """Returns a context in which the classifier uses the moving averages of its weights, if the optimizer keeps any.
+
+    Args:
+        trainer: Trainer of the classifier.
+    """
     trainer.swap_averages()
     try:
         yield
@@ -27,12 +31,12 @@ def averages_in_place(trainer: Any) -> Iterator[None]:
 
 
 class CallbacksFromStep(keras.callbacks.CallbackList):
-    """Callbacks of a `fit` that begins in the middle of an epoch: they see the numbers that the steps really have.
+    """A list of callbacks for a `fit` that begins in the middle of an epoch. The callbacks see the true step numbers.
 
     Args:
-        callbacks: to be called.
-        first_step: of the epoch that `fit` runs, counted from 0.
-        kwargs: of Keras's `CallbackList`.
+        callbacks: Callbacks to call.
+        first_step: Number of the step of the epoch at which `fit` begins, counted from 0.
+        **kwargs: Further arguments of Keras's `CallbackList`.
     """
 
     def __init__(self, callbacks: list[keras.callbacks.Callback], *, first_step: int, **kwargs: Any) -> None:
@@ -40,32 +44,39 @@ class CallbacksFromStep(keras.callbacks.CallbackList):
         self._first_step = first_step
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Passes on the corrected number of the step."""
         super().on_train_batch_begin(batch + self._first_step, logs)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Passes on the corrected number of the step."""
         super().on_train_batch_end(batch + self._first_step, logs)
 
 
 class SaveProgress(keras.callbacks.Callback):
-    """Saves the state after each epoch, every so many steps or minutes, and when a signal asks for an end.
+    """Saves the state after each epoch, at regular intervals within an epoch, and after a signal to stop.
 
-    It also measures and keeps the moving average of the weights instead of the weights, if the optimizer has one.
+    If the optimizer keeps moving averages of the weights, the validation measures the averages, and the best weights
+    that are saved are averages, too.
 
     Args:
-        checkpoints: where to.
-        progress: of the run so far; goes on being updated.
-        select_by: name in the epoch's logs of the figure to maximise, or None: every epoch is the best so far.
-        every_steps: steps between two saves within an epoch; None saves after no step.
-        every_minutes: time between two saves within an epoch; 0 saves at no time.
-        pending: the signal that has come, if any. The state is saved and `Interrupted` raised after the step that runs.
-        rate: images a second in the training steps of the epoch that ends; 0 if this process has run none of them.
-        distribution: the chief writes; all processes save and stop at the same step, whichever got the signal.
+        checkpoints: Folder to save to.
+        progress: Progress of the run so far. The callback keeps it up to date.
+        select_by: Name in the logs of the figure that selects the best epoch, the higher the better. With None the
+            latest epoch is always the best.
+        every_steps: Number of steps between two saves within an epoch. None turns these saves off.
+        every_minutes: Minutes between two saves within an epoch. 0 turns these saves off.
+        pending: The signal that has been received, if any. After the current step the state is saved and `Interrupted`
+            is raised.
+        rate: Function that returns the training speed of the current epoch in images per second, or 0 if this process
+            has run none of its steps.
+        distribution: Distribution of the job. The chief writes the files. All processes save and stop after the same
+            step, whichever of them received the signal.
     """
 
     def __init__(
         self,
         checkpoints: Checkpoints,
-        progress: Progress,
+        progress: TrainingProgress,
         *,
         select_by: str | None,
         every_steps: int | None,
@@ -81,15 +92,18 @@ class SaveProgress(keras.callbacks.Callback):
         self._training_metrics: list[np.ndarray] = []
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Starts the clocks, and notes the restored metrics if the run continues within an epoch."""
         self._since = self._saved = time.perf_counter()
         if self._progress.steps_done:
             self._training_metrics = self._metrics()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if self._progress.steps_done:  # Keras has just reset what the steps before this run had counted
+        """Restores the metrics if the run continues within an epoch."""
+        if self._progress.steps_done:  # Keras has just reset the metrics of the earlier steps of this epoch
             self._restore_metrics()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves the state if an interval has passed, and stops after a signal."""
         self._progress.steps_done = batch + 1
         by_steps = self._every_steps is not None and (batch + 1) % self._every_steps == 0
         by_time = self._every_seconds > 0 and time.perf_counter() - self._saved >= self._every_seconds
@@ -100,11 +114,13 @@ class SaveProgress(keras.callbacks.Callback):
             self._stop_if_signalled()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        # Validation counts in the same metrics.
+        """Puts the averaged weights in place for the validation."""
+        # The validation uses the same metrics as the training.
         self._training_metrics = self._metrics()
         self.model.swap_averages()
 
     def on_test_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """After a signal, saves the state from before the validation and stops."""
         if not self._distribution.any(self._pending.received):
             return
         self.model.swap_averages()
@@ -113,14 +129,16 @@ class SaveProgress(keras.callbacks.Callback):
         self._stop_if_signalled()
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Puts the trained weights back."""
         self.model.swap_averages()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves the weights if they are the best so far, then the state, and stops after a signal."""
         logs = {name: float(value) for name, value in (logs or {}).items()}
         progress = self._progress
         value = float(epoch) if self._select_by is None else logs[self._select_by]
         loss = logs["val_loss"]
-        # Ties are frequent on a small validation part: the lower loss decides them.
+        # Equal figures are frequent on a small validation part, so the lower loss decides between them.
         if (value, -loss) > (progress.best_value, -progress.best_loss):
             progress.best_epoch, progress.best_value, progress.best_loss = epoch, value, loss
             with averages_in_place(self.model):
@@ -143,29 +161,33 @@ class SaveProgress(keras.callbacks.Callback):
     def _save(self) -> None:
         now = time.perf_counter()
         self._progress.seconds += now - self._since
-        state = named_arrays(self.model.state)  # in every process: the metrics are counted in all of them
+        state = named_arrays(self.model.state)  # in every process, because reading the metrics involves all of them
         self._distribution.on_chief(lambda: self._checkpoints.save(self._progress, state))
         self._since, self._saved = now, time.perf_counter()
 
     def _stop_if_signalled(self) -> None:
         if self._distribution.any(self._pending.received):
             self._pending.raise_if_received()
-            raise Interrupted(signal.SIGTERM)  # another process got it
+            raise Interrupted(signal.SIGTERM)  # another process received the signal
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Ends the run at the first loss that is no finite number, before anything is saved.
+    """Stops the run with a `UserError` at the first loss that is NaN or infinite, before anything is saved.
 
-    The loss of an epoch's last step is that before its update: what the update broke shows in the validation.
+    The loss of a step is measured before its update. An update that breaks the weights in the last step of an epoch
+    shows in the validation.
     """
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Notes the number of the epoch."""
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Checks the training loss."""
         self._check(logs, "loss", f"step {batch + 1}")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Checks the validation loss."""
         self._check(logs, "val_loss", "the validation")
 
     def _check(self, logs: dict[str, Any] | None, name: str, where: str) -> None:
@@ -173,6 +195,6 @@ class StopOnNaN(keras.callbacks.Callback):
         if not math.isfinite(loss):
             raise UserError(
                 f"The loss is no longer a finite number. Received: {name}={loss} in {where} of epoch "
-                f"{self._epoch + 1}. The last checkpoint is kept. Try a lower --learning_rate, "
-                "--warmup_epochs=1, or --precision=float32, in a new --workdir."
+                f"{self._epoch + 1}. The last checkpoint is kept. Try a lower learning_rate, warmup_epochs=1, or "
+                "precision=float32, in a new workdir."
             )

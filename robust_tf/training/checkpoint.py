@@ -1,13 +1,13 @@
-"""What a training run needs to go on exactly where it stopped, in files that are whole and checked.
+"""Checkpoints: verified files from which a training run continues exactly where it stopped.
 
-The folder `checkpoints/` of a workdir holds
+The folder `checkpoints/` of a workdir holds two kinds of files:
 
 * `epoch0003_step0000120.npz`: the whole state after 3 epochs and 120 steps of the next one. The two newest are kept,
-  and the newest of the end of an epoch; a damaged one falls back to the one before it.
-* `best_epoch0002.npz`: the weights of the best epoch, for as long as a kept state names that epoch as its best.
+  and the newest one from the end of an epoch. If a file is damaged, the run continues from the one before it.
+* `best_epoch0002.npz`: the weights of the best epoch. It is kept as long as a state names that epoch as its best.
 
-All are plain NumPy archives: every variable in order under its number and name, the progress as JSON, and a SHA-256 of
-all that.
+Each file is a plain NumPy archive with the format number of the file, all variables in order under their numbers and
+names, the progress as JSON, and a SHA-256 of the variables and the progress.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import pathlib
 import re
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,25 +26,29 @@ from robust_tf.console import console
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
 
+# Raise it whenever older versions could no longer read the files, and refuse or convert the files of older formats.
+FORMAT = 1
+
 _KEPT_STATES = 2
 
 
 @dataclasses.dataclass
-class Progress:
-    """How far a run is.
+class TrainingProgress:
+    """The progress of a training run.
 
     Attributes:
-        epochs_done: finished epochs.
-        steps_done: finished steps of the epoch after them; all of its steps are done when only its validation is not.
-        best_epoch: the epoch (from 0) whose weights are the best so far, or -1.
-        best_value: its validation figure.
-        best_loss: its validation loss, which decides between equal figures.
-        seconds: spent in training so far.
-        history: for each finished epoch its figures by name.
-        rates: for each finished epoch the images a second of its training steps; none for one whose steps were another
-            process's.
-        rollbacks: how often an alarm made the run go back.
-        alarms: every warning so far, also those of epochs that were thrown away.
+        epochs_done: Number of finished epochs.
+        steps_done: Number of finished steps in the current epoch. It equals the steps of an epoch when only the
+            validation is left.
+        best_epoch: The epoch, counted from 0, with the best weights so far, or -1.
+        best_value: Validation figure of the best epoch.
+        best_loss: Validation loss of the best epoch, which decides between equal figures.
+        seconds: Training time so far.
+        history: Figures by name, for each finished epoch.
+        rates: Training speed in images per second, for each finished epoch. An epoch whose steps all ran in an earlier
+            process has no entry.
+        rollbacks: Number of times that an alarm made the run go back to an earlier state.
+        alarms: All warnings so far, including those of epochs that were discarded.
     """
 
     epochs_done: int = 0
@@ -60,84 +65,103 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A checkpoint that was read and found in order.
+    """The content of a checkpoint that has been read and verified.
 
     Attributes:
-        progress: of the run.
-        arrays: the variables by number and name.
-        path: where it came from.
+        progress: Progress of the run.
+        arrays: Values of the variables by number and name.
+        path: Path of the file.
     """
 
-    progress: Progress
+    progress: TrainingProgress
     arrays: dict[str, np.ndarray]
     path: pathlib.Path
 
     def assign_to(self, variables: Sequence[keras.Variable]) -> None:
-        """Puts the values into the variables; all of them or, if they are those of another model, none.
+        """Assigns the values to the variables. If the variables belong to another model, none of them is changed.
+
+        Args:
+            variables: Variables in the order in which they were saved.
 
         Raises:
-            UserError: a name or a shape is another one.
+            UserError: The names or shapes of the variables differ from those in the file.
         """
         names = _names(variables)
         if names != list(self.arrays):
             other = next((there for here, there in zip(names, self.arrays, strict=False) if here != there), "nothing")
             raise UserError(
-                f"The checkpoint {self.path} is of another model: it holds {len(self.arrays)} variables where there "
-                f"are {len(names)} here; the first that differs is {other!r}. Choose another --workdir."
+                f"The checkpoint {self.path} belongs to another model: it holds {len(self.arrays)} variables, and this "
+                f"model has {len(names)}; the first that differs is {other!r}. Choose another workdir."
             )
         for variable, value in zip(variables, self.arrays.values(), strict=True):
             if tuple(variable.shape) != value.shape:
                 raise UserError(
-                    f"The checkpoint {self.path} is of another model: {variable.path} has shape {value.shape} there "
-                    f"and {tuple(variable.shape)} here. Choose another --workdir."
+                    f"The checkpoint {self.path} belongs to another model: {variable.path} has shape {value.shape} in "
+                    f"the file and {tuple(variable.shape)} in this model. Choose another workdir."
                 )
         for variable, value in zip(variables, self.arrays.values(), strict=True):
             variable.assign(value)
 
 
+class UnknownFormat(UserError):
+    """A checkpoint has a format that this version does not read. The file is not damaged."""
+
+
 class Checkpoints:
-    """The folder `checkpoints/` of a workdir."""
+    """The folder `checkpoints/` of a workdir.
+
+    Args:
+        folder: Path of the folder. It is created by the first `save`.
+    """
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
 
     @property
     def exists(self) -> bool:
+        """Whether the folder holds any state."""
         return bool(self._states())
 
-    def save(self, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
-        """Writes the whole state (`named_arrays`), reads it back, and only then lets go of older ones.
+    def save(self, progress: TrainingProgress, arrays: dict[str, np.ndarray]) -> None:
+        """Writes the whole state, reads it back to verify it, and only then deletes older states.
+
+        Args:
+            progress: Progress of the run.
+            arrays: Values of all variables, from `named_arrays`.
 
         Raises:
-            UserError: it can't be written. The states that were there are kept.
+            UserError: The state cannot be written. The older states are kept.
         """
         self._save_state(progress, arrays)
         self._prune()
 
     def save_best(self, epoch: int, arrays: dict[str, np.ndarray]) -> None:
-        """Writes the weights of an epoch, to be called before the `save` whose progress names them the best."""
-        _write(self._best(epoch), Progress(best_epoch=epoch), arrays)
+        """Writes the weights of the best epoch. Call it before the `save` whose progress names that epoch."""
+        _write(self._best(epoch), TrainingProgress(best_epoch=epoch), arrays)
 
-    def best(self, progress: Progress) -> State:
-        """The weights of the best epoch."""
+    def best(self, progress: TrainingProgress) -> State:
+        """Returns the weights of the best epoch."""
         return _read(self._best(progress.best_epoch))
 
     def latest(self) -> State | None:
-        """The newest state that is in order, or None when there is no state. Damaged ones are deleted, and said so.
+        """Returns the newest intact state, or None if there is no state. Reports and deletes damaged newer ones.
 
         Raises:
-            UserError: there are states, but none is in order.
+            UserError: There are states, but all of them are damaged.
+            UnknownFormat: The newest state has a format that this version does not read.
         """
         states = self._states()
         damage = []
         for path in reversed(states):
             try:
                 state = _read(path)
+            except UnknownFormat:
+                raise  # the file is in order and must not be deleted
             except UserError as error:
                 damage.append(str(error))
                 continue
             if damage:
-                console.print(f"{' '.join(damage)} Falling back to the checkpoint before: {path.name}.")
+                console.print(f"{' '.join(damage)} Falling back to the previous checkpoint: {path.name}.")
                 for newer in states[states.index(path) + 1 :]:
                     newer.unlink()
             return state
@@ -145,8 +169,15 @@ class Checkpoints:
             raise UserError(f"{' '.join(damage)} Delete the folder {self._folder} to train from the start.")
         return None
 
-    def go_back_an_epoch(self, change: Progress) -> Progress:
-        """Makes the newest state of the end of an epoch the latest one, with the rollbacks and alarms of `change`."""
+    def go_back_an_epoch(self, change: TrainingProgress) -> TrainingProgress:
+        """Makes the newest state from the end of an epoch the latest one.
+
+        Args:
+            change: Progress whose rollbacks and alarms replace those in the state.
+
+        Returns:
+            The progress of the state, with these rollbacks and alarms.
+        """
         path = [path for path in self._states() if _position(path)[1] == 0][-1]
         state = _read(path)
         progress = dataclasses.replace(state.progress, rollbacks=change.rollbacks, alarms=change.alarms)
@@ -156,12 +187,12 @@ class Checkpoints:
                 newer.unlink()
         return progress
 
-    def _save_state(self, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
+    def _save_state(self, progress: TrainingProgress, arrays: dict[str, np.ndarray]) -> None:
         path = self._folder / f"epoch{progress.epochs_done:04d}_step{progress.steps_done:07d}.npz"
         _write(path, progress, arrays)
 
     def _states(self) -> list[pathlib.Path]:
-        """From the oldest to the newest."""
+        """Returns the paths of the states, the oldest first."""
         return sorted(self._folder.glob("epoch*_step*.npz"), key=_position)
 
     def _best(self, epoch: int) -> pathlib.Path:
@@ -178,7 +209,7 @@ class Checkpoints:
             try:
                 needed.add(self._best(_read_progress(path).best_epoch))
             except UserError:
-                return  # which weights a damaged state needs can't be known: keep all
+                return  # a state that cannot be read does not tell which weights it needs, so keep them all
         for path in self._folder.glob("best_epoch*.npz"):
             if path not in needed:
                 path.unlink()
@@ -190,23 +221,25 @@ def _position(path: pathlib.Path) -> tuple[int, int]:
 
 
 def _names(variables: Sequence[keras.Variable]) -> list[str]:
-    # Not the path: the parts of it that Keras numbers (random generators) differ between processes.
+    # The name, not the path: Keras numbers parts of the paths (random generators) differently in each process.
     return [f"{index:04d} {variable.name}" for index, variable in enumerate(variables)]
 
 
 def named_arrays(variables: Sequence[keras.Variable]) -> dict[str, np.ndarray]:
-    """The values of variables under their numbers and names, as a `State` has them.
+    """Returns the values of the variables under their numbers and names, as in `State.arrays`.
+
+    Args:
+        variables: Variables in a fixed order.
 
     Raises:
-        UserError: a value is not finite: such a state is not worth keeping.
+        UserError: A value is NaN or infinite. Such a state is not worth saving.
     """
     arrays = dict(zip(_names(variables), (keras.ops.convert_to_numpy(v) for v in variables), strict=True))
     for variable, array in zip(variables, arrays.values(), strict=True):
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             raise UserError(
-                f"Training has left the finite numbers. Received: NaN or infinity in {variable.path}. The checkpoint "
-                "before is kept. Try a lower --learning_rate, --warmup_epochs=1, or --precision=float32, in a new "
-                "--workdir."
+                f"Training has diverged. Received: NaN or infinity in {variable.path}. The previous checkpoint is "
+                "kept. Try a lower learning_rate, warmup_epochs=1, or precision=float32, in a new workdir."
             )
     return arrays
 
@@ -219,30 +252,45 @@ def _digest(progress: str, arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _write(path: pathlib.Path, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
+def _write(path: pathlib.Path, progress: TrainingProgress, arrays: dict[str, np.ndarray]) -> None:
     text = json.dumps(dataclasses.asdict(progress))
     with replaced_atomically(path) as temporary:
-        np.savez(temporary, progress=np.array(text), sha256=np.array(_digest(text, arrays)), **arrays)  # type: ignore[arg-type]
-        _read(temporary)  # what can't be read back must not push an older state out
+        header = {"format": np.array(FORMAT), "progress": np.array(text), "sha256": np.array(_digest(text, arrays))}
+        np.savez(temporary, **header, **arrays)  # type: ignore[arg-type]
+        _read(temporary)  # a file that cannot be read back must not replace an older state
 
 
 def _read(path: pathlib.Path) -> State:
-    """Raises UserError for a file that is not whole."""
+    """Reads a whole file and verifies it."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            _check_format(path, archive)
+            arrays = {name: archive[name] for name in archive.files if name != "format"}
         text, digest = str(arrays.pop("progress")), str(arrays.pop("sha256"))
         if _digest(text, arrays) != digest:
-            raise ValueError("its content does not have its SHA-256")
-        return State(Progress(**json.loads(text)), arrays, path)
+            raise ValueError("its content does not match its SHA-256")
+        return State(TrainingProgress(**json.loads(text)), arrays, path)
+    except UnknownFormat:
+        raise
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"Cannot read the checkpoint {path}: {error}.") from error
 
 
-def _read_progress(path: pathlib.Path) -> Progress:
-    """The progress alone, without its variables."""
+def _check_format(path: pathlib.Path, archive: Any) -> None:
+    """Refuses a file of another format. Files from before there was a format number have format 1."""
+    found = int(archive["format"]) if "format" in archive.files else 1
+    if found != FORMAT:
+        raise UnknownFormat(
+            f"This version of robust_tf reads checkpoints of format {FORMAT}. Received: {path} of format {found}. "
+            "Continue the run with the version of robust_tf that wrote it, or choose another workdir."
+        )
+
+
+def _read_progress(path: pathlib.Path) -> TrainingProgress:
+    """Reads the progress alone, without the variables."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return Progress(**json.loads(str(archive["progress"])))
+            _check_format(path, archive)
+            return TrainingProgress(**json.loads(str(archive["progress"])))
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"Cannot read the checkpoint {path}: {error}.") from error

@@ -1,4 +1,4 @@
-"""The loss that a trainer was compiled with, for each image: what the attack of adversarial training climbs."""
+"""The loss that a trainer was compiled with, as a function of each image: the function that the attack maximizes."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.runtime_checks import checked
 
 Scores = Literal["logits", "probabilities"]
-# Losses given as functions (or by name) take probabilities unless they are told otherwise.
+# As functions, or by name, these losses expect probabilities unless `from_logits` is set.
 _CROSSENTROPIES = (
     keras.losses.binary_crossentropy,
     keras.losses.binary_focal_crossentropy,
@@ -23,33 +23,33 @@ _CROSSENTROPIES = (
     keras.losses.sparse_categorical_crossentropy,
 )
 _SPARSE = (keras.losses.SparseCategoricalCrossentropy, keras.losses.sparse_categorical_crossentropy)
-# Keras itself picks the cross-entropy that fits the shapes of labels and outputs.
+# For these names Keras chooses the cross-entropy that fits the shapes of the labels and outputs.
 _BY_SHAPE = ("crossentropy", "ce")
 
 
 class CompiledLoss:
-    """The compiled loss before it is averaged over the batch, and what follows from it about the outputs.
+    """The compiled loss before it is averaged over the batch.
 
     Works for every loss that Keras accepts in `compile`: names, functions, `keras.losses.Loss` objects, and lists or
-    dicts of them for models with several outputs. A loss must give one value for each image, or an array of values for
-    each image, whose mean counts.
+    dicts of them for models with several outputs. A loss must return one value for each image, or an array of values
+    for each image, which is averaged.
 
     Args:
-        loss: as given to `compile`.
-        loss_weights: as given to `compile`.
-        outputs: what the model gives for a batch: a tensor, or a list, tuple or dict of tensors.
-        output_names: the model's names for its outputs, if it has any; a dict of losses may use them.
+        loss: Loss as given to `compile`.
+        loss_weights: Weights of the losses as given to `compile`.
+        outputs: Outputs of the model for some batch: a tensor, or a list, tuple or dict of tensors.
+        output_names: The model's names for its outputs, if it has any, for use in a dict of losses.
 
     Raises:
-        UserError: there is no loss, a loss is meant for probabilities and the model gives logits or the reverse, or
-            losses and outputs do not fit together.
+        UserError: There is no loss; a loss expects probabilities and the model returns logits, or the other way
+            around; or the losses do not match the outputs.
     """
 
     def __init__(self, loss: Any, loss_weights: Any, *, outputs: Any, output_names: Sequence[str] = ()) -> None:
         if loss is None:
             raise UserError(
-                "The attack climbs the compiled loss, so `compile` needs one. Received: loss=None. For logits and "
-                "integer labels it is keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
+                "The attack maximizes the compiled loss, so `compile` needs a loss. Received: loss=None. For logits "
+                "and integer labels use keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
             )
         self._names = _names_of(outputs, output_names)
         losses = self._by_name("loss", loss, shared=True)
@@ -63,12 +63,13 @@ class CompiledLoss:
                 self._scores[name] = _checked_scores(self._losses[name], output, name)
 
     def __call__(self, labels: Any, outputs: Any, sample_weight: Any = None) -> tf.Tensor:
-        """The loss of each image, (batch,) float32.
+        """Returns the loss of each image, (batch,) float32.
 
         Args:
-            labels: as `fit` takes them.
-            outputs: as the model gives them.
-            sample_weight: None, (batch,), or for several outputs a structure of them; factors of the loss.
+            labels: Labels in the form that `fit` takes.
+            outputs: Outputs of the model.
+            sample_weight: Factors on the losses of the images: None, an array (batch,), or for several outputs a
+                structure of such arrays.
         """
         outputs = self._by_name("outputs", outputs)
         labels = self._by_name("labels", labels)
@@ -85,17 +86,22 @@ class CompiledLoss:
 
     @property
     def counts_hits(self) -> bool:
-        """Whether a prediction is right or wrong: there is one output, and it holds scores of classes."""
+        """Whether predictions can be right or wrong, because there is exactly one output and it holds class scores."""
         return len(self._losses) == 1 and next(iter(self._scores.values())) is not None
 
     @property
     def integer_labels(self) -> bool | None:
-        """Whether labels are one class number for each image; None where the loss does not tell."""
+        """Whether the labels are integer classes, or None if the loss does not tell."""
         kinds = {_takes_integers(loss) for loss in self._losses.values()}
         return kinds.pop() if len(kinds) == 1 else None
 
     def with_labels_checked(self, images: tf.Tensor, labels: Any) -> tf.Tensor:
-        """Returns the images of a batch once its labels are known to be classes, where they are class numbers."""
+        """Returns the images unchanged, but checks that integer labels are valid classes before the images are used.
+
+        Args:
+            images: Images of a batch.
+            labels: Labels of the batch.
+        """
         for name, values in self._by_name("labels", labels).items():
             loss = self._losses.get(name)
             if not _takes_integers(loss) or getattr(loss, "ignore_class", None) is not None:
@@ -110,9 +116,14 @@ class CompiledLoss:
         return images
 
     def hits(self, labels: Any, outputs: Any) -> tf.Tensor:
-        """Whether the class of the highest score is the label, or its largest share, (batch,) bool.
+        """Returns whether each image is classified correctly, (batch,) bool. Without `counts_hits` all are False.
 
-        A single score stands for the classes 0 and 1. Without `counts_hits` it is False everywhere.
+        The prediction is the class of the highest score. The true class is the label or, for soft labels, the class
+        with the largest share. A single score stands for the classes 0 and 1.
+
+        Args:
+            labels: Labels in the form that `fit` takes.
+            outputs: Outputs of the model.
         """
         ((name, scores),) = list(self._scores.items())[:1]
         output = self._by_name("outputs", outputs)[name]
@@ -128,15 +139,18 @@ class CompiledLoss:
         return tf.equal(predicted, tf.reshape(tf.cast(label, tf.int32), [-1]))
 
     def class_logits(self, outputs: Any) -> tf.Tensor:
-        """The outputs as float32 logits (batch, classes); a single score becomes those of the classes 0 and 1.
+        """Returns logits (batch, num_classes), float32. A single score becomes the logits of the classes 0 and 1.
+
+        Args:
+            outputs: Outputs of the model.
 
         Raises:
-            UserError: several outputs, or one that does not hold scores of classes.
+            UserError: There are several outputs, or the output does not hold class scores.
         """
         if not self.counts_hits:
             raise UserError(
-                "This objective compares the probabilities of classes, so it needs one output of class scores and a "
-                f"cross-entropy. Received: losses for the outputs {sorted(self._losses)}. Use Recipe() instead."
+                "This objective compares class probabilities, so it needs a single output of class scores and a "
+                f"cross-entropy loss. Received: losses for the outputs {sorted(self._losses)}. Use Recipe() instead."
             )
         ((name, scores),) = self._scores.items()
         output = tf.cast(self._by_name("outputs", outputs)[name], tf.float32)
@@ -147,12 +161,14 @@ class CompiledLoss:
         return tf.math.log(tf.maximum(output, 1e-30)) if scores == "probabilities" else output
 
     def _by_name(self, what: str, values: Any, *, shared: bool = False) -> dict[str, Any]:
-        """The values of the outputs by name; with `shared`, one that is not in a structure belongs to all of them."""
+        """Returns values by the name of their output. With `shared`, a single value belongs to all outputs."""
         if isinstance(values, Mapping):
             unknown = sorted(set(values) - set(self._names))
             if not unknown:
                 return dict(values)
-            raise UserError(f"`{what}` names outputs of the model, {list(self._names)}. Received: {unknown}.")
+            raise UserError(
+                f"The keys of `{what}` must be outputs of the model, {list(self._names)}. Received: {unknown}."
+            )
         if isinstance(values, (list, tuple)):
             if len(values) == len(self._names):
                 return dict(zip(self._names, values, strict=True))
@@ -162,8 +178,8 @@ class CompiledLoss:
         if shared or len(self._names) == 1:
             return dict.fromkeys(self._names, values)
         raise UserError(
-            f"The model has the outputs {list(self._names)}, so `{what}` is a list or a dict with an entry for each. "
-            f"Received: one {type(values).__name__}."
+            f"The model has the outputs {list(self._names)}, so `{what}` must be a list or a dict with an entry for "
+            f"each output. Received: one {type(values).__name__}."
         )
 
 
@@ -177,14 +193,14 @@ def _names_of(outputs: Any, output_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _resolved(loss: Any) -> Any:
-    """A `keras.losses.Loss`, a function, or one of `_BY_SHAPE`."""
+    """Returns a `keras.losses.Loss`, a function, or one of `_BY_SHAPE`."""
     if isinstance(loss, str) and loss.lower() in _BY_SHAPE:
         return loss.lower()
     return keras.losses.get(loss)
 
 
 def _of_each_image(loss: Any, labels: Any, outputs: tf.Tensor) -> tf.Tensor:
-    """The values of one loss, (batch,) float32."""
+    """Returns the values of one loss, (batch,) float32."""
     labels = tf.convert_to_tensor(labels)
     if _takes_integers(loss):
         labels = _class_numbers(labels, outputs)
@@ -192,9 +208,9 @@ def _of_each_image(loss: Any, labels: Any, outputs: tf.Tensor) -> tf.Tensor:
         labels = tf.reshape(tf.cast(labels, tf.int32), [-1])
         return LOSSES["ce"](tf.cast(outputs, tf.float32), labels, labels)
     if not _takes_integers(loss) and labels.shape.rank == outputs.shape.rank - 1 and outputs.shape[-1] == 1:
-        labels = labels[..., None]  # as Keras does: (batch,) labels of outputs (batch, 1)
+        labels = labels[..., None]  # Keras, too, accepts labels (batch,) for outputs (batch, 1)
     if isinstance(loss, keras.losses.Loss):
-        # `call` is the part of a loss that each image has for itself; the mean comes after it.
+        # `call` returns the losses before they are averaged.
         values = loss.call(tf.cast(labels, loss.dtype), tf.cast(outputs, loss.dtype))
     else:
         function = _by_shape(labels, outputs) if loss in _BY_SHAPE else loss
@@ -202,30 +218,31 @@ def _of_each_image(loss: Any, labels: Any, outputs: tf.Tensor) -> tf.Tensor:
     values = tf.cast(values, tf.float32)
     if values.shape.rank == 0:
         raise UserError(
-            "The attack needs the loss of each image, so a compiled loss must give an array (batch,) for Keras to "
-            f"average. Received: a loss {_name_of(loss)} that gives one number for the whole batch."
+            "The attack needs the loss of each image, so a compiled loss must return an array (batch,), which Keras "
+            f"averages. Received: a loss {_name_of(loss)} that returns one number for the whole batch."
         )
     return tf.reduce_mean(values, axis=list(range(1, values.shape.rank))) if values.shape.rank > 1 else values
 
 
 def _class_numbers(labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    """Labels (batch,) or (batch, 1), or one for each position of the outputs, as int32 of the outputs' rank less 1."""
-    if labels.shape.rank == outputs.shape.rank and labels.shape[-1] == 1:  # as the data sets of Keras have them
+    """Returns integer labels, one for each image or for each position of the outputs, as int32 without a last axis."""
+    if labels.shape.rank == outputs.shape.rank and labels.shape[-1] == 1:  # (batch, 1), as in Keras's own data sets
         labels = labels[..., 0]
     if labels.shape.rank not in (None, outputs.shape.rank - 1):
         raise UserError(
-            f"The compiled loss takes one class number for each image, (batch,). Received: labels of shape "
-            f"{labels.shape}. For one-hot labels compile keras.losses.CategoricalCrossentropy."
+            f"The compiled loss takes integer labels, (batch,). Received: labels of shape {labels.shape}. For one-hot "
+            "labels compile keras.losses.CategoricalCrossentropy."
         )
     return tf.cast(labels, tf.int32)
 
 
 def _by_shape(labels: tf.Tensor, outputs: tf.Tensor) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = keras.losses.categorical_crossentropy
     if outputs.shape[-1] == 1:
-        return keras.losses.binary_crossentropy
-    if labels.shape.rank < outputs.shape.rank or labels.shape[-1] == 1:
-        return keras.losses.sparse_categorical_crossentropy
-    return keras.losses.categorical_crossentropy
+        function = keras.losses.binary_crossentropy
+    elif labels.shape.rank < outputs.shape.rank or labels.shape[-1] == 1:
+        function = keras.losses.sparse_categorical_crossentropy
+    return function
 
 
 def _function_of(loss: Any) -> Any:
@@ -233,7 +250,7 @@ def _function_of(loss: Any) -> Any:
 
 
 def _takes_integers(loss: Any) -> bool | None:
-    """Whether the labels of a loss are class numbers; None for a loss that is not Keras's and may take anything."""
+    """Returns whether a loss takes integer labels, or None for a custom loss, which may take anything."""
     function = _function_of(loss)
     if function in _SPARSE or isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
         return True
@@ -244,13 +261,13 @@ def _takes_integers(loss: Any) -> bool | None:
 
 
 def _is_binary(loss: Any) -> bool:
-    """Whether each output of a loss is the score of a label that may be there or not."""
+    """Returns whether a loss treats each score as the score of an independent label."""
     kinds = (keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy)
     return isinstance(loss, kinds) or _function_of(loss) in _CROSSENTROPIES[:2]
 
 
 def _is_softmax_crossentropy(loss: Any) -> bool:
-    """Whether it is the loss of the reference, with class numbers as labels, which the attacks have already."""
+    """Returns whether a loss equals the cross-entropy of integer labels in `robust_tf.attacks`, as in the reference."""
     if type(loss) is CrossEntropy:
         return loss.class_weights is None
     plain = type(loss) is keras.losses.SparseCategoricalCrossentropy and loss.dtype == "float32"
@@ -258,7 +275,7 @@ def _is_softmax_crossentropy(loss: Any) -> bool:
 
 
 def _expected_scores(loss: Any) -> Scores | None:
-    """What the outputs have to be for this loss, or None where it does not tell."""
+    """Returns what a loss expects the outputs to be, or None if it does not tell."""
     if isinstance(loss, str):
         return "probabilities"
     from_logits = getattr(loss, "from_logits", None)
@@ -268,14 +285,14 @@ def _expected_scores(loss: Any) -> Scores | None:
 
 
 def _checked_scores(loss: Any, output: Any, name: str) -> Scores | None:
-    """What the scores of an output are, or None where it holds no scores of classes that exclude each other.
+    """Returns what the scores of an output are, or None if it does not hold scores of mutually exclusive classes.
 
     Raises:
-        UserError: they are not what the loss is meant for.
+        UserError: The scores are not what the loss expects.
     """
     expected = _expected_scores(loss)
     values = np.asarray(output, np.float32)
-    # A single output may lie in [0, 1] by chance. Probabilities in half precision sum to 1 within a hundredth.
+    # A single score may lie in [0, 1] by chance. In half precision probabilities sum to 1 within a hundredth.
     found = bool(values.min() >= 0 and values.max() <= 1)
     of_each_label = _is_binary(loss) and values.shape[-1] > 1
     if values.shape[-1] > 1 and not of_each_label:
@@ -287,15 +304,15 @@ def _checked_scores(loss: Any, output: Any, name: str) -> Scores | None:
         return None
     if expected == "probabilities" and not found:
         raise UserError(
-            f"The compiled loss {_name_of(loss)} is meant for probabilities, but the classifier gives logits. "
+            f"The compiled loss {_name_of(loss)} expects probabilities, but the classifier returns logits. "
             f"Received: values from {values.min():.3g} to {values.max():.3g} in {name!r}. "
             "Compile the loss with from_logits=True."
         )
     if expected == "logits" and found and values.shape[-1] > 1 and not of_each_label:
         raise UserError(
-            f"The compiled loss {_name_of(loss)} is meant for logits (from_logits=True), but the classifier gives "
-            f"probabilities. Received: rows of {name!r} that sum to 1. Compile the loss with from_logits=False, or "
-            "take the softmax out of the classifier, which is better: robust_tf's other programs expect logits."
+            f"The compiled loss {_name_of(loss)} expects logits (from_logits=True), but the classifier returns "
+            f"probabilities. Received: rows of {name!r} that sum to 1. Remove the softmax from the classifier, since "
+            "the programs of robust_tf expect logits, or compile the loss with from_logits=False."
         )
     return None if of_each_label or values.ndim != 2 else expected
 

@@ -1,7 +1,7 @@
-"""Several devices and machines: TensorFlow's strategies, and what the processes of one job have to do together.
+"""Training on several devices and machines: TensorFlow's strategies, and communication between the processes of a job.
 
-A batch is global: every replica trains on its share of it. All processes run the same program; the chief alone writes.
-The variables are mirrored: each replica has them all, and all have the same values after each step.
+The batch size is global: every replica trains on its share of each batch. All processes run the same program, but only
+the chief writes files. The variables are mirrored: every replica has a copy, and after each step all copies are equal.
 """
 
 import contextlib
@@ -10,20 +10,20 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
+from robust_tf.config.run import DistributionKind
 from robust_tf.console import console
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 
-Kind = Literal["none", "mirrored", "multi_worker", "tpu"]
 Result = TypeVar("Result")
 
-_RESTARTS = "ROBUST_TF_RESTARTS"  # how often this process has begun again, for the process that it becomes
-# What a collective operation fails with when a process at the other end is gone.
+_RESTARTS = "ROBUST_TF_RESTARTS"  # environment variable that tells a restarted process the number of restarts so far
+# The errors of a collective operation when another process is gone.
 PEER_LOST = (
     tf.errors.UnavailableError,
     tf.errors.AbortedError,
@@ -34,11 +34,12 @@ PEER_LOST = (
 
 
 class Distribution:
-    """One strategy of TensorFlow, for a process of a job.
+    """A strategy of TensorFlow, as seen by one process of a job.
 
     Args:
-        strategy: that of TensorFlow.
-        worker, num_workers: this is process 0, 1, ... of so many; 0 is the chief.
+        strategy: TensorFlow's strategy.
+        worker: Number of this process, counted from 0. Process 0 is the chief.
+        num_workers: Number of processes.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy, *, worker: int = 0, num_workers: int = 1) -> None:
@@ -47,15 +48,17 @@ class Distribution:
 
     @property
     def num_replicas(self) -> int:
-        return self.strategy.num_replicas_in_sync
+        """Number of replicas in all processes together."""
+        return int(self.strategy.num_replicas_in_sync)
 
     @property
     def is_chief(self) -> bool:
+        """Whether this process is the chief, which alone writes files."""
         return self.worker == 0
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """Models, optimizers and metrics must be made within it."""
+        """Returns the context in which models, optimizers and metrics must be created."""
         if self.num_replicas == 1:
             yield
             return
@@ -63,24 +66,40 @@ class Distribution:
             yield
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Raises UserError for a batch that can't be shared equally."""
+        """Checks that a batch can be divided equally among the replicas.
+
+        Args:
+            batch_size: Size of the global batch.
+
+        Raises:
+            UserError: The batch size is not a multiple of the number of replicas.
+        """
         if batch_size % self.num_replicas:
             raise UserError(
-                f"Every one of the {self.num_replicas} replicas needs the same share of a batch. Received: "
-                f"--batch_size={batch_size}. Take a multiple of {self.num_replicas}."
+                f"The {self.num_replicas} replicas share each batch equally. Received: batch_size={batch_size}. Use a "
+                f"multiple of {self.num_replicas}."
             )
 
     def train_data(self, task: TaskData, **position: int) -> Any:
-        """`task.train(**position)`, shared among the replicas."""
+        """Returns the training batches, divided among the replicas.
+
+        Args:
+            task: Data of the job.
+            **position: Position at which to begin, see `TaskData.train`.
+        """
         dataset = task.train(**position)
         if self.num_replicas == 1:
             return dataset
         return self._shared(dataset.rebatch(task.batch_size // self.num_replicas))
 
     def validation_data(self, task: TaskData) -> tuple[Any, int | None]:
-        """The validation part, where every image counts once, and in how many steps to read it; None is to its end.
+        """Returns the validation part, in which every image counts once, and the number of steps that read it.
 
-        With several replicas, TensorFlow finds the end by one more step on empty batches, which Keras would count.
+        The number of steps is None where the data set is simply read to its end. With several replicas, TensorFlow
+        would find the end only by one more step on empty batches, which Keras would count.
+
+        Args:
+            task: Data of the job.
         """
         if self.num_replicas == 1:
             return task.validation, None
@@ -89,39 +108,57 @@ class Distribution:
         return self._shared(share), int(share.cardinality()) // local
 
     def test_data(self, task: TaskData) -> Any:
-        """The test part, likewise."""
+        """Returns the test part, in which every image counts once.
+
+        Args:
+            task: Data of the job.
+        """
         if self.num_replicas == 1:
             return task.test
         return self._shared(task.test_share(replicas=self.num_replicas // self.num_workers))
 
     def test_ids(self, task: TaskData) -> np.ndarray:
-        """`task.test_ids` in the order in which the replicas' outcomes of `test_data` come, all workers together."""
+        """Returns `task.test_ids` in the order in which all replicas together return their results for `test_data`.
+
+        Args:
+            task: Data of the job.
+        """
         return task.test_ids(replicas=0 if self.num_replicas == 1 else self.num_replicas // self.num_workers)
 
     def _shared(self, batches_of_a_replica: tf.data.Dataset) -> Any:
-        """The batches of this process, handed to its replicas in turn."""
+        """Hands the batches of this process to its replicas in turn."""
         return self.strategy.distribute_datasets_from_function(lambda _: batches_of_a_replica)
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in any process. All of them have to ask."""
+        """Returns whether a condition holds in any process. Every process has to call this method.
+
+        Args:
+            here: Whether the condition holds in this process.
+        """
         if self.num_workers == 1:
             return here
         return bool(self._sum(np.array([here], np.int32))[0] > 0)
 
     def on_chief(self, work: Callable[[], Result]) -> Result | None:
-        """Does work that only the chief may do, such as writing files, while the others wait; None in those.
+        """Runs a function in the chief only, while the other processes wait. Every process has to call this method.
+
+        Args:
+            work: Function that only the chief may run, for example because it writes files.
+
+        Returns:
+            The result of the function in the chief, None in the other processes.
 
         Raises:
-            UserError: as the work does; in the other processes one that points to the chief.
+            UserError: The function has raised one. In the other processes the message points to the chief.
         """
         with self.chief_first():
             return work() if self.is_chief else None
 
     @contextlib.contextmanager
     def chief_first(self) -> Iterator[None]:
-        """The block runs in the chief and then, unless it has failed there, in the others."""
+        """Returns a context whose block runs in the chief first and then, unless it has failed there, in the others."""
         if not self.is_chief and self.any(False):
-            raise UserError("The chief (worker 0) has stopped: its output says why.")
+            raise UserError("The chief (worker 0) has stopped. See its output for the reason.")
         failed = True
         try:
             yield
@@ -131,17 +168,22 @@ class Distribution:
                 self.any(failed)
 
     def broadcast(self, arrays: Sequence[np.ndarray] | None) -> list[np.ndarray]:
-        """The arrays of the chief, in every process. The others give None, and need not know the shapes."""
+        """Returns the arrays of the chief in every process.
+
+        Args:
+            arrays: Arrays in the chief, None in the other processes, which need not know the shapes.
+        """
         if self.num_workers == 1:
             return list(arrays or [])
         packed = _packed(arrays or []) if self.is_chief else np.zeros(0, np.int32)
         length = int(self._sum(np.array([len(packed)], np.int32))[0])
-        # The sum of numbers of which only the chief's are not zero.
+        # All other processes add zeros, so the sum is the content of the chief.
         return _unpacked(self._sum(packed if self.is_chief else np.zeros(length, np.int32)))
 
     def _sum(self, value: np.ndarray) -> np.ndarray:
-        """The sum of int32 arrays over the processes, each of which gives its own."""
-        return self._summed(tf.constant(value, tf.int32)).numpy()
+        """Returns the sum of the int32 arrays of all processes."""
+        total: np.ndarray = self._summed(tf.constant(value, tf.int32)).numpy()
+        return total
 
     @functools.cached_property
     def _summed(self) -> Any:
@@ -159,13 +201,17 @@ class Distribution:
 
 
 @functools.cache
-def start_distribution(kind: Kind) -> Distribution:
-    """The distribution of that kind; in a process that has one already, the same.
+def start_distribution(kind: DistributionKind) -> Distribution:
+    """Returns the distribution of the given kind. A second call in the same process returns the same object.
 
-    It has to come before everything else that uses TensorFlow's devices.
+    Call it before anything else uses TensorFlow's devices.
+
+    Args:
+        kind: "none" for one device, "mirrored" for all devices of this machine, "multi_worker" for several machines,
+            or "tpu".
 
     Raises:
-        UserError: the machine, or the variable TF_CONFIG, is not made for it.
+        UserError: There is no TPU, or the environment variable TF_CONFIG does not describe the processes.
     """
     if kind == "mirrored":
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
@@ -180,28 +226,30 @@ def start_distribution(kind: Kind) -> Distribution:
         try:
             resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect()
         except (ValueError, RuntimeError, tf.errors.OpError) as error:
-            raise UserError(f"--distribution=tpu finds no TPU: {error} Set TPU_NAME, or run on a TPU VM.") from error
+            raise UserError(
+                f"No TPU was found. Received: distribution=tpu ({error}). Set TPU_NAME, or run on a TPU VM."
+            ) from error
         return Distribution(tf.distribute.TPUStrategy(resolver))
     return Distribution(tf.distribute.get_strategy())
 
 
-def begin_again(error: Exception, *, most: int) -> None:
-    """Replaces this process by a new one that runs the same command, after another worker was lost.
+def restart_process(error: Exception, *, most: int) -> None:
+    """Replaces this process by a new one that runs the same command. Use it when another worker was lost.
 
     Args:
-        error: what the loss was noticed by.
-        most: how often a process may do that.
+        error: Error that revealed the loss.
+        most: Highest number of restarts.
 
     Raises:
-        UserError: it has done so that often already.
+        UserError: The process has already been restarted that often.
     """
     restarts = int(os.environ.get(_RESTARTS, "0"))
     if restarts >= most:
         raise UserError(
-            f"Another worker was lost, and this one has begun again {restarts} times already (--restarts={most}). "
+            f"Another worker was lost, and this one has already been restarted {restarts} times (restarts={most}). "
             f"Received: {error}"
         ) from error
-    print(f"Another worker was lost. Beginning again ({restarts + 1} of at most {most} times).", file=sys.stderr)
+    print(f"Another worker was lost. Restarting (restart {restarts + 1} of at most {most}).", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os.environ[_RESTARTS] = str(restarts + 1)
@@ -209,7 +257,7 @@ def begin_again(error: Exception, *, most: int) -> None:
 
 
 class _Cluster:
-    """What TF_CONFIG says of the processes of a job and of this one."""
+    """The number of this process and the number of all processes, as given by TF_CONFIG."""
 
     def __init__(self, task_id: int, num_workers: int) -> None:
         self.task_id, self.num_workers = task_id, num_workers
@@ -217,7 +265,7 @@ class _Cluster:
 
 def _cluster() -> _Cluster:
     help_text = (
-        '--distribution=multi_worker needs TF_CONFIG in every process, such as {"cluster": {"worker": ["host0:2222", '
+        'distribution=multi_worker needs TF_CONFIG in every process, such as {"cluster": {"worker": ["host0:2222", '
         '"host1:2222"]}, "task": {"type": "worker", "index": 0}}. '
     )
     try:
@@ -228,16 +276,16 @@ def _cluster() -> _Cluster:
         raise UserError(f"{help_text}Received: TF_CONFIG={os.environ.get('TF_CONFIG', '')!r} ({error}).") from error
     if set(spec) != {"worker"} or kind != "worker" or not 0 <= index < len(spec["worker"]):
         raise UserError(
-            f"{help_text}Every process is a worker, numbered from 0; worker 0 is the chief. Received: "
+            f"{help_text}Every process must be a worker, numbered from 0; worker 0 is the chief. Received: "
             f"TF_CONFIG={os.environ.get('TF_CONFIG', '')!r}."
         )
     return _Cluster(index, len(spec["worker"]))
 
 
 def _with_aggregation(next_creator: Callable[..., tf.Variable], **kwargs: Any) -> tf.Variable:
-    """Where Keras leaves open what a variable becomes that each replica assigns its own value to: their mean.
+    """Creates a variable. Averages the values of the replicas where Keras does not define how to combine them.
 
-    These are the moving statistics of BatchNorm.
+    These variables are the moving statistics of BatchNorm, to which each replica assigns a different value.
     """
     if not kwargs.get("trainable", True) and kwargs.get("aggregation") in (None, tf.VariableAggregation.NONE):
         value = kwargs["initial_value"]
@@ -248,7 +296,7 @@ def _with_aggregation(next_creator: Callable[..., tf.Variable], **kwargs: Any) -
 
 
 def _packed(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """As int32, the one integer type that every collective operation knows."""
+    """Packs arrays into one int32 array, since int32 is the only integer type that all collective operations accept."""
     buffer = io.BytesIO()
     np.savez(buffer, *arrays)
     content = buffer.getvalue()

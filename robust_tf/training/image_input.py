@@ -1,9 +1,10 @@
-"""The input of a model that holds the images, among whatever else the model takes."""
+"""The image input of a model, which may have further inputs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import floating
@@ -11,16 +12,22 @@ from robust_tf.errors import UserError
 
 Shape = tuple[int | None, ...]
 
+_TRIAL_IMAGES = 4
+_TRIAL_SIZE = 64  # height and width of the trial images where the model does not fix them
+
 
 def input_shapes(model: keras.Model) -> Any:
-    """The shape of the input of a built model, or a list or dict of shapes, batch axis included.
+    """Returns the shape of a model's input, or a list or dict of shapes. The shapes include the batch axis.
+
+    Args:
+        model: Built model.
 
     Raises:
-        UserError: the model does not know.
+        UserError: The model does not know the shape of its input.
     """
     try:
         inputs = model.input
-    except (AttributeError, ValueError):  # a subclassed model; a Sequential that was loaded knows its `inputs` alone
+    except (AttributeError, ValueError):  # a subclassed model, or a loaded Sequential, which has only `inputs`
         inputs = getattr(model, "inputs", None)
         inputs = inputs[0] if inputs and len(inputs) == 1 else inputs
     if inputs is not None:
@@ -28,14 +35,19 @@ def input_shapes(model: keras.Model) -> Any:
     shapes = (model.get_build_config() or {}).get("input_shape")
     if shapes is None:
         raise UserError(
-            "The attack must know the shape of the classifier's input. Received: a classifier without one. Call it on "
-            "a batch of images first, or begin it with a keras.Input."
+            "The attack must know the input shape of the classifier. Received: a classifier without one. Call it on "
+            "a batch of images first, or make its first layer a keras.Input."
         )
     return tuple(shapes) if _is_shape(shapes) else map_shapes(tuple, shapes)
 
 
 def map_shapes(function: Callable[[Shape], Any], shapes: Any) -> Any:
-    """Applies `function` to each shape of a structure of shapes."""
+    """Applies a function to each shape of a structure of shapes.
+
+    Args:
+        function: Function of one shape.
+        shapes: A shape, or a list or dict of shapes.
+    """
     if _is_shape(shapes):
         return function(shapes)
     if isinstance(shapes, Mapping):
@@ -44,21 +56,54 @@ def map_shapes(function: Callable[[Shape], Any], shapes: Any) -> Any:
 
 
 def check_has_images(model: keras.Model) -> None:
-    """Refuses a model that does not have exactly one input (batch, height, width, channels)."""
+    """Checks that a model has exactly one image input (batch, height, width, channels).
+
+    Args:
+        model: Built model.
+
+    Raises:
+        UserError: The model has no image input, or several.
+    """
     found: list[Shape] = []
     map_shapes(found.append, input_shapes(model))
     if sum(len(shape) == 4 for shape in found) != 1:
         raise UserError(
-            "The attack needs a classifier with one input of images, (batch, height, width, channels). Received: "
+            "The attack needs a classifier with exactly one image input, (batch, height, width, channels). Received: "
             f"inputs of shape {', '.join(map(str, found))}."
         )
 
 
-def images_of(inputs: Any) -> tf.Tensor:
-    """The images among the inputs of a batch, as float32.
+def trial_outputs(model: keras.Model) -> Any:
+    """Returns the outputs of a model for a few random images, in inference mode.
+
+    Args:
+        model: Any model that takes images.
 
     Raises:
-        UserError: there are none or several, or they are integers.
+        UserError: The model is not built.
+    """
+    random = np.random.default_rng(0)
+
+    def trial(shape: Shape) -> tf.Tensor:
+        sizes = [_TRIAL_IMAGES, *(size or _TRIAL_SIZE for size in shape[1:])]
+        return tf.constant(random.random(sizes, np.float32))
+
+    if not model.built:
+        raise UserError(
+            "The attack needs a classifier that is built. Received: a classifier that has not seen any input yet. "
+            "Call it on a batch of images first, or make its first layer a keras.Input."
+        )
+    return model(map_shapes(trial, input_shapes(model)), training=False)
+
+
+def images_of(inputs: Any) -> tf.Tensor:
+    """Returns the images among the inputs of a batch, as float32.
+
+    Args:
+        inputs: Inputs of a batch: an array, or a structure of arrays.
+
+    Raises:
+        UserError: There are no images, or several arrays of images, or the images are integers.
     """
     images = keras.tree.flatten(inputs)[_position(inputs)]
     images = tf.convert_to_tensor(images)
@@ -68,7 +113,12 @@ def images_of(inputs: Any) -> tf.Tensor:
 
 
 def with_images(inputs: Any, images: tf.Tensor) -> Any:
-    """The inputs of a batch with other images."""
+    """Returns the inputs of a batch with the images replaced.
+
+    Args:
+        inputs: Inputs of a batch: an array, or a structure of arrays.
+        images: Images to put in.
+    """
     leaves = keras.tree.flatten(inputs)
     leaves[_position(inputs)] = images
     return keras.tree.pack_sequence_as(inputs, leaves)
@@ -80,8 +130,8 @@ def _position(inputs: Any) -> int:
     positions = [index for index, shape in enumerate(shapes) if len(leaves) == 1 or len(shape) == 4]
     if len(positions) != 1 or getattr(shapes[positions[0]], "rank", 4) not in (None, 4):
         raise UserError(
-            "The attack needs one array of images in each batch, (batch, height, width, channels). Received: arrays of "
-            f"shape {', '.join(str(tuple(shape)) for shape in shapes)}."
+            "The attack needs exactly one array of images in each batch, (batch, height, width, channels). Received: "
+            f"arrays of shape {', '.join(str(tuple(shape)) for shape in shapes)}."
         )
     return positions[0]
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM (pre-emption): training saves first, and ends then."""
+"""Handling of Ctrl-C and SIGTERM (preemption): a training run saves its state before it stops."""
 
 import contextlib
 import signal
@@ -10,10 +10,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """A signal has ended the work; like KeyboardInterrupt no `Exception`, so that nothing takes it for an error.
+    """Raised when a signal ends the program.
 
-    Attributes:
-        signal_number: which one.
+    Like KeyboardInterrupt it is not an `Exception`, so that `except Exception` does not catch it.
+
+    Args:
+        signal_number: Number of the signal.
     """
 
     def __init__(self, signal_number: int) -> None:
@@ -22,44 +24,50 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """130 for Ctrl-C, 143 for SIGTERM, as shells have it."""
+        """Exit code of the program: 130 for Ctrl-C, 143 for SIGTERM, as in shells."""
         return 128 + self.signal_number
 
 
 class PendingSignal:
-    """The first signal that has come within `signals_held_back`, until someone makes an end of the work."""
+    """The first signal received within `signals_held_back`, which waits for the program to react to it."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
     @property
     def received(self) -> bool:
+        """Whether a signal has been received."""
         return self.signal_number is not None
 
     def receive(self, signal_number: int, frame: FrameType | None) -> None:
+        """Handles a signal: notes the first one, raises `Interrupted` at the second one."""
         if self.signal_number is not None:
-            raise Interrupted(signal_number)  # asked twice: at once, then
+            raise Interrupted(signal_number)
         self.signal_number = signal_number
 
     def raise_if_received(self) -> None:
+        """Raises `Interrupted` if a signal has been received."""
         if self.signal_number is not None:
             raise Interrupted(self.signal_number)
 
 
-def _raise(signal_number: int, frame: FrameType | None) -> None:
+def _raise(signal_number: int, _frame: FrameType | None) -> None:
     raise Interrupted(signal_number)
 
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM raise `Interrupted` wherever the program is. Outside the main thread: no effect."""
+    """Returns a context in which Ctrl-C and SIGTERM raise `Interrupted` at once. It works in the main thread only."""
     with _handled_by(_raise):
         yield
 
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[PendingSignal]:
-    """Within it, the first Ctrl-C or SIGTERM is only noted, so that a step can end and be saved; the second raises."""
+    """Returns a context in which the first Ctrl-C or SIGTERM is only noted, and the second one raises `Interrupted`.
+
+    The program can finish its step and save its state. A noted signal raises `Interrupted` at the end of the context.
+    """
     pending = PendingSignal()
     with _handled_by(pending.receive):
         yield pending
@@ -69,7 +77,7 @@ def signals_held_back() -> Iterator[PendingSignal]:
 @contextlib.contextmanager
 def _handled_by(handler: "signal._HANDLER") -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets no other thread set handlers
+        yield  # Python allows only the main thread to set signal handlers
         return
     before = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:

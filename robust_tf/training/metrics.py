@@ -1,4 +1,4 @@
-"""Figures of classification that Keras lacks."""
+"""Losses, metrics and class weights for classification that Keras lacks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,11 @@ import numpy as np
 
 
 def true_classes(labels: Any) -> Any:
-    """(batch,) int32 from labels (batch,) or (batch, 1), or from the shares (batch, num_classes) of mixed images."""
+    """Returns the true class of each image, (batch,) int32.
+
+    Args:
+        labels: Labels (batch,) or (batch, 1), or for mixed images the shares of the classes, (batch, num_classes).
+    """
     if _are_shares(labels):
         return keras.ops.cast(keras.ops.argmax(labels, axis=-1), "int32")
     return keras.ops.reshape(keras.ops.cast(labels, "int32"), (-1,))
@@ -19,14 +23,19 @@ def _are_shares(labels: Any) -> bool:
 
 
 def balanced_class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Weights with which every class has the same sum over these images, and an image 1 on average.
+    """Returns weights that give every class the same total weight. The average weight of an image is 1.
 
     Args:
-        labels: (num_images,) int, at least one.
-        num_classes: number of classes; those that don't occur have weight 0.
+        labels: Labels of the images, (num_images,) int, at least one.
+        num_classes: Number of classes. Classes that do not occur get weight 0.
 
     Returns:
-        (num_classes,) float64: num_images / (classes that occur * images of the class).
+        Weights (num_classes,), float64: num_images / (number of classes that occur * number of images of the class).
+
+    Example:
+        >>> import numpy
+        >>> balanced_class_weights(numpy.array([0, 0, 0, 1]), num_classes=2).round(2).tolist()
+        [0.67, 2.0]
     """
     counts = np.bincount(labels, minlength=num_classes)
     occurring = np.count_nonzero(counts)
@@ -35,11 +44,13 @@ def balanced_class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 @keras.saving.register_keras_serializable(package="robust_tf")
 class CrossEntropy(keras.losses.Loss):
-    """Softmax cross-entropy with labels, or with the shares of classes that mixed images have.
+    """Softmax cross-entropy of logits, with integer labels or with the class shares of mixed images.
 
     Args:
-        class_weights: factors on the loss of an image by its class, (num_classes,). A mixed image gets their mean over
-            its shares. None leaves every loss as it is.
+        class_weights: Factor on the loss of an image for each class, (num_classes,). A mixed image gets the mean of the
+            factors, weighted by its shares. None means no factors.
+        name: Name of the loss.
+        **kwargs: Further arguments of `keras.losses.Loss`.
     """
 
     def __init__(
@@ -48,10 +59,15 @@ class CrossEntropy(keras.losses.Loss):
         super().__init__(name=name, **kwargs)
         self.class_weights = None if class_weights is None else tuple(map(float, class_weights))
 
-    from_logits = True  # as Keras's own losses say it
+    from_logits = True  # the name of the attribute in Keras's own losses
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """(batch,) from labels (batch,) or (batch, 1), or shares (batch, num_classes), and logits."""
+        """Returns the loss of each image, (batch,).
+
+        Args:
+            y_true: Labels (batch,) or (batch, 1), or shares (batch, num_classes).
+            y_pred: Logits (batch, num_classes).
+        """
         if _are_shares(y_true):
             losses = keras.losses.categorical_crossentropy(y_true, y_pred, from_logits=True)
         else:
@@ -59,7 +75,12 @@ class CrossEntropy(keras.losses.Loss):
         return losses if self.class_weights is None else losses * self.weights_of(y_true, losses.dtype)
 
     def weights_of(self, y_true: Any, dtype: str = "float32") -> Any:
-        """(batch,) factors on the losses of these labels or shares."""
+        """Returns the factor on the loss of each image, (batch,).
+
+        Args:
+            y_true: Labels (batch,) or (batch, 1), or shares (batch, num_classes).
+            dtype: Data type of the factors.
+        """
         if self.class_weights is None:
             return keras.ops.ones((keras.ops.shape(y_true)[0],), dtype)
         weights = keras.ops.convert_to_tensor(self.class_weights, dtype)
@@ -68,28 +89,52 @@ class CrossEntropy(keras.losses.Loss):
         return keras.ops.take(weights, true_classes(y_true), axis=0)
 
     def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
         return {**super().get_config(), "class_weights": self.class_weights}
 
 
 @keras.saving.register_keras_serializable(package="robust_tf")
 class Accuracy(keras.metrics.Mean):
-    """Share of the images whose prediction is the label, or the largest share of a mixed one."""
+    """Share of the images that are classified correctly. The class of a mixed image is the one with the largest share.
+
+    Args:
+        name: Name of the metric.
+        **kwargs: Further arguments of `keras.metrics.Mean`.
+    """
 
     def __init__(self, name: str = "accuracy", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """Counts labels (batch,) or shares (batch, num_classes) against logits (batch, num_classes)."""
+        """Adds a batch.
+
+        Args:
+            y_true: Labels (batch,) or (batch, 1), or shares (batch, num_classes).
+            y_pred: Logits or probabilities (batch, num_classes).
+            sample_weight: Weights of the images, (batch,), or None.
+        """
         hits = keras.ops.equal(true_classes(y_true), keras.ops.cast(keras.ops.argmax(y_pred, axis=-1), "int32"))
         return super().update_state(keras.ops.cast(hits, self.dtype), sample_weight)
 
 
 @keras.saving.register_keras_serializable(package="robust_tf")
 class MeanPerClassAccuracy(keras.metrics.Metric):
-    """Accuracy of each class, averaged over the classes that occurred: what the paper reports for uneven data sets.
+    """Accuracy of each class, averaged over the classes that occur.
+
+    The paper on robust transfer (Salman et al. 2020, arXiv 2007.08489) reports it for data sets with uneven classes.
 
     Args:
-        num_classes: number of logits.
+        num_classes: Number of classes.
+        name: Name of the metric.
+        **kwargs: Further arguments of `keras.metrics.Metric`.
+
+    Example:
+        >>> import numpy
+        >>> metric = MeanPerClassAccuracy(num_classes=2)
+        >>> labels, logits = numpy.array([0, 0, 0, 1]), numpy.array([[1.0, 0.0]] * 4)
+        >>> metric.update_state(labels, logits)  # 3 of 3 images of class 0 are correct, 0 of 1 of class 1
+        >>> float(metric.result())
+        0.5
     """
 
     def __init__(self, num_classes: int, name: str = "mean_per_class_accuracy", **kwargs: Any) -> None:
@@ -99,7 +144,13 @@ class MeanPerClassAccuracy(keras.metrics.Metric):
         self._total = self.add_variable((num_classes,), "zeros", name="total")
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        """Counts labels (batch,) against logits or probabilities (batch, num_classes)."""
+        """Adds a batch.
+
+        Args:
+            y_true: Labels (batch,) or (batch, 1), or shares (batch, num_classes).
+            y_pred: Logits or probabilities (batch, num_classes).
+            sample_weight: Weights of the images, (batch,), or None.
+        """
         labels = keras.ops.one_hot(true_classes(y_true), self.num_classes)
         labels = keras.ops.cast(labels, self.dtype)
         if sample_weight is not None:
@@ -110,9 +161,11 @@ class MeanPerClassAccuracy(keras.metrics.Metric):
         self._total.assign_add(keras.ops.sum(labels, axis=0))
 
     def result(self) -> Any:
+        """Returns the mean accuracy so far, a scalar."""
         seen = keras.ops.cast(self._total > 0, self.dtype)
         per_class = self._hits / keras.ops.maximum(self._total, keras.backend.epsilon())
         return keras.ops.sum(per_class * seen) / keras.ops.maximum(keras.ops.sum(seen), 1.0)
 
     def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
         return {**super().get_config(), "num_classes": self.num_classes}

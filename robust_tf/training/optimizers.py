@@ -1,6 +1,6 @@
-"""Optimizers: SGD as PyTorch does it, Adam and AdamW, each with a learning rate of its own for every stage."""
+"""Optimizers: SGD with PyTorch's update rule, Adam and AdamW, all with a separate learning rate for each stage."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -8,14 +8,14 @@ import keras
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.transfer.stages import stage_of
 
-# Variables that BatchNorm moves in its forward pass, where no gradient reaches them.
+# Variables that BatchNorm updates in its forward pass, not by gradients.
 _STATISTICS = ("moving_mean", "moving_variance")
 
 
 class _StatisticsAverages:
     """Pairs of a statistic and its moving average.
 
-    A plain object, because Keras takes every variable in a list of an optimizer for one of the optimizer's variables.
+    The pairs are in a plain object, because Keras treats all variables in a list as variables of the optimizer itself.
     """
 
     def __init__(self, pairs: list[tuple[keras.Variable, keras.Variable]]) -> None:
@@ -23,10 +23,10 @@ class _StatisticsAverages:
 
 
 class _StagewiseOptimizer(keras.optimizers.Optimizer):
-    """What the optimizers of this module share: weight decay inside the update, and learning rates by stage.
+    """Base class of the optimizers of this module: adds weight decay, learning rates by stage, and moving averages.
 
     `update_step` of a subclass starts with `_adjusted`. Keras's own weight decay stays off (`self.weight_decay` is
-    None): it knows nothing of the stages, and is decoupled from the gradient whatever the optimizer.
+    None), because it does not know the stages and is always decoupled from the gradient.
     """
 
     decoupled_weight_decay = False
@@ -41,7 +41,7 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         average_decay: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        """See `build_optimizer` for the arguments; `kwargs` are those of the Keras optimizer below."""
+        """See `build_optimizer` for the arguments. `kwargs` go to the Keras optimizer."""
         if not 0 <= average_decay < 1:
             raise UserError(f"`average_decay` must lie in [0, 1). Received: average_decay={average_decay}.")
         if weight_decay < 0:
@@ -60,10 +60,12 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         self._statistics = _StatisticsAverages([])
 
     def build(self, variables: list[keras.Variable]) -> None:
+        """Creates the averages and looks up the weight decay and the multiplier of each weight."""
         if self.built:
             return
         super().build(variables)
-        # Not Keras's own averages: `fit` puts those into the model when it ends, and a run may take several of them.
+        # Keras's own averages cannot be used: each `fit` ends by putting them into the model, and a run may call `fit`
+        # several times.
         if self.average_decay:
             self._averages = self.add_optimizer_variables(variables, "average")
         for weight, average in self.averages:
@@ -72,37 +74,42 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         self._multipliers = [self._multiplier(v.path) for v in variables]
 
     def average_statistics(self, statistics: Sequence[keras.Variable]) -> None:
-        """Keeps moving averages of these variables, too; they start at the present values. Needs a built optimizer.
+        """Adds moving averages of other variables, such as BatchNorm's statistics. They start at the current values.
 
-        Averaged weights need the averages of BatchNorm's statistics: the latest ones belong to the latest weights.
+        Averaged weights need averaged statistics, since the latest statistics belong to the latest weights. The
+        optimizer must be built.
+
+        Args:
+            statistics: Variables to average.
         """
         if not self.average_decay or self._statistics.pairs:
             return
         pairs = []
         for statistic in statistics:
             name = f"{statistic.path.replace('/', '_')}_average"
-            # Every replica assigns the same value, and their mean is that value.
+            # Every replica assigns the same value, so the mean over the replicas is that value.
             average = self.add_variable(statistic.shape, dtype=statistic.dtype, aggregation="mean", name=name)
             average.assign(statistic)
             pairs.append((statistic, average))
         self._statistics = _StatisticsAverages(pairs)
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Updates the weights, then the averages of the statistics."""
         next_move = self.iterations + 1
         super().apply(grads, trainable_variables)
         if not self._statistics.pairs:
             return
-        # While gradients are accumulated, neither the weights nor their averages move.
+        # While gradients are accumulated, neither the weights nor their averages change.
         moved = self.iterations >= next_move
         decay = keras.ops.where(moved, self._decay_of_averages(next_move - 1), 1.0)
         for statistic, average in self._statistics.pairs:
             average.assign(decay * average + (1.0 - decay) * statistic)
 
     def _get_current_learning_rate(self) -> Any:
-        """The learning rate of the next move of the weights.
+        """Returns the learning rate of the next update.
 
-        Keras gives its schedules the number of batches, which is larger than the number of moves while gradients are
-        accumulated.
+        Keras calls its schedules with the number of batches. While gradients are accumulated, that is larger than the
+        number of updates, which is used here.
         """
         if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
             return self._learning_rate(self.iterations)
@@ -114,13 +121,14 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         stage = stage_of(path.partition("/")[0])
         if stage is None:
             raise UserError(
-                "Learning-rate multipliers need layers that belong to a stage. Received a weight of none: "
-                f"{path!r}. Name its layer 'stem_...', 'stage1_...', ... or 'head_...', or leave `multipliers` out."
+                f"Learning-rate multipliers need layers that belong to a stage. Received: {path!r}, a weight that "
+                "belongs to no stage. Name its layer 'stem_...', 'stage1_...', ... or 'head_...', or do not use "
+                "`multipliers`."
             )
         return self.multipliers.get(stage, 1.0)
 
     def _adjusted(self, gradient: Any, variable: Any, learning_rate: Any) -> tuple[Any, Any]:
-        """The gradient and the learning rate of this variable, weight decay and multiplier included."""
+        """Applies weight decay and the multiplier; returns the gradient and the learning rate of this variable."""
         index = self._get_variable_index(variable)
         learning_rate = keras.ops.cast(learning_rate, variable.dtype) * self._multipliers[index]
         gradient = keras.ops.cast(gradient, variable.dtype)
@@ -131,17 +139,17 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         return gradient, learning_rate
 
     def _follow(self, variable: Any) -> None:
-        """Moves the average of a weight towards the weight, which has just been updated."""
+        """Updates the average of a weight after the weight itself."""
         if self._averages:
             average = self._averages[self._get_variable_index(variable)]
             decay = self._decay_of_averages(self.iterations)
             self.assign(average, decay * average + (1.0 - decay) * variable)
 
     def _decay_of_averages(self, moves: Any) -> Any:
-        """Smaller in the first moves, so that the average soon forgets the weights that training started from.
+        """Returns the decay of the averages. It is smaller at first, so that the initial weights are soon forgotten.
 
         Args:
-            moves: how often the weights had moved before.
+            moves: Number of earlier updates of the weights.
 
         Source: TensorFlow, tf.train.ExponentialMovingAverage, `num_updates`.
         """
@@ -150,13 +158,18 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
 
     @property
     def averages(self) -> list[tuple[keras.Variable, keras.Variable]]:
-        """Each trained weight, then each averaged statistic, with its moving average; empty without `average_decay`."""
+        """Pairs of a variable and its moving average, first the trained weights, then the statistics.
+
+        The list is empty without `average_decay`.
+        """
         if not self._averages:
             return []
         return [*zip(self._trainable_variables, self._averages, strict=True), *self._statistics.pairs]
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
+        """Returns the arguments of the constructor."""
+        config: dict[str, Any] = super().get_config()
+        return config | {
             "average_decay": self.average_decay,
             "weight_decay": self.decay,
             "no_weight_decay": list(self.no_weight_decay),
@@ -166,13 +179,14 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
 
 @keras.saving.register_keras_serializable(package="robust_tf")
 class PyTorchSGD(_StagewiseOptimizer):
-    """Gradient descent with momentum, by the rule of PyTorch's SGD.
+    """Gradient descent with momentum, with the update rule of PyTorch's SGD.
 
-    With gradient g, weight w and buffer b (0 at the start): d = g + weight_decay * w; b = momentum * b + d;
-    w = w - learning_rate * b, or w - learning_rate * (d + momentum * b) with `nesterov`.
+    With the gradient g, the weight w and the buffer b (0 at the start), an update computes d = g + weight_decay * w,
+    then b = momentum * b + d, then w = w - learning_rate * b, or w = w - learning_rate * (d + momentum * b) with
+    `nesterov`.
 
     `keras.optimizers.SGD` differs in two ways that change results: its buffer contains the learning rate, so that a
-    drop of the rate takes some steps to arrive, and its weight decay is decoupled.
+    drop of the rate takes effect only after some steps, and its weight decay is decoupled from the gradient.
     """
 
     def __init__(
@@ -184,7 +198,7 @@ class PyTorchSGD(_StagewiseOptimizer):
         name: str = "pytorch_sgd",
         **kwargs: Any,
     ) -> None:
-        """See `build_optimizer` for the arguments; `kwargs` are those of every Keras optimizer."""
+        """See `build_optimizer` for the arguments. `kwargs` go to `keras.optimizers.Optimizer`."""
         if not 0 <= momentum < 1:
             raise UserError(f"`momentum` must lie in [0, 1). Received: momentum={momentum}.")
         if nesterov and not momentum:
@@ -194,12 +208,14 @@ class PyTorchSGD(_StagewiseOptimizer):
         self.nesterov = nesterov
 
     def build(self, variables: list[keras.Variable]) -> None:
+        """Creates the momentum buffers."""
         if self.built:
             return
         super().build(variables)
         self._buffers = self.add_optimizer_variables(variables, "momentum") if self.momentum else []
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Updates one weight."""
         direction, learning_rate = self._adjusted(gradient, variable, learning_rate)
         if self.momentum:
             buffer = self._buffers[self._get_variable_index(variable)]
@@ -210,26 +226,29 @@ class PyTorchSGD(_StagewiseOptimizer):
         self._follow(variable)
 
     def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor."""
         return super().get_config() | {"momentum": self.momentum, "nesterov": self.nesterov}
 
 
 @keras.saving.register_keras_serializable(package="robust_tf")
 class StagewiseAdam(_StagewiseOptimizer, keras.optimizers.Adam):
-    """Keras's Adam, with weight decay added to the gradient, and bias correction by the steps of each weight.
+    """Keras's Adam, with weight decay added to the gradient, and with a separate bias correction for each weight.
 
-    Keras corrects the moments for the number of all steps. A weight that is unfrozen late starts with moments of zero,
-    and without a correction for its own first steps it would move up to 6.6 times too far in them.
+    Keras corrects the moments by the number of all steps. But a weight that is unfrozen later starts with moments of
+    zero, and its first updates would be up to 6.6 times too large without a correction by the steps of this weight.
 
     Source: Kingma and Ba, arXiv 1412.6980, algorithm 1.
     """
 
     def build(self, variables: list[keras.Variable]) -> None:
+        """Creates a step counter for each weight."""
         if self.built:
             return
         super().build(variables)
         self._steps = [self.add_variable((), name=f"{v.path.replace('/', '_')}_steps") for v in variables]
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Updates one weight."""
         gradient, learning_rate = self._adjusted(gradient, variable, learning_rate)
         steps = self._steps[self._get_variable_index(variable)]
         self.assign_add(steps, 1.0)
@@ -244,7 +263,7 @@ class StagewiseAdam(_StagewiseOptimizer, keras.optimizers.Adam):
 
 @keras.saving.register_keras_serializable(package="robust_tf")
 class StagewiseAdamW(StagewiseAdam):
-    """Keras's Adam, with weight decay that shrinks the weights by learning_rate * weight_decay before each update.
+    """Adam with decoupled weight decay: each update first shrinks the weights by learning_rate * weight_decay.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101.
     """
@@ -275,24 +294,29 @@ def build_optimizer(
     """Builds one of `OPTIMIZERS`.
 
     Args:
-        name: "sgd" (the rule of PyTorch), "adam" or "adamw".
-        learning_rate: a number above 0, or a Keras schedule.
-        momentum: in [0, 1); for "adam" and "adamw" it is beta_1, the decay of the first moment.
-        nesterov: for "sgd" only.
-        weight_decay: at least 0; added to the gradient as weight_decay * w by "sgd" and "adam" (after clipping, as
-            in PyTorch), decoupled from it by "adamw", where it scales with the learning rate of the weight. It
-            acts on all trainable weights, those of BatchNormalization and the biases too.
-        no_weight_decay: names of weights without decay, such as ("gamma", "beta", "bias").
-        multipliers: learning-rate multiplier by stage, e.g. {"stem": 0.1, "head": 10}; 1 where no other is given.
-        global_clipnorm: the gradient of all weights together is scaled down to at most this L2 norm.
-        accumulate_steps: the weights move once in so many steps, by the mean of their gradients; the learning-rate
-            schedule counts the moves.
-        average_decay: in [0, 1); above 0 the optimizer keeps an exponential moving average of every weight it trains:
-            average = decay * average + (1 - decay) * weight after each move, with the decay
-            min(average_decay, (1 + t) / (10 + t)) after t earlier moves. See also `average_statistics`.
+        name: Name of the optimizer: "sgd" (with PyTorch's update rule), "adam" or "adamw".
+        learning_rate: Number above 0, or a Keras schedule.
+        momentum: Momentum in [0, 1). For "adam" and "adamw" it is beta_1, the decay of the first moment.
+        nesterov: Whether to use Nesterov momentum, for "sgd" only.
+        weight_decay: Factor of at least 0. "sgd" and "adam" add weight_decay * w to the gradient (after clipping, as in
+            PyTorch). In "adamw" it is decoupled from the gradient and multiplied by the learning rate of the weight. It
+            acts on all trainable weights, including biases and the weights of BatchNormalization.
+        no_weight_decay: Names of weights without decay, such as ("gamma", "beta", "bias").
+        multipliers: Factors on the learning rate by stage, for example {"stem": 0.1, "head": 10}. The default is 1.
+        global_clipnorm: Highest L2 norm of the gradient of all weights together. A longer gradient is scaled down.
+        accumulate_steps: Number of steps whose gradients are averaged for one update of the weights. The learning-rate
+            schedule counts updates.
+        average_decay: Decay in [0, 1) of moving averages of the trained weights; 0 keeps no averages. Each update
+            computes average = decay * average + (1 - decay) * weight, with the decay
+            min(average_decay, (1 + t) / (10 + t)) after t earlier updates. See also `average_statistics`.
 
     Raises:
-        UserError: an unknown name, a number outside its range, or `nesterov` with another optimizer than "sgd".
+        UserError: The name is unknown, a number is outside its range, or `nesterov` is used without "sgd".
+
+    Example:
+        >>> optimizer = build_optimizer("sgd", learning_rate=0.1, weight_decay=5e-4, multipliers={"head": 10.0})
+        >>> optimizer.momentum, optimizer.multipliers
+        (0.9, {'head': 10.0})
     """
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS)
@@ -307,7 +331,7 @@ def build_optimizer(
     if not 0 <= momentum < 1:
         raise UserError(f"`momentum` must lie in [0, 1). Received: momentum={momentum}.")
     if nesterov and name != "sgd":
-        raise UserError(f"`nesterov` belongs to the optimizer 'sgd'. Received: name={name!r}.")
+        raise UserError(f"`nesterov` is available for the optimizer 'sgd' only. Received: name={name!r}.")
     own = {"momentum": momentum, "nesterov": nesterov} if name == "sgd" else {"beta_1": momentum, "name": name}
     return OPTIMIZERS[name](
         learning_rate,
@@ -322,11 +346,11 @@ def build_optimizer(
 
 
 def average_statistics(optimizer: keras.optimizers.Optimizer, classifier: keras.Model) -> None:
-    """Lets a built optimizer that averages the weights average BatchNorm's statistics, too; a second call does nothing.
+    """Makes an optimizer that averages the weights average BatchNorm's statistics, too. A second call has no effect.
 
     Args:
-        optimizer: any; one that keeps no averages stays as it is. It may be within a LossScaleOptimizer.
-        classifier: the network with the BatchNormalization layers, frozen ones included.
+        optimizer: Built optimizer, possibly inside a LossScaleOptimizer. One that keeps no averages is not changed.
+        classifier: Network with the BatchNormalization layers. Frozen layers count as well.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if isinstance(optimizer, _StagewiseOptimizer):
@@ -334,51 +358,10 @@ def average_statistics(optimizer: keras.optimizers.Optimizer, classifier: keras.
 
 
 def averages_of(optimizer: keras.optimizers.Optimizer) -> list[tuple[keras.Variable, keras.Variable]]:
-    """Each averaged variable with its moving average, also within a LossScaleOptimizer; empty where none are kept."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    return optimizer.averages if isinstance(optimizer, _StagewiseOptimizer) else []
-
-
-def carry_over_optimizer_state(old: keras.optimizers.Optimizer, new: keras.optimizers.Optimizer) -> None:
-    """Copies the state of `old` into `new` wherever both know the weight; the state of the other weights stays fresh.
-
-    A used optimizer refuses weights that it was not built with, so unfreezing needs a new one. Momentum, Adam's
-    moments, the step count, the learning rate and the loss scale go over.
+    """Returns pairs of a variable and its moving average; the list is empty if the optimizer keeps no averages.
 
     Args:
-        old: the optimizer that trained so far.
-        new: one of the same class and name, built on the weights that train from now on.
-
-    Raises:
-        UserError: the two are not of one class and name, `new` is not built, or two weights share a name.
+        optimizer: Any optimizer, possibly inside a LossScaleOptimizer.
     """
-    if not new.built:
-        raise UserError("The new optimizer must be built first: new.build(model.trainable_variables).")
-    states, fresh = _variables_by_name(old), _variables_by_name(new)
-    if _step_counts(states) != _step_counts(fresh):
-        raise UserError(
-            "The state of an optimizer goes over to one of the same class and name only. Received: "
-            f"{type(old).__name__} {old.name!r} and {type(new).__name__} {new.name!r}. Make the new one with "
-            "type(old).from_config(old.get_config())."
-        )
-    for name, variable in fresh.items():
-        if name in states and states[name].shape == variable.shape:
-            variable.assign(states[name])
-
-
-def _variables_by_name(optimizer: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:
-    """The optimizer's variables by "<optimizer>/<weight>_<slot>"; how deep the optimizer is wrapped does not matter."""
-    by_name: dict[str, keras.Variable] = {}
-    for variable in optimizer.variables:
-        name = "/".join(variable.path.split("/")[-2:])
-        if name in by_name:
-            raise UserError(
-                f"Two weights of the model share a name. Received twice: {name!r}. Rename one of the layers."
-            )
-        by_name[name] = variable
-    return by_name
-
-
-def _step_counts(names: Iterable[str]) -> set[str]:
-    """The one variable that every optimizer has, also inside a LossScaleOptimizer: "<optimizer>/iteration"."""
-    return {name for name in names if name.endswith("/iteration")}
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return optimizer.averages if isinstance(optimizer, _StagewiseOptimizer) else []

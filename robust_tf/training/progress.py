@@ -1,4 +1,4 @@
-"""Progress of training: a bar over all epochs, and one line that stays for each."""
+"""Display of the training progress: one bar for all epochs, and one line for each finished epoch."""
 
 import time
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from robust_tf.console import LogLines, console, end_time, progress_bar, speed_t
 
 
 class ProgressBar(keras.callbacks.Callback):
-    """A bar over all epochs, and one line for each finished one.
+    """Shows one progress bar for all epochs and prints one line for each finished epoch.
 
     Args:
-        num_images: training images in an epoch.
-        batch_size: images a step.
-        epochs: of the whole training.
-        adversarial: whether the compiled figures are those on adversarial images.
-        epsilon: gives the radius of training, if it changes and is to be shown.
+        num_images: Number of training images in an epoch.
+        batch_size: Number of images in a step.
+        epochs: Number of epochs of the whole training.
+        adversarial: Whether the compiled metrics are measured on adversarial images.
+        epsilon: Function that returns the current radius of the attack, to be shown if it changes in training.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class ProgressBar(keras.callbacks.Callback):
         epsilon: Callable[[], float] | None = None,
     ) -> None:
         super().__init__()
-        self.images_per_second = 0.0  # of the last epoch; other callbacks log it
+        self.images_per_second = 0.0  # in the last epoch; other callbacks log it
         self._num_images, self._batch_size, self._epochs = num_images, batch_size, epochs
         self._adversarial, self._epsilon = adversarial, epsilon
         self._lines = LogLines()
@@ -40,14 +40,16 @@ class ProgressBar(keras.callbacks.Callback):
         self._epoch = self._first_epoch = 0
         self._traced = False
         self._steps_ended: float | None = None
-        self._between_epochs = 0.0  # seconds for validation, alarms and checkpoints, after the last epoch seen
+        self._between_epochs = 0.0  # seconds for validation, alarms and checkpoints after the last finished epoch
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Starts the bar."""
         self._bar, self._task = progress_bar(), None
         self._bar.start()
         self._traced = False
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Starts to measure the speed of the epoch."""
         if self._bar is not None and self._task is None:
             self._first_epoch = epoch
             self._task = self._bar.add_task("", total=self._total, rate="", ends=None, figures="")
@@ -58,10 +60,11 @@ class ProgressBar(keras.callbacks.Callback):
         self._images_before_start = 0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Updates the bar."""
         now = time.perf_counter()
         images = min((batch + 1) * self._batch_size, self._num_images)
         if not self._traced and images < self._num_images:
-            # The first step of a run traces the graph: its seconds say nothing about the rate.
+            # The first step of a run traces the graph, so its time does not tell the speed.
             self._start, self._images_before_start = now, images
         else:
             self.images_per_second = (images - self._images_before_start) / (now - self._start)
@@ -89,6 +92,7 @@ class ProgressBar(keras.callbacks.Callback):
         return (self._epochs - self._first_epoch) * self._num_images
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Prints the line of the epoch."""
         logs = logs or {}
         parts = [f"epoch {epoch + 1:>{len(str(self._epochs))}}/{self._epochs}", f"loss {logs['loss']:.3f}"]
         parts.append(_accuracies("train", logs, "", self._adversarial))
@@ -99,10 +103,11 @@ class ProgressBar(keras.callbacks.Callback):
         console.print("  ".join(parts))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Removes the bar."""
         self.close()
 
     def close(self) -> None:
-        """Takes the bar away; `fit` does it unless it is interrupted."""
+        """Removes the bar. Call it after a `fit` that was interrupted; otherwise `fit` has called it."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -110,6 +115,6 @@ class ProgressBar(keras.callbacks.Callback):
 def _accuracies(part: str, logs: dict[str, Any], prefix: str, adversarial: bool) -> str:
     if not adversarial:
         return f"{part} {logs[prefix + 'accuracy']:.1%}"
-    clean = prefix + "clean_accuracy"  # not measured in training where it would cost too much
+    clean = prefix + "clean_accuracy"  # missing in training where it would cost an extra forward pass
     shown = f"clean {logs[clean]:.1%} " if clean in logs else ""
     return f"{part} {shown}robust {logs[prefix + 'accuracy']:.1%}"

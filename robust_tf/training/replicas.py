@@ -1,4 +1,4 @@
-"""Steps of a Keras model on several replicas of a `tf.distribute` strategy, where Keras's own way falls short."""
+"""Training and evaluation steps of a Keras model on several replicas of a `tf.distribute` strategy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,49 +8,53 @@ import tensorflow as tf
 
 
 class ReplicatedModel(keras.Model):
-    """A model whose `fit` and `evaluate` work under every strategy, several workers included.
+    """A model whose `fit` and `evaluate` work under every strategy, including strategies with several workers.
 
-    It must be made within the strategy's scope, and have all of its variables before the first step. With one replica
-    everything is Keras's own.
+    It must be created within the strategy's scope, and all of its variables must exist before the first step. With one
+    replica it behaves exactly like `keras.Model`.
     """
 
     @property
     def num_replicas(self) -> int:
-        """Among which a batch is shared."""
-        return self.distribute_strategy.num_replicas_in_sync
+        """Number of replicas among which a batch is divided."""
+        return int(self.distribute_strategy.num_replicas_in_sync)
 
     def make_train_function(self, force: bool = False) -> None:
+        """Makes the function that runs one training step on all replicas."""
         if self.num_replicas == 1:
             super().make_train_function(force)
         elif getattr(self, "train_function", None) is None or force:
             self.train_function = self._on_all_replicas(self.train_step)
 
     def make_test_function(self, force: bool = False) -> None:
+        """Makes the function that runs one evaluation step on all replicas."""
         if self.num_replicas == 1:
             super().make_test_function(force)
         elif getattr(self, "test_function", None) is None or force:
             self.test_function = self._on_all_replicas(self.test_step)
 
     def _on_all_replicas(self, step: Callable[[Any], dict[str, tf.Tensor]]) -> Callable[[Any], dict[str, tf.Tensor]]:
-        """One step on a batch that is shared among the replicas; the figures are means over them.
+        """Returns a function that runs one step on all replicas and averages their metrics.
 
-        Keras's own way takes the figures of one replica, and fails with several workers (keras-team/keras#20585).
+        Keras itself takes the metrics of one replica, and fails with several workers (keras-team/keras#20585).
         """
         strategy = self.distribute_strategy
 
         @tf.function(reduce_retracing=True, autograph=False)
         def on_next_batch(iterator: Any) -> dict[str, tf.Tensor]:
             logs = strategy.run(step, args=(next(iterator),))
-            # In one piece: every reduction is a round over the network.
+            # All metrics in one tensor, since every reduction costs a round trip over the network.
             names = sorted(logs)
             values = strategy.run(
                 lambda logs: tf.stack([tf.cast(logs[name], tf.float32) for name in names]), args=(logs,)
             )
             return dict(zip(names, tf.unstack(strategy.reduce("MEAN", values, axis=None)), strict=True))
 
-        return on_next_batch
+        function: Callable[[Any], dict[str, tf.Tensor]] = on_next_batch
+        return function
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        # Keras averages a batch over the workers for this, and can't. All variables are there already.
+        # With several workers Keras would fail here, because it tries to average a batch over them. The step is not
+        # needed: all variables exist already.
         if self.num_replicas == 1:
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)

@@ -1,46 +1,76 @@
-"""Checks of values that are known only while a step runs, and their errors as one clear line."""
+"""Checks of values that are known only while a step runs, with one clear line as the error message."""
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import pixel_error
 from robust_tf.errors import UserError
+from robust_tf.training.image_input import images_of
 
 _START, _END = "[robust_tf] ", " [/robust_tf]"
+_FIRST_IMAGES = 256  # number of images in arrays that count as the first batch
 
 
 def checked(value: tf.Tensor, condition: tf.Tensor, message: str, *received: tf.Tensor) -> tf.Tensor:
-    """Returns `value` once `condition` holds: nothing that depends on it runs before.
-
-    XLA leaves such checks out.
+    """Returns `value` unchanged, and checks a condition before anything uses the result. XLA drops the check.
 
     Args:
-        value: any tensor.
-        condition: scalar bool.
-        message: one line for the user, with a `{}` for each value of `received`.
-        received: scalars that the message shows.
+        value: Any tensor.
+        condition: Condition that must hold, a scalar bool.
+        message: Error message of one line, with a `{}` for each value in `received`.
+        *received: Scalars to show in the message.
 
     Raises:
-        UserError: within `explained`, when the condition does not hold.
+        UserError: The condition does not hold, and the step runs within `explained`.
     """
     with tf.control_dependencies([tf.debugging.Assert(condition, [_START + message + _END, *received])]):
         return tf.identity(value)
 
 
+def with_first_batch_checked(data: Any, labels: Any, *, check: Callable[[Any, Any], tf.Tensor]) -> Any:
+    """Returns the data of `fit` or `evaluate` after a check of the first batch, or with the check built in.
+
+    Use it where XLA drops the checks inside the step.
+
+    Args:
+        data: Images, or a data set of batches. Data in other forms, such as generators, is not checked.
+        labels: Labels, unless `data` is a data set.
+        check: Function of images and labels that checks both and returns the images.
+    """
+    if isinstance(data, tf.data.Dataset):
+
+        def checked_batch(index: tf.Tensor, *batch: Any) -> Any:
+            images, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
+            valid = tf.cond(index == 0, lambda: check(images, labels), lambda: images_of(images))
+            with tf.control_dependencies([valid]):
+                return keras.tree.map_structure(tf.identity, batch)
+
+        return data.enumerate().map(lambda index, batch: checked_batch(index, *batch))
+    if all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in keras.tree.flatten((data, labels))):
+        check(*keras.tree.map_structure(lambda leaf: leaf[:_FIRST_IMAGES], (data, labels)))
+    return data
+
+
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turns a failure of `checked` or `assert_pixels`, which TensorFlow buries in a page of text, into a UserError."""
+    """Returns a context that turns a failure of `checked` or `assert_pixels` into a UserError of one line.
+
+    TensorFlow's own error message fills a page.
+    """
     try:
         yield
     except NotImplementedError as error:
         if "symbolic tf.Tensor" not in str(error):
             raise
         raise UserError(
-            "The attack needs a classifier of TensorFlow operations or keras.ops, which have gradients. Received: one "
-            "whose `call` makes a NumPy array of its input."
+            "The attack needs gradients, so the classifier must consist of TensorFlow operations or keras.ops. "
+            "Received: a classifier whose `call` converts its input to a NumPy array."
         ) from None
     except tf.errors.InvalidArgumentError as error:
         if pixels := pixel_error(error):

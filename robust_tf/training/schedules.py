@@ -1,29 +1,42 @@
-"""How the learning rate changes over training, as one Keras schedule counted in steps."""
+"""The learning rate over the course of training, as one Keras schedule that counts steps."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import keras
 import tensorflow as tf
 
-from robust_tf.config.job import JobConfig
+from robust_tf.config.optimization import OptimizationConfig, ScheduleName
 from robust_tf.errors import unknown_name
 
-SCHEDULES = ("constant", "step", "piecewise", "cosine", "cyclic")
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
 
 @keras.saving.register_keras_serializable(package="robust_tf")
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """learning_rate x shape(epoch) x warm-up(epoch), the epoch being fractional for the smooth shapes.
+    """Multiplies the learning rate by a shape over the epochs and by a linear warm-up.
+
+    Example:
+        >>> schedule = Schedule("step", learning_rate=0.1, steps_per_epoch=100, epochs=60, step_epochs=50)
+        >>> [round(float(schedule(step)), 3) for step in (0, 4999, 5000)]
+        [0.1, 0.1, 0.01]
 
     Args:
-        kind: "constant"; "step": x `decay` every `step_epochs`; "piecewise": x `decay` at each of `milestones`;
-            "cosine": half a cosine down to 0; "cyclic": linearly up to the peak at `peak` of all steps, and down to 0
-            (Wong et al. 2020, arXiv 2001.03994).
-        learning_rate: the highest value.
-        steps_per_epoch: moves of the weights in one epoch; a fraction with accumulated gradients and in free training.
-        epochs: length of the training.
-        warmup_epochs: linear rise from 0 over so many epochs; the other shapes are multiplied by it.
+        kind: Shape. "constant"; "step": multiplied by `decay` every `step_epochs`; "piecewise": multiplied by `decay`
+            at each of `milestones`; "cosine": half a cosine down to 0; "cyclic": linearly up to the peak and down to 0
+            again (Wong et al. 2020, arXiv 2001.03994).
+        learning_rate: Highest learning rate.
+        steps_per_epoch: Number of updates of the weights in one epoch, which is a fraction with accumulated gradients
+            and in free adversarial training.
+        epochs: Length of the training, in epochs.
+        step_epochs: Number of epochs between two drops of "step".
+        milestones: Epochs at which "piecewise" drops.
+        decay: Factor of each drop of "step" and "piecewise".
+        peak: Position of the peak of "cyclic", as a share of all steps.
+        warmup_epochs: Number of epochs over which the learning rate rises linearly from 0, with any shape.
+
+    Raises:
+        UserError: There is no shape of that name.
     """
 
     def __init__(
@@ -54,11 +67,11 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         }
 
     def __call__(self, step: Any) -> tf.Tensor:
-        """The learning rate of one step, float32 scalar; `step` counts from 0."""
+        """Returns the learning rate of one step, a float32 scalar; `step` counts from 0."""
         config = self._config
         step = tf.cast(step, tf.float32)
         warmup_steps = config["warmup_epochs"] * config["steps_per_epoch"]
-        # Counted from 1: the very first step should already learn.
+        # Counted from 1, because the very first step should already learn.
         warmup = tf.minimum((step + 1.0) / warmup_steps, 1.0) if warmup_steps else 1.0
         return config["learning_rate"] * self._shape(step) * warmup
 
@@ -76,9 +89,10 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return tf.ones_like(step)
 
     def _drops(self) -> tf.Tensor:
-        """The steps from which on the rate is multiplied by `decay` once more, float32.
+        """Returns the first step after each drop, float32.
 
-        The quotient of a step and a fraction of steps per epoch may lie a rounding error below a whole epoch.
+        Drops are counted in steps because the quotient of a step and a fractional number of steps per epoch may lie a
+        rounding error below a whole epoch.
         """
         config = self._config
         epochs = config["milestones"]
@@ -87,38 +101,26 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return tf.constant([math.ceil(epoch * config["steps_per_epoch"] - 1e-6) for epoch in epochs], tf.float32)
 
     def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor, for Keras to save."""
         return dict(self._config)
 
 
-def schedule_of(config: JobConfig, steps_per_epoch: int, *, factor: float = 1.0) -> Schedule:
-    """The schedule that a job's flags describe, with `factor` on its learning rate.
+def build_schedule(optimization: OptimizationConfig, steps_per_epoch: float, *, factor: float = 1.0) -> Schedule:
+    """Builds the schedule that a record of the optimization describes.
 
     Args:
-        steps_per_epoch: batches in one pass over the training part.
+        optimization: Record of the optimization.
+        steps_per_epoch: Number of updates of the weights in one of `optimization.epochs`.
+        factor: Factor on the learning rate.
     """
     return Schedule(
-        config.lr_schedule,
-        learning_rate=peak_learning_rate(config) * factor,
-        steps_per_epoch=optimizer_steps_per_epoch(config, steps_per_epoch),
-        epochs=config.epochs,
-        step_epochs=config.lr_step_epochs,
-        milestones=config.lr_milestones,
-        decay=config.lr_decay,
-        peak=config.lr_peak,
-        warmup_epochs=config.warmup_epochs,
+        optimization.lr_schedule,
+        learning_rate=optimization.peak_learning_rate * factor,
+        steps_per_epoch=steps_per_epoch,
+        epochs=optimization.epochs,
+        step_epochs=optimization.lr_step_epochs,
+        milestones=optimization.lr_milestones,
+        decay=optimization.lr_decay,
+        peak=optimization.lr_peak,
+        warmup_epochs=optimization.warmup_epochs,
     )
-
-
-def optimizer_steps_per_epoch(config: JobConfig, steps_per_epoch: int) -> float:
-    """Moves of the weights in one of `config.epochs`: free adversarial training packs several into each step."""
-    return steps_per_epoch * config.replays * config.passes / (config.epochs * config.accumulate_steps)
-
-
-def peak_learning_rate(config: JobConfig) -> float:
-    """The highest learning rate of a job, scaled to its batch if the flags ask for that.
-
-    Source: Goyal et al. 2017, arXiv 1706.02677, the linear scaling rule.
-    """
-    if config.base_batch_size is None:
-        return config.learning_rate
-    return config.learning_rate * config.batch_size * config.accumulate_steps / config.base_batch_size

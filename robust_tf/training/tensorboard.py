@@ -1,4 +1,4 @@
-"""What a training run writes for TensorBoard."""
+"""Logs of a training run for TensorBoard."""
 
 import io
 import pathlib
@@ -18,24 +18,25 @@ matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-# Names in the charts, from the names in Keras's logs: with an attack `loss` and `accuracy` are the adversarial ones.
+# Names in the charts by the names in Keras's logs. With an attack, `loss` and `accuracy` are measured on adversarial
+# images.
 _ADVERSARIAL_NAMES = {"loss": "adversarial_loss", "accuracy": "adversarial_accuracy"}
 _STANDARD_NAMES = {"loss": "clean_loss", "accuracy": "clean_accuracy"}
 
 
 class TensorBoardLogger(keras.callbacks.Callback):
-    """Charts for each step and epoch, and a picture of the attack for the same images after each epoch.
+    """Writes charts over the steps and epochs, and after each epoch a picture of the attack on the same few images.
 
-    Step charts show the mean over the epoch so far, as Keras's own do. Training and validation are two runs with the
-    same chart names, so that TensorBoard draws them together.
+    As in Keras, the step charts show the mean over the epoch so far. Training and validation are two runs with the same
+    chart names, so that TensorBoard draws them in one chart.
 
     Args:
-        folder: gets the sub-folders train/ and validation/.
-        attack: of the validation; its examples are shown.
-        preview: images (count, height, width, 3) in [0, 1] and labels (count,), shown after each epoch.
-        progress: has `images_per_second`.
-        steps_per_epoch: to count the steps of a run that is resumed.
-        every_steps: steps between two points of the step charts.
+        folder: Folder in which the subfolders train/ and validation/ are created.
+        attack: Attack of the validation, which makes the adversarial images of the picture.
+        preview: Images (count, height, width, 3) in [0, 1] and labels (count,) for the picture.
+        progress: Object with the attribute `images_per_second`.
+        steps_per_epoch: Number of steps in an epoch, to number the steps of a resumed run.
+        every_steps: Number of steps between two points of the step charts.
     """
 
     def __init__(
@@ -61,14 +62,17 @@ class TensorBoardLogger(keras.callbacks.Callback):
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Notes the number of the epoch."""
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Adds a point to the step charts every `every_steps` steps."""
         step = self._epoch * self._steps_per_epoch + batch
         if step % self._every_steps == 0:
             self._scalars(self._train, "step", self._with_settings(logs or {}), step)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Adds a point to the epoch charts, and the picture of the attack."""
         logs = logs or {}
         train = {name: value for name, value in logs.items() if not name.startswith("val_")}
         validation = {name[4:]: value for name, value in logs.items() if name.startswith("val_")}
@@ -82,7 +86,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
     def _with_settings(self, logs: dict[str, Any]) -> dict[str, Any]:
         settings = {"learning_rate": float(self.model.optimizer.learning_rate), "epsilon": self.model.epsilon}
         rate = self._progress.images_per_second
-        # Unknown in the first step of a run, and in an epoch of which only the validation was left.
+        # The speed is unknown in the first step of a run, and in an epoch of which only the validation was left.
         return {**logs, **settings, **({"images_per_second": rate} if rate else {})}
 
     def _scalars(self, writer: tf.summary.SummaryWriter, group: str, values: dict[str, Any], step: int) -> None:
@@ -91,7 +95,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
                 tf.summary.scalar(f"{group}/{self._names.get(name, name)}", value, step=step)
 
     def _attack_picture(self) -> np.ndarray:
-        """Rows: clean images, adversarial ones, perturbation around grey, stretched to the full range."""
+        """Returns three rows: clean images, adversarial images, and the perturbations, scaled to the full range."""
         images, labels = self._preview
         if not self._attack.active:
             return _tiled([images])
@@ -105,11 +109,12 @@ class TensorBoardLogger(keras.callbacks.Callback):
 
 
 class ProfileSteps(keras.callbacks.Callback):
-    """Records what the machine does in some steps, for TensorBoard's Profile tab.
+    """Profiles a range of steps for TensorBoard's Profile tab.
 
     Args:
-        folder: gets the sub-folder plugins/profile/.
-        first, last: steps of this run, counted from 1; the first of a run traces and compiles.
+        folder: Folder in which the subfolder plugins/profile/ is created.
+        first: First step to profile, counted from 1 in this run. Step 1 traces and compiles.
+        last: Last step to profile.
     """
 
     def __init__(self, folder: pathlib.Path, first: int, last: int) -> None:
@@ -119,16 +124,19 @@ class ProfileSteps(keras.callbacks.Callback):
         self._recording = False
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Starts the profiler before the first step of the range."""
         self._step += 1
         if self._step == self._first:
             tf.profiler.experimental.start(str(self._folder))
             self._recording = True
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Stops the profiler after the last step of the range."""
         if self._recording and self._step == self._last:
             self._stop()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Stops the profiler if training ends before the last step of the range."""
         if self._recording:
             self._stop()
 
@@ -138,7 +146,7 @@ class ProfileSteps(keras.callbacks.Callback):
 
 
 def _tiled(rows: list[np.ndarray], *, smallest: int = 64) -> np.ndarray:
-    """One picture (height, width, 3) of rows of images; small ones are enlarged by whole factors."""
+    """Returns one picture (height, width, 3) with rows of images. Small images are enlarged by a whole factor."""
     factor = max(1, smallest // rows[0].shape[1])
     tiles = np.stack(rows).repeat(factor, axis=2).repeat(factor, axis=3)  # (row, column, height, width, 3)
     tiles = np.pad(tiles, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0)
@@ -147,14 +155,24 @@ def _tiled(rows: list[np.ndarray], *, smallest: int = 64) -> np.ndarray:
 
 
 def write_config(folder: pathlib.Path, flag_file: str) -> None:
-    """The flags as text, shown in TensorBoard's Text tab."""
+    """Writes the flags of a job for TensorBoard's Text tab.
+
+    Args:
+        folder: Folder of the logs.
+        flag_file: Content of the flag file.
+    """
     indented = "\n".join(f"    {line}" for line in flag_file.splitlines())  # Markdown for preformatted
     with tf.summary.create_file_writer(str(folder / "train")).as_default():
         tf.summary.text("flags", indented, step=0)
 
 
 def write_history(folder: pathlib.Path, history: Sequence[dict[str, float]]) -> None:
-    """The epoch charts of a standard training that is over: its figures by name, "val_..." for the validation part."""
+    """Writes the epoch charts of a finished standard training.
+
+    Args:
+        folder: Folder of the logs.
+        history: Figures by name for each epoch, with the prefix "val_" for the validation part.
+    """
     for run, chosen in (("train", False), ("validation", True)):
         with tf.summary.create_file_writer(str(folder / run)).as_default():
             for epoch, logs in enumerate(history):
@@ -172,7 +190,15 @@ def write_result(
     confusion: np.ndarray,
     class_names: tuple[str, ...],
 ) -> None:
-    """The end of a job: HParams with the test figures, and the confusion matrix as a picture."""
+    """Writes the result of a job: the hyperparameters with the test figures, and a picture of the confusion matrix.
+
+    Args:
+        folder: Folder of the logs.
+        settings: Hyperparameters by name.
+        figures: Test figures by name.
+        confusion: Confusion matrix (num_classes, num_classes), with the true classes in rows.
+        class_names: Names of the classes.
+    """
     with tf.summary.create_file_writer(str(folder / "test")).as_default():
         hparams.hparams(settings)
         for name, value in figures.items():
@@ -181,25 +207,35 @@ def write_result(
 
 
 def axis_name(name: str, length: int = 24) -> str:
-    """A class name as matplotlib writes it along an axis: not too long, and without formulas."""
+    """Returns a class name as a label for matplotlib: shortened, and with "$" escaped.
+
+    Args:
+        name: Name of the class.
+        length: Highest number of characters.
+    """
     name = " ".join(name.split())
     name = name if len(name) <= length else f"{name[: length - 1]}…"
     return name.replace("$", r"\$")
 
 
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Share of each true class (row) that went to each prediction (column); the caller closes the figure."""
+    """Draws the share of each true class (row) that was given each prediction (column). The caller closes the figure.
+
+    Args:
+        confusion: Confusion matrix (num_classes, num_classes), with the true classes in rows.
+        class_names: Names of the classes.
+    """
     count = len(class_names)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     names = [axis_name(name) for name in class_names]
-    # Small for few classes: a page or a board enlarges the figure with its letters.
+    # The figure is small for few classes, because a page or TensorBoard enlarges it together with its text.
     side = min(max(2.5, 1.0 + 0.3 * count) + 0.08 * max(map(len, names)), 14)
     figure, axes = pyplot.subplots(figsize=(side + 0.9, side), layout="constrained")
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
     axes.set_xlabel("prediction")
     axes.set_ylabel("true class")
-    if count <= 50:  # more names than that can't be read
+    if count <= 50:  # more names would be illegible
         axes.set_xticks(range(count), names, rotation=90)
         axes.set_yticks(range(count), names)
     if count <= 20:
@@ -211,9 +247,10 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
 
 
 def _confusion_picture(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    """The same as (height, width, 4) uint8."""
+    """Returns the figure as a picture (height, width, 4), uint8."""
     figure = confusion_figure(confusion, class_names)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     pyplot.close(figure)
-    return tf.io.decode_png(buffer.getvalue()).numpy()
+    picture: np.ndarray = tf.io.decode_png(buffer.getvalue()).numpy()
+    return picture

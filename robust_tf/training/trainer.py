@@ -1,11 +1,10 @@
-"""Adversarial training: the batch is attacked, then the weights take an ordinary step on the adversarial images."""
+"""Adversarial training: each batch is attacked first, then the weights are updated on the adversarial images."""
 
 import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks import AttackConfig, climb
@@ -13,57 +12,77 @@ from robust_tf.attacks.checks import assert_pixels
 from robust_tf.errors import UserError
 from robust_tf.training.batchnorm import flat_layers, unbiased_statistics
 from robust_tf.training.compiled_loss import CompiledLoss
-from robust_tf.training.image_input import check_has_images, images_of, input_shapes, map_shapes, with_images
-from robust_tf.training.objectives import Batch, Outputs, Recipe, objective_of
+from robust_tf.training.image_input import check_has_images, images_of, trial_outputs, with_images
+from robust_tf.training.objectives import Batch, Outputs, Recipe, build_objective
 from robust_tf.training.optimizers import average_statistics, averages_of
 from robust_tf.training.replicas import ReplicatedModel
-from robust_tf.training.runtime_checks import explained
-
-# Images of unknown size are tried at this one, to see what the classifier gives.
-_TRIAL_SIZE = 64
-_TRIAL_IMAGES = 4
-# Of arrays, so many are looked at before the first step where XLA would leave the check out.
-_FIRST_IMAGES = 256
+from robust_tf.training.runtime_checks import explained, with_first_batch_checked
 
 
 class AdversarialTrainer(ReplicatedModel):
-    """Trains a classifier on adversarial examples, made anew for each batch.
+    """Trains a Keras classifier to be robust against adversarial examples.
 
-    Solves min over the weights of the mean over (images, labels) of max over the ball of the loss. Use it like any
-    Keras model: `compile`, `fit`, `evaluate`, and Keras's callbacks. It shares the classifier's weights. `save` and
-    `export` write the classifier alone; `save_weights` and `load_weights` keep the whole state of training.
+    Wrap your classifier, then use the trainer like any Keras model, with `compile`, `fit`, `evaluate` and Keras's
+    callbacks. Each training step searches, inside a ball around every image of the batch, for the image with the
+    highest loss, and updates the weights on the images that it found. `evaluate` attacks the images in the same way.
 
-    **The loss is the one that you compile**, and the attack climbs the same loss, image by image: integer, one-hot or
-    soft labels, label smoothing, logits or probabilities, one output or several. The compiled loss and metrics are
-    those on the adversarial images, in training and in `evaluate`. With an attack there are two more metrics, with the
-    network in inference mode: `clean_loss`, and `clean_accuracy` where the classifier has one output with scores of
-    classes. `clean_accuracy` counts every image once, whatever `class_weight` and `sample_weight` say (an image of
-    weight 0 does not count). In training they are taken from the attack's first forward pass; a random start, an attack
-    in training mode and free adversarial training cost one more forward pass for them.
+    The trainer shares its weights with the classifier. So `fit` trains the classifier itself, which can then be used
+    and saved without this package. `save` and `export` of the trainer write the classifier, while `save_weights` and
+    `load_weights` cover the whole state of the training.
 
-    With `recipe` another objective is minimized: TRADES, AWP, free adversarial training, or a rising epsilon. Metrics
-    stay those on the adversarial images. See `robust_tf.training.objectives`.
+    **Loss.** The attack maximizes the same loss that you compile, separately for each image. Any loss that Keras
+    accepts will do: integer, one-hot or soft labels, label smoothing, logits or probabilities, one output or several.
+
+    **Metrics.** The compiled loss and metrics are measured on the adversarial images, both in training and in
+    `evaluate`: `accuracy` is the robust accuracy. The trainer adds `clean_loss` and, for a classifier whose one output
+    holds class scores, `clean_accuracy`, which are measured on the original images with the network in inference mode.
+    `clean_accuracy` ignores `class_weight` and `sample_weight`, except that images of weight 0 are not counted. The
+    first forward pass of the attack usually provides both metrics at no cost. With a random start, an attack in
+    training mode, or free adversarial training they need one extra forward pass.
+
+    **Other objectives.** By default the trainer minimizes Madry's objective, the loss on the adversarial images. Pass
+    a `recipe` for TRADES, AWP, free adversarial training, or an epsilon that rises during the first steps, such as
+    `recipe=Recipe(trades_beta=6.0)`. See `robust_tf.training.objectives`.
 
     Args:
-        classifier: any built Keras model from [0, 1] images (batch, height, width, channels) to logits
-            (batch, num_classes), or to whatever the compiled loss takes. It may have more inputs, as long as one of
-            them alone holds images, and more outputs. Normalization belongs inside it.
-        attack: attack of the batches in training and in `evaluate`. epsilon 0 is standard training.
-        recipe: what is done with the attack, for other objectives than Madry's.
-        validation_attack: attack of `evaluate`, if it is not the same.
-        seed: seed of the random start, together with the number of steps so far.
-        clean_figures: report `clean_loss` and `clean_accuracy` in training even where they cost a forward pass.
-        unbiased_batchnorm: let BatchNorm's moving variance follow the unbiased batch variance, as PyTorch does, where
-            Keras follows the biased one. Layers whose input size is not known when the model is built keep Keras's.
+        classifier: Built Keras model that maps images in [0, 1], (batch, height, width, channels), to logits
+            (batch, num_classes) or to any other outputs that the compiled loss takes. Normalization of the images
+            belongs inside the model. It may have several outputs, and further inputs that are not images.
+        attack: Attack on the batches of `fit` and `evaluate`. An attack with epsilon 0 means standard training.
+        recipe: Choice of another objective than Madry's, and its parameters.
+        validation_attack: Attack on the batches of `evaluate`, by default `attack`.
+        seed: Seed of the random starting points of the attack. The number of the step is mixed in.
+        unbiased_batchnorm: Whether the moving variance of BatchNorm follows the unbiased variance of the batch, as in
+            PyTorch, instead of the biased one, as in Keras. Layers whose input size is unknown when the model is built
+            always behave as in Keras.
+        clean_figures: Whether to report `clean_loss` and `clean_accuracy` in training even if they need an extra
+            forward pass.
 
     Raises:
-        UserError: classifier is not a Keras model with one input of images, a recipe or the validation is without an
-            attack where there should be one, or free adversarial training has an input of unknown size or several
-            replicas. `compile` raises it for a loss that does not fit the classifier; `fit` and `evaluate` raise it
-            for images that are not in [0, 1] and labels that are not classes.
+        UserError: `classifier` is not a Keras model with exactly one image input; there is a recipe but no attack;
+            only one of training and validation has an attack; or free adversarial training is used with an unknown
+            image size or several replicas. `compile` raises it for a loss that does not fit the classifier, `fit` and
+            `evaluate` for images outside [0, 1] and for labels that are not classes.
 
-    Source: Madry et al. 2018, arXiv 1706.06083; the order of things (attack in inference mode, one update in training
-    mode on adversarial images only) as in MadryLab/robustness. For the others see `robust_tf.training.objectives`.
+    Example:
+        >>> import keras, numpy
+        >>> from robust_tf.training import AdversarialTrainer, AttackConfig
+        >>> classifier = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(10)])
+        >>> attack = AttackConfig(norm="linf", epsilon=8 / 255, step_size=2 / 255, steps=7)
+        >>> trainer = AdversarialTrainer(classifier, attack)
+        >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        >>> trainer.compile(optimizer="adam", loss=loss, metrics=["accuracy"])
+        >>> images = numpy.random.default_rng(0).random((32, 8, 8, 3))  # float images in [0, 1]
+        >>> labels = numpy.arange(32) % 10
+        >>> history = trainer.fit(images, labels, epochs=1, verbose=0)
+        >>> sorted(history.history)
+        ['accuracy', 'clean_accuracy', 'clean_loss', 'loss']
+        >>> classifier.predict(images, verbose=0).shape  # the classifier itself has been trained
+        (32, 10)
+        >>> classifier.save("robust.keras")
+
+    Source: Madry et al. 2018, arXiv 1706.06083. As in MadryLab/robustness, the attack runs in inference mode, and one
+    update in training mode follows, on adversarial images only.
     """
 
     def __init__(
@@ -71,24 +90,25 @@ class AdversarialTrainer(ReplicatedModel):
         classifier: keras.Model,
         attack: AttackConfig,
         *,
-        recipe: Recipe = Recipe(),
+        recipe: Recipe | None = None,
         validation_attack: AttackConfig | None = None,
         seed: int = 0,
         unbiased_batchnorm: bool = True,
         clean_figures: bool = True,
     ) -> None:
+        recipe = Recipe() if recipe is None else recipe
         if not isinstance(classifier, keras.Model):
             raise UserError(f"classifier must be a keras.Model. Received: {type(classifier).__name__}.")
-        # The policy decides whether `compile` scales the loss. The global one may be another by now than that of the
-        # classifier, above all of one that was loaded. Without `autocast` the images stay float32 in any case: bfloat16
-        # would round the perturbations away.
+        # The dtype policy decides whether `compile` scales the loss. It is taken from the classifier, because the
+        # global policy may differ, especially for a classifier that was loaded. Without `autocast` the images always
+        # stay float32: bfloat16 would round the perturbations away.
         in_float16 = any(layer.compute_dtype == "float16" for layer in flat_layers(classifier))
         super().__init__(name="adversarial_trainer", dtype="mixed_float16" if in_float16 else None, autocast=False)
         if recipe != Recipe() and not attack.active:
             raise UserError(f"A recipe of adversarial training needs an attack. Received: {attack}, {recipe}.")
         if validation_attack is not None and validation_attack.active != attack.active:
             raise UserError(
-                "Both training and validation have an attack, or neither. "
+                "Either both training and validation have an attack, or neither has one. "
                 f"Received: attack={attack}, validation_attack={validation_attack}."
             )
         if attack.active and classifier.built:
@@ -101,22 +121,24 @@ class AdversarialTrainer(ReplicatedModel):
         self._unbiased_batchnorm = unbiased_batchnorm
         self._clean_figures = clean_figures
         self._compiled_loss: CompiledLoss | None = None
-        self.objective = objective_of(recipe, self, attack)
+        self.objective = build_objective(recipe, self, attack)
         self._steps = keras.Variable(0, dtype="int64", trainable=False, name="steps", aggregation="only_first_replica")
         if attack.active:
             self._clean_loss = keras.metrics.Mean(name="clean_loss")
             self._clean_accuracy = keras.metrics.Mean(name="clean_accuracy")
-        # Callbacks that save and restore ask for it before the first step. All variables are there.
+        # Callbacks that save and restore check this before the first step. All variables exist already.
         self.built = classifier.built
 
     @property
     def output_names(self) -> list[str]:
-        """Names of the classifier's outputs, which dicts of losses, metrics and labels may use."""
-        return self.classifier.output_names
+        """Names of the classifier's outputs, for use in dicts of losses, metrics and labels."""
+        names: list[str] = self.classifier.output_names
+        return names
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        metrics = super().metrics
+        """The metrics of the trainer: loss, compiled metrics and clean metrics."""
+        metrics: list[keras.metrics.Metric] = super().metrics
         loss = self._compiled_loss
         if loss is not None and not loss.counts_hits:
             # Keras would log a metric that is never updated as 0.0.
@@ -125,57 +147,63 @@ class AdversarialTrainer(ReplicatedModel):
 
     @property
     def compiled_loss(self) -> CompiledLoss:
-        """The compiled loss of each image, which the attack climbs."""
+        """The compiled loss as a function of each image, which the attack maximizes."""
         if self._compiled_loss is None:
             raise UserError(
-                "The attack climbs the compiled loss. Received: a trainer that is not compiled. Compile it."
+                "The attack maximizes the compiled loss. Received: a trainer that is not compiled. Compile it first."
             )
         return self._compiled_loss
 
     @property
     def state(self) -> list[keras.Variable]:
-        """Everything that changes in training; a run that has it back goes on as if it had not stopped.
+        """All variables that change in training. A run continues exactly where it stopped once they are restored.
 
-        The weights of the classifier, the optimizer's state, `state_variables`, and what the metrics have counted. It
-        is complete once the trainer is compiled, the optimizer built, and `build_metrics` called.
+        These are the weights of the classifier, the variables of the optimizer, `state_variables`, and the variables of
+        the metrics. The list is complete after `compile`, building the optimizer, and `build_metrics`.
         """
         variables = [*self.classifier.variables, *self.optimizer.variables]
         return [*variables, *self.state_variables, *self.metrics_variables]
 
     @property
     def state_variables(self) -> list[keras.Variable]:
-        """What the trainer itself keeps: the number of steps so far, and what the objective keeps."""
+        """The variables of the trainer itself: the number of steps so far, and the variables of the objective."""
         return [self._steps, *self.objective.variables]
 
     @property
     def epsilon(self) -> float:
-        """The radius of the next training step, in [0, 1] pixel units."""
+        """Radius of the ball in the next training step, in [0, 1] pixel units."""
         return self.attack.epsilon * float(self.strength())
 
     def strength(self) -> Any:
-        """The share of epsilon and of the step size that the next training step uses, in [0, 1]."""
+        """Returns the factor on epsilon and on the step size of the attack in the next training step, in [0, 1]."""
         if not self.recipe.epsilon_warmup_steps:
             return 1.0
         steps = tf.cast(self.optimizer.iterations, tf.float32)
         return tf.minimum(steps / self.recipe.epsilon_warmup_steps, 1.0)
 
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, loss_weights: Any = None, **kwargs: Any) -> None:
-        """Configures training as `keras.Model.compile` does.
+        """Configures the training as `keras.Model.compile` does.
+
+        Args:
+            optimizer: Optimizer or its name.
+            loss: Loss in any form that Keras accepts. An attack needs one.
+            loss_weights: Weights of the losses of several outputs.
+            **kwargs: Further arguments of `keras.Model.compile`, such as `metrics`.
 
         Raises:
-            UserError: there is no loss for an attack to climb, or the loss is meant for probabilities and the
-                classifier gives logits, or the reverse.
+            UserError: There is an attack but no loss, or the loss expects probabilities and the classifier returns
+                logits, or the other way around.
         """
         super().compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, **kwargs)
         self._compiled_loss = None
         if self.attack.active:
             names = getattr(self.classifier, "output_names", None) or ()
-            outputs = self._trial_outputs()
+            outputs = trial_outputs(self.classifier)
             self._compiled_loss = CompiledLoss(loss, loss_weights, outputs=outputs, output_names=names)
 
     def build_metrics(self) -> None:
-        """Makes the variables of the compiled metrics and losses, which Keras makes in the first step otherwise."""
-        outputs = keras.tree.map_structure(lambda output: tf.zeros_like(output[:1]), self._trial_outputs())
+        """Creates the variables of the compiled metrics and losses, which Keras would create in the first step."""
+        outputs = keras.tree.map_structure(lambda output: tf.zeros_like(output[:1]), trial_outputs(self.classifier))
         loss = self._compiled_loss
         whole = loss is not None and loss.integer_labels is False
         labels = keras.tree.map_structure(
@@ -183,15 +211,12 @@ class AdversarialTrainer(ReplicatedModel):
         )
         images = tf.zeros((1, 1, 1, 1))
         if self.loss is not None and isinstance(outputs, (dict, list, tuple)):
-            self.compute_loss(images, labels, outputs, None)  # makes the metrics of the single losses
+            self.compute_loss(images, labels, outputs, None)  # creates the metrics of the individual losses
         self.compute_metrics(images, labels, outputs, None)
         self.reset_metrics()
 
     def swap_averages(self) -> None:
-        """Exchanges the trained weights and their moving averages, if the optimizer keeps any.
-
-        A second call undoes the first one.
-        """
+        """Swaps the weights and their moving averages, if the optimizer keeps any; a second call swaps them back."""
         for weight, average in averages_of(self.optimizer):
             value = weight.numpy()
             weight.assign(average)
@@ -202,33 +227,38 @@ class AdversarialTrainer(ReplicatedModel):
         return self.classifier(images, training=training)
 
     def save(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
-        """Saves the classifier: a plain Keras model, which loads without this package."""
+        """Saves the classifier as `keras.Model.save` does. The file can be loaded without this package."""
         self.classifier.save(filepath, overwrite=overwrite, **kwargs)
 
     def export(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
-        """Exports the classifier, as `keras.Model.export` does."""
+        """Exports the classifier as `keras.Model.export` does."""
         return self.classifier.export(filepath, *args, **kwargs)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        """Trains the classifier as `keras.Model.fit` does, with the same arguments."""
         with explained():
-            return super().fit(self._with_first_batch_checked(x, y), y, *args, **kwargs)
+            return super().fit(self._checked_data(x, y), y, *args, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Measures loss and metrics under attack, with the same arguments as `keras.Model.evaluate`."""
         with explained():
-            return super().evaluate(self._with_first_batch_checked(x, y), y, *args, **kwargs)
+            return super().evaluate(self._checked_data(x, y), y, *args, **kwargs)
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs one training step, as `keras.Model.train_on_batch` does."""
         with explained():
             return super().train_on_batch(*args, **kwargs)
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates one batch, as `keras.Model.test_on_batch` does."""
         with explained():
             return super().test_on_batch(*args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> None:
+        """Builds the optimizer and the metrics, then the training function."""
         if self.classifier.built and not self.optimizer.built:
-            # A variable that is made while the first step is traced has all of it traced once more; with several
-            # replicas it can't be made there at all.
+            # A variable that is created while the first step is traced makes TensorFlow trace the step again. With
+            # several replicas it cannot be created there at all.
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
                 average_statistics(self.optimizer, self.classifier)
@@ -238,16 +268,19 @@ class AdversarialTrainer(ReplicatedModel):
         super().make_train_function(force)
 
     def make_test_function(self, force: bool = False) -> None:
+        """Builds the metrics where there are several replicas, then the test function."""
         if self.num_replicas > 1 and self._compiled_loss is not None and self.test_function is None:
             with self.distribute_strategy.scope():
                 self.build_metrics()
         super().make_test_function(force)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
-        # The step count as seed: a resumed run draws what the interrupted one would have drawn. Not the optimizer's
-        # count: that one stands still while gradients are accumulated, or when one overflows.
+        """Attacks one batch and updates the weights on the adversarial images."""
+        # The number of the step is part of the seed, so that a resumed run draws the same numbers as one that was not
+        # interrupted. The optimizer's count would not do: it does not change while gradients are accumulated, or when
+        # a gradient overflows.
         seed = tf.stack([tf.constant(self._seed, tf.int64), tf.convert_to_tensor(self._steps)])
-        if self.num_replicas > 1:  # each has other images, and draws other starts
+        if self.num_replicas > 1:  # the replicas must not all draw the same starting points
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             seed = tf.random.experimental.stateless_fold_in(seed, replica)
         self._steps.assign_add(1)
@@ -262,20 +295,24 @@ class AdversarialTrainer(ReplicatedModel):
         return {name: value for name, value in logs.items() if name not in ("clean_loss", "clean_accuracy")}
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
+        """Attacks one batch with the validation attack and measures the metrics on the adversarial images."""
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         attack = self._validation_attack
+        logs: dict[str, tf.Tensor]
         if not attack.active:
-            return super().test_step(data)
+            logs = super().test_step(data)
+            return logs
         batch = self._batch_of(data, tf.constant([self._seed, -1], tf.int64))
         result = self._attacked(batch, attack)
         if attack.random_start:
             self._measure_clean(batch)
         else:
             self.update_clean(batch, result.start_loss, result.start_correct)
-        return super().test_step((with_images(images, result.images_adv), labels, sample_weight))
+        logs = super().test_step((with_images(images, result.images_adv), labels, sample_weight))
+        return logs
 
     def _update(self, batch: Batch) -> dict[str, tf.Tensor]:
-        """One optimizer step: Keras's, with the inputs, the forward pass and the loss of the objective."""
+        """Takes one optimizer step as Keras does, with the inputs, the forward pass and the loss of the objective."""
         objective = self.objective
         with self._unbiased_statistics(batch.images):
             inputs = objective.inputs(self, batch)
@@ -287,7 +324,7 @@ class AdversarialTrainer(ReplicatedModel):
                 scaled_loss = self.optimizer.scale_loss(loss)
         count = tf.shape(keras.tree.flatten(batch.images)[0])[0]
         for metric in self.metrics:
-            if metric.name == "loss":  # the mean over the replicas' losses, which are shares of the whole
+            if metric.name == "loss":  # the loss of a replica is its share of the whole loss
                 metric.update_state(loss * self.num_replicas, sample_weight=count)
         weights = self.trainable_weights
         gradients = tape.gradient(scaled_loss, [*weights, *watched])
@@ -295,7 +332,10 @@ class AdversarialTrainer(ReplicatedModel):
             self.optimizer.apply_gradients(zip(gradients[: len(weights)], weights, strict=True))
         if watched:
             objective.learn(self, batch, inputs, gradients[len(weights) :])
-        return self.compute_metrics(batch.images, batch.labels, outputs.adversarial, batch.sample_weight)
+        logs: dict[str, tf.Tensor] = self.compute_metrics(
+            batch.images, batch.labels, outputs.adversarial, batch.sample_weight
+        )
+        return logs
 
     def _batch_of(self, data: Any, seed: tf.Tensor) -> Batch:
         inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -308,7 +348,7 @@ class AdversarialTrainer(ReplicatedModel):
         return lambda images, training: self.classifier(inputs_with(images), training=training)
 
     def _attacked(self, batch: Batch, attack: AttackConfig) -> Any:
-        """What an attack on the compiled loss gives, the network in inference mode."""
+        """Attacks the compiled loss with the network in inference mode."""
         loss = self.compiled_loss
         return climb(
             lambda images: batch.network(images, False),
@@ -327,12 +367,14 @@ class AdversarialTrainer(ReplicatedModel):
         self.update_clean(batch, loss(batch.labels, outputs), loss.hits(batch.labels, outputs))
 
     def update_clean(self, batch: Batch, loss: tf.Tensor, correct: tf.Tensor) -> None:
-        """Counts the loss (batch,) and the hits (batch,) of the clean images in `clean_loss` and `clean_accuracy`."""
+        """Updates `clean_loss` with the losses, (batch,), and `clean_accuracy` with the hits, (batch,) bool."""
         weights, counts = batch.sample_weight, None
         if weights is not None and not isinstance(weights, (dict, list, tuple)):
             weights = tf.reshape(tf.cast(weights, tf.float32), [-1])
-            loss *= weights  # as Keras does, which then divides by the number of images
-            counts = tf.cast(weights != 0, tf.float32)  # with several replicas, images that only fill a batch weigh 0
+            loss *= weights  # Keras, too, multiplies by the weights and divides by the number of images
+            counts = tf.cast(
+                weights != 0, tf.float32
+            )  # with several replicas, images that fill up a batch have weight 0
         self._clean_loss.update_state(loss)
         if self.compiled_loss.counts_hits:
             self._clean_accuracy.update_state(correct, counts)
@@ -343,39 +385,13 @@ class AdversarialTrainer(ReplicatedModel):
         count = tf.shape(keras.tree.flatten(images)[0])[0]
         return unbiased_statistics(self.classifier, count, passes=self.objective.passes, replicas=self.num_replicas)
 
-    def _trial_outputs(self) -> Any:
-        """What the classifier gives for a few random images."""
-        random = np.random.default_rng(0)
-
-        def trial(shape: tuple[int | None, ...]) -> tf.Tensor:
-            sizes = [_TRIAL_IMAGES, *(size or _TRIAL_SIZE for size in shape[1:])]
-            return tf.constant(random.random(sizes, np.float32))
-
-        if not self.classifier.built:
-            raise UserError(
-                "The attack needs a classifier that is built. Received: one that has not seen its input yet. Call it "
-                "on a batch of images first, or begin it with a keras.Input."
-            )
-        return self.classifier(map_shapes(trial, input_shapes(self.classifier)), training=False)
-
-    def _with_first_batch_checked(self, data: Any, labels: Any) -> Any:
-        """The data of `fit` or `evaluate`. XLA leaves the checks out of the step, so here they come before it."""
+    def _checked_data(self, data: Any, labels: Any) -> Any:
+        """Returns the data of `fit` or `evaluate`. Checks the first batch if XLA drops the checks inside the step."""
         if not (self.attack.active and self.jit_compile):
             return data
-        if isinstance(data, tf.data.Dataset):
-
-            def check(index: tf.Tensor, *batch: Any) -> Any:
-                images, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
-                valid = tf.cond(index == 0, lambda: self._checked_images(images, labels), lambda: images_of(images))
-                with tf.control_dependencies([valid]):
-                    return keras.tree.map_structure(tf.identity, batch)
-
-            return data.enumerate().map(lambda index, batch: check(index, *batch))
-        if all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in keras.tree.flatten((data, labels))):
-            self._checked_images(*keras.tree.map_structure(lambda leaf: leaf[:_FIRST_IMAGES], (data, labels)))
-        return data
+        return with_first_batch_checked(data, labels, check=self._checked_images)
 
     def _checked_images(self, inputs: Any, labels: Any) -> tf.Tensor:
-        """The images of a batch as float32, once they are known to be in [0, 1] and their labels to be classes."""
+        """Checks that the images lie in [0, 1] and that the labels are classes; returns the images as float32."""
         images = assert_pixels(images_of(inputs))
         return self.compiled_loss.with_labels_checked(images, labels)

@@ -1,4 +1,7 @@
-"""Transfer of a trained backbone: which stages train, and copies of a classifier for another task."""
+"""Transfer of a trained backbone to another task: a new head, other images, and which stages train.
+
+Start with `replace_head`, which puts a new head on a classifier's backbone, and with `freeze`, which says what trains.
+"""
 
 import robust_tf.keras_backend  # noqa: F401  # before Keras is imported
 from robust_tf.transfer.heads import replace_head, with_dtype_policy, with_image_size, with_normalization

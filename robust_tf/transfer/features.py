@@ -1,10 +1,14 @@
 """The outputs of a frozen backbone, computed once and kept on disk.
 
-A store is a folder `<digest>/` of
-    key.json             what the features are of: weights, data, preprocessing, views
-    train_view0.f32, ... raw float32 rows, one for each image, in the order of the part; also validation.f32
-    complete.json        shape and SHA-256 of each of these files; written last
-A file is only ever appended to, so that its length says where an interrupted run has to go on.
+A store is a folder `<digest>/` with these files:
+
+    key.json             format number, and what decides the features: weights, data, preprocessing, views
+    train_view0.f32, ... raw float32 rows, one for each image, in the order of the training part
+    validation.f32       the same for the validation part
+    complete.json        number of rows and SHA-256 of each of these files; written last
+
+The digest is computed from key.json, so features of anything else, or of another format, are in another folder. Rows
+are only ever appended to a file, so its length tells where an interrupted run has to continue.
 """
 
 import contextlib
@@ -28,22 +32,25 @@ from robust_tf.errors import UserError
 from robust_tf.files import is_not_writable, temporary_cache, write_json
 from robust_tf.models import features_of
 
-Batches = Iterable[tuple[Any, Any]]
+# Raise this number when the content of a store changes. Stores of other formats are then not found, and the features
+# are computed again.
 _FORMAT = 1
 _KEY, _COMPLETE = "key.json", "complete.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features:
-    """Stored features of the training and the validation part.
+    """Stored features of the training part and the validation part.
+
+    A row is the feature vector of one image in one view.
 
     Attributes:
-        train: for each view (num_train, feature_dim) float32, on disk.
-        train_labels: (num_train,) int32.
-        validation: (num_validation, feature_dim) float32, on disk.
-        validation_labels: (num_validation,) int32.
-        hits: rows (an image in a view) that were in the store.
-        computed: rows that the backbone had to be run for.
+        train: Features of the training images in each view, (num_train, feature_dim) float32, mapped from disk.
+        train_labels: Labels of the training images, (num_train,) int32.
+        validation: Features of the validation images, (num_validation, feature_dim) float32, mapped from disk.
+        validation_labels: Labels of the validation images, (num_validation,) int32.
+        hits: Number of rows that were already stored.
+        computed: Number of rows that the backbone had to compute.
     """
 
     train: tuple[np.ndarray, ...]
@@ -56,11 +63,23 @@ class Features:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """One file of a store: its name, its number of rows, and the batches that follow a given number of them."""
+    """One file of a store.
+
+    Attributes:
+        name: Name of the file.
+        rows: Number of rows of the complete file.
+        batches_from: Function of a number of rows that returns the batches after them.
+    """
 
     name: str
     rows: int
     batches_from: Callable[[int], tf.data.Dataset]
+
+
+def _without_progress(batches: Iterable[Any], _name: str, *, num_images: int) -> Iterator[tuple[Any, Any]]:
+    """Passes the batches on and shows nothing."""
+    del num_images
+    return iter(batches)
 
 
 def stored_features(
@@ -68,29 +87,35 @@ def stored_features(
     task: TaskData,
     *,
     views: int,
-    folder: pathlib.Path,
-    max_bytes: float,
-    track: Callable[..., Iterator[tuple[Any, Any]]] = lambda batches, name, *, num_images: iter(batches),
+    cache_dir: pathlib.Path,
+    features_cache_size_gb: float,
+    track: Callable[..., Iterator[tuple[Any, Any]]] = _without_progress,
 ) -> Features:
-    """The features of a task's training and validation images: read where they are stored, computed where not.
+    """Returns the features of a task's training and validation images, and computes those that are not stored yet.
 
-    View 0 of a training image is the one of evaluation; the others are augmented as in training, by the task's seed.
-    Interrupted, it goes on where it stopped when it is called again.
+    View 0 of a training image is the same as in evaluation. The other views are augmented as in training, with the
+    task's seed. If a call is interrupted, the next one continues where it stopped.
+
+    If the folder cannot be written, it is still read if it holds all features. Otherwise a temporary folder takes its
+    place.
 
     Args:
-        classifier: its features are those of `features_of`; run in inference mode.
-        task: whose images.
-        views: of each training image, at least 1.
-        folder: of all stores.
-        max_bytes: what all stores together may take; the ones that were not used for longest are deleted for it.
-        track: passes batches on and shows the progress; called with them, a name and `num_images`.
+        classifier: Classifier whose features, the outputs of `features_of`, are computed in inference mode.
+        task: Task with the images.
+        views: Number of views of each training image, at least 1.
+        cache_dir: Folder of cached files. The stores are in its subfolder "features".
+        features_cache_size_gb: Limit for the size of all stores together, in GB (1e9 bytes). The stores that have not
+            been used for longest are deleted to stay within it.
+        track: Function of (batches, name, num_images) that passes the batches on and shows the progress.
+
+    Returns:
+        The features and the labels.
 
     Raises:
-        UserError: the store there holds other features or is damaged, or `max_bytes` or the disk is too small. What
-            has been computed is kept.
-
-    A folder that can't be written is read where it holds all features; otherwise a temporary one takes its place.
+        UserError: The store holds other features or is damaged, or the limit or the disk is too small. Features that
+            have been computed are kept.
     """
+    folder, max_bytes = cache_dir / "features", features_cache_size_gb * 1e9
     backbone = features_of(classifier, name="backbone")
     key = store_key(backbone, task, views)
     store = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
@@ -103,7 +128,7 @@ def stored_features(
         return tf.cast(backbone(images, training=False), tf.float32)
 
     def fill(store: pathlib.Path) -> int:
-        """Completes a store, and returns the number of rows that were computed."""
+        """Completes a store and returns the number of rows that were computed."""
         with contextlib.ExitStack() as stack:
             try:
                 store.parent.mkdir(parents=True, exist_ok=True)
@@ -112,14 +137,14 @@ def stored_features(
                 if not (is_not_writable(error) and os.path.exists(store / _COMPLETE)):
                     raise
             else:
-                # For an interrupted store too: others may have taken the room that it still needs.
+                # Also for an interrupted store, because others may have taken the room that it still needs.
                 _make_room(store, row_bytes * sum(file.rows for file in files), max_bytes)
             if (store / _KEY).exists():
                 _check_key(store, key)
             else:
                 write_json(store / _KEY, key)
-            with contextlib.suppress(OSError):  # it may be another user's, or on a read-only disk
-                os.utime(store / _KEY)  # of the last use: the oldest go first
+            with contextlib.suppress(OSError):  # it may belong to another user or be on a read-only disk
+                os.utime(store / _KEY)  # time of the last use, by which the oldest stores are deleted
             computed = sum(_complete_file(store, file, row_bytes, compute, track) for file in files)
             _check_or_seal(store, files, row_bytes)
             return computed
@@ -134,8 +159,8 @@ def stored_features(
             computed = fill(store)
     except OSError as error:
         raise UserError(
-            f"Cannot write features into {store}: {error.strerror or error}. What has been computed is kept: free "
-            "some space, or move the folder and name it by --cache_dir, and the same command goes on."
+            f"Cannot write features into {store}: {error.strerror or error}. The features that have been computed are "
+            "kept. Free some space, or move the folder and name it by cache_dir, and run the same command again."
         ) from error
 
     def rows(name: str, count: int) -> np.ndarray:
@@ -152,20 +177,26 @@ def stored_features(
 
 
 def store_key(backbone: keras.Model, task: TaskData, views: int) -> dict[str, Any]:
-    """Everything that decides the features, as JSON."""
+    """Returns everything that decides the features, as JSON values by name.
+
+    Args:
+        backbone: Model from images to features.
+        task: Task with the images.
+        views: Number of views of each training image.
+    """
     weights = hashlib.sha256()
     for weight in backbone.get_weights():
         weights.update(f"{weight.shape} {weight.dtype}".encode() + weight.tobytes())
     preprocessing: dict[str, Any] = dataclasses.asdict(task.preprocessing)
     for name in ("decoding", "highest_float"):
         if getattr(task.preprocessing, name) == getattr(type(task.preprocessing), name):
-            del preprocessing[name]  # not in the keys of stores that are older than these settings
+            del preprocessing[name]  # keys of stores that are older than these settings do not have them
     if views == 1:  # nothing is augmented
         preprocessing |= {"augmentation": None, "rand_augment": None}
     return {
         "format": _FORMAT,
         "weights": weights.hexdigest(),
-        "layers": hashlib.sha256(backbone.to_json().encode()).hexdigest(),  # normalisation and precision among them
+        "layers": hashlib.sha256(backbone.to_json().encode()).hexdigest(),  # includes normalization and precision
         "data": task.fingerprint,
         "preprocessing": preprocessing,
         "views": views,
@@ -188,10 +219,15 @@ def _check_key(store: pathlib.Path, key: dict[str, Any]) -> None:
         found = None
     if found != key:
         there = found if isinstance(found, dict) else {}
+        if "format" in there and there["format"] != _FORMAT:
+            raise UserError(
+                f"The stored features in {store} have a format that this version of robust_tf does not read. Received: "
+                f"format {there['format']}, needed: format {_FORMAT}. Delete this folder, and it is made again."
+            )
         different = [name for name in key if there.get(name) != key[name]]
         raise UserError(
-            f"The stored features in {store} are of something else than their folder says: {', '.join(different)} "
-            "differ. They are not used. Delete this folder; it is made again."
+            f"The stored features in {store} are not the ones that belong there: {', '.join(different)} differ. They "
+            "are not used. Delete this folder, and it is made again."
         )
 
 
@@ -202,16 +238,16 @@ def _complete_file(
     compute: Callable[[tf.Tensor], tf.Tensor],
     track: Callable[..., Iterator[tuple[Any, Any]]],
 ) -> int:
-    """Appends the missing rows to a file, and returns their number."""
+    """Appends the missing rows to a file and returns their number."""
     path = store / file.name
     done = path.stat().st_size // row_bytes if path.exists() else 0
     if done >= file.rows or (store / _COMPLETE).exists():
-        return 0  # too long or too short after all: `_check_or_seal` says so
+        return 0  # if the length is wrong, `_check_or_seal` refuses the file
     missing = file.rows - done
     with path.open("ab") as target:
-        target.truncate(done * row_bytes)  # a row that was half written
+        target.truncate(done * row_bytes)  # removes a row that was half written
         for images, _ in track(file.batches_from(done), path.stem, num_images=missing):
-            # write(), not a memory map: on a full disk the one is an error, the other kills the process.
+            # Not through a memory map: a full disk would kill the process, while write() raises an error.
             target.write(compute(images).numpy().tobytes())
             target.flush()
         os.fsync(target.fileno())
@@ -219,7 +255,7 @@ def _complete_file(
 
 
 def _check_or_seal(store: pathlib.Path, files: list[_File], row_bytes: int) -> None:
-    """Compares a complete store with what was noted when it was completed, or notes it."""
+    """Checks a complete store against the digests that were noted when it was completed, or notes them now."""
     sizes = {file.name: (store / file.name).stat().st_size if (store / file.name).exists() else 0 for file in files}
     wrong = [file.name for file in files if sizes[file.name] != file.rows * row_bytes]
     state = {file.name: {"rows": file.rows, "sha256": _sha256(store / file.name)} for file in files}
@@ -230,19 +266,19 @@ def _check_or_seal(store: pathlib.Path, files: list[_File], row_bytes: int) -> N
     if wrong:
         raise UserError(
             f"The stored features in {store} are damaged: {', '.join(wrong)} changed since they were written. They are "
-            "not used. Delete this folder; it is made again."
+            "not used. Delete this folder, and it is made again."
         )
     if not complete.exists():
         write_json(complete, state)
 
 
 def _make_room(store: pathlib.Path, needed: int, max_bytes: float) -> None:
-    """Deletes the other stores that were not used for longest until `store` may grow to `needed` bytes."""
+    """Makes room for a store to grow to `needed` bytes, by deleting the other stores, the least recently used first."""
     folder = store.parent
     if needed > max_bytes:
         raise UserError(
-            f"These features take {needed / 1e9:.3g} GB, and --features_cache_size_gb allows {max_bytes / 1e9:.3g}. "
-            f"Allow more, or take fewer --views. Received: --features_cache_size_gb={max_bytes / 1e9:g}."
+            f"These features take {needed / 1e9:.3g} GB, which is more than the limit for all stored features. "
+            f"Received: features_cache_size_gb={max_bytes / 1e9:g}. Raise the limit, or use fewer views."
         )
     others = [path.parent for path in folder.glob(f"*/{_KEY}") if path.parent != store]
     others.sort(key=lambda other: (other / _KEY).stat().st_mtime)
@@ -250,23 +286,23 @@ def _make_room(store: pathlib.Path, needed: int, max_bytes: float) -> None:
     for oldest in others:
         if total + needed <= max_bytes:
             break
-        # None that is written to, or that belongs to another user.
+        # Stores that are being written or that belong to another user are kept.
         with contextlib.suppress(TimeoutError, PermissionError), WeakFileLock(_lock_of(oldest), timeout=0.1):
             num_bytes = _num_bytes(oldest)
             shutil.rmtree(oldest)
             total -= num_bytes
     if total + needed > max_bytes:
         raise UserError(
-            f"These features take {needed / 1e9:.3g} GB, other jobs are writing {total / 1e9:.3g} GB just now, and "
-            f"--features_cache_size_gb allows {max_bytes / 1e9:.3g} in all. Wait for them, or allow more. "
-            f"Received: --features_cache_size_gb={max_bytes / 1e9:g}."
+            f"These features take {needed / 1e9:.3g} GB, and other jobs are writing {total / 1e9:.3g} GB right now. "
+            "Together this is more than the limit for all stored features. "
+            f"Received: features_cache_size_gb={max_bytes / 1e9:g}. Wait for the other jobs, or raise the limit."
         )
     missing = needed - (_num_bytes(store) if store.exists() else 0)
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise UserError(
             f"These features take {missing / 1e9:.3g} GB more, and {folder} has {free / 1e9:.3g} GB left. Nothing was "
-            "written. Free some space, or name another folder by --cache_dir."
+            "written. Free some space, or name another folder by cache_dir."
         )
 
 

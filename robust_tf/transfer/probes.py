@@ -1,27 +1,28 @@
-"""Linear heads with a closed or convex solution: multinomial logistic regression and ridge regression on features.
+"""Linear heads that are solved for instead of trained: logistic regression and ridge regression on stored features.
 
-Both choose their regularisation on the validation part, and give plain weights for a Dense layer.
+Both choose their regularization on the validation part and return weights for a Dense layer.
 """
 
 import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-# Penalties relative to the scale of the features, strong ones first: each solution starts the next one.
+# Penalties relative to the scale of the features. Strong ones come first, and each solution starts the next one.
 _LOGISTIC_PENALTIES = tuple(10.0**exponent for exponent in range(1, -7, -1))
 _RIDGE_PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -13, -1))
 _MAX_ITERATIONS = 1000
-# So many weaker penalties in a row whose solutions are worse on the validation part end the search.
+# The search ends after this many penalties in a row whose solutions are worse on the validation part.
 _PATIENCE = 2
-# Multiplications in one pass over the features from which BLAS gains by more than one thread. Below, its threads wait
-# for one another longer than they compute, above all beside other busy processes.
+# Number of multiplications in one pass over the features above which BLAS gains from more than one thread. Below it,
+# threads wait for one another longer than they compute, especially if other processes are busy.
 _THREADED_PASS = 10**9
-# Rows that are in memory at once where the whole isn't needed.
+# Number of rows that are in memory at once, where not all are needed together.
 _ROWS = 8192
-# A class that has no training example is never predicted.
+# Logit of a class without training examples, so that it is never predicted.
 _NEVER = -100.0
 
 
@@ -30,16 +31,20 @@ class LinearHead:
     """Weights of a linear classifier on features.
 
     Attributes:
-        kernel: (feature_dim, num_classes) float32.
-        bias: (num_classes,) float32.
-        penalty: the regularisation that was chosen.
-        validation_value: metric on the validation part.
+        kernel: Kernel, (feature_dim, num_classes) float32.
+        bias: Bias, (num_classes,) float32.
+        penalty: Regularization that was chosen.
+        validation_value: Value of the metric on the validation part, in [0, 1].
     """
 
     kernel: np.ndarray
     bias: np.ndarray
     penalty: float
     validation_value: float
+
+
+def _no_report(*_: Any) -> None:
+    """Reports nothing."""
 
 
 def logistic_regression(
@@ -50,24 +55,27 @@ def logistic_regression(
     *,
     num_classes: int,
     metric: str,
-    report: Callable[[int, str], None] = lambda tried, figures: None,
+    report: Callable[[int, str], None] = _no_report,
 ) -> LinearHead:
-    """Minimises mean cross-entropy + penalty / 2 * |kernel|^2 on standardised features, by L-BFGS.
+    """Fits a multinomial logistic regression: the mean cross-entropy plus penalty / 2 * |kernel|^2, by L-BFGS.
 
-    Strong penalties come first. Each solution starts the next one, and the search ends where the validation part has
-    twice in a row preferred an earlier solution: weaker penalties, which take most of the iterations, fit the training
-    part alone from there on.
+    The features are standardized. Strong penalties come first, and each solution starts the next one. The search ends
+    when the validation part has preferred an earlier solution twice in a row. Weaker penalties, which take most of the
+    iterations, would only fit the training part more closely.
 
     Args:
-        train: for each view (num_train, feature_dim); all views are examples.
-        train_labels: (num_train,) int.
-        validation: (num_validation, feature_dim).
-        validation_labels: (num_validation,) int.
-        num_classes: number of labels.
-        metric: "accuracy" or "mean_per_class_accuracy", which chooses the penalty; the cross-entropy decides ties.
-        report: called with the number of penalties tried and a text about the last one.
+        train: Features of the training images in each view, (num_train, feature_dim). All views are examples.
+        train_labels: Labels of the training images, (num_train,) int.
+        validation: Features of the validation images, (num_validation, feature_dim).
+        validation_labels: Labels of the validation images, (num_validation,) int.
+        num_classes: Number of classes.
+        metric: "accuracy" or "mean_per_class_accuracy", by which the penalty is chosen. The cross-entropy decides ties.
+        report: Function of the number of penalties tried and a text about the last one.
 
-    Source of the protocol: Kornblith et al. 2019, arXiv 1805.08974, section 4.
+    Returns:
+        The solution that is best on the validation part.
+
+    Source: The protocol is from Kornblith et al. 2019, arXiv 1805.08974, section 4.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression  # slow to import
@@ -82,7 +90,7 @@ def logistic_regression(
     for tried, penalty in enumerate(_LOGISTIC_PENALTIES, 1):
         solver.set_params(C=1.0 / (penalty * len(labels)))
         with _threads_for(features.size * num_classes), warnings.catch_warnings():
-            # At weak penalties the optimum is far; what was reached is a candidate like the others.
+            # With a weak penalty the optimum is far away. The solution that was reached is still a candidate.
             warnings.simplefilter("ignore", ConvergenceWarning)
             solver.fit(features, labels)
         kernel, bias = _softmax_weights(solver.coef_, solver.intercept_, solver.classes_, num_classes)
@@ -94,13 +102,13 @@ def logistic_regression(
         if worse == _PATIENCE:
             break
     if best is None:
-        raise AssertionError("there are penalties")
+        raise AssertionError("The list of penalties is empty.")
     return best[1]
 
 
 def _threads_for(multiplications: int) -> contextlib.AbstractContextManager[object]:
-    """Limits BLAS to one thread while a pass over the features is small."""
-    from threadpoolctl import threadpool_limits  # scikit-learn's own
+    """Returns a context that limits BLAS to one thread if a pass over the features is small."""
+    from threadpoolctl import threadpool_limits  # a dependency of scikit-learn
 
     return threadpool_limits(limits=1) if multiplications < _THREADED_PASS else contextlib.nullcontext()
 
@@ -113,13 +121,25 @@ def ridge_regression(
     *,
     num_classes: int,
     metric: str,
-    report: Callable[[int, str], None] = lambda tried, figures: None,
+    report: Callable[[int, str], None] = _no_report,
 ) -> LinearHead:
-    """Minimises mean (score - target)^2 + penalty * |kernel|^2 with targets +-1, one column a class, exactly.
+    """Fits a ridge regression exactly: the mean of (score - target)^2 plus penalty * |kernel|^2, with targets +-1.
 
-    The penalty is given relative to the features' mean variance. One eigendecomposition serves all penalties. The
-    scores are multiplied by the factor that makes their softmax fit the validation labels best, since +-1 says nothing
-    about probabilities; that changes no prediction. Arguments and result as of `logistic_regression`.
+    The penalty is relative to the mean variance of the features, and one eigendecomposition serves all penalties.
+    Because targets of +-1 say nothing about probabilities, the scores are then multiplied by the factor that makes
+    their softmax fit the validation labels best. This changes no prediction.
+
+    Args:
+        train: Features of the training images in each view, (num_train, feature_dim). All views are examples.
+        train_labels: Labels of the training images, (num_train,) int.
+        validation: Features of the validation images, (num_validation, feature_dim).
+        validation_labels: Labels of the validation images, (num_validation,) int.
+        num_classes: Number of classes.
+        metric: "accuracy" or "mean_per_class_accuracy", by which the penalty is chosen. The cross-entropy decides ties.
+        report: Function of the number of penalties tried and a text about the last one.
+
+    Returns:
+        The solution that is best on the validation part.
     """
     mean, _ = _moments(train)
     dim, count = len(mean), len(train) * len(train_labels)
@@ -145,17 +165,23 @@ def ridge_regression(
         best = _better(best, factor * kernel, factor * bias, penalty, validation, validation_labels, metric)
         report(tried, f"penalty {penalty:.0e}, {metric} {best[1].validation_value:.1%} so far")
     if best is None:
-        raise AssertionError("there are penalties")
+        raise AssertionError("The list of penalties is empty.")
     return best[1]
 
 
 PROBES = {"lbfgs": logistic_regression, "ridge": ridge_regression}
-# How many penalties each may try.
+# Largest number of penalties that each probe tries.
 PENALTIES = {"lbfgs": len(_LOGISTIC_PENALTIES), "ridge": len(_RIDGE_PENALTIES)}
 
 
 def metric_of(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float:
-    """Accuracy, or its mean over the classes that occur, in [0, 1]."""
+    """Returns the accuracy, or its mean over the classes that occur, in [0, 1].
+
+    Args:
+        predictions: Predicted classes, (num_images,) int.
+        labels: Labels, (num_images,) int.
+        metric: "accuracy" or "mean_per_class_accuracy".
+    """
     hits = predictions == labels
     if metric == "accuracy":
         return float(hits.mean())
@@ -163,7 +189,7 @@ def metric_of(predictions: np.ndarray, labels: np.ndarray, metric: str) -> float
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over the rows, in nats."""
+    """Returns the mean cross-entropy over the rows, in nats."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]).mean())
 
@@ -177,7 +203,7 @@ def _better(
     labels: np.ndarray,
     metric: str,
 ) -> tuple[tuple[float, float], LinearHead]:
-    """The better one of the best solution so far and a new one; the earlier (more regularised) one of two equals."""
+    """Returns the better one of the best solution so far and a new one; of two equals the more regularized one."""
     logits = validation @ kernel + bias
     value = metric_of(logits.argmax(axis=1), labels, metric)
     rank = (value, -cross_entropy(logits, labels))
@@ -189,7 +215,7 @@ def _better(
 
 
 def _moments(train: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (1 for a constant feature) over all views, (feature_dim,) float64 each."""
+    """Returns mean and standard deviation over all views, (feature_dim,) float64 each; 1 for a constant feature."""
     count = sum(len(view) for view in train)
     mean = sum(view.sum(axis=0, dtype=np.float64) for view in train) / count
     variance = np.zeros_like(mean)
@@ -203,7 +229,10 @@ def _moments(train: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def _softmax_weights(
     coefficients: np.ndarray, intercepts: np.ndarray, classes: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's weights as one column a class; for two classes it has a single one, of the second's log-odds."""
+    """Returns scikit-learn's weights with one column for each class.
+
+    For two classes scikit-learn has a single column, for the log-odds of the second class.
+    """
     if len(classes) == 2:
         coefficients = np.concatenate([-coefficients, coefficients]) / 2.0
         intercepts = np.concatenate([-intercepts, intercepts]) / 2.0
@@ -213,5 +242,5 @@ def _softmax_weights(
 
 
 def _best_factor(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The positive factor of least cross-entropy (temperature scaling; Guo et al. 2017, arXiv 1706.04599)."""
+    """Returns the positive factor of least cross-entropy (temperature scaling, Guo et al. 2017, arXiv 1706.04599)."""
     return float(min(np.logspace(-1, 3, 41), key=lambda factor: cross_entropy(factor * scores, labels)))

@@ -1,4 +1,4 @@
-"""Where a transfer starts from: files and published models become a classifier."""
+"""The classifier that a transfer starts from: a file or a published model."""
 
 import pathlib
 
@@ -19,20 +19,22 @@ _CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".best", ".lates
 
 
 def is_flag_file(source: str) -> bool:
-    """Whether `--source` is a job of its own."""
+    """Returns whether a source is a flag file, whose job makes the classifier."""
     return pathlib.Path(source).suffix == ".cfg"
 
 
 def load_source(source: str, *, architecture: str, image_size: int | None) -> keras.Model:
-    """The classifier that `--source` names: a `.keras` file, a checkpoint of the reference, or a published model.
+    """Loads the classifier that a source names.
 
     Args:
-        source: path or name. A flag file is not resolved here: its job has to be run.
-        architecture: needed for a checkpoint, which doesn't tell it; otherwise "" or what the source must be.
-        image_size: side in pixels for a checkpoint; None takes 224.
+        source: Path of a `.keras` file or of a checkpoint of the reference, or the name of a published model. A flag
+            file is refused, because its job has to run first.
+        architecture: Architecture of the classifier. A checkpoint needs it, because the file does not say it. For other
+            sources "" accepts any.
+        image_size: Height and width of the images for a checkpoint, in pixels. None means 224.
 
     Raises:
-        UserError: nothing of this name, a file that can't be read, or another architecture than asked for.
+        UserError: There is no such source, the file cannot be read, or it has another architecture.
     """
     path = pathlib.Path(source)
     if path.suffix == ".keras":
@@ -40,8 +42,8 @@ def load_source(source: str, *, architecture: str, image_size: int | None) -> ke
     elif path.suffix in _CHECKPOINT_SUFFIXES:
         if not architecture:
             raise UserError(
-                f"A checkpoint does not tell its architecture. Received: --source={source}. Add --architecture=, one "
-                f"of {', '.join(ARCHITECTURES)}."
+                f"A checkpoint does not say which architecture it belongs to. Received: source={source}. Name it by "
+                f"architecture, one of {', '.join(ARCHITECTURES)}."
             )
         checkpoint = read_reference_checkpoint(path)
         classifier = classifier_from_checkpoint(checkpoint, architecture, image_size=image_size or 224)
@@ -49,31 +51,37 @@ def load_source(source: str, *, architecture: str, image_size: int | None) -> ke
         classifier = load_classifier(fetch_published(source))
     elif path.exists() or "/" in source:
         raise UserError(
-            f"--source must be a .keras file, a checkpoint ({', '.join(_CHECKPOINT_SUFFIXES)}), a flag file (.cfg) "
-            f"or the name of a published model. Received: {source}."
+            f"The source must be a .keras file, a checkpoint ({', '.join(_CHECKPOINT_SUFFIXES)}), a flag file (.cfg) "
+            f"or the name of a published model. Received: source={source}."
         )
     else:
         raise unknown_name("source", source, PUBLISHED)
     if architecture and classifier.name != architecture:
         raise UserError(
-            f"The source is a {classifier.name}. Received: --architecture={architecture}. Leave --architecture out, "
-            "or choose another --source."
+            f"The source {source} has the architecture {classifier.name}. Received: architecture={architecture}. Leave "
+            "the architecture out, or choose another source."
         )
     return classifier
 
 
 def published_twin(source: str) -> str:
-    """The standard model to compare a published robust one with.
+    """Returns the name of the published standard model to compare a published robust model with.
+
+    Args:
+        source: Name of the robust model.
 
     Raises:
-        UserError: the source is a file, whose standard twin nobody knows.
+        UserError: The source is a file, whose standard twin is unknown, or a standard model itself.
     """
     if source not in PUBLISHED:
         raise UserError(
-            "--baseline needs a source whose standard twin is known: a flag file, or the name of a published model. "
-            f"Received: --source={source}. Run the transfer a second time from your standard classifier instead."
+            "A baseline needs a source whose standard twin is known: a flag file, or the name of a published model. "
+            f"Received: source={source}. Run the transfer a second time from your standard classifier instead."
         )
     twin = standard_twin(source)
     if twin == source:
-        raise UserError(f"--baseline compares with the standard twin, but --source={source} is the standard one.")
+        raise UserError(
+            "A baseline compares a robust source with its standard twin. "
+            f"Received: source={source}, which is the standard one. Choose a robust source, or leave out the baseline."
+        )
     return twin

@@ -1,7 +1,7 @@
 """The small network of `fixtures/pgd.npz` in Keras, and the inputs of its cases.
 
-The file holds what the PyTorch reference implementation (robustness 1.2.1) computed: for each case the adversarial
-examples of the images 0 and 7 of a batch of 8, channels first, and the losses of all 8 at each iterate.
+The file holds results of the PyTorch reference implementation (robustness 1.2.1). For each case these are the
+adversarial examples for images 0 and 7 of a batch of 8, channels first, and the losses of all 8 at each iterate.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 def build_smallcnn() -> keras.Model:
-    """Convolution, ReLU, 8x8 mean, linear layer; with the reference's weights."""
+    """Returns convolution, ReLU, 8x8 mean and linear layer with the reference's weights."""
     images = keras.Input((32, 32, 3), name="images")
     x = keras.ops.clip(images, 0, 1)
     x = keras.layers.Normalization(mean=MEAN, variance=np.square(STD), axis=-1)(x)
@@ -36,7 +36,7 @@ def build_smallcnn() -> keras.Model:
 
 
 def inputs() -> dict[str, np.ndarray]:
-    """Images and images_oob (8, 32, 32, 3), in [0, 1] and partly outside; labels and targets (8,)."""
+    """Returns images in [0, 1] and images_oob partly outside of it, (8, 32, 32, 3), and labels and targets (8,)."""
     rng = np.random.default_rng(7)
     images = np.clip(rng.uniform(-0.1, 1.1, (8, 3, 32, 32)), 0, 1).astype(np.float32)
     labels = rng.integers(0, 10, 8)

@@ -1,4 +1,4 @@
-"""What every attack must do: the exact answer on linear models, the ball, the pixel range, seeds, batches."""
+"""Properties of every attack: optimal on linear models, within the ball and the pixel range, seeds, batches."""
 
 import functools
 import math
@@ -7,7 +7,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from linear import assert_in_ball, best_score, linear_model, small_batch, small_network, two_classes, without_gradients
+from small_models import (
+    assert_in_ball,
+    best_score,
+    linear_model,
+    small_batch,
+    small_network,
+    two_classes,
+    without_gradients,
+)
 
 from robust_tf.attacks import NORMS, apgd, fab, fgsm, pgd, square
 from robust_tf.attacks.losses import LOSSES, TARGETED_LOSSES, likeliest_targets
@@ -52,8 +60,8 @@ def compiled(name, norm, model):
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
-def test_ball_seed_batch_and_effect(name, norm):
-    """One compiled attack, looked at from all sides."""
+def test_an_attack_stays_in_the_ball_and_depends_only_on_seed_and_image(name, norm):
+    """All these properties are checked in one test, so that each attack is compiled only once."""
     model = small_network()
     images, labels = small_batch(model)
     run = compiled(name, norm, model)
@@ -61,8 +69,8 @@ def test_ball_seed_batch_and_effect(name, norm):
     images_adv = run(images, labels, seeds).numpy()
     assert_in_ball(images_adv, images, norm, EPSILONS[norm])
     robust = model(images_adv).numpy().argmax(axis=1) == labels
-    assert robust.mean() < 0.9  # it fells something, and the strong ones leave something for the next tests
-    # The same images, seeds and labels in other batches, among them of one and of none.
+    assert robust.mean() < 0.9  # the attack fells some images
+    # The same images, seeds and labels in other batches, including an empty one and one of a single image.
     np.testing.assert_array_equal(run(images, labels, seeds), images_adv)
     parts = [run(images[part], labels[part], seeds[part]).numpy() for part in np.split(np.arange(24), [0, 1, 8])]
     alone = np.concatenate(parts)
@@ -71,7 +79,7 @@ def test_ball_seed_batch_and_effect(name, norm):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-@pytest.mark.parametrize("start", [0.5, None])  # the pixel range doesn't matter, or it does
+@pytest.mark.parametrize("start", [0.5, None])  # the pixel range matters only for None
 def test_apgd_finds_the_optimum_of_a_linear_model(norm, start):
     model, weights = two_classes()
     images = np.full((3, 4, 4, 1), 0.5) if start else np.random.default_rng(0).random((3, 4, 4, 1))
@@ -80,8 +88,8 @@ def test_apgd_finds_the_optimum_of_a_linear_model(norm, start):
     images_adv = apgd(model, images, np.ones(3, int), norm=norm, epsilon=epsilon, loss="margin").numpy()
     assert_in_ball(images_adv, images, norm, epsilon)
     expected = [best_score(weights, image, norm, epsilon) for image in images]
-    # Where the pixel range cuts the ball, the l2 "projection" (scale, then clip; the published one) is not the nearest
-    # point, and the sparse steps of l1 stop short: both end a little above the optimum.
+    # Where the pixel range cuts the ball, the published l2 projection (scale, then clip) does not find the nearest
+    # point, and the sparse steps of l1 stop too early. Both end slightly above the optimum.
     tolerance = 1e-3 if start or norm == "linf" else {"l2": 0.03, "l1": 0.15}[norm]
     np.testing.assert_allclose((images_adv * weights).sum(axis=(1, 2, 3)), expected, atol=tolerance)
 
@@ -107,12 +115,12 @@ def test_fab_finds_the_nearest_image_across_a_linear_boundary(norm, targets):
     assert np.all(model(images_adv).numpy().argmax(axis=1) != labels)
     found = NORMS[norm].length(tf.constant(images_adv - images)).numpy().ravel()
     for image, label, length in zip(images, labels, found, strict=True):
-        # Just inside of what was found, no class wins against the label. Untargeted, each step goes to the boundary
-        # that would be the nearest without the pixel range, which is not always the nearest.
+        # Slightly inside the distance found, the label still wins against every class. Without targets each step goes
+        # to the boundary that would be nearest without the pixel range, which is not always the nearest one.
         share = 0.99 if targets else 0.85
         others = [k for k in range(3) if k != label]
         assert all(best_score(weights[label] - weights[k], image, norm, share * length) > 0 for k in others)
-    # A radius just below leaves the image as it is, one above changes nothing.
+    # With a radius below the distance found an image is returned unchanged, with one above it makes no difference.
     radius = float(np.sort(found)[4])
     within = fab(model, images, labels, norm=norm, epsilon=radius * 1.0001, targets=targets).numpy()
     expected = np.where((found <= radius * 1.0001)[:, None, None, None], images_adv, images)
@@ -121,7 +129,7 @@ def test_fab_finds_the_nearest_image_across_a_linear_boundary(norm, targets):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_square_comes_near_the_optimum_of_a_smooth_linear_model(norm):
-    """Neighbouring pixels have like weights: what its patches are made for."""
+    """Neighboring pixels have similar weights, which suits the patches."""
     weights = np.zeros((10, 10, 1), np.float32)
     weights[:5], weights[5:] = 1.0, -1.0
     model = linear_model(np.stack([np.zeros_like(weights), weights]), [0.0, 100.0])
@@ -132,13 +140,13 @@ def test_square_comes_near_the_optimum_of_a_smooth_linear_model(norm):
     assert_in_ball(images_adv, images, norm, epsilon)
     best = best_score(weights, images[0], norm, epsilon)
     reached = (images_adv * weights).sum(axis=(1, 2, 3))
-    # The pyramids of the l2 patches don't add up to a flat field.
+    # The pyramids of the l2 patches do not add up to a flat field.
     assert np.all(reached / best > {"linf": 0.9, "l2": 0.6, "l1": 0.8}[norm])
 
 
 @pytest.mark.parametrize("attack", ["apgd ce", "pgd restarts", "square"])
 def test_more_work_never_helps_the_model(attack):
-    """The mean margin falls with the steps, and no image ends above its clean one."""
+    """The mean margin falls with the number of steps, and no image ends above its clean margin."""
     model = small_network()
     images, labels = small_batch(model)
 
@@ -160,7 +168,7 @@ def test_more_work_never_helps_the_model(attack):
     assert means[-1] < means[0] - 0.5
 
 
-def test_restarts_keep_each_images_worst():
+def test_restarts_keep_the_worst_result_of_each_image():
     model = small_network()
     images, labels = small_batch(model)
     attack = {"norm": "linf", "epsilon": 0.05, "steps": 2, "random_start": True, "seed": 4}
@@ -196,7 +204,7 @@ def test_early_stop_gives_the_same_verdicts():
 
     without = robust(False, steps=20)
     assert 0.1 < without.mean() < 0.9
-    # An early stop can only find more: the run that goes on may come back to a right prediction.
+    # Without an early stop a run may come back to a correct prediction, so it fells no more images.
     assert np.all(robust(True, steps=20) <= without)
     assert np.mean(robust(True, steps=20) != without) < 0.1
 
@@ -210,13 +218,13 @@ def test_square_works_on_a_model_without_gradients():
     def robust(images_adv):
         return np.mean(model(images_adv).numpy().argmax(axis=1) == labels)
 
-    assert robust(apgd(model, images, labels, steps=10, **threat_model)) > 0.6  # its random start alone
+    assert robust(apgd(model, images, labels, steps=10, **threat_model)) > 0.6  # only its random start helps
     assert robust(square(model, images, labels, queries=300, **threat_model)) < 0.2
 
 
 @pytest.mark.parametrize("attack", [apgd, fab, square, fgsm, functools.partial(pgd, steps=2)])
-def test_a_callable_of_which_a_graph_knows_nothing_is_attacked(attack):
-    """Black-box code, called from the graph: it has no gradient, and no shape until it has run."""
+def test_a_black_box_is_attacked(attack):
+    """Code that the graph calls has no gradient, and its output has no known shape."""
     network = small_network()
     images, labels = small_batch(network)
 
@@ -240,7 +248,7 @@ def test_a_seed_is_any_integer_or_a_pair_for_each_image(seed):
     assert np.any(pgd(model, images, labels, seed=8, **attack) != expected)
 
 
-def test_random_models_get_averaged_gradients():
+def test_averaged_gradients_help_against_a_random_model():
     smooth = small_network()
     images, labels = small_batch(smooth)
 
@@ -267,7 +275,7 @@ def test_losses_of_known_logits():
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_few_classes_are_attacked_all_the_same(classes):
+def test_models_with_few_classes_are_attacked(classes):
     model = small_network(classes)
     images, labels = small_batch(model)
     attack = {"norm": "l2", "epsilon": 0.5, "steps": 5, "loss": "dlr"}
@@ -276,7 +284,7 @@ def test_few_classes_are_attacked_all_the_same(classes):
         assert np.mean(model(images_adv).numpy().argmax(axis=1) == labels) < 0.6
 
 
-def test_statistics_of_batchnorm_are_untouched():
+def test_attacks_leave_the_statistics_of_batchnorm_unchanged():
     classifier = keras.Sequential(
         [keras.Input((8, 8, 1)), keras.layers.BatchNormalization(), keras.layers.Flatten(), keras.layers.Dense(4)]
     )
@@ -312,7 +320,7 @@ def test_statistics_of_batchnorm_are_untouched():
         ({"model": lambda x: tf.reshape(x, (-1, 64))[:, :1], "labels": np.zeros(2, int)}, "2 classes or more"),
     ],
 )
-def test_bad_input_is_named(attack, change, message):
+def test_wrong_inputs_are_refused_by_value(attack, change, message):
     arguments = {
         "model": small_network(),
         "images": np.zeros((2, 8, 8, 1), np.float32),
@@ -339,7 +347,7 @@ def test_bad_input_is_named(attack, change, message):
         (pgd, {"steps": 3, "epsilon": math.inf}, "epsilon=inf"),
     ],
 )
-def test_bad_options_are_named(attack, options, message):
+def test_wrong_options_are_refused_by_value(attack, options, message):
     arguments = {"norm": "l2", "epsilon": 0.5, **options}
     with pytest.raises(UserError, match=message):
         attack(small_network(), np.zeros((2, 8, 8, 1), np.float32), np.array([0, 1]), **arguments)

@@ -1,4 +1,4 @@
-"""PGD against the PyTorch reference, and the properties that every attack must have."""
+"""PGD compared with the PyTorch reference, and its properties in float32 and in mixed precision."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from robust_tf.attacks import AttackConfig, pgd, run_pgd
 from robust_tf.attacks.losses import find_loss, slope_of
 from robust_tf.errors import UserError
 
-# case -> (norm, epsilon, step_size, steps); the reference's settings
+# Settings of each case of the reference: (norm, epsilon, step_size, steps).
 CASES = {
     "l2_1step": ("l2", 0.5, 0.1, 1),
     "linf_1step": ("linf", 8 / 255, 2 / 255, 1),
@@ -33,7 +33,7 @@ def classifier():
 
 
 def linear_model(weight: np.ndarray):
-    """Two-class logits (0, <weight, image>) for images of one channel."""
+    """Returns a model with the logits (0, <weight, image>) for images of one channel."""
     weight = tf.constant(weight.reshape(-1, 1), tf.float32)
 
     def logits(images: tf.Tensor) -> tf.Tensor:
@@ -43,11 +43,12 @@ def linear_model(weight: np.ndarray):
     return logits
 
 
-# The reference run has the one-step cases without use_best only.
+# The reference has the one-step cases only without use_best.
+@pytest.mark.filterwarnings("ignore:The images have values from:robust_tf.errors.AttackWarning")  # the cases "oob"
 @pytest.mark.parametrize(
     ("case", "use_best"), [(case, best) for case in CASES for best in (True, False) if not (best and "1step" in case)]
 )
-def test_equals_the_reference(classifier, case, use_best):
+def test_pgd_equals_the_reference(classifier, case, use_best):
     norm, epsilon, step_size, steps = CASES[case]
     data, arrays = inputs(), golden()
     images = data["images_oob" if case.endswith("oob") else "images"]
@@ -63,12 +64,12 @@ def test_equals_the_reference(classifier, case, use_best):
         use_best=use_best,
         targeted=targeted,
     )
-    # Where use_best made no difference only one of the two is stored.
+    # If use_best makes no difference, only one of the two results is stored.
     expected = arrays.get(f"{case}/use_best={int(use_best)}/images_adv", arrays.get(f"{case}/use_best=1/images_adv"))
     difference = np.abs(images_adv.numpy()[list(STORED_IMAGES)] - expected.transpose(0, 2, 3, 1))
     if norm == "l2":
         assert difference.max() < 1e-5
-    else:  # where a gradient is nearly 0 its sign may differ by rounding
+    else:  # rounding may change the sign of a gradient that is nearly 0
         assert (difference > 1e-5).sum() <= 3
 
 
@@ -96,7 +97,7 @@ def test_iterates_have_the_losses_of_the_reference(classifier, case):
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("random_start", [True, False])
-def test_result_is_in_the_ball_and_in_the_pixel_range(classifier, norm, random_start):
+def test_the_result_is_in_the_ball_and_in_the_pixel_range(classifier, norm, random_start):
     data = inputs()
     epsilon = {"l2": 2.0, "linf": 0.1}[norm]
     images_adv = pgd(
@@ -118,10 +119,10 @@ def test_result_is_in_the_ball_and_in_the_pixel_range(classifier, norm, random_s
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_finds_the_exact_optimum_of_a_linear_model(norm):
+def test_pgd_finds_the_optimum_of_a_linear_model(norm):
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((4, 4)).astype(np.float32)
-    images = np.full((3, 4, 4, 1), 0.5, np.float32)  # so far from 0 and 1 that the pixel range doesn't matter
+    images = np.full((3, 4, 4, 1), 0.5, np.float32)  # far enough from 0 and 1 for the pixel range not to matter
     images_adv = pgd(
         linear_model(weight), images, np.ones(3, int), norm=norm, epsilon=0.1, step_size=0.03, steps=10
     ).numpy()
@@ -129,7 +130,7 @@ def test_finds_the_exact_optimum_of_a_linear_model(norm):
     np.testing.assert_allclose(images_adv, images - 0.1 * steepest[None, :, :, None], atol=1e-5)
 
 
-def test_epsilon_zero_gives_the_images_back(classifier):
+def test_epsilon_zero_returns_the_images(classifier):
     data = inputs()
     images_adv = pgd(classifier, data["images"], data["labels"], norm="linf", epsilon=0.0, step_size=0.1, steps=5)
     np.testing.assert_array_equal(images_adv, data["images"])
@@ -137,7 +138,7 @@ def test_epsilon_zero_gives_the_images_back(classifier):
 
 def test_use_best_never_ends_below_the_clean_loss(classifier):
     data = inputs()
-    attack = {"norm": "l2", "epsilon": 8.0, "step_size": 40.0, "steps": 3}  # absurd steps that often miss
+    attack = {"norm": "l2", "epsilon": 8.0, "step_size": 40.0, "steps": 3}  # steps that are far too long
     images_adv = pgd(classifier, data["images"], data["labels"], **attack)
 
     def loss(images):
@@ -146,7 +147,7 @@ def test_use_best_never_ends_below_the_clean_loss(classifier):
     assert np.all(loss(images_adv) >= loss(data["images"]))
 
 
-def test_an_images_example_does_not_depend_on_its_batch(classifier):
+def test_the_result_for_an_image_does_not_depend_on_its_batch(classifier):
     data = inputs()
     attack = {"norm": "l2", "epsilon": 0.5, "step_size": 0.1, "steps": 7}
     together = pgd(classifier, data["images"], data["labels"], **attack)
@@ -156,7 +157,7 @@ def test_an_images_example_does_not_depend_on_its_batch(classifier):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_graph_equals_eager(classifier, jit_compile):
+def test_a_graph_gives_the_same_result_as_an_eager_call(classifier, jit_compile):
     data = inputs()
     images, labels = tf.constant(data["images"]), tf.constant(data["labels"])
     attack = {"norm": "l2", "epsilon": 1.0, "step_size": 0.3, "steps": 5}
@@ -164,7 +165,7 @@ def test_graph_equals_eager(classifier, jit_compile):
     np.testing.assert_allclose(compiled(images, labels), pgd(classifier, images, labels, **attack), atol=1e-5)
 
 
-def test_random_start_is_decided_by_the_seed(classifier):
+def test_the_seed_decides_the_random_start(classifier):
     data = inputs()
 
     def attacked(seed):
@@ -186,7 +187,7 @@ def test_random_start_is_decided_by_the_seed(classifier):
     assert np.abs(attacked(None) - attacked(None)).mean() > 0.03
 
 
-def test_l2_random_start_lies_on_the_sphere(classifier):
+def test_the_random_start_for_l2_lies_on_the_sphere(classifier):
     images = np.full((4, 32, 32, 3), 0.5, np.float32)
     images_adv = pgd(
         classifier,
@@ -204,7 +205,7 @@ def test_l2_random_start_lies_on_the_sphere(classifier):
     np.testing.assert_allclose(norms, 1.0, atol=1e-4)
 
 
-def test_statistics_of_batchnorm_are_untouched():
+def test_pgd_leaves_the_statistics_of_batchnorm_unchanged():
     classifier = keras.Sequential(
         [keras.Input((8, 8, 3)), keras.layers.BatchNormalization(), keras.layers.Flatten(), keras.layers.Dense(3)]
     )
@@ -215,7 +216,7 @@ def test_statistics_of_batchnorm_are_untouched():
         np.testing.assert_array_equal(variable, value)
 
 
-def test_start_is_reported_for_the_clean_images(classifier):
+def test_loss_and_correctness_at_the_start_belong_to_the_clean_images(classifier):
     data = inputs()
     attack = AttackConfig(norm="l2", epsilon=1.0, step_size=0.3, steps=3)
     result = run_pgd(classifier, data["images"], data["labels"], attack=attack)
@@ -226,11 +227,11 @@ def test_start_is_reported_for_the_clean_images(classifier):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_attack_under_mixed_precision_is_as_strong_as_in_float32(policy):
-    """A gradient that underflows would leave zeros, and a weaker attack."""
+def test_the_attack_is_as_strong_in_mixed_precision_as_in_float32(policy):
+    """Gradients that underflow to zero would make the attack weaker."""
     keras.config.set_dtype_policy(policy)
     low = build_smallcnn()
-    # Logits scaled down by 2^-12 have gradients that float16 can't hold unscaled.
+    # Logits scaled down by 2^-12 have gradients that underflow in float16 if they are not scaled.
     kernel, bias = low.get_layer("fc").get_weights()
     low.get_layer("fc").set_weights([kernel * 2.0**-12, bias * 2.0**-12])
     keras.config.set_dtype_policy("float32")
@@ -251,8 +252,8 @@ def test_attack_under_mixed_precision_is_as_strong_as_in_float32(policy):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_images_that_the_network_is_sure_of_keep_their_gradient_in_mixed_precision(policy):
-    """Such a small slope is lost in float16 under any scale that suits the other images."""
+def test_images_with_a_sure_prediction_keep_their_gradient_in_mixed_precision(policy):
+    """Float16 would lose such a small slope under any scale that suits the other images."""
     directions = {}
     for name in ("float32", policy):
         keras.config.set_dtype_policy(name)

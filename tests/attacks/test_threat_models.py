@@ -1,11 +1,15 @@
-"""The geometry against slow, independent solutions: inside, on and outside of the ball; hyperplanes within [0, 1]."""
+"""The geometry of the norms, compared with slow, independent solutions."""
+
+import typing
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from linear import best_score
+from small_models import best_score
 
-from robust_tf.attacks.threat_models import DUAL_NORMS, HYPERPLANE_PROJECTIONS, NORMS
+from robust_tf.attacks.square import SQUARE_NORMS
+from robust_tf.attacks.threat_models import NORMS, PGD_NORMS
+from robust_tf.config.names import AttackNorm
 
 EPSILONS = {"linf": 0.1, "l2": 0.6, "l1": 1.5}
 
@@ -16,8 +20,13 @@ def images_and_points(seed=0, spread=0.5):
     return images, images + spread * rng.standard_normal(images.shape).astype(np.float32)
 
 
+def test_every_norm_has_a_name_and_a_radius_in_these_tests():
+    assert set(NORMS) == set(typing.get_args(AttackNorm)) == set(EPSILONS)
+    assert set(PGD_NORMS) <= set(NORMS) and set(SQUARE_NORMS) <= set(NORMS)
+
+
 @pytest.mark.parametrize("norm", NORMS)
-def test_what_is_inside_stays(norm):
+def test_points_inside_the_ball_stay_where_they_are(norm):
     images, _ = images_and_points()
     inside = np.clip(images + 0.01, 0, 1)
     np.testing.assert_allclose(NORMS[norm].project(inside, images, EPSILONS[norm]), inside, atol=1e-7)
@@ -25,7 +34,7 @@ def test_what_is_inside_stays(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("spread", [1e-6, 0.5, 100.0])
-def test_what_is_outside_comes_into_the_ball(norm, spread):
+def test_points_outside_are_moved_into_the_ball_and_the_pixel_range(norm, spread):
     images, points = images_and_points(spread=spread)
     projected = NORMS[norm].project(points, images, EPSILONS[norm]).numpy()
     lengths = NORMS[norm].length(tf.constant(projected.astype(np.float64) - images))
@@ -38,7 +47,7 @@ def test_what_is_outside_comes_into_the_ball(norm, spread):
 )
 @pytest.mark.parametrize("value", [0.5, 0.9])
 def test_rounding_does_not_add_up_over_a_large_image(norm, epsilon, value):
-    """Where all pixels are alike they are rounded alike."""
+    """Equal pixels are all rounded in the same direction."""
     images = np.full((2, 224, 224, 3), value, np.float32)
     rng = np.random.default_rng(0)
     for move in (0.02 * rng.standard_normal(images.shape), np.sign(rng.standard_normal(images.shape)) * 0.1):
@@ -49,7 +58,7 @@ def test_rounding_does_not_add_up_over_a_large_image(norm, epsilon, value):
 
 
 def test_l1_projection_is_the_nearest_point():
-    """Optimality of a convex problem: no point of the set lies on the other side of the projection."""
+    """By the optimality condition of a convex problem no point of the set lies on the other side of the projection."""
     images, points = images_and_points()
     projected = NORMS["l1"].project(points, images, 1.5).numpy().astype(np.float64)
     np.testing.assert_allclose(np.abs(projected - images).sum(axis=(1, 2, 3)), 1.5, atol=1e-4)
@@ -62,24 +71,24 @@ def test_l1_projection_is_the_nearest_point():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_an_images_random_start_is_its_own(norm):
+def test_the_random_start_of_an_image_does_not_depend_on_its_batch(norm):
     images, _ = images_and_points()
     seeds = np.array([[7, number] for number in range(6)], np.int32)
     together = NORMS[norm].random_start(images, EPSILONS[norm], tf.constant(seeds)).numpy()
     backwards = NORMS[norm].random_start(images[::-1], EPSILONS[norm], tf.constant(seeds[::-1])).numpy()[::-1]
     np.testing.assert_array_equal(together, backwards)
     noise = together - images
-    assert np.abs(noise[0] - noise[1]).max() > 0.01  # another seed, another start
+    assert np.abs(noise[0] - noise[1]).max() > 0.01  # different seeds give different starts
 
 
-@pytest.mark.parametrize("norm", HYPERPLANE_PROJECTIONS)
-def test_reaches_the_hyperplane_by_the_shortest_way(norm):
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_move_to_a_hyperplane_reaches_it_by_the_shortest_way(norm):
     rng = np.random.default_rng(0)
     points = rng.random((40, 3, 3, 2)).astype(np.float32)
     normal = rng.standard_normal(points.shape).astype(np.float32)
     normal[:, 0, 0] = 0.0
     value = (rng.uniform(-1, 1, 40) * 2.5).astype(np.float32)
-    move = HYPERPLANE_PROJECTIONS[norm](points, normal, tf.constant(value[:, None, None, None])).numpy()
+    move = NORMS[norm].to_hyperplane(points, normal, tf.constant(value[:, None, None, None])).numpy()
     reached = value + (normal * move).sum(axis=(1, 2, 3))
     np.testing.assert_allclose(reached, 0, atol=1e-5)
     assert (points + move).min() >= -1e-6 and (points + move).max() <= 1 + 1e-6
@@ -91,30 +100,30 @@ def test_reaches_the_hyperplane_by_the_shortest_way(norm):
         assert abs(value[i]) + shorter - score > 0
 
 
-@pytest.mark.parametrize("norm", HYPERPLANE_PROJECTIONS)
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("scale", [1e-18, 1.0, 1e12])
-def test_a_hyperplane_has_no_scale(norm, scale):
+def test_the_scale_of_a_hyperplane_does_not_matter(norm, scale):
     images, _ = images_and_points()
     normal = np.random.default_rng(1).standard_normal(images.shape).astype(np.float32)
     value = np.full((6, 1, 1, 1), 0.7, np.float32)
-    expected = HYPERPLANE_PROJECTIONS[norm](images, normal, tf.constant(value))
-    scaled = HYPERPLANE_PROJECTIONS[norm](images, scale * normal, tf.constant(np.float32(scale) * value))
+    expected = NORMS[norm].to_hyperplane(images, normal, tf.constant(value))
+    scaled = NORMS[norm].to_hyperplane(images, scale * normal, tf.constant(np.float32(scale) * value))
     np.testing.assert_allclose(scaled, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", HYPERPLANE_PROJECTIONS)
-def test_out_of_reach_goes_to_the_corner(norm):
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_hyperplane_out_of_reach_is_approached_up_to_the_corner(norm):
     normal = np.random.default_rng(1).standard_normal((1, 3, 3, 1)).astype(np.float32)
     points = np.full((1, 3, 3, 1), 0.3, np.float32)
-    move = HYPERPLANE_PROJECTIONS[norm](points, normal, tf.constant([[[[1000.0]]]]))
+    move = NORMS[norm].to_hyperplane(points, normal, tf.constant([[[[1000.0]]]]))
     np.testing.assert_allclose(points + move, normal < 0, atol=1e-6)
-    flat = HYPERPLANE_PROJECTIONS[norm](points, np.zeros_like(points), tf.constant([[[[1.0]]]]))
+    flat = NORMS[norm].to_hyperplane(points, np.zeros_like(points), tf.constant([[[[1.0]]]]))
     np.testing.assert_array_equal(flat, np.zeros_like(points))
 
 
-@pytest.mark.parametrize("norm", DUAL_NORMS)
-def test_dual_norm_is_the_best_gain_of_a_unit_step(norm):
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_dual_norm_is_the_best_gain_of_a_unit_step(norm):
     gradient = np.random.default_rng(0).standard_normal((1, 3, 3, 1)).astype(np.float32)
     image = np.full((3, 3, 1), 0.5)
     gain = (gradient[0] * image).sum() - best_score(gradient[0], image, norm, 0.1)
-    np.testing.assert_allclose(0.1 * DUAL_NORMS[norm](gradient)[0, 0, 0, 0], gain, rtol=1e-5)
+    np.testing.assert_allclose(0.1 * NORMS[norm].dual_length(gradient)[0, 0, 0, 0], gain, rtol=1e-5)

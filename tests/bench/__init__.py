@@ -1,1 +1,1 @@
-"""Benchmarks: run by hand on a quiet machine, never part of the test-suite."""
+"""Benchmarks, to be run by hand on a quiet machine. They are not part of the tests."""

@@ -1,11 +1,11 @@
-"""Times the adversarial training step beside its floor: the same passes, each timed bare on the same model.
+"""Compares the time of an adversarial training step with its floor: the same passes, timed alone on the same model.
 
     python -m tests.bench.adversarial_step [--cases=resnet18_64,cifar_resnet18_32] [--precision=float32] [--steps=3,7]
         [--norms=l2] [--quick]
 
-With and without `use_best`, which keeps the iterate of the greatest loss and takes one more forward pass for it. The
-shapes are those at which the PyTorch reference library was timed. All cases of one model run in one process and take
-turns. Peak memory is that of a fresh process for each kind of step (--memory).
+Each step is timed with and without `use_best`, which keeps the iterate with the highest loss and needs one more forward
+pass. The PyTorch reference library was timed with the same models and batches. All cases of one model take turns in one
+process. With --memory, a new process measures the peak memory of each kind of step.
 """
 
 from robust_tf.environment import set_tensorflow_defaults
@@ -31,7 +31,7 @@ from tests.bench.timing import interleaved, peak_memory  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One model and batch, with the attack that the reference timings have for it."""
+    """A model, a batch and an attack, as in the timings of the reference library."""
 
     architecture: str
     num_classes: int
@@ -45,14 +45,14 @@ SHAPES = {
     "resnet20_32": Shape("resnet20", 10, 32, 128, 1.0, 0.2),
     "resnet18_64": Shape("resnet18", 1000, 64, 32, 3.0, 2.0),
     "cifar_resnet18_32": Shape("cifar_resnet18", 10, 32, 64, 0.5, 0.1),
-    "resnet50_224": Shape("resnet50", 1000, 224, 8, 3.0, 0.5),  # for its first call: --steps=20 --repeats=1
+    "resnet50_224": Shape("resnet50", 1000, 224, 8, 3.0, 0.5),  # for the time of its first call: --steps=20 --repeats=1
 }
-LINF = (8 / 255, 2 / 255)  # epsilon and step size, of all shapes
+LINF = (8 / 255, 2 / 255)  # epsilon and step size, for every shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A kind of training step; with 0 steps of the attack, standard training."""
+    """A kind of training step. With 0 steps of the attack it is a standard training step."""
 
     steps: int
     norm: str = "l2"
@@ -70,14 +70,18 @@ STANDARD = Step(0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="resnet20_32,resnet18_64,cifar_resnet18_32", help="names, with commas")
-    parser.add_argument("--precision", default="float32,mixed_bfloat16", help="policies, with commas")
-    parser.add_argument("--steps", default="1,3,7", help="of the attack, with commas")
-    parser.add_argument("--norms", default="l2,linf", help="of the attack, with commas")
+    parser.add_argument(
+        "--cases", default="resnet20_32,resnet18_64,cifar_resnet18_32", help="Names of models, separated by commas."
+    )
+    parser.add_argument("--precision", default="float32,mixed_bfloat16", help="Dtype policies, separated by commas.")
+    parser.add_argument("--steps", default="1,3,7", help="Numbers of attack steps, separated by commas.")
+    parser.add_argument("--norms", default="l2,linf", help="Norms of the attack, separated by commas.")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="batches of 2, two repeats: only to see that it runs")
-    parser.add_argument("--memory", action="store_true", help="also the peak memory of each step, in new processes")
-    parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # title of a step; what the new processes are told
+    parser.add_argument(
+        "--quick", action="store_true", help="Use batches of 2 and 2 repeats, only to see that it runs."
+    )
+    parser.add_argument("--memory", action="store_true", help="Also measure the peak memory of each step.")
+    parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # title of the step that a new process measures
     arguments = parser.parse_args()
     kinds = [
         Step(int(steps), norm, use_best)

@@ -1,9 +1,10 @@
-"""Inference and training step of our ResNets beside `keras.applications.ResNet50`: same images, one process.
+"""Compares the speed of our ResNets with `keras.applications.ResNet50`, for inference and for a training step.
 
     python -m tests.bench.architectures [--quick]
 
-Ours clip and normalise the images too; those of keras.applications do not. "As exported": with BatchNorm folded into
-the convolutions, as in the SavedModels that `robust_tf.export` writes.
+All models run on the same images in one process. Ours also clip and normalize the images, which the model of
+keras.applications does not. "As exported" means with BatchNorm folded into the convolutions, as in the SavedModels that
+`robust_tf.export` writes.
 """
 
 from robust_tf.environment import set_tensorflow_defaults
@@ -28,7 +29,7 @@ BASELINE = "keras.applications.ResNet50"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny images, two repeats: only to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="Use tiny images and 2 repeats, only to see that it runs.")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=11)
@@ -49,8 +50,8 @@ def main() -> None:
     }
     exported = {f"{name}, as exported": fold_batch_norm(classifiers[name]) for name in ("resnet50", "resnet18")}
     for title, case in (("inference", _inference), ("training step", _training)):
-        those = classifiers | exported if case is _inference else classifiers
-        cases = {name: case(classifier, images, labels) for name, classifier in those.items()}
+        compared = classifiers | exported if case is _inference else classifiers
+        cases = {name: case(classifier, images, labels) for name, classifier in compared.items()}
         timings = interleaved(cases, repeats=arguments.repeats, warmup=2)
         print(f"\n{title}, batch {arguments.batch_size}, {shape[0]}x{shape[1]}, median of {arguments.repeats}")
         print(f"{'':30}{'s/step':>10}{'images/s':>10}{'ratio':>8}{'first s':>10}")

@@ -1,11 +1,11 @@
-"""Times PGD-20 and APGD beside foolbox and torchattacks: same weights, same images, same steps, all in one process.
+"""Compares the speed of PGD-20 and APGD with foolbox and torchattacks: same weights, images and steps, in one process.
 
     python -m tests.bench.attacks [--batch_size=32] [--repeats=5] [--threads=2] [--quick]
 
-ResNet-18 on 64x64 images with 1000 classes. Beside robust_tf it needs foolbox (its TensorFlow backend), and torch,
-torchvision and torchattacks; what can't be imported is left out. Every image goes through all steps (no early stop),
-and the cases take turns. foolbox calls the model eagerly, as its documentation shows, and also a tf.function of it.
-The last table is about the early stop: the same attack when it may leave out what has fallen.
+The model is a ResNet-18 for 64x64 images and 1000 classes. The comparison needs foolbox (for its TensorFlow backend),
+torch, torchvision and torchattacks; a library that cannot be imported is left out. Every image goes through all steps,
+without an early stop, and the cases take turns. foolbox calls the model eagerly, as its documentation shows, and in a
+second case a `tf.function` of the model. The last table shows the same attacks with an early stop.
 """
 
 from robust_tf.environment import set_tensorflow_defaults
@@ -34,13 +34,13 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="batches of 2, one repeat: only to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="Use batches of 2 and 1 repeat, only to see that it runs.")
     arguments = parser.parse_args()
     batch_size, repeats = (2, 1) if arguments.quick else (arguments.batch_size, arguments.repeats)
     tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
     classifier = build_classifier("resnet18", 1000, image_size=64, mean=MEAN, std=STD)
     images = np.random.default_rng(0).random((batch_size, 64, 64, 3)).astype(np.float32)
-    # Its own predictions: an attack that starts at a wrong prediction may have nothing to do.
+    # The labels are the predictions: an attack on an image that is already misclassified may have nothing to do.
     labels = classifier.predict(images, verbose=0).argmax(axis=-1).astype(np.int32)
     cases = _ours(classifier, images, labels, early_stop=False)
     if importlib.util.find_spec("foolbox"):
@@ -49,7 +49,12 @@ def main() -> None:
         cases |= _torchattacks(classifier, images, labels, arguments.threads)
     _report(f"ResNet-18, 64x64, batch {batch_size}, float32, {arguments.threads} threads", cases, batch_size, repeats)
     stopping = _ours(classifier, images, labels, early_stop=True)
-    _report("The same with early_stop (a random network: nearly all fall at once)", stopping, batch_size, repeats)
+    _report(
+        "The same with early_stop (nearly all images of this untrained network fall at once)",
+        stopping,
+        batch_size,
+        repeats,
+    )
 
 
 def _report(title: str, cases: dict[str, Callable[[], object]], batch_size: int, repeats: int) -> None:
@@ -69,7 +74,7 @@ def _ours(
 
     @tf.function
     def run_pgd(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-        # The last iterate, not the best one: what the others give.
+        # The last iterate, which the other libraries return, instead of the best one.
         return pgd(classifier, x, y, norm="l2", epsilon=EPSILON, steps=PGD_STEPS, use_best=False, early_stop=early_stop)
 
     @tf.function
@@ -97,7 +102,7 @@ def _foolbox(classifier: keras.Model, images: np.ndarray, labels: np.ndarray) ->
 
     def case(model: object) -> Callable[[], object]:
         wrapped = foolbox.TensorFlowModel(model, bounds=(0, 1), device="/CPU:0")
-        # `run` alone: without the checks of the result that `__call__` adds.
+        # `run` leaves out the checks of the result that `__call__` adds.
         return lambda: attack.run(wrapped, x, foolbox.criteria.Misclassification(y), epsilon=EPSILON).numpy()
 
     return {f"PGD-{PGD_STEPS} foolbox": case(classifier), f"PGD-{PGD_STEPS} foolbox, tf.function": case(Compiled())}
@@ -114,7 +119,7 @@ def _torchattacks(
     network = torchvision.models.resnet18(num_classes=1000)
     network.load_state_dict({key: torch.from_numpy(array) for key, array in to_reference_state(classifier).items()})
 
-    class Normalised(torch.nn.Module):
+    class Normalized(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.network = network
@@ -124,7 +129,7 @@ def _torchattacks(
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.network((images.clamp(0, 1) - self.mean) / self.std)
 
-    model = Normalised().eval().requires_grad_(False)
+    model = Normalized().eval().requires_grad_(False)
     x, y = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels.astype(np.int64))
     with torch.no_grad():
         difference = np.abs(model(x).numpy() - classifier.predict(images, verbose=0)).max()

@@ -1,10 +1,11 @@
-"""The reference's recipe for the head of a frozen backbone: on the images, and on stored features. Time and accuracy.
+"""Compares training the head of a frozen backbone on images and on cached features, in time and in accuracy.
 
     python -m tests.bench.features --source=SOURCE.keras [--dataset=digits] [--views=4] [--seeds=3] [--epochs=150]
 
-SGD, batch 64, learning rate 0.01 divided by 10 every 50 epochs, momentum 0.9, weight decay 5e-4 (Salman et al. 2020,
-appendix A.2). Both jobs go through the `train` command in one run, one after the other; the features are computed anew
-for every seed, and their time counts. The other heads then find them stored.
+The recipe is the one of the reference: SGD, batch 64, a learning rate of 0.01 that is divided by 10 every 50 epochs,
+momentum 0.9 and weight decay 5e-4 (Salman et al. 2020, appendix A.2). All jobs run one after the other, as `train` runs
+them. The features are computed anew for each seed, and the time for that counts. The jobs called "features stored" then
+find them in the cache.
 """
 
 import argparse
@@ -15,13 +16,13 @@ import tempfile
 import time
 from typing import Any
 
-from robust_tf import train
 from robust_tf.config.job import JobConfig
+from robust_tf.job.run import run_job
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="classifier.keras of a finished job")
+    parser.add_argument("--source", required=True, help="The classifier.keras of a finished job.")
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--data_dir", default="")
     parser.add_argument("--views", type=int, default=4)
@@ -51,7 +52,7 @@ def _run(
     arguments: argparse.Namespace, folder: pathlib.Path, name: str, seed: int, flags: dict[str, Any]
 ) -> dict[str, Any]:
     workdir = folder / f"{name} {seed}"
-    config = JobConfig(
+    config = JobConfig.from_flags(
         task="transfer",
         source=arguments.source,
         dataset=arguments.dataset,
@@ -67,7 +68,7 @@ def _run(
         **flags,
     )
     start = time.perf_counter()
-    train.run_job(config)
+    run_job(config)
     seconds = time.perf_counter() - start
     return {**json.loads((workdir / "results.json").read_text(encoding="utf-8")), "job_seconds": seconds}
 
@@ -79,7 +80,7 @@ def _report(rows: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace
         f"images, {first[0]['architecture']} at {first[0]['image_size']} pixels, {arguments.epochs} epochs, "
         f"{arguments.views} views, mean of {arguments.seeds} seeds"
     )
-    print(f"{'':26}{first[0]['metric']:>24}{'difference':>12}{'training s':>12}{'times less':>12}{'whole job s':>13}")
+    print(f"{'':26}{first[0]['metric']:>24}{'difference':>12}{'training s':>12}{'speed-up':>12}{'whole job s':>13}")
     for name, results in rows.items():
         value, reference = (_mean(each, _metric_key(each[0])) for each in (results, first))
         seconds, reference_seconds = _mean(results, "seconds"), _mean(first, "seconds")

@@ -1,10 +1,10 @@
-"""Images a second of the training pipeline beside a loop as PyTorch programs have it: Pillow in worker processes.
+"""Compares the speed of the training pipeline with Pillow in worker processes, as in PyTorch programs.
 
     python -m tests.bench.pipeline [--images=2048] [--rounds=5] [--workers=2] [--memory]
 
-JPEG files of 500x375 become random 224-pixel crops, flipped at random, float32 in [0, 1], in batches of 64. Both take
-turns in one run. The loop hands its batches over in shared memory, as PyTorch's DataLoader does. --memory: the size
-of a process that reads 20,000 images.
+Both read JPEG files of 500x375 pixels and return random 224-pixel crops, flipped at random, as float32 in [0, 1] in
+batches of 64. They take turns in one run. The worker processes pass their batches on in shared memory, as PyTorch's
+DataLoader does. With --memory, the program also shows how a process grows that reads 20,000 images.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from multiprocessing import shared_memory
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,12 +29,12 @@ MEMORY_IMAGES = 20_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2048, help="in each round")
+    parser.add_argument("--images", type=int, default=2048, help="Number of images in each round.")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="processes of the loop")
+    parser.add_argument("--workers", type=int, default=2, help="Number of worker processes that run Pillow.")
     parser.add_argument("--augmentation", default="random_resized_crop")
-    parser.add_argument("--memory", action="store_true", help="also how the size of the process develops")
-    parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # folder; what the process that is watched is told
+    parser.add_argument("--memory", action="store_true", help="Also show how the memory of a process develops.")
+    parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # folder with the images that the watched process reads
     arguments = parser.parse_args()
     if arguments.memory_of:
         _watch_memory(pathlib.Path(arguments.memory_of), arguments.augmentation)
@@ -70,17 +71,20 @@ def _compare(folder: pathlib.Path, arguments: argparse.Namespace) -> None:
 # Ours ------------------------------------------------------------------------------------------------------------
 
 
-def _pipeline(folder: pathlib.Path, *, epochs: int, augmentation: str):  # type: ignore[no-untyped-def]
+def _pipeline(folder: pathlib.Path, *, epochs: int, augmentation: str) -> Any:
+    """A `tf.data.Dataset`. TensorFlow is imported here, since the workers of the loop start faster without it."""
     from robust_tf.environment import set_tensorflow_defaults
 
     set_tensorflow_defaults()
+    from robust_tf.config.data import DataConfig
     from robust_tf.data import load_task
 
-    task = load_task(f"folder:{folder}", batch_size=BATCH, image_size=SIZE, augmentation=augmentation, cache="none")
+    data = DataConfig(dataset=f"folder:{folder}", image_size=SIZE, augmentation=augmentation, cache="none")
+    task = load_task(data, batch_size=BATCH)
     return task.train(first_epoch=0, epochs=2 * epochs)  # what is held out leaves a little less in each
 
 
-def _consume(dataset, batches: int) -> None:  # type: ignore[no-untyped-def]
+def _consume(dataset: Any, batches: int) -> None:
     for images, _ in dataset.take(batches):
         if images.shape[1:] != (SIZE, SIZE, 3):
             raise AssertionError(images.shape)
@@ -108,7 +112,7 @@ def _resident_mib() -> float:
 
 
 class PillowLoop:
-    """Worker processes that fill slots of shared memory with batches; two batches wait for each worker."""
+    """Worker processes that write batches to slots of shared memory. There are two slots for each worker."""
 
     def __init__(self, paths: list[str], workers: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -127,7 +131,7 @@ class PillowLoop:
             worker.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         for _ in self._workers:
             self._tasks.put(None)
         for worker in self._workers:
@@ -150,7 +154,7 @@ class PillowLoop:
             received += 1
 
 
-def _work(memory_name: str, tasks, done) -> None:  # type: ignore[no-untyped-def]
+def _work(memory_name: str, tasks: multiprocessing.Queue, done: multiprocessing.Queue) -> None:
     memory = shared_memory.SharedMemory(name=memory_name)
     while (task := tasks.get()) is not None:
         slot, paths = task

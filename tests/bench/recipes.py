@@ -1,11 +1,11 @@
-"""The recipes of adversarial training side by side: time, clean accuracy and AutoAttack accuracy, as a Markdown table.
+"""Compares the recipes of adversarial training: time, clean accuracy and AutoAttack accuracy, as a Markdown table.
 
     python -m tests.bench.recipes [--data_dir=TFDS] [--epochs=12] [--folder=runs/recipes] [--quick]
 
-Each recipe is a job of `robust_tf.train` in a process of its own, one after the other; when all are trained, each is
-one of `robust_tf.evaluate`. Stopped, the same command goes on where it was. Seconds are those of the training steps
-alone, at the median speed of the epochs: validation and the first step, which is traced, are left out. Recipes that are
-finished are read again. `--quick --dataset=digits` takes minutes.
+The recipes are trained one after the other, each by `robust_tf.train` in a new process. Then `robust_tf.evaluate`
+attacks each of them. After an interruption, the same command continues where it stopped, and recipes that are finished
+are not run again. The seconds are those of the training steps alone, at the median speed of the epochs, without
+validation and without the first step, which is traced. `--quick --dataset=digits` takes minutes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-# The flags of each recipe; what all of them share is in `_train`.
+# The flags of each recipe. Those that all recipes share are in `_train`.
 RECIPES: dict[str, list[str]] = {
     "PGD-7": [],
     "FGSM": ["--fast=fgsm"],
@@ -35,17 +35,19 @@ QUICK_IMAGES = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="fashion_mnist")
-    parser.add_argument("--data_dir", default="", help="TFDS folder; default: TFDS's own")
-    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/recipes"), help="gets all files")
-    parser.add_argument("--recipes", default=",".join(RECIPES), help="names, with commas")
+    parser.add_argument("--data_dir", default="", help="Folder of TFDS. Default: the one that TFDS uses.")
+    parser.add_argument(
+        "--folder", type=pathlib.Path, default=pathlib.Path("runs/recipes"), help="Folder for all files."
+    )
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="Names of recipes, separated by commas.")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--subset", default="", help="training images: a number or a share; default: all")
+    parser.add_argument("--subset", default="", help="Number or share of the training images. Default: all.")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--norm", default="l2")
     parser.add_argument("--epsilon", default="1")
-    parser.add_argument("--num_images", type=int, default=1000, help="test images under AutoAttack")
+    parser.add_argument("--num_images", type=int, default=1000, help="Number of test images that AutoAttack attacks.")
     parser.add_argument("--precision", default="float32")
-    parser.add_argument("--quick", action="store_true", help="little training, few images: only to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="Train little on few images, only to see that it runs.")
     arguments = parser.parse_args()
     names = arguments.recipes.split(",")
     for name in names:
@@ -71,7 +73,7 @@ def _train(name: str, workdir: pathlib.Path, arguments: argparse.Namespace) -> N
         "--lr_schedule=cyclic",
         "--weight_decay=5e-4",
         f"--precision={arguments.precision}",
-        "--eval_epsilon=0",  # AutoAttack says how robust it is
+        "--eval_epsilon=0",  # AutoAttack measures the robustness
         f"--epochs={arguments.epochs}",
         *([f"--subset={arguments.subset}"] if arguments.subset else []),
         *([] if one_step else ["--attack_steps=7"]),
@@ -95,7 +97,7 @@ def _row(workdir: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def _speed(workdir: pathlib.Path) -> float:
-    """Images a second in training, the median of the epochs."""
+    """Training speed in images per second, the median over the epochs."""
     events = EventAccumulator(str(workdir / "tensorboard" / "train"), size_guidance={"tensors": 0}).Reload()
     epochs = events.Tensors("epoch/images_per_second")
     return statistics.median(float(tensor_util.make_ndarray(epoch.tensor_proto)) for epoch in epochs)

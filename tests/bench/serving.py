@@ -1,9 +1,9 @@
-"""The embedded server beside the bare Session call on the same model: latency, and throughput with many clients.
+"""Compares requests to the local server with calling the model in a session: latency, and throughput of many clients.
 
     python -m tests.bench.serving [--quick]
 
-The server runs in a process of its own. Latency: one request at a time, batch 1, all ways in turns. Throughput: 32
-clients in threads, with and without batching.
+The server runs in another process. The latency is measured with one request at a time and batches of 1; all ways to ask
+take turns. The throughput is measured with 32 clients in threads, with and without batching.
 """
 
 from robust_tf.environment import set_tensorflow_defaults
@@ -38,7 +38,9 @@ BATCHING = "max_batch_size { value: 32 } max_enqueued_batches { value: 100 } num
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small images, few requests: only to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="Use small images and few requests, only to see that it runs."
+    )
     parser.add_argument("--repeats", type=int, default=300)
     parser.add_argument("--requests", type=int, default=640)
     arguments = parser.parse_args()
@@ -57,7 +59,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _server(version: pathlib.Path, *flags: str) -> Iterator[tuple[str, str]]:
-    """A server in a process of its own: its addresses for REST and gRPC."""
+    """A server in another process. Yields its addresses for REST and gRPC."""
     rest, grpc = free_port(), free_port()
     command = [sys.executable, "-m", "robust_tf.serve", "--model_name=m", f"--model_base_path={version.parent}"]
     command += [f"--rest_api_port={rest}", f"--port={grpc}", *flags]
@@ -75,19 +77,20 @@ def _latency(version: pathlib.Path, image_size: int, repeats: int) -> None:
     jpeg = tf.io.encode_jpeg(image).numpy()
     pixels = (image[None] / np.float32(255)).astype(np.float32)
     session = LoadedModel(version)
-    with _server(version) as (rest_url, grpc_url):
-        with connect(rest_url, model_name="m") as rest, connect(grpc_url, model_name="m") as grpc:
-            bare_bytes = _call(session.run, "serving_default", {"image_bytes": np.array([jpeg], object)})
-            bare_pixels = _call(session.run, "predict_pixels", {"images": pixels})
-            cases: dict[str, Callable[[], object]] = {
-                "Session, bytes": bare_bytes,
-                "REST, bytes": _call(rest.predict, {"image_bytes": [jpeg]}),
-                "gRPC, bytes": _call(grpc.predict, {"image_bytes": [jpeg]}),
-                "Session, pixels": bare_pixels,
-                "REST, pixels as JSON": _call(rest.predict, {"images": pixels}, signature_name="predict_pixels"),
-                "gRPC, pixels": _call(grpc.predict, {"images": pixels}, signature_name="predict_pixels"),
-            }
-            timings = interleaved(cases, repeats=repeats, warmup=5)
+    with (
+        _server(version) as (rest_url, grpc_url),
+        connect(rest_url, model_name="m") as rest,
+        connect(grpc_url, model_name="m") as grpc,
+    ):
+        cases: dict[str, Callable[[], object]] = {
+            "Session, bytes": _call(session.run, "serving_default", {"image_bytes": np.array([jpeg], object)}),
+            "REST, bytes": _call(rest.predict, {"image_bytes": [jpeg]}),
+            "gRPC, bytes": _call(grpc.predict, {"image_bytes": [jpeg]}),
+            "Session, pixels": _call(session.run, "predict_pixels", {"images": pixels}),
+            "REST, pixels as JSON": _call(rest.predict, {"images": pixels}, signature_name="predict_pixels"),
+            "gRPC, pixels": _call(grpc.predict, {"images": pixels}, signature_name="predict_pixels"),
+        }
+        timings = interleaved(cases, repeats=repeats, warmup=5)
     print(f"{'':24}{'p50':>8}{'p99':>8}{'over Session p50':>20}")
     for name, timing in timings.items():
         bare = timings["Session, bytes" if "bytes" in name else "Session, pixels"]
@@ -95,8 +98,9 @@ def _latency(version: pathlib.Path, image_size: int, repeats: int) -> None:
         print(f"{name:24}{1e3 * timing.median:8.2f}{1e3 * p99:8.2f}{1e3 * (timing.median - bare.median):20.2f}")
 
 
-def _call(function: Callable[..., object], *arguments: object, **options: object) -> Callable[[], object]:
-    return lambda: function(*arguments, **options)
+def _call(function: Callable[..., object], *arguments: object, **options: object) -> Callable[..., object]:
+    """A function that calls `function` with these arguments and ignores its own."""
+    return lambda *_: function(*arguments, **options)
 
 
 def _throughput(version: pathlib.Path, image_size: int, requests: int, folder: pathlib.Path) -> None:
@@ -111,9 +115,9 @@ def _throughput(version: pathlib.Path, image_size: int, requests: int, folder: p
         with _server(version, *flags) as (_, grpc_url), connect(grpc_url, model_name="m") as client:
             ask = _call(client.predict, {"images": pixels}, signature_name="predict_pixels")
             with ThreadPoolExecutor(CLIENTS) as threads:
-                list(threads.map(lambda _: ask(), range(CLIENTS)))
+                list(threads.map(ask, range(CLIENTS)))
                 start = time.perf_counter()
-                list(threads.map(lambda _: ask(), range(requests)))
+                list(threads.map(ask, range(requests)))
                 speeds[name] = round(requests / (time.perf_counter() - start), 1)
     print(json.dumps(speeds))
 

@@ -1,4 +1,4 @@
-"""Fair timings: all cases in one process, taken in turns, so that a busy moment hits each of them."""
+"""Fair timings: all cases take turns in one process, so that a busy moment of the machine slows down all of them."""
 
 import dataclasses
 import pathlib
@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long the calls of one case took, in seconds.
+    """Times of the calls of one case, in seconds.
 
     Attributes:
-        first: the first call, with its tracing and compilation.
-        repeats: the timed calls, in their order.
+        first: Time of the first call, tracing and compilation included.
+        repeats: Times of the measured calls, in their order.
     """
 
     first: float
@@ -27,18 +27,18 @@ class Timing:
 
 
 def interleaved(cases: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int) -> dict[str, Timing]:
-    """Times cases in turns: round by round each case once.
+    """Times the cases in turns: in each round, every case runs once.
 
     Args:
-        cases: by name, a call that returns when its work is done (on an accelerator: that fetches its result).
-        repeats: timed calls of each case, at least 1.
-        warmup: calls of each case before that, at least 1; the very first one is reported as `Timing.first`.
+        cases: Functions by name. Each returns when its work is done; on an accelerator, it has to fetch its result.
+        repeats: Number of measured calls of each case, at least 1.
+        warmup: Number of calls of each case before these, at least 1. The first one is reported as `Timing.first`.
 
     Returns:
-        The timings by the names of the cases.
+        The timings, by the names of the cases.
     """
     if repeats < 1 or warmup < 1:
-        raise ValueError(f"`repeats` and `warmup` are at least 1. Received: repeats={repeats}, warmup={warmup}.")
+        raise ValueError(f"`repeats` and `warmup` must be at least 1. Received: repeats={repeats}, warmup={warmup}.")
     first = {}
     for name, call in cases.items():
         first[name] = _seconds(call)
@@ -52,12 +52,12 @@ def interleaved(cases: Mapping[str, Callable[[], object]], *, repeats: int, warm
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held so far, in MiB. It never falls: one process for each case, then."""
+    """Returns the peak memory of this process so far, in MiB. It never falls, so each case needs a new process."""
     status = pathlib.Path("/proc/self/status")
     if status.exists():
-        # Not getrusage there: a Linux process starts with the peak of the one that started it.
+        # On Linux, getrusage starts from the peak of the process that started this one.
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in bytes on macOS
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""The builders that TFDS lacks, on small archives in the layout of the real ones."""
+"""The builders of this package, on small archives with the layout of the real ones."""
 
 import hashlib
 import pathlib
@@ -14,20 +14,21 @@ from tensorflow_datasets.core.download.checksums import compute_url_info
 
 from robust_tf.data.builders import OWN_BUILDERS
 from robust_tf.data.open_dataset import open_dataset
+from robust_tf.data.tfds_preparation import no_folders_left_behind
 from robust_tf.errors import UserError
 from tests.data.images import jpeg, write
 
 
 @pytest.fixture
 def manual(tmp_path):
-    """The folder for files that are brought by hand."""
+    """TFDS's folder for files that users fetch by hand."""
     folder = tmp_path / "downloads" / "manual"
     folder.mkdir(parents=True)
     return folder
 
 
 def packed(folder: pathlib.Path, archive: pathlib.Path, kind: str) -> pathlib.Path:
-    """A folder as an archive with the folder at its top."""
+    """Packs a folder into an archive that has the folder at the top."""
     return pathlib.Path(shutil.make_archive(str(archive), kind, folder.parent, folder.name))
 
 
@@ -36,7 +37,7 @@ def md5(path: pathlib.Path) -> str:
 
 
 def contents(part) -> dict[str, tuple[bytes, int]]:
-    """File name -> encoded image and label."""
+    """The encoded image and the label of each file name."""
     names = part.builder.as_dataset(split=part.split, decoders={"image": tfds.decode.SkipDecoding()})
     examples = list(names.as_numpy_iterator())
     assert part.name(len(examples) - 1).startswith(examples[-1]["file_name"].decode() + " ")
@@ -54,11 +55,11 @@ AIRCRAFT = {
 
 @pytest.fixture
 def aircraft(manual, tmp_path, monkeypatch):
-    """Makes the archive from the lines of its lists, with the images of some numbers."""
+    """Makes the archive from the lines of its lists and the numbers of its images."""
 
     def make(lists=AIRCRAFT, numbers=range(1, 5), end="\n"):
         data = tmp_path / "made" / "fgvc-aircraft-2013b" / "data"
-        write(data / "variants.txt", "DC-3\nA340-200\n707-320" + end)  # not sorted, as a future list might be
+        write(data / "variants.txt", "DC-3\nA340-200\n707-320" + end)  # not sorted, to test that the builder sorts them
         for part, lines in lists.items():
             write(data / f"images_variant_{part}.txt", "\n".join(lines) + end)
         for number in numbers:
@@ -70,7 +71,7 @@ def aircraft(manual, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("end", ["\n", ""])
-def test_aircraft(aircraft, tmp_path, end):
+def test_aircraft_labels_are_variants(aircraft, tmp_path, end):
     aircraft(end=end)
     images = open_dataset("aircraft", tmp_path)
     assert images.class_names == ("707-320", "A340-200", "DC-3")
@@ -90,25 +91,25 @@ def test_aircraft(aircraft, tmp_path, end):
         ({}, (1, 3, 4), "No such file.*0000002.jpg"),
     ],
 )
-def test_lists_and_images_that_contradict_each_other_are_refused(aircraft, tmp_path, lists, numbers, message):
+def test_contradictory_lists_and_images_are_refused(aircraft, tmp_path, lists, numbers, message):
     aircraft({**AIRCRAFT, **lists}, numbers)
     with pytest.raises(UserError, match=f"(?s)Received: .*{message}.*--prepare=aircraft"):
         open_dataset("aircraft", tmp_path)
     assert not (tmp_path / "fgvc_aircraft" / "1.0.0").exists()
 
 
-def test_an_archive_that_was_cut_off_is_refused(manual, tmp_path):
+def test_an_incomplete_archive_is_refused(manual, tmp_path):
     write(manual / "fgvc-aircraft-2013b.tar.gz", b"half")
     with pytest.raises(UserError, match=f"MD5 must be d4acdd33.*Received: {hashlib.md5(b'half').hexdigest()}"):
         open_dataset("aircraft", tmp_path)
 
 
-def test_caltech101(manual, tmp_path, monkeypatch):
+def test_caltech101_trains_on_the_first_30_images(manual, tmp_path, monkeypatch):
     made = tmp_path / "made"
     counts = {"Faces": 33, "accordion": 31, "BACKGROUND_Google": 40}
     for name, count in counts.items():
         for number in range(1, count + 1):
-            write(made / "101_ObjectCategories" / name / f"image_{number:04d}.jpg", jpeg(number, grey=number == 1))
+            write(made / "101_ObjectCategories" / name / f"image_{number:04d}.jpg", jpeg(number, gray=number == 1))
     outer = made / "caltech-101"
     outer.mkdir()
     packed(made / "101_ObjectCategories", outer / "101_ObjectCategories", "gztar")
@@ -117,20 +118,20 @@ def test_caltech101(manual, tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "url_infos", {builder.URLS[0]: compute_url_info(archive)})
 
     images = open_dataset("caltech101", tmp_path)
-    assert images.class_names == ("Faces", "accordion")  # capitals first, as the reference sorts them
+    assert images.class_names == ("Faces", "accordion")  # capitals first, as in the paper's code
     train, test = contents(images.train), contents(images.test)
     first_30 = {f"{name}/image_{n:04d}.jpg" for name in ("Faces", "accordion") for n in range(1, 31)}
     assert set(train) == first_30
     assert set(test) == {f"Faces/image_00{n}.jpg" for n in (31, 32, 33)} | {"accordion/image_0031.jpg"}
-    assert train["accordion/image_0001.jpg"] == (jpeg(1, grey=True), 1)  # grey stays as it was published
+    assert train["accordion/image_0001.jpg"] == (jpeg(1, gray=True), 1)  # a gray image stays as it was published
 
 
-def test_caltech256(manual, tmp_path, monkeypatch):
+def test_caltech256_trains_on_the_first_60_images(manual, tmp_path, monkeypatch):
     root = tmp_path / "made" / "256_ObjectCategories"
     for label, (name, count) in enumerate({"001.ak47": 62, "257.clutter": 61}.items()):
         for number in range(1, count + 1):
             write(root / name / f"{name[:3]}_{number:04d}.jpg", jpeg(number + 100 * label))
-    write(root / "001.ak47" / "greg" / "vision309" / "001_0001.jpg", jpeg(900))  # both lie about in the real archive
+    write(root / "001.ak47" / "greg" / "vision309" / "001_0001.jpg", jpeg(900))  # the real archive has both stray files
     write(root / "257.clutter" / "RENAME2", "mv")
     archive = packed(root, manual / "256_ObjectCategories", "tar")
     monkeypatch.setattr(OWN_BUILDERS["caltech256"], "MD5", md5(archive))
@@ -149,7 +150,7 @@ def test_caltech256(manual, tmp_path, monkeypatch):
 
 @pytest.fixture
 def birdsnap(manual):
-    """Two species of ten photographs each, of which one was not found and one was replaced by a placeholder."""
+    """Two species of ten photographs, one of which is missing and one of which was replaced by a placeholder."""
     root = manual / "birdsnap"
     rows, tested = ["url\tmd5\tpath\tspecies_id\tbb_x1"], ["path"]
     for species in ("Acadian_Flycatcher", "Zone-tailed_Hawk"):
@@ -165,7 +166,7 @@ def birdsnap(manual):
     return root
 
 
-def test_birdsnap(birdsnap, tmp_path):
+def test_birdsnap_uses_only_original_photographs(birdsnap, tmp_path):
     images = open_dataset("birdsnap", tmp_path)
     assert images.class_names == ("Acadian_Flycatcher", "Zone-tailed_Hawk")
     assert (images.train.num_examples, images.test.num_examples) == (14, 4)  # a fifth of nine, twice
@@ -180,8 +181,8 @@ def test_birdsnap(birdsnap, tmp_path):
     assert official.train.num_examples == 16
 
 
-def test_two_collections_of_birdsnap_are_told_apart(birdsnap, tmp_path):
-    """By one photograph, which changes neither the name nor the version of the data set."""
+def test_different_collections_of_birdsnap_have_different_fingerprints(birdsnap, tmp_path):
+    """One photograph is missing, which changes neither the name nor the version of the data set."""
     shutil.copytree(tmp_path / "downloads", tmp_path / "other" / "downloads")
     (tmp_path / "other/downloads/manual/birdsnap/download/images/Acadian_Flycatcher/9.jpg").unlink()
     here = open_dataset("birdsnap", tmp_path).fingerprint
@@ -195,7 +196,7 @@ def test_a_missing_list_is_named(birdsnap, tmp_path):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_cars(manual, tmp_path, nested):
+def test_cars_are_read_from_the_manual_folder(manual, tmp_path, nested):
     root = manual / "stanford_cars"
     names = np.array(["AM General Hummer SUV 2000", "smart fortwo Convertible 2012"], dtype=object)
     write(root / "devkit" / "README.txt", "")
@@ -217,12 +218,12 @@ def test_cars(manual, tmp_path, nested):
     assert contents(images.test) == {"cars_test/00001.jpg": (jpeg(11), 1)}
 
 
-def test_sun397(manual, tmp_path, monkeypatch):
+def test_sun397_uses_partition_1_of_the_original_files(manual, tmp_path, monkeypatch):
     root = tmp_path / "made" / "SUN397"
     names = [f"/{folder}/sun_{number}.jpg" for folder in ("a/abbey", "c/church/outdoor") for number in range(3)]
     for number, name in enumerate(names):
         write(root / name[1:], jpeg(number))
-    # One that TensorFlow can't decode but Pillow can, under the wrong suffix as in the real archive.
+    # An image that only Pillow can decode and that has the wrong suffix, as in the real archive.
     Image.new("RGB", (5, 4), (1, 2, 3)).save(root / names[0][1:], "TIFF")
     archive = packed(root, manual / "SUN397", "gztar")
     with zipfile.ZipFile(manual / "Partitions.zip", "w") as partitions:
@@ -243,6 +244,7 @@ def test_sun397(manual, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OWN_BUILDERS)
-def test_builders_say_where_their_data_is_from(name, tmp_path):
-    info = OWN_BUILDERS[name](data_dir=tmp_path).info
+def test_builders_have_citation_homepage_and_description(name, tmp_path):
+    with no_folders_left_behind():
+        info = OWN_BUILDERS[name](data_dir=tmp_path).info
     assert info.citation and info.homepage.startswith("http") and info.description

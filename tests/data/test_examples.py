@@ -1,4 +1,4 @@
-"""What becomes of the records: caches, orders, workers, broken images, on folders of real JPEG files."""
+"""Caches, orders, workers and broken images, on folders of real JPEG files."""
 
 import io
 import json
@@ -11,16 +11,17 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from robust_tf.data import broken_images, load_task
+from robust_tf.data import broken_images
 from robust_tf.data import examples as examples_module
 from robust_tf.errors import UserError
+from tests.tasks import make_task
 
 PER_CLASS = 20
 
 
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
-    """Two classes of small JPEG files, each image of its own colour."""
+    """Two classes of small JPEG files, each image of a different color."""
     rng = np.random.default_rng(0)
     for part, count in (("train", PER_CLASS), ("test", 4)):
         for name in ("cat", "dog"):
@@ -35,7 +36,7 @@ def folder(tmp_path) -> pathlib.Path:
 def load(folder, tmp_path):
     def make(**options):
         settings = {"batch_size": 8, "image_size": 8, "augmentation": "none", "cache_dir": tmp_path / "cache"}
-        return load_task(f"folder:{folder}", **{**settings, **options})
+        return make_task(f"folder:{folder}", **{**settings, **options})
 
     return make
 
@@ -46,12 +47,12 @@ def epoch(task, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows(images: np.ndarray) -> list[bytes]:
-    """The images in an order of their own, without the last bits, in which two graphs may differ."""
+    """The images sorted by their bytes, without the last bits, in which two graphs may differ."""
     return sorted((255 * image).round().astype(np.uint8).tobytes() for image in images)
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk", "none"])
-def test_every_cache_gives_all_images_in_an_order_of_the_seed(load, cache):
+def test_every_cache_gives_all_images_in_the_order_of_the_seed(load, cache):
     expected = np.concatenate([images for images, _ in load(cache="none").train_view(0).as_numpy_iterator()])
     task = load(cache=cache)
     first, labels = epoch(task)
@@ -61,7 +62,7 @@ def test_every_cache_gives_all_images_in_an_order_of_the_seed(load, cache):
     np.testing.assert_array_equal(labels, again_labels)
     second, second_labels = epoch(task, 1)
     assert rows(second) == rows(first) and not np.array_equal(second, first)
-    assert {labels[0], labels[-1]} | set(labels[:8]) == {0, 1}  # not one class after the other
+    assert {labels[0], labels[-1]} | set(labels[:8]) == {0, 1}  # the classes are mixed
 
 
 def test_the_cache_on_disk_is_read_instead_of_the_files(load, folder):
@@ -70,18 +71,18 @@ def test_the_cache_on_disk_is_read_instead_of_the_files(load, folder):
         content = path.read_bytes()
         stat = path.stat()
         path.write_bytes(b"x" * len(content))
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # looks the same from outside
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # size and time of the file stay the same
     np.testing.assert_array_equal(epoch(load(cache="disk"))[0], expected)
 
 
-def test_a_change_of_the_files_makes_another_cache(load, folder, tmp_path):
+def test_changed_files_make_a_new_cache(load, folder, tmp_path):
     epoch(load(cache="disk"))
     Image.new("RGB", (20, 30), (1, 2, 3)).save(folder / "train" / "cat" / "new.jpg")
     assert len(epoch(load(cache="disk", validation_fraction=0.1))[0]) == 41 - 4
     assert len(list((tmp_path / "cache" / "records").iterdir())) == 2
 
 
-def test_a_disk_that_is_full_is_a_warning_and_leaves_nothing(load, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_a_warning_and_leaves_no_file(load, tmp_path, monkeypatch, capsys):
     class FullWriter(tf.io.TFRecordWriter):
         def write(self, record):
             raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
@@ -94,7 +95,7 @@ def test_a_disk_that_is_full_is_a_warning_and_leaves_nothing(load, tmp_path, mon
 
 
 @pytest.mark.parametrize("options", [{"cache": "disk"}, {"skip_bad_images": True}], ids=str)
-def test_a_cache_folder_that_cannot_be_is_a_warning(load, tmp_path, options, capsys):
+def test_a_cache_folder_that_cannot_be_created_is_a_warning(load, tmp_path, options, capsys):
     (tmp_path / "file").write_text("")
     task = load(cache_dir=tmp_path / "file" / "cache", **options)
     (warning,) = capsys.readouterr().err.splitlines()[:1]
@@ -102,14 +103,14 @@ def test_a_cache_folder_that_cannot_be_is_a_warning(load, tmp_path, options, cap
     assert len(epoch(task)[0]) == task.num_train == 2 * PER_CLASS - 4
 
 
-def test_bytes_of_any_kind_survive_the_cache_on_disk():
+def test_the_cache_on_disk_keeps_any_bytes():
     for index, encoded, label in [(0, b"", 0), (2**40, b"\n\n1\n\x00\xff" * 30, 999), (7, b"\n", 3)]:
         record = examples_module._to_bytes(tf.constant(index, tf.int64), tf.constant(encoded), tf.constant(label))
         values = [value.numpy() for value in examples_module._from_bytes(record)]
         assert values == [index, encoded, label]
 
 
-def test_memory_is_used_only_if_it_fits(load, monkeypatch):
+def test_the_cache_in_memory_is_used_only_if_it_fits(load, monkeypatch):
     assert load().train_examples.in_memory
     monkeypatch.setattr(examples_module, "_free_memory", lambda: 1000)
     assert not load().train_examples.in_memory
@@ -118,7 +119,7 @@ def test_memory_is_used_only_if_it_fits(load, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", ["memory", "none"])
-def test_workers_share_the_batches_of_one(load, cache):
+def test_workers_share_the_batches_of_a_single_worker(load, cache):
     single = load(cache=cache, augmentation="random_resized_crop")
     parts = [load(cache=cache, augmentation="random_resized_crop", worker=w, num_workers=2) for w in (0, 1)]
     assert [part.steps_per_epoch for part in parts] == [36 // 8] * 2 and single.steps_per_epoch == 5
@@ -128,7 +129,7 @@ def test_workers_share_the_batches_of_one(load, cache):
     for (images, labels), first, second in zip(whole, *shares, strict=False):
         assert rows(np.concatenate([first[0], second[0]])) == rows(images)
         assert sorted(np.concatenate([first[1], second[1]])) == sorted(labels)
-    for part in parts:  # evaluation is whole at each of them
+    for part in parts:  # each worker evaluates all images
         for ours, theirs in ((part.validation, single.validation), (part.test, single.test)):
             for (images, labels), expected in zip(ours.as_numpy_iterator(), theirs.as_numpy_iterator(), strict=True):
                 np.testing.assert_array_equal(images, expected[0])
@@ -136,13 +137,13 @@ def test_workers_share_the_batches_of_one(load, cache):
 
 
 @pytest.mark.parametrize("options", [{"worker": 2, "num_workers": 2}, {"num_workers": 3}])
-def test_workers_that_cannot_be_are_refused(load, options):
+def test_impossible_workers_are_refused(load, options):
     with pytest.raises(UserError, match=f"num_workers={options['num_workers']}, batch_size=8"):
         load(**options)
 
 
 @pytest.mark.parametrize("options", [{"rand_augment": 0.5}, {"mixing": "mixup"}, {"mixing": "cutmix"}], ids=str)
-def test_keras_cv_in_the_pipeline_is_decided_by_the_seed(load, options):
+def test_the_seed_decides_rand_augment_and_mixing(load, options):
     task = load(**options)
     images, labels = epoch(task, 3)
     again, again_labels = epoch(load(**options), 3)
@@ -161,7 +162,7 @@ def test_keras_cv_in_the_pipeline_is_decided_by_the_seed(load, options):
     np.testing.assert_array_equal(evaluated, next(load().validation.as_numpy_iterator())[0])
 
 
-def test_downscaling_takes_detail_away_everywhere(load):
+def test_downscaling_removes_detail_in_training_and_evaluation(load):
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8))
     buffer = io.BytesIO()
@@ -183,7 +184,7 @@ def test_downscaling_takes_detail_away_everywhere(load):
 
 @pytest.fixture
 def broken(folder) -> list[pathlib.Path]:
-    """A file that ends in the middle of the image, and one that is no image at all."""
+    """A file that ends in the middle of the image, and a file that is not an image."""
     truncated, text = folder / "train" / "cat" / "03.jpg", folder / "test" / "dog" / "02.jpg"
     truncated.write_bytes(truncated.read_bytes()[:-200])
     text.write_text("not an image")
@@ -195,14 +196,14 @@ def test_a_broken_image_is_named(load, broken, part):
     task = load()
     path, other = broken if part == "train" else broken[::-1]
     other.write_bytes((path.parent / "00.jpg").read_bytes())
-    with pytest.raises(UserError, match=rf"Cannot decode the image {path}: \w.*--skip_bad_images"):
-        with task.broken_images_named():
-            for dataset in (task.train(first_epoch=0, epochs=1), task.validation, task.test):
-                for _ in dataset:
-                    pass
+    message = rf"Cannot decode the image {path}: \w.*skip_bad_images=True \(--skip_bad_images\)"
+    with pytest.raises(UserError, match=message), task.broken_images_named():
+        for dataset in (task.train(first_epoch=0, epochs=1), task.validation, task.test):
+            for _ in dataset:
+                pass
 
 
-def test_other_errors_are_passed_on(load):
+def test_other_errors_are_raised_unchanged(load):
     with pytest.raises(tf.errors.InvalidArgumentError), load().broken_images_named():
         tf.reshape(tf.zeros(3), (2, 2))
 
@@ -216,5 +217,5 @@ def test_broken_images_are_skipped_counted_and_remembered(load, broken, tmp_path
     assert sum(len(labels) for _, labels in task.test.as_numpy_iterator()) == 7
     (first, *_) = (tmp_path / "cache" / "broken_images").iterdir()
     assert json.loads(first.read_text())["broken"]
-    monkeypatch.setattr(broken_images, "broken_images", None)  # not looked for a second time
+    monkeypatch.setattr(broken_images, "broken_images", None)  # would fail when called
     assert load(skip_bad_images=True).skipped == task.skipped

@@ -1,4 +1,4 @@
-"""Folders of images: layouts, the split by seed, and what is refused."""
+"""Folders of images: the layouts, the split by a seed, and the folders that are refused."""
 
 import os
 import shutil
@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robust_tf.data import decode, load_task
+from robust_tf.data import decode
 from robust_tf.data.open_dataset import open_dataset
 from robust_tf.errors import UserError
 from tests.data.images import encoded, jpeg, write, write_folder
+from tests.tasks import make_task
 
 SVG = '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>'
 WHOLE = {"train/cat": 8, "train/dog": 6, "test/cat": 3, "test/dog": 2}
@@ -21,10 +22,10 @@ def names(part) -> list[str]:
 
 
 def load(root, **options):
-    return load_task(f"folder:{root}", **{"batch_size": 4, "image_size": 8} | options)
+    return make_task(f"folder:{root}", **{"batch_size": 4, "image_size": 8} | options)
 
 
-def test_records_are_the_files(tmp_path):
+def test_records_are_the_files_in_order(tmp_path):
     images = open_dataset(f"folder:{write_folder(tmp_path, WHOLE)}")
     assert images.class_names == ("cat", "dog")
     for part, first, labels in ((images.train, 0, [0] * 8 + [1] * 6), (images.test, 14, [0] * 3 + [1] * 2)):
@@ -35,7 +36,7 @@ def test_records_are_the_files(tmp_path):
     assert names(images.test)[3] == "test/dog/000.jpg"
 
 
-def test_a_task_from_a_folder(tmp_path):
+def test_a_task_is_loaded_from_a_folder(tmp_path):
     task = load(write_folder(tmp_path, WHOLE))
     assert (task.num_train, task.num_validation, task.num_test) == (13, 1, 5)
     assert task.class_names == ("cat", "dog")
@@ -45,7 +46,7 @@ def test_a_task_from_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["val", "valid", "validation"])
-def test_its_own_validation_part_chooses_the_epoch(tmp_path, folder):
+def test_the_validation_folder_is_the_validation_part(tmp_path, folder):
     root = write_folder(tmp_path, WHOLE | {f"{folder}/cat": 2, f"{folder}/dog": 1})
     task = load(root, validation_fraction=0.5)
     assert (task.num_train, task.num_validation, task.num_test) == (14, 3, 5)
@@ -85,11 +86,11 @@ def test_the_fingerprint_changes_with_the_content(tmp_path):
 
 
 def left_out(images) -> dict[str, list[str]]:
-    """What was left out: the last parts of the paths."""
+    """The last two parts of the paths that were left out, by kind."""
     return {group.what: ["/".join(path.split("/")[-2:]) for path in group.paths] for group in images.left_out}
 
 
-def test_hidden_and_other_files_do_not_count(tmp_path):
+def test_hidden_and_other_files_are_left_out(tmp_path):
     root = write_folder(tmp_path / "photos", WHOLE)
     for name in ("cat/.DS_Store", "cat/Thumbs.db", "cat/._x.jpg", ".cache/x.jpg", "cat/notes.txt"):
         write(root / "train" / name, "x")
@@ -106,20 +107,20 @@ def test_hidden_and_other_files_do_not_count(tmp_path):
     assert images.train.num_examples == 15
     assert load(root).notes == tuple(map(str, images.left_out))
     assert left_out(images) == {
-        "files that are no images": ["photos/readme.md", "cat/notes.txt", "cat/pipe"],
-        "images outside of every class folder": ["photos/logo.svg", "train/cover.jpg"],
-        "folders beside those of the parts": ["photos/other"],
+        "files that are not images": ["photos/readme.md", "cat/notes.txt", "cat/pipe"],
+        "images outside of the class folders": ["photos/logo.svg", "train/cover.jpg"],
+        "folders that belong to no part": ["photos/other"],
         "hidden and system files": ["train/.cache", "cat/.DS_Store", "cat/._x.jpg", "cat/Thumbs.db"],
-        "links that lead nowhere": ["dog/gone.jpg", "dog/loop"],
-        "links to a folder that they lie in": ["dog/up"],
+        "broken links": ["dog/gone.jpg", "dog/loop"],
+        "links to a folder that contains them": ["dog/up"],
     }
-    assert any(note.startswith("Left out: 3 files that are no images: ") for note in map(str, images.left_out))
+    assert any(note.startswith("Left out: files that are not images (3): ") for note in map(str, images.left_out))
 
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3)).astype(np.uint8))
 
 
-def test_images_are_known_by_their_content_and_found_in_subfolders(tmp_path):
+def test_images_are_recognized_by_their_content_and_found_in_subfolders(tmp_path):
     root = write_folder(tmp_path, WHOLE)
     names = ["a.jfif", "b.jpe", "noext", "deep/er/x.jpg", "of another.kind", "a.b", "é 猫 #1.PNG"]
     for name in names:
@@ -136,7 +137,7 @@ def test_images_are_known_by_their_content_and_found_in_subfolders(tmp_path):
         assert decode(data).shape == (12, 16, 3)
 
 
-def test_two_files_of_one_stem_are_two_images(tmp_path):
+def test_files_with_equal_stems_are_different_images(tmp_path):
     root = write_folder(tmp_path, WHOLE)
     write(root / "train/cat/001.PNG", encoded(PICTURE, "PNG"))
     write(root / "train/cat/deep/001.jpg", jpeg(61))
@@ -156,12 +157,12 @@ def test_parts_may_be_written_with_capitals(tmp_path, parts):
 
 
 @pytest.mark.parametrize("classes", [("bus", "train"), ("valid", "invalid"), ("test", "train", "exam")])
-def test_classes_may_be_called_as_parts(tmp_path, classes):
+def test_classes_may_have_the_names_of_parts(tmp_path, classes):
     images = open_dataset(f"folder:{write_folder(tmp_path, {name: 5 for name in classes})}")
     assert images.class_names == tuple(sorted(classes))
 
 
-def test_bad_images_are_left_out_on_demand_and_named(tmp_path):
+def test_skip_bad_images_leaves_out_bad_images_and_names_them(tmp_path):
     root = write_folder(tmp_path, WHOLE)
     write(root / "train/cat/drawing.svg", SVG)
     write(root / "train/cat/scan", b"II*\0" + bytes(20))
@@ -170,34 +171,34 @@ def test_bad_images_are_left_out_on_demand_and_named(tmp_path):
     task = load(root, skip_bad_images=True, cache_dir=tmp_path / "cache")
     assert (task.num_train + task.num_validation, task.num_test) == (14, 5)
     assert [name.removeprefix(f"{root}/") for name in task.skipped] == [
-        "train/cat/drawing.svg (another kind of image)",
-        "train/cat/scan (another kind of image)",
+        "train/cat/drawing.svg (unsupported image format)",
+        "train/cat/scan (unsupported image format)",
         "test/dog/empty.png (empty, 0 bytes)",
         "train/dog/broken.jpg",
     ]
 
 
-def test_a_class_of_bad_images_alone_does_not_vanish(tmp_path):
+def test_a_class_with_only_bad_images_is_an_error(tmp_path):
     root = write_folder(tmp_path, {"a": 4, "b": 4})
     write(root / "c" / "drawing.svg", SVG)
-    with pytest.raises(UserError, match="Every class needs images .*none in .*/c, and 1 images .*cannot be read"):
+    with pytest.raises(UserError, match="Every class needs images .*none in .*/c, and images .*cannot be read \\(1\\)"):
         load(root, skip_bad_images=True, cache_dir=tmp_path / "cache")
 
 
-def test_names_that_are_no_text_are_read_and_shown_escaped(tmp_path):
+def test_file_names_that_are_not_text_are_read_and_shown_escaped(tmp_path):
     root = write_folder(tmp_path, {"a": 9, "b": 9})
     for name in (b"\xff\xfe.jpg", b"line\nbreak.jpg"):
         write(root / "a" / os.fsdecode(name), jpeg(70 + len(name)))
     images = open_dataset(f"folder:{root}")
-    shown = [*names(images.train), *names(images.test)]
-    assert any(name.endswith(r"a/\udcff\udcfe.jpg") for name in shown)
-    assert any(name.endswith(r"a/line\nbreak.jpg") for name in shown)
+    printed = [*names(images.train), *names(images.test)]
+    assert any(name.endswith(r"a/\udcff\udcfe.jpg") for name in printed)
+    assert any(name.endswith(r"a/line\nbreak.jpg") for name in printed)
     assert sum(len(labels) for _, labels in load(root).test.as_numpy_iterator()) == 4
 
 
-def test_leaving_out_the_class_that_the_message_names_works(tmp_path):
+def test_leaving_a_class_out_as_the_message_suggests_works(tmp_path):
     root = write_folder(tmp_path, WHOLE | {"train/emu": 3})
-    with pytest.raises(UserError, match=r"test part.*Received: none of emu.*--classes=0,1\."):
+    with pytest.raises(UserError, match=r"test part.*Received: none of emu.*classes=\(0, 1\) or --classes=0,1\."):
         load(root)
     assert load(root, classes=(0, 1)).class_names == ("cat", "dog")
 
@@ -209,23 +210,35 @@ def empty(path):
 @pytest.mark.parametrize(
     ("counts", "spoil", "message"),
     [
-        ({}, None, r"Received: .*photos, which holds none"),
+        ({}, None, r"Received: .*photos, which holds no folder"),
         ({"cat": 3}, None, r"two or more classes. Received: only 'cat'"),
         ({"train/cat": 3, "test/cat": 3}, None, r"two or more classes. Received: only 'cat'"),
         ({"test/cat": 3, "test/dog": 3}, None, r"with test, but without train"),
         ({"train/cat": 3, "train/dog": 3, "test/cat": 1}, None, r"test part of .*Received: none of dog"),
         ({"train/cat": 3, "test/cat": 3, "test/dog": 1}, None, r"training part of .*Received: none of dog"),
         ({"cat": 1, "dog": 3}, None, r"training part of .*Received: none of cat"),
-        (WHOLE, lambda root: empty(root / "train/cat/001.jpg"), r"train/cat/001.jpg \(empty, 0 bytes\) and 0 more"),
-        (WHOLE, lambda root: write(root / "train/cat/a.tiff", "x"), r"cat/a.tiff \(another kind of image\) and 0 more"),
-        (WHOLE, lambda root: write(root / "test/dog/a", SVG), r"dog/a \(another kind .*--skip_bad_images"),
-        (WHOLE, lambda root: write(root / "train/Cat/a.jpg", jpeg(0)), r"none of Cat\. Add some, or .*--classes=1,2"),
+        (WHOLE, lambda root: empty(root / "train/cat/001.jpg"), r"train/cat/001.jpg \(empty, 0 bytes\)\. Convert"),
+        (
+            WHOLE,
+            lambda root: write(root / "train/cat/a.tiff", "x"),
+            r"cat/a.tiff \(unsupported image format\)\. Convert",
+        ),
+        (
+            WHOLE,
+            lambda root: write(root / "test/dog/a", SVG),
+            r"dog/a \(unsupported .*skip_bad_images=True \(--skip_bad_images\)",
+        ),
+        (
+            WHOLE,
+            lambda root: write(root / "train/Cat/a.jpg", jpeg(0)),
+            r"none of Cat\. Add some images, or .*--classes=1,2",
+        ),
         (WHOLE, lambda root: (root / "TRAIN").mkdir(), r"one folder for each part. Received: TRAIN and train in"),
         ({"val/a": 1, "valid/a": 1}, None, r"one folder for each part. Received: val and valid in"),
         (
             {"train/steam": 1, "bus": 1},
             None,
-            r"its parts or its classes. Received: train and bus .*photos/train",
+            r"its parts or those of its classes. Received: train and bus .*folder:.*photos/train, or rename",
         ),
         ({"a": 2, "b\nc": 2}, None, r"without tabs .* Received: 'b\\nc' in"),
         ({"a": 2, "b\tc": 2}, None, r"Received: 'b\\tc' in"),
@@ -236,11 +249,11 @@ def empty(path):
         (
             WHOLE,
             lambda root: shutil.rmtree(root / "test") or (root / "test").mkdir(),
-            r"Received: .*test, which holds none",
+            r"Received: .*test, which holds no folder",
         ),
     ],
 )
-def test_bad_folders_are_refused_by_name(tmp_path, counts, spoil, message):
+def test_bad_folders_are_refused_with_their_name(tmp_path, counts, spoil, message):
     root = write_folder(tmp_path / "photos", counts)
     root.mkdir(exist_ok=True)
     if spoil:
@@ -258,7 +271,7 @@ def test_a_file_without_permission_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["digits", "split"])
-def test_a_split_seed_that_would_be_ignored_is_refused(tmp_path, data_dir, name):
+def test_a_split_seed_that_would_have_no_effect_is_refused(tmp_path, data_dir, name):
     dataset = f"folder:{write_folder(tmp_path, WHOLE)}" if name == "split" else name
-    with pytest.raises(UserError, match="--split_seed is for a folder.*Received: 7"):
-        load_task(dataset, batch_size=4, split_seed=7, data_dir=data_dir)
+    with pytest.raises(UserError, match="split_seed is only for a folder.*Received: split_seed=7"):
+        make_task(dataset, batch_size=4, split_seed=7, data_dir=data_dir)

@@ -1,4 +1,4 @@
-"""RandAugment, MixUp and CutMix: in range, decided by the seed, and labels that say what the pixels show."""
+"""RandAugment, MixUp and CutMix: their range, the effect of the seed, and labels that agree with the pixels."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def seed(number: int) -> tf.Tensor:
     return tf.constant([5, number], tf.int64)
 
 
-def test_rand_augment_is_decided_by_the_seed_in_parallel_calls_too():
+def test_the_seed_decides_rand_augment_in_parallel_calls():
     augment = tf.function(
         lambda number: rand_augment(IMAGE, tf.stack([tf.constant(5, tf.int64), number]), magnitude=0.5)
     )
@@ -25,11 +25,11 @@ def test_rand_augment_is_decided_by_the_seed_in_parallel_calls_too():
     assert first.shape == (40, *IMAGE.shape) and first.dtype == np.float32
     assert first.min() >= 0 and first.max() <= 1
     unchanged = np.isclose(first, IMAGE, atol=1e-5).all(axis=(1, 2, 3)).sum()
-    assert unchanged <= 4  # (1/11)^2, and operations that do little
+    assert unchanged <= 4  # (1/11)^2 of them, and operations with little effect
     assert len({image.tobytes() for image in first}) >= 30
 
 
-def test_every_operation_does_something_and_is_its_own():
+def test_every_operation_has_a_different_effect():
     strength = keras_cv_layers._Strength(seed(3), 0.7)
     results = [operation(IMAGE[None] * 255.0, strength).numpy() for operation in keras_cv_layers._operations()]
     assert len(results) == 10
@@ -49,7 +49,7 @@ def test_a_larger_magnitude_changes_more():
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_labels_are_the_shares_of_the_pixels(kind):
-    """Each class is a colour, so the mixture of colours is the label."""
+    """Each class has a color, so the mean color is the label."""
     labels = tf.constant([0, 1, 2, 0, 1, 2, 2, 1])
     images = tf.tile(tf.one_hot(labels, 3)[:, None, None, :], (1, 12, 18, 1))
     mixed, shares = mix(images, labels, seed(1), kind=kind, num_classes=3)
@@ -58,11 +58,11 @@ def test_labels_are_the_shares_of_the_pixels(kind):
     np.testing.assert_allclose(tf.reduce_sum(shares, axis=1), 1.0, atol=1e-5)
     assert np.any((shares > 0.02) & (shares < 0.98))
     is_pure = np.isin(mixed, (0.0, 1.0)).all()
-    assert is_pure == (kind == "cutmix")  # one cuts, the other blends
+    assert is_pure == (kind == "cutmix")  # CutMix copies pixels, MixUp blends them
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_mixing_is_decided_by_the_seed_under_any_precision(kind):
+def test_the_seed_decides_mixing_at_any_precision(kind):
     tf.keras.config.set_dtype_policy("mixed_bfloat16")
     images = tf.random.stateless_uniform([6, 8, 8, 3], [1, 2])
     labels = tf.range(6)
@@ -74,7 +74,7 @@ def test_mixing_is_decided_by_the_seed_under_any_precision(kind):
     assert np.abs(first[1] - other[1]).max() > 0.01
 
 
-def test_a_batch_of_one_stays_as_it_is():
+def test_mixing_leaves_a_single_image_unchanged():
     for kind in ("mixup", "cutmix"):
         images, labels = mix(IMAGE[None], tf.constant([1]), seed(0), kind=kind, num_classes=2)
         np.testing.assert_allclose(images[0], IMAGE, atol=1e-6)

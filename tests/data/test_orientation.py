@@ -1,4 +1,4 @@
-"""The EXIF orientation, against Pillow."""
+"""The EXIF orientation, compared with Pillow."""
 
 import io
 
@@ -16,7 +16,7 @@ PIXELS = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3)).
 
 
 def rotated(orientation: int, *, endian: str = "<", **options) -> bytes:
-    """A JPEG with this tag among others."""
+    """Makes a JPEG with this orientation tag and some others."""
     exif = Image.Exif()
     exif.endian = endian
     exif[0x010F], exif[0x0112], exif[0x8769] = "maker", orientation, {0x9003: "2020:01:01 00:00:00"}
@@ -24,7 +24,7 @@ def rotated(orientation: int, *, endian: str = "<", **options) -> bytes:
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_a_picture_is_turned_as_pillow_does(orientation):
+def test_a_picture_is_turned_as_by_pillow(orientation):
     data = rotated(orientation, endian="<>"[orientation % 2])
     assert int(jpeg_orientation(tf.constant(data))) == (orientation if 1 <= orientation <= 8 else 1)
     theirs = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
@@ -33,17 +33,17 @@ def test_a_picture_is_turned_as_pillow_does(orientation):
     np.testing.assert_array_equal(decode(tf.constant(data)), np.asarray(Image.open(io.BytesIO(data))))
 
 
-def test_the_tag_is_found_behind_other_segments():
+def test_the_tag_is_found_after_other_segments():
     assert int(jpeg_orientation(tf.constant(rotated(6, icc_profile=b"x" * 70_000, comment=b"y" * 3_000)))) == 6
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
-def test_other_formats_have_none(kind):
+def test_other_formats_have_no_orientation(kind):
     assert int(jpeg_orientation(tf.constant(encoded(PIXELS, kind)))) == 1
     assert int(jpeg_orientation(tf.constant(b""))) == 1
 
 
-def test_damaged_headers_are_read_without_an_error():
+def test_damaged_headers_raise_no_error():
     data, rng = rotated(6), np.random.default_rng(0)
     find = tf.function(jpeg_orientation)
     head = np.frombuffer(data, np.uint8)
@@ -56,7 +56,7 @@ def test_damaged_headers_are_read_without_an_error():
         assert 1 <= int(find(tf.constant(changed.tobytes()))) <= 8
 
 
-def test_it_is_applied_in_training_and_in_evaluation():
+def test_the_orientation_is_applied_in_training_and_evaluation():
     data = tf.constant(rotated(8))
     turned = tf.constant(encoded(ImageOps.exif_transpose(Image.open(io.BytesIO(rotated(8)))), "PNG"))
     apply, ignore = (

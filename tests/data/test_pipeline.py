@@ -1,11 +1,11 @@
-"""The data of a task: complete, disjoint, in a known order, the same for the same seed."""
+"""The data of a task: the parts are complete and disjoint, and the seed decides their order."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from robust_tf.data import load_task
 from robust_tf.errors import UserError
+from tests.tasks import make_task
 
 
 def batches(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -20,12 +20,12 @@ def rows(images: np.ndarray) -> set[bytes]:
 @pytest.fixture
 def digits(data_dir):
     def load(**options):
-        return load_task("digits", **{"batch_size": 64, "augmentation": "none", "data_dir": data_dir} | options)
+        return make_task("digits", **{"batch_size": 64, "augmentation": "none", "data_dir": data_dir} | options)
 
     return load
 
 
-def test_types_and_ranges(digits):
+def test_batches_have_the_documented_types_and_ranges(digits):
     task = digits()
     for dataset in (task.train(first_epoch=0, epochs=1), task.validation, task.test):
         images, labels = next(dataset.as_numpy_iterator())
@@ -55,15 +55,15 @@ def test_evaluation_has_a_fixed_order(digits):
 
 
 @pytest.mark.parametrize("augmentation", ["none", "shift"])
-def test_an_epoch_is_decided_by_seed_and_number(digits, augmentation):
+def test_seed_and_number_decide_an_epoch(digits, augmentation):
     task = digits(augmentation=augmentation)
     images, labels = batches(task.train(first_epoch=0, epochs=3))
     resumed, resumed_labels = batches(digits(augmentation=augmentation).train(first_epoch=1, epochs=3))
     np.testing.assert_array_equal(images[900:], resumed)
     np.testing.assert_array_equal(labels[900:], resumed_labels)
     first, second = images[:900], images[900:1800]
-    assert not np.array_equal(labels[:900], labels[900:1800])  # another order
-    assert (rows(first) == rows(second)) == (augmentation == "none")  # other shifts of the same images
+    assert not np.array_equal(labels[:900], labels[900:1800])  # a different order
+    assert (rows(first) == rows(second)) == (augmentation == "none")  # different shifts of the same images
     other, _ = batches(digits(augmentation=augmentation, seed=5).train(first_epoch=0, epochs=1))
     assert not np.array_equal(first, other)
 
@@ -86,7 +86,7 @@ def test_classes_are_renumbered_in_the_order_given(digits):
     assert len(images) == task.num_test == np.isin(all_labels, (5, 9)).sum()
 
 
-def test_few_examples_of_each_class(digits):
+def test_examples_per_class_limits_only_the_training_part(digits):
     task = digits(classes=(5, 6, 7), examples_per_class=4)
     images, labels = batches(task.train(first_epoch=0, epochs=1))
     np.testing.assert_array_equal(np.bincount(labels), [4, 4, 4])
@@ -96,30 +96,30 @@ def test_few_examples_of_each_class(digits):
     assert rows(images) != rows(batches(other.train(first_epoch=0, epochs=1))[0])
 
 
-def test_resize_size_keeps_the_references_proportion(mocked_tfds):
+def test_resize_size_keeps_the_proportion_of_the_paper(mocked_tfds):
     with mocked_tfds(num_examples=20):
-        assert load_task("pets", batch_size=4).resize_size == 256
-        assert load_task("pets", batch_size=4, image_size=112).resize_size == 128
+        assert make_task("pets", batch_size=4).resize_size == 256
+        assert make_task("pets", batch_size=4, image_size=112).resize_size == 128
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "digit"}, "Received: 'digit'. Did you mean 'digits'"),
-        ({"classes": (3, 10)}, r"0 to 9. Received: \[10\]"),
-        ({"classes": (3, 3)}, r"Received: \[3, 3\]"),
-        ({"classes": (3,)}, r"two or more.*\[3\]"),
+        ({"dataset": "digit"}, "Received: 'digit'. Did you mean 'digits'"),
+        ({"classes": (3, 10)}, r"0 to 9. Received: \[10\] in classes=\[3, 10\]"),
+        ({"classes": (3, 3)}, r"Received: classes=\[3, 3\]"),
+        ({"classes": (3,)}, r"two or more.*classes=\[3\]"),
         ({"augmentation": "flipp"}, "Received: 'flipp'"),
-        ({"validation_fraction": 1.5}, "Received: 1.5"),
-        ({"examples_per_class": 1000}, "--examples_per_class=1000"),
+        ({"validation_fraction": 1.5}, "validation_fraction must be between 0 and 1. Received: 1.5"),
+        ({"examples_per_class": 1000}, r"Received: examples_per_class=1000, and \d+ images of class 0"),
     ],
 )
-def test_wrong_requests_are_refused_by_value(data_dir, options, message):
+def test_wrong_arguments_are_refused_with_their_value(data_dir, options, message):
     with pytest.raises(UserError, match=message):
-        load_task(**{"name": "digits", "batch_size": 64, "data_dir": data_dir} | options)
+        make_task(**{"dataset": "digits", "batch_size": 64, "data_dir": data_dir} | options)
 
 
-def test_a_data_set_that_cannot_be_had_says_how(tmp_path):
-    """Its files are downloaded by hand, so this fails without asking the network."""
+def test_the_error_for_a_missing_data_set_says_how_to_get_it(tmp_path):
+    """Users have to fetch these files by hand, so the test needs no network."""
     with pytest.raises(UserError, match=r"(?s)imagenet2012.*144 GiB.*--prepare=imagenet2012 --data_dir="):
-        load_task("imagenet2012", batch_size=4, data_dir=tmp_path)
+        make_task("imagenet2012", batch_size=4, data_dir=tmp_path)

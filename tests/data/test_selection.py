@@ -1,4 +1,4 @@
-"""Subsets: of the right size, balanced, seeded."""
+"""Subsets have the right size, are balanced, and depend on the seed."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def test_a_subset_is_a_number_or_a_share(text, amount):
 
 
 @pytest.mark.parametrize("text", ["0", "-5", "1.5", "0.0", "10%", "ten", "1e3"])
-def test_anything_else_is_refused_by_value(text):
+def test_any_other_subset_is_refused_with_its_value(text):
     with pytest.raises(UserError, match=f"Received: '{text}'"):
         parse_amount(text)
 
@@ -25,13 +25,13 @@ def test_anything_else_is_refused_by_value(text):
 @pytest.mark.parametrize(
     ("amount", "counts"), [(30, [12, 12, 6]), (0.5, [19, 18, 6]), (3, [1, 1, 1]), (86, [50, 30, 6]), (1.0, [50, 30, 6])]
 )
-def test_classes_give_equally_as_far_as_they_can(amount, counts):
+def test_classes_are_as_equal_as_their_sizes_allow(amount, counts):
     chosen = balanced_subset(LABELS, EVERYTHING, amount, 0, "data")
     got = np.bincount(LABELS[chosen])
     assert sorted(got) == sorted(counts) and got[2] == counts[2]
 
 
-def test_which_ones_is_decided_by_the_seed_within_the_mask():
+def test_the_seed_chooses_examples_within_the_mask():
     mask = ~held_out(len(LABELS), 0.2)
     first, again, other = (balanced_subset(LABELS, mask, 20, seed, "data") for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
@@ -40,6 +40,6 @@ def test_which_ones_is_decided_by_the_seed_within_the_mask():
 
 
 @pytest.mark.parametrize("amount", [2, 87, 0.001])
-def test_too_few_and_too_many_are_refused(amount):
-    with pytest.raises(UserError, match=rf"3 to 86 training images. Received: {amount}"):
+def test_subsets_that_are_too_small_or_too_large_are_refused(amount):
+    with pytest.raises(UserError, match=rf"3 to 86 training images. Received: subset={amount}"):
         balanced_subset(LABELS, EVERYTHING, amount, 0, "data")

@@ -1,16 +1,16 @@
-"""`tfds:NAME`: which splits are taken, and what is refused; on small data sets that are registered here."""
+"""`tfds:NAME`: the splits that are used and the data sets that are refused, on small data sets registered here."""
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from robust_tf.data import load_task
 from robust_tf.data.open_dataset import open_dataset
 from robust_tf.errors import UserError
+from tests.tasks import make_task
 
 
-class _Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Grey 4x4 images; `SPLITS` has the labels of each split."""
+class _Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Gray 4x4 images. `SPLITS` has the labels of each split."""
 
     VERSION = tfds.core.Version("1.0.0")
     SPLITS: dict[str, list[int]]
@@ -38,12 +38,12 @@ class SmallComplete(_Small):
 
 
 class SmallChallenge(_Small):
-    """The labels of the test part are kept secret."""
+    """A challenge whose test labels are secret."""
 
     SPLITS = {"train": [0, 1, 2] * 4, "validation": [0, 1, 2], "test": [-1] * 5}
 
 
-class SmallUnlabelled(_Small):
+class SmallUnlabeled(_Small):
     SPLITS = {"train": [0, 1, -1, 2] * 3, "test": [0, 1, 2]}
 
 
@@ -67,8 +67,8 @@ class SmallText(_Small):
         yield 0, {"text": "x", "kind": 0}
 
 
-class _SmallFloats(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Grey 4x4 float32 images, each of one shade."""
+class _SmallFloats(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Gray 4x4 float32 images, each with one shade."""
 
     VERSION = tfds.core.Version("1.0.0")
     SHADES: list[float]
@@ -105,7 +105,7 @@ class SmallFloatsNan(_SmallFloats):
 
 
 class SmallFloatsLate(_SmallFloats):
-    """The first hundred images do not show the range."""
+    """The first hundred images do not show the whole range."""
 
     SHADES = [0.5] * 300 + [0.5, 17.0]
 
@@ -119,8 +119,8 @@ class SmallLines(SmallSingle):
 
 @pytest.mark.parametrize("augmentation", ["none", "random_resized_crop"])
 @pytest.mark.parametrize("name", ["small_floats_one", "small_floats_byte"])
-def test_float_images_are_what_they_are(tmp_path, name, augmentation):
-    task = load_task(f"tfds:{name}", batch_size=4, image_size=4, augmentation=augmentation, data_dir=tmp_path)
+def test_float_images_are_scaled_to_the_unit_range(tmp_path, name, augmentation):
+    task = make_task(f"tfds:{name}", batch_size=4, image_size=4, augmentation=augmentation, data_dir=tmp_path)
     trained = np.concatenate([images for images, _ in task.train(first_epoch=0, epochs=1).as_numpy_iterator()])
     tested = np.concatenate([images for images, _ in task.test.as_numpy_iterator()])
     assert trained.shape[1:] == tested.shape[1:] == (4, 4, 3) and tested.dtype == np.float32
@@ -129,7 +129,7 @@ def test_float_images_are_what_they_are(tmp_path, name, augmentation):
     assert np.ptp(tested, axis=(1, 2, 3)).max() < 1e-6
     for shade in trained.mean(axis=(1, 2, 3)):
         assert np.abs(expected - shade).min() < 1e-6
-    scaled = f"The float32 images of tfds:{name} have pixels from 0 to 255: they are scaled to [0, 1]."
+    scaled = f"The float32 images of tfds:{name} have pixels from 0 to 255, which are scaled to [0, 1]."
     assert task.notes == ((scaled,) if name == "small_floats_byte" else ())
 
 
@@ -140,14 +140,16 @@ def test_float_images_in_another_range_are_refused(tmp_path):
 
 
 def test_a_float_image_that_leaves_the_range_later_is_an_error(tmp_path):
-    task = load_task("tfds:small_floats_late", batch_size=64, image_size=4, data_dir=tmp_path)
-    assert task.preprocessing.highest_float != 255.0  # TFDS has not shuffled the image to the front
-    with pytest.raises(UserError, match=r"must lie in \[0, 1\] like those of the first pictures\. Received: others"):
-        with task.broken_images_named():
-            list(task.test.as_numpy_iterator())
+    task = make_task("tfds:small_floats_late", batch_size=64, image_size=4, data_dir=tmp_path)
+    assert task.preprocessing.highest_float != 255.0  # TFDS did not shuffle the image to the front
+    with (
+        pytest.raises(UserError, match=r"must lie in \[0, 1\] like those of the first images\. Received: pixels out"),
+        task.broken_images_named(),
+    ):
+        list(task.test.as_numpy_iterator())
 
 
-def test_a_class_name_of_two_lines_is_refused_when_it_is_opened(tmp_path):
+def test_a_class_name_of_two_lines_is_refused_on_opening(tmp_path):
     with pytest.raises(UserError, match=r"one line of text.*Received: 'c\\nd' in tfds:small_lines"):
         open_dataset("tfds:small_lines", tmp_path)
 
@@ -158,26 +160,26 @@ def counts(name, data_dir):
     return images.train.num_examples, own, images.test.num_examples
 
 
-def test_a_single_split_is_divided(tmp_path):
+def test_a_single_split_is_divided_into_training_and_test_part(tmp_path):
     assert counts("small_single", tmp_path) == (48, None, 12)
     images = open_dataset("tfds:small_single", tmp_path)
     parts = [[encoded for _, encoded, _ in part.records().as_numpy_iterator()] for part in (images.train, images.test)]
     assert len(set(parts[0]) | set(parts[1])) == 60
 
 
-def test_its_own_validation_part_chooses_the_epoch(tmp_path):
+def test_the_validation_part_of_the_data_set_is_used(tmp_path):
     assert counts("small_complete", tmp_path) == (15, 3, 4)
-    task = load_task("tfds:small_complete:1.0.0", batch_size=4, image_size=8, data_dir=tmp_path)
+    task = make_task("tfds:small_complete:1.0.0", batch_size=4, image_size=8, data_dir=tmp_path)
     assert (task.num_train, task.num_validation, task.num_test) == (12, 3, 4)
     labels = np.concatenate([labels for _, labels in task.validation.as_numpy_iterator()])
     assert sorted(labels) == [0, 1, 2]
 
 
-def test_a_test_part_without_labels_is_none(tmp_path):
+def test_a_test_part_without_labels_is_not_used(tmp_path):
     assert counts("small_challenge", tmp_path) == (12, None, 3)
 
 
-def test_records_are_named_by_their_id(tmp_path):
+def test_the_name_of_a_record_is_its_tfds_id(tmp_path):
     images = open_dataset("tfds:small_complete", tmp_path)
     assert images.test.name(2) == "small_complete-test.tfrecord-00000-of-00001__2"
     assert "validation" in images.train.name(13)
@@ -186,17 +188,20 @@ def test_records_are_named_by_their_id(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("small_unlabelled", r"must be 0 to 2.*Received: label -1 of small_unlabelled-train.*and 2 more"),
-        ("small_incomplete", r"test part of tfds:small_incomplete. Received: none of 1\..*--classes=0,2"),
-        ("small_test_only", r"no training split. Received: test"),
-        ("small_text", r"no image classification data set.*text \(Text\)"),
+        ("small_unlabeled", r"must be 0 to 2.*Received: label -1 of small_unlabeled-train.*and 2 more"),
+        (
+            "small_incomplete",
+            r"test part of tfds:small_incomplete. Received: none of 1\..*classes=\(0, 2\) or --classes=0,2",
+        ),
+        ("small_test_only", r"needs a split called train. Received: tfds:small_test_only with test"),
+        ("small_text", r"not an image classification data set.*text \(Text\)"),
     ],
 )
-def test_data_sets_that_are_none_for_this_are_refused(name, message, tmp_path):
+def test_unsuitable_data_sets_are_refused(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        load_task(f"tfds:{name}", batch_size=4, image_size=8, data_dir=tmp_path)
+        make_task(f"tfds:{name}", batch_size=4, image_size=8, data_dir=tmp_path)
 
 
-def test_classes_in_use_are_enough(tmp_path):
-    task = load_task("tfds:small_incomplete", batch_size=4, image_size=8, classes=(0, 2), data_dir=tmp_path)
+def test_only_the_classes_in_use_need_images(tmp_path):
+    task = make_task("tfds:small_incomplete", batch_size=4, image_size=8, classes=(0, 2), data_dir=tmp_path)
     assert (task.num_train + task.num_validation, task.num_test) == (8, 2)

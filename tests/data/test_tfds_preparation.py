@@ -1,4 +1,4 @@
-"""What a data set that is not there says."""
+"""The messages for a data set that is not prepared and cannot be."""
 
 import socket
 
@@ -13,7 +13,7 @@ from tests.data.images import write
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No host has an address, and nothing may try to download."""
+    """Makes every host unknown, so that nothing can be downloaded."""
 
     def unknown(*args, **options):
         raise socket.gaierror(-2, "Name or service not known")
@@ -32,7 +32,7 @@ def offline(monkeypatch):
         ),
         (
             "aircraft",
-            "robots.ox.ac.uk.*--prepare=aircraft --data_dir={root} .download: 2.6 GiB.*before: Put fgvc",
+            "robots.ox.ac.uk.*--prepare=aircraft --data_dir={root} .download: 2.6 GiB.*first: Put fgvc",
         ),
         ("caltech101", "data.caltech.edu.*--prepare=caltech101.*131 MiB.*Put caltech-101.zip"),
         ("sun397", "--prepare=sun397.*36.4 GiB.*Put SUN397.tar.gz and Partitions.zip.*copy {root}/sun397_original"),
@@ -45,27 +45,27 @@ def offline(monkeypatch):
         ("imagenet2012", "ILSVRC2012_img_train.tar.*144 GiB.*--prepare=imagenet2012"),
     ],
 )
-def test_offline_it_says_the_command_the_size_and_the_manual_way(name, message, tmp_path, offline):
-    pattern = "(?s)not prepared in {root} and cannot be now.*" + message + ".*--data_dir"
+def test_without_internet_the_error_has_the_command_the_size_and_the_manual_way(name, message, tmp_path, offline):
+    pattern = "(?s)not prepared in {root}, and preparing it failed.*" + message + ".*--data_dir"
     with pytest.raises(UserError, match=pattern.replace("{root}", str(tmp_path))):
         open_dataset(name, tmp_path)
 
 
-def test_files_that_were_brought_are_not_asked_of_the_network(tmp_path, offline):
-    """They are not the right ones here, which TFDS finds by their checksum."""
+def test_files_in_the_manual_folder_are_not_downloaded(tmp_path, offline):
+    """TFDS finds by their checksum that these files are wrong."""
     for name in ("images.tar.gz", "annotations.tar.gz"):
         write(tmp_path / "downloads" / "manual" / name, "x")
     with pytest.raises(UserError, match="(?s)wrong checksum.*--prepare=pets"):
         open_dataset("pets", tmp_path)
 
 
-def test_one_config_may_need_only_some_of_the_files(tmp_path, offline):
+def test_a_config_may_need_only_some_of_the_files(tmp_path, offline):
     write(tmp_path / "downloads" / "manual" / "EuroSAT.zip", "x")  # the other file is for eurosat/all
     with pytest.raises(UserError, match="(?s)wrong checksum"):
         open_dataset("tfds:eurosat", tmp_path)
 
 
-def test_a_full_disk_is_the_users_to_solve(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
@@ -74,12 +74,12 @@ def test_a_full_disk_is_the_users_to_solve(tmp_path, monkeypatch):
         open_dataset("digits", tmp_path)
 
 
-def test_what_needs_no_download_says_only_the_command(tmp_path):
+def test_a_data_set_without_download_needs_only_the_command(tmp_path):
     first, copy = ways_to_prepare("digits", builder_of("digits", tmp_path))
     assert first == f"Run python -m robust_tf.data --prepare=digits --data_dir={tmp_path}."
     assert str(tmp_path / "digits") in copy
 
 
 @pytest.mark.parametrize("name", ["digits", "tfds:eurosat", "tfds:birdsnap/official:1.0.0"])
-def test_root_is_the_folder_that_was_given(name, tmp_path):
+def test_root_of_a_builder_is_the_given_folder(name, tmp_path):
     assert root_of(builder_of(name, tmp_path)) == tmp_path

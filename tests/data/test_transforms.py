@@ -1,4 +1,4 @@
-"""The transforms against Pillow and torchvision's rules."""
+"""The transforms, compared with Pillow and with the rules of torchvision."""
 
 import io
 
@@ -21,7 +21,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def pillow_evaluation(image: np.ndarray, *, image_size: int, resize_size: int) -> np.ndarray:
-    """Torchvision's Resize and CenterCrop on a Pillow image."""
+    """Does the same as torchvision's Resize and CenterCrop, with Pillow."""
     height, width = image.shape[:2]
     short = min(height, width)
     size = (int(width * resize_size / short), int(height * resize_size / short))
@@ -40,13 +40,13 @@ def test_evaluation_equals_pillow(photograph, image_size, resize_size):
     assert np.abs(ours - theirs).mean() < 0.5
 
 
-def test_small_images_are_not_changed():
+def test_evaluation_leaves_images_of_the_right_size_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (28, 28, 3)).astype(np.uint8)
     ours = evaluation_transform(tf.constant(image), image_size=28, resize_size=28)
     np.testing.assert_allclose(ours, image / 255.0, atol=1e-6)
 
 
-def grey_16_bit() -> Image.Image:
+def gray_16_bit() -> Image.Image:
     return Image.fromarray((np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16))
 
 
@@ -56,12 +56,12 @@ def grey_16_bit() -> Image.Image:
         (Image.new("L", (20, 30), 77), "PNG"),
         (Image.new("RGBA", (20, 30), (10, 20, 30, 128)), "PNG"),
         (Image.new("CMYK", (20, 30), (0, 50, 100, 0)), "JPEG"),
-        (grey_16_bit(), "PNG"),
+        (gray_16_bit(), "PNG"),
         (Image.new("RGB", (1, 1), (255, 0, 0)), "PNG"),
         (Image.new("RGB", (20, 30), (1, 2, 3)), "BMP"),
         (Image.new("P", (20, 30)), "GIF"),
     ],
-    ids=["grey", "alpha", "cmyk", "16-bit", "one pixel", "bmp", "gif"],
+    ids=["gray", "alpha", "cmyk", "16-bit", "one pixel", "bmp", "gif"],
 )
 def test_every_kind_of_image_becomes_rgb(image, kind):
     pixels = decode(tf.constant(encoded(image, kind)))
@@ -72,9 +72,9 @@ def test_every_kind_of_image_becomes_rgb(image, kind):
     assert 0 <= float(tf.reduce_min(result)) <= float(tf.reduce_max(result)) <= 1
 
 
-def test_grey_is_repeated_and_alpha_dropped():
-    grey = decode(tf.constant(encoded(Image.new("L", (4, 4), 77), "PNG"))).numpy()
-    assert (grey == 77).all()
+def test_gray_is_repeated_and_alpha_dropped():
+    gray = decode(tf.constant(encoded(Image.new("L", (4, 4), 77), "PNG"))).numpy()
+    assert (gray == 77).all()
     alpha = decode(tf.constant(encoded(Image.new("RGBA", (4, 4), (10, 20, 30, 128)), "PNG"))).numpy()
     assert (alpha == (10, 20, 30)).all()
 
@@ -106,11 +106,11 @@ SECOND_FRAME = {"save_all": True, "append_images": [Image.new("RGB", (40, 30), (
         "lossy RGBA WebP",
         "animated GIF",
         "RGBA BMP",
-        "grey BMP",
+        "gray BMP",
         "palette BMP",
     ],
 )
-def test_other_formats_are_decoded_as_pillow_does(image, kind, options):
+def test_other_formats_are_decoded_as_by_pillow(image, kind, options):
     data = encoded(image, kind, **options)
     theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert len(np.unique(theirs)) > 10
@@ -126,18 +126,18 @@ ANIMATED_WEBP = encoded(TRANSLUCENT.convert("RGB"), "WEBP", **SECOND_FRAME)
     [b"", b"B", b"BM", b"BM" + bytes(100), b"RIFF", b"no image", ANIMATED_WEBP],
     ids=["empty", "B", "BM", "BMP", "RIFF", "text", "animated WebP"],
 )
-def test_what_cannot_be_decoded_is_an_error_of_the_decoder(data):
-    """An animated WebP among it: TensorFlow would write beyond its buffer."""
+def test_undecodable_files_raise_the_error_of_the_decoder(data):
+    """This includes an animated WebP, for which TensorFlow would write beyond its buffer."""
     with pytest.raises(tf.errors.InvalidArgumentError):
         decode(tf.constant(data))
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (2, 5_000)], ids=str)
-def test_of_a_thin_image_only_the_square_in_the_centre_is_made(size):
-    """The whole of it, 256 pixels high, would take up to 24 GB."""
+def test_only_the_central_square_of_a_thin_image_is_resized(size):
+    """The whole image, with a shorter side of 256 pixels, would take up to 24 GB."""
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     ours = evaluation_transform(tf.constant(image), image_size=224, resize_size=256).numpy() * 255
-    # The few pixels that the square comes from, enlarged on their own; so many that their edge is outside of it.
+    # Resizes only the pixels around the center, enough of them that their edges lie outside of the square.
     height, width = (slice(max(0, n // 2 - 10), n // 2 + 10) if n > 2 else slice(None) for n in size)
     short = min(size)
     part = Image.fromarray(image[height, width])
@@ -148,7 +148,7 @@ def test_of_a_thin_image_only_the_square_in_the_centre_is_made(size):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmentation_is_in_range_and_decided_by_the_seed(name):
+def test_the_seed_decides_an_augmentation(name):
     picture = DecodedPicture(tf.constant(PHOTOGRAPHS[0]))
     augment = tf.function(lambda seed: AUGMENTATIONS[name](picture, 32, seed))
     first, again, other = (augment(tf.constant([0, seed])).numpy() for seed in (1, 1, 2))
@@ -159,7 +159,7 @@ def test_augmentation_is_in_range_and_decided_by_the_seed(name):
 
 
 @pytest.mark.parametrize("name", ["random_resized_crop", "shift_flip", "imagenet"])
-def test_both_orientations_occur(name):
+def test_some_images_are_flipped_and_some_are_not(name):
     image = np.zeros((32, 32, 3), np.uint8)
     image[:, :16] = 255  # the left half is white
     augment = tf.function(lambda seed: AUGMENTATIONS[name](DecodedPicture(tf.constant(image)), 32, seed))
@@ -168,7 +168,7 @@ def test_both_orientations_occur(name):
     assert 5 < sum(left) < 25
 
 
-def test_crop_windows_have_the_reference_distribution():
+def test_crop_windows_have_the_documented_distribution():
     height, width = 375, 500
     windows = np.array(
         [[int(v) for v in random_crop_window(height, width, tf.constant([7, seed]))] for seed in range(300)]
@@ -180,16 +180,18 @@ def test_crop_windows_have_the_reference_distribution():
     ratio = widths / heights
     assert 0.075 < area.min() < 0.15 and area.max() > 0.85
     assert 0.74 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.35
-    # Log-uniform ratio: as many upright crops as wide ones among the small crops, where every ratio fits.
+    # The ratio is log-uniform, so among the small crops, where every ratio fits, half are upright.
     small = area < 0.4
     assert 0.4 < (ratio[small] < 1).mean() < 0.6
 
 
 @pytest.mark.parametrize(("size", "crop"), [((10, 1000), (10, 13)), ((1000, 10), (13, 10)), ((1, 1), (1, 1))])
-def test_an_extreme_image_gets_the_central_crop_of_the_nearest_ratio(size, crop):
-    top, left, height, width = (int(v) for v in random_crop_window(*size, tf.constant([0, 0])))
+def test_a_thin_image_gets_the_central_crop_with_the_nearest_ratio(size, crop):
+    image_height, image_width = size
+    window = random_crop_window(image_height, image_width, tf.constant([0, 0]))
+    top, left, height, width = (int(value) for value in window)
     assert (height, width) == crop
-    assert (top, left) == ((size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2)
+    assert (top, left) == ((image_height - crop[0]) // 2, (image_width - crop[1]) // 2)
 
 
 def jpeg(mode: str, **options) -> bytes:
@@ -198,7 +200,7 @@ def jpeg(mode: str, **options) -> bytes:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
-def test_jpegs_are_decoded_as_pillow_does(mode, options):
+def test_jpegs_are_decoded_as_by_pillow(mode, options):
     data = jpeg(mode, **options)
     theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(decode(tf.constant(data)), theirs)
@@ -207,8 +209,8 @@ def test_jpegs_are_decoded_as_pillow_does(mode, options):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("window", [(33, 57, 200, 301), (0, 0, 427, 640), (5, 9, 3, 3), (426, 639, 1, 1)])
-def test_a_window_of_a_jpeg_is_that_part_of_the_image(mode, window):
-    """On its outermost pixels the colours, which are stored at half the resolution, are interpolated differently."""
+def test_a_window_of_a_jpeg_has_the_pixels_of_the_whole_image(mode, window):
+    """The outermost pixels may differ, because colors are stored at half the resolution and interpolated."""
     data = tf.constant(jpeg(mode))
     top, left, height, width = window
     ours = Picture(data).crop(*map(tf.constant, window)).numpy().astype(int)
@@ -219,7 +221,7 @@ def test_a_window_of_a_jpeg_is_that_part_of_the_image(mode, window):
 
 
 def test_a_jpeg_is_decoded_only_inside_the_window():
-    """What lies below it may even be missing."""
+    """The part of the file below the window may even be missing."""
     data = jpeg("RGB")
     upper_half = tf.constant(data[: len(data) // 2])
     window = Picture(upper_half).crop(*map(tf.constant, (10, 10, 50, 60)))
@@ -229,7 +231,7 @@ def test_a_jpeg_is_decoded_only_inside_the_window():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "WEBP"])
-def test_pictures_of_other_formats(kind):
+def test_windows_of_other_formats_have_the_pixels_of_the_whole_image(kind):
     image = Image.fromarray(PHOTOGRAPHS[0][:60, :80]).convert("P" if kind == "GIF" else "RGB")
     data = tf.constant(encoded(image, kind))
     picture = Picture(data)
@@ -238,7 +240,7 @@ def test_pictures_of_other_formats(kind):
     np.testing.assert_array_equal(picture.crop(*map(tf.constant, (7, 9, 20, 30))), decode(data)[7:27, 9:39])
 
 
-def test_exif_rotation_is_left_alone():
+def test_exif_rotation_is_ignored_by_default():
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to show"
     data = jpeg("RGB", exif=exif)
@@ -254,7 +256,7 @@ def test_16_bits_are_reduced_to_the_upper_8():
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @pytest.mark.parametrize("size", [(1, 1), (3, 2000), (4000, 3000)], ids=str)
-def test_tiny_thin_and_huge_images(name, size):
+def test_tiny_thin_and_huge_images_can_be_augmented(name, size):
     data = tf.constant(encoded(Image.new("RGB", size[::-1], (200, 100, 50)), "JPEG"))
     image = tf.function(AUGMENTATIONS[name])(Picture(data), 16, tf.constant([1, 2]))
     assert image.shape == (16, 16, 3)
@@ -263,8 +265,8 @@ def test_tiny_thin_and_huge_images(name, size):
 
 
 @pytest.mark.parametrize("size", [(224, 224), (500, 300), (17, 1), (427, 640)], ids=str)
-def test_resizing_is_tensorflows_bit_by_bit(size):
-    """Two passes over one axis each, for the speed of it."""
+def test_resizing_is_bit_equal_to_tensorflow(size):
+    """`resize` makes one pass for each axis, which is faster."""
     theirs = tf.image.resize(PHOTOGRAPHS[0], size, antialias=True) * (1 / 255)
     np.testing.assert_array_equal(resize(tf.constant(PHOTOGRAPHS[0]), *map(tf.constant, size)), tf.minimum(theirs, 1))
 

@@ -1,4 +1,4 @@
-"""Small classifiers of the digits, in folders as training jobs leave them."""
+"""Small classifiers of the digits, in folders like those of training jobs."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ class Job(NamedTuple):
 
 
 def small_classifier(seed: int, num_classes: int = len(CLASSES)) -> keras.Model:
-    """A network that is traced fast: every attack is compiled for it."""
+    """Builds a network that is traced fast, because every attack is compiled for it."""
     keras.utils.set_random_seed(seed)
     images = keras.Input((8, 8, 3), name="images")
     x = keras.layers.Flatten()(images)

@@ -1,4 +1,4 @@
-"""The common corruptions: what each does to an image, and the error that is made of them."""
+"""The common corruptions: their effect on an image, and the errors that are computed from them."""
 
 import types
 
@@ -20,7 +20,7 @@ from robust_tf.evaluation.subject import Images
 
 
 def picture(size: int) -> np.ndarray:
-    """A colour image with smooth areas, an edge and texture."""
+    """Makes a color image with smooth areas, an edge and texture."""
     y, x = np.mgrid[:size, :size] / size
     image = np.stack([0.2 + 0.6 * x, 0.3 + 0.4 * y, 0.5 + 0.3 * np.sin(20 * x * y)], axis=-1)
     image[size // 3 : 3 * size // 5, size // 5 : size // 2] = (0.9, 0.2, 0.1)
@@ -28,18 +28,18 @@ def picture(size: int) -> np.ndarray:
 
 
 def distance(image: np.ndarray, name: str, severity: int) -> float:
-    """Root mean square over a few draws."""
+    """Returns the root mean square of the change, over a few random draws."""
     copies = np.repeat(image, 4, axis=0)
     return float(np.sqrt(np.mean((corrupt(copies, name, severity, ids=range(4)) - copies) ** 2)))
 
 
-def test_there_are_the_fifteen_of_the_benchmark_in_five_severities():
+def test_there_are_fifteen_corruptions_with_five_severities():
     assert len(CORRUPTIONS) == 15
     assert all(len(corruption.large) == len(corruption.small) == 5 for corruption in CORRUPTIONS.values())
 
 
 @pytest.mark.parametrize("size", [16, 32, 96])
-def test_a_corruption_changes_the_image_and_the_worst_severity_most(size):
+def test_a_corruption_changes_the_image_and_the_highest_severity_changes_it_most(size):
     image = picture(size)
     for name in CORRUPTIONS:
         results = [corrupt(image, name, severity, ids=[3]) for severity in SEVERITIES]
@@ -48,12 +48,12 @@ def test_a_corruption_changes_the_image_and_the_worst_severity_most(size):
             assert result.min() >= 0 and result.max() <= 1
             np.testing.assert_allclose(result * 255, np.round(result * 255), atol=1e-4)  # eight bits, as published
         assert all(np.abs(result - image).max() > 1.5 / 255 for result in results[1:]), name
-        # The severities of the first two differ in kind; the blocks of the third meet the edges or do not.
+        # The severities of the first two differ in kind, and the third depends on where its blocks meet edges.
         if name not in ("elastic_transform", "glass_blur", "pixelate"):
             assert distance(image, name, 5) > 1.05 * distance(image, name, 1), name
 
 
-def test_the_draw_belongs_to_the_image_and_not_to_its_batch():
+def test_the_random_numbers_depend_on_the_image_and_not_on_its_batch():
     images = np.repeat(picture(16), 3, axis=0)
     together = corrupt(images, "snow", 3, ids=[5, 6, 7], seed=1)
     alone = corrupt(images[1:2], "snow", 3, ids=[6], seed=1)
@@ -62,14 +62,14 @@ def test_the_draw_belongs_to_the_image_and_not_to_its_batch():
     assert np.any(corrupt(images[1:2], "snow", 3, ids=[6], seed=2) != alone)
 
 
-def test_a_grey_image_stays_grey():
-    grey = np.repeat(picture(16)[..., :1], 3, axis=-1)
+def test_a_gray_image_stays_gray():
+    gray = np.repeat(picture(16)[..., :1], 3, axis=-1)
     for name in CORRUPTIONS:
-        result = corrupt(grey, name, 4, ids=[0])
+        result = corrupt(gray, name, 4, ids=[0])
         assert np.ptp(result, axis=-1).max() == 0, name
 
 
-def test_known_values():
+def test_simple_corruptions_have_the_documented_values():
     image = picture(32)
     mean = image.mean(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(corrupt(image, "contrast", 5, ids=[0]), (image - mean) * 0.15 + mean, atol=3e-3)
@@ -85,7 +85,7 @@ def test_known_values():
     assert photons.std() == pytest.approx(np.sqrt(0.5 / 50), rel=0.05)  # Poisson: variance = mean / photons
 
 
-def test_blurs_keep_a_flat_image_and_its_brightness():
+def test_blurs_leave_a_flat_image_unchanged():
     flat = np.full((1, 32, 32, 3), 0.4, np.float32)
     for name in ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic_transform", "pixelate"):
         np.testing.assert_allclose(corrupt(flat, name, 5, ids=[0]), 0.4, atol=3e-3)
@@ -97,7 +97,7 @@ def test_an_unknown_corruption_is_refused(name, severity, message):
         corrupt(picture(16), name, severity, ids=[0])
 
 
-def test_mean_corruption_errors():
+def test_mean_and_relative_corruption_errors_of_known_errors():
     ours = {"fog": [0.1, 0.3], "snow": [0.4, 0.4]}
     assert mean_corruption_error(ours) == pytest.approx(0.3)
     # (0.4 / 0.8 + 0.8 / 0.4) / 2, not the ratio of the means
@@ -118,7 +118,7 @@ def subject_of(dataset: str, classes: tuple[int, ...] = ()) -> types.SimpleNames
 
 
 class PreparedSet:
-    """What this module uses of a TFDS builder: ten images whose pixels tell their corruption and severity."""
+    """Stands for a TFDS builder, with ten images whose pixels are equal to their severity."""
 
     def __init__(self, reference: str, data_dir: str | None) -> None:
         self.reference, self.data_dir = reference, data_dir
@@ -133,7 +133,7 @@ class PreparedSet:
         return tf.data.Dataset.from_tensor_slices({"image": [png] * 10, "label": np.arange(10)})
 
 
-def test_the_corrupted_set_of_tfds_is_taken_where_it_is_prepared(monkeypatch):
+def test_the_corrupted_set_of_tfds_is_used_if_it_is_prepared(monkeypatch):
     monkeypatch.setattr(corruption_error.tfds, "builder", PreparedSet)
     clean = Images(np.array([1, 5, 8]), np.zeros((3, 8, 8, 3), np.float32), np.array([1, 5, 8]))
     source, read = corrupted_images(subject_of("cifar10"), clean, source="auto", data_dir="prepared", seed=0)

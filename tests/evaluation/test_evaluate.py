@@ -1,4 +1,4 @@
-"""The program from flags to files, on the real digits with a small network."""
+"""The program `robust_tf.evaluate` from flags to files, with a small network on the real digits."""
 
 import contextlib
 import dataclasses
@@ -16,22 +16,21 @@ import pytest
 from small_jobs import small_classifier, write_job
 
 from robust_tf import evaluate
-from robust_tf.attacks import CascadeState, pgd
-from robust_tf.attacks.table import PASSES
-from robust_tf.data import load_task
+from robust_tf.attacks import ATTACKS, CascadeState, pgd
+from robust_tf.config.evaluation import EvaluateConfig
 from robust_tf.errors import UserError
-from robust_tf.evaluation import attacking
-from robust_tf.evaluation.settings import EvaluateConfig
+from robust_tf.evaluation import robustness, run
 from robust_tf.flags import parse_flags
 from robust_tf.models import load_classifier
 from robust_tf.statistics import in_words, paired_difference, wilson_interval
+from tests.tasks import make_task
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
 def flags(jobs, data_dir, tmp_path):
-    """Makes argument lists of small evaluations; each name is an output folder."""
+    """Makes the arguments of a small evaluation. `name` is the name of its output folder."""
 
     def make(name: str = "evaluation", *, classifier: str = "good", **changes) -> list[str]:
         values = {
@@ -57,7 +56,7 @@ def fallen(entry: dict) -> set[int]:
     return {number for by in entry["fell"].values() for numbers in by.values() for number in numbers}
 
 
-def test_a_curve_of_two_attacks_with_all_its_files(flags, tmp_path, capsys):
+def test_two_attacks_give_curves_and_all_files(flags, tmp_path, capsys):
     arguments = flags(attack="fgsm,pgd", epsilon="1,0,1/4", num_examples=3)
     evaluate.main(arguments)
     assert {path.name for path in (tmp_path / "evaluation").iterdir()} == {
@@ -97,14 +96,14 @@ def test_a_curve_of_two_attacks_with_all_its_files(flags, tmp_path, capsys):
     )
 
 
-def test_an_image_falls_as_the_attack_alone_would_have_it(flags, jobs):
-    """What the program counts is what PGD gives when it is called by hand on the same images."""
+def test_the_robust_accuracy_is_the_one_of_pgd_called_directly(flags, jobs):
+    """The images and the parameters of the attack are the same."""
     arguments = flags(attack="pgd", epsilon="1")
     evaluate.main(arguments)
     (entry,) = results_of(arguments)["classifiers"]
     config, _ = parse_flags(EvaluateConfig, arguments)
-    subject = evaluate.load(config, jobs["good"].classifier)
-    images = evaluate.draw_images(subject.task, count=60, seed=0)
+    subject = run.load(config, jobs["good"].classifier)
+    images = run.draw_images(subject.task, count=60, seed=0)
     assert images.ids.tolist() == entry["image_ids"]
     images_adv = pgd(
         subject.classifier, images.pixels, images.labels, norm="l2", epsilon=1.0, step_size=0.125, steps=20
@@ -114,7 +113,7 @@ def test_an_image_falls_as_the_attack_alone_would_have_it(flags, jobs):
     assert entry["attacks"][0]["accuracy"] == pytest.approx(right.mean())
 
 
-def test_the_flags_come_from_the_job_beside_the_classifier(flags, jobs):
+def test_defaults_come_from_the_job_next_to_the_classifier(flags, jobs):
     arguments = flags()
     evaluate.main(arguments)
     (entry,) = results_of(arguments)["classifiers"]
@@ -123,7 +122,7 @@ def test_the_flags_come_from_the_job_beside_the_classifier(flags, jobs):
     assert EvaluateConfig(classifier=jobs["good"].classifier).folder == jobs["good"].folder / "evaluation"
 
 
-def test_two_classifiers_side_by_side_with_corruptions(flags, jobs, tmp_path, capsys):
+def test_two_classifiers_are_compared_with_corruptions(flags, jobs, tmp_path, capsys):
     arguments = flags(compare=jobs["poor"].classifier, corruptions="true", num_images=30, num_examples=2)
     evaluate.main(arguments)
     good, poor = results_of(arguments)["classifiers"]
@@ -140,7 +139,7 @@ def test_two_classifiers_side_by_side_with_corruptions(flags, jobs, tmp_path, ca
     assert good["corruptions"]["relative_mean_corruption_error"] < 1.0
     assert (tmp_path / "evaluation" / "examples_compare.png").exists()
     out = capsys.readouterr().out
-    assert "mCE to the second" in out
+    assert "mCE relative to the second" in out
     assert (good["attacks"][1]["epsilon"], len(good["attacks"])) == (0.5, 2)
     evaluation = results_of(arguments)
     right = [~np.isin(entry["image_ids"], entry["clean"]["wrong"]) for entry in (good, poor)]
@@ -148,13 +147,15 @@ def test_two_classifiers_side_by_side_with_corruptions(flags, jobs, tmp_path, ca
     expected = {name: paired_difference(*pair) for name, pair in (("clean", right), ("robust", robust))}
     clean, (attacked,) = evaluation["comparison"]["clean_accuracy"], evaluation["comparison"]["attacks"]
     for row, pair in ((clean, expected["clean"]), (attacked, expected["robust"])):
-        assert (row["difference"], *row["interval"], row["p_value"]) == pytest.approx((pair[0], *pair[1], pair[2]))
+        assert (row["difference"], *row["interval"], row["p_value"]) == pytest.approx(
+            (pair.difference, *pair.interval, pair.p_value)
+        )
     assert clean["difference"] == pytest.approx(good["clean"]["accuracy"] - poor["clean"]["accuracy"])
     assert f"clean accuracy, good minus poor: {in_words(expected['clean'])}" in out
     assert f"fgsm, l2 0.5, good minus poor: {in_words(expected['robust'])}" in out
 
 
-def test_before_and_after_transfer_each_on_its_own_task(flags, jobs, capsys):
+def test_classifiers_before_and_after_transfer_are_measured_on_their_tasks(flags, jobs, capsys):
     arguments = flags(compare=jobs["other"].classifier, epsilon="0.5")
     evaluate.main(arguments)
     before, after = results_of(arguments)["classifiers"]
@@ -165,25 +166,25 @@ def test_before_and_after_transfer_each_on_its_own_task(flags, jobs, capsys):
     assert "No paired differences: the two classifiers were not measured on the same images." in capsys.readouterr().out
 
 
-def test_a_finished_part_is_not_run_again_and_others_can_be_added(flags, tmp_path, monkeypatch):
+def test_finished_parts_are_not_run_again_and_others_can_be_added(flags, tmp_path, monkeypatch):
     evaluate.main(flags("both", epsilon="0.25,0.5", num_images=20))
     evaluate.main(flags("added", epsilon="0.25", num_images=20))
     evaluate.main(flags("added", epsilon="0.25,0.5", num_images=20))
     both, added = ((tmp_path / name / "evaluation.json").read_text() for name in ("both", "added"))
     assert both == added
-    monkeypatch.setattr(attacking, "cascade", None)  # would fail when called
+    monkeypatch.setattr(robustness, "cascade", None)  # would fail when called
     evaluate.main(flags("added", epsilon="0.25,0.5", num_images=20))
     assert (tmp_path / "added" / "evaluation.json").read_text() == added
 
 
-def test_the_progress_rises_to_the_end(flags, monkeypatch):
+def test_the_progress_increases_until_the_end(flags, monkeypatch):
     seen = []
 
     @contextlib.contextmanager
     def record(name, *, total, unit="images"):
         yield types.SimpleNamespace(update=lambda done, figures="", *, total: seen.append((done, total, figures)))
 
-    monkeypatch.setattr(evaluate, "meter", record)
+    monkeypatch.setattr(run, "meter", record)
     evaluate.main(flags(attack="fgsm+pgd", epsilon="0.25,1", batch_size=24))
     dones = [done for done, _, _ in seen]
     assert dones == sorted(dones) and dones[0] == 0
@@ -193,25 +194,25 @@ def test_the_progress_rises_to_the_end(flags, monkeypatch):
     assert {figures.rpartition("now ")[2] for _, _, figures in seen} >= {"fgsm", "pgd"}
 
 
-def test_the_work_ahead_is_that_of_the_images_that_will_resist():
-    """1,000 images, 100 of them wrong; of the first 300 under FGSM a third has fallen: 600 are expected under PGD."""
+def test_later_attacks_are_expected_to_run_on_the_images_that_resist():
+    """Of 1,000 images, 100 are wrong. FGSM succeeds on a third of the first 300, so 600 are expected for PGD."""
     fallen = ("clean",) * 100 + ("fgsm",) * 100 + ("",) * 800
     state = CascadeState(run={"attacks": ["fgsm", "pgd"]}, felled_by=fallen, attack=1, images_done=300)
-    done, ahead = attacking.passes_of(state, epsilons_left=2)
-    fgsm, pgd = PASSES["fgsm"], PASSES["pgd"]
+    done, ahead = robustness.passes_of(state, epsilons_left=2)
+    fgsm, pgd = (ATTACKS[name].forward_passes for name in ("fgsm", "pgd"))
     assert done == 300 * fgsm
     assert ahead == 600 * fgsm + 600 * pgd + 2 * 600 * (fgsm + pgd)
     start = dataclasses.replace(state, felled_by=("",) * 1000, attack=0, images_done=0)
-    assert attacking.passes_of(start) == (0, 1000 * (fgsm + pgd))
+    assert robustness.passes_of(start) == (0, 1000 * (fgsm + pgd))
     finished = dataclasses.replace(state, felled_by=fallen[:200] + ("pgd",) * 800, attack=3, images_done=0)
-    assert attacking.passes_of(finished, epsilons_left=1) == (900 * fgsm + 800 * pgd, 0)
+    assert robustness.passes_of(finished, epsilons_left=1) == (900 * fgsm + 800 * pgd, 0)
 
 
 @pytest.mark.slow
-def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_evaluation_is_resumed(flags, tmp_path, monkeypatch, capsys):
     settings = {"attack": "fgsm+pgd", "epsilon": "0.25,1", "batch_size": 24, "corruptions": "true"}
     evaluate.main(flags("whole", **settings))
-    keep = attacking.StateFile.keep
+    keep = robustness.StateFile.keep
     for stop_after in (1, 5):
         left = [stop_after]
 
@@ -221,18 +222,18 @@ def test_an_interrupted_evaluation_goes_on(flags, tmp_path, monkeypatch, capsys)
             if not left[0]:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(attacking.StateFile, "keep", keep_and_stop)
+        monkeypatch.setattr(robustness.StateFile, "keep", keep_and_stop)
         with pytest.raises(SystemExit):
             evaluate.main(flags("parts", **settings))
         monkeypatch.undo()
-        assert "Interrupted. What was done is saved" in capsys.readouterr().out
+        assert "Interrupted. The state is saved" in capsys.readouterr().out
     evaluate.main(flags("parts", **settings))
     whole, parts = ((tmp_path / name / "evaluation.json").read_text() for name in ("whole", "parts"))
     assert whole == parts
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_gives_the_same_evaluation(flags, tmp_path):
+def test_an_evaluation_that_was_killed_is_resumed_with_the_same_result(flags, tmp_path):
     settings = {"attack": "autoattack", "epsilon": "0.25,0.5", "batch_size": 8, "num_images": 32, "corruptions": "true"}
     evaluate.main(flags("whole", **settings))
     command = [sys.executable, "-m", "robust_tf.evaluate", *flags("killed", **settings)[1:]]
@@ -260,7 +261,7 @@ def test_killed_and_started_again_it_gives_the_same_evaluation(flags, tmp_path):
         ({"epsilon": "0.5,x"}, r"--epsilon takes numbers or fractions.*Received: 0\.5,x"),
         ({"epsilon": "0.5,-1"}, r"0 or more.*Received: --epsilon=0\.5,-1"),
         ({"epsilon": "nan"}, "Received: --epsilon=nan"),
-        ({"epsilon": "0.5,1/2"}, r"once.*0\.5,0\.5"),
+        ({"epsilon": "0.5,1/2"}, r"only once.*0\.5,0\.5"),
         ({"epsilon": "8", "norm": "linf"}, "Did you mean 8/255"),
         ({"epsilon": "8/0"}, "Received: 8/0"),
         ({"attack": "none,pgd"}, "none alone. Received: none,pgd"),
@@ -268,7 +269,7 @@ def test_killed_and_started_again_it_gives_the_same_evaluation(flags, tmp_path):
         ({"attack": "pgd+apgd"}, "Received: 'apgd'"),
         ({"norm": "l3"}, "l3"),
         ({"norm": "linf"}, "another norm. Received: --norm=linf. Add --epsilon"),
-        ({"num_images": "1000"}, r"Received: 1000; it has \d+"),
+        ({"num_images": "1000"}, r"Received: 1000; there are \d+"),
         ({"batch_size": "0"}, "--batch_size must be 1 or more. Received: 0"),
         ({"dataset": "digits"}, "with 5 logits for 10 classes"),
         ({"dataset": "digit"}, "Did you mean 'digits'"),
@@ -276,7 +277,7 @@ def test_killed_and_started_again_it_gives_the_same_evaluation(flags, tmp_path):
         ({"corruptions": "true", "corruption_source": "tfds"}, "Received: digits"),
     ],
 )
-def test_bad_input_is_named(flags, changes, message):
+def test_wrong_flags_are_refused_with_their_value(flags, changes, message):
     with pytest.raises(UserError, match=message):
         evaluate.main(flags(**changes))
 
@@ -291,7 +292,7 @@ def test_a_classifier_without_a_job_needs_its_data_and_threat_model(flags, tmp_p
     evaluate.main(flags(classifier=str(path), dataset="digits", classes="0,1,2,3,4", attack="none"))
 
 
-def test_nan_logits_are_named(flags, tmp_path):
+def test_nan_logits_are_an_error(flags, tmp_path):
     classifier = small_classifier(seed=0)
     classifier.set_weights([np.full_like(weight, np.nan) for weight in classifier.get_weights()])
     job = write_job(tmp_path / "nan", classifier)
@@ -315,19 +316,19 @@ def test_the_state_of_another_run_is_refused(flags, jobs, tmp_path):
 
 def test_images_that_have_changed_are_refused(flags, monkeypatch):
     evaluate.main(flags())
-    draw_images = evaluate.draw_images
+    draw_images = run.draw_images
 
     def changed(*args, **kwargs):
         drawn = draw_images(*args, **kwargs)
         drawn.pixels[0, 0, 0] = 0.5
         return drawn
 
-    monkeypatch.setattr(evaluate, "draw_images", changed)
+    monkeypatch.setattr(run, "draw_images", changed)
     with pytest.raises(UserError, match="images of --classifier: "):
         evaluate.main(flags())
 
 
-def test_results_json_that_is_none_is_named(flags, tmp_path):
+def test_a_wrong_results_json_is_an_error(flags, tmp_path):
     job = write_job(tmp_path / "broken", small_classifier(seed=0))
     (job.folder / "results.json").write_text("[]")
     with pytest.raises(UserError, match=r"results\.json is not what a training job writes"):
@@ -345,11 +346,11 @@ def test_the_former_name_of_a_flag_still_works(capsys):
 
 
 def changed_copy(job, folder: pathlib.Path, change):
-    """A job whose classifier is `change(classifier)`."""
+    """Writes a job whose classifier is `change(classifier)`."""
     return write_job(folder, change(keras.saving.load_model(job.classifier)))
 
 
-def test_a_sure_classifier_is_not_taken_for_a_robust_one(flags, jobs, tmp_path):
+def test_large_logits_do_not_make_a_classifier_look_robust(flags, jobs, tmp_path):
     def make_sure(classifier):
         last = classifier.get_layer("logits")
         last.set_weights([1000 * weight for weight in last.get_weights()])
@@ -366,7 +367,7 @@ def test_a_sure_classifier_is_not_taken_for_a_robust_one(flags, jobs, tmp_path):
     assert rows[1]["accuracy"] == pytest.approx(rows[0]["accuracy"], abs=0.07)
 
 
-def test_a_classifier_without_gradients_is_flagged_in_results_and_report(flags, jobs, tmp_path, capsys):
+def test_a_classifier_without_gradients_is_flagged_in_results_and_output(flags, jobs, tmp_path, capsys):
     def rounded(classifier):
         images = keras.Input((8, 8, 3))
         return keras.Model(images, classifier(keras.ops.round(images * 8.0) / 8.0))
@@ -380,7 +381,7 @@ def test_a_classifier_without_gradients_is_flagged_in_results_and_report(flags, 
     assert "(!)" in out and "The gradient is zero at" in out
 
 
-def test_probabilities_are_as_calibrated_as_their_logits(flags, jobs, tmp_path):
+def test_probabilities_have_the_calibration_error_of_their_logits(flags, jobs, tmp_path):
     def with_softmax(classifier):
         return keras.Model(classifier.input, keras.layers.Softmax()(classifier.output))
 
@@ -394,12 +395,12 @@ def test_probabilities_are_as_calibrated_as_their_logits(flags, jobs, tmp_path):
 
 
 def test_a_classifier_of_reduced_images_is_measured_on_reduced_images(jobs, data_dir, tmp_path, flags, capsys):
-    """The figure equals the one of a training job, which reduces its test images as well."""
+    """The accuracy is equal to that of a training job, which reduces its test images, too."""
     job = write_job(tmp_path / "reduced", keras.saving.load_model(jobs["good"].classifier))
     (job.folder / "results.json").write_text(
         json.dumps({"dataset": "digits", "classes": [0, 1, 2, 3, 4], "downscale": 4})
     )
-    task = load_task("digits", classes=range(5), image_size=8, batch_size=32, downscale=4, data_dir=data_dir)
+    task = make_task("digits", classes=(0, 1, 2, 3, 4), image_size=8, batch_size=32, downscale=4, data_dir=data_dir)
     images, labels = (np.concatenate(part) for part in zip(*task.test.as_numpy_iterator(), strict=True))
     expected = float(np.mean(np.argmax(load_classifier(job.folder / "classifier.keras")(images), axis=1) == labels))
     arguments = flags(classifier=job.classifier, attack="none", num_images=0)
@@ -411,7 +412,7 @@ def test_a_classifier_of_reduced_images_is_measured_on_reduced_images(jobs, data
     assert entry["clean"]["accuracy"] < results_of(whole)["classifiers"][0]["clean"]["accuracy"]
 
 
-def test_probabilities_that_are_taken_for_logits_are_warned_of(flags, tmp_path, capsys):
+def test_probabilities_as_outputs_give_a_warning(flags, tmp_path, capsys):
     images = keras.Input((8, 8, 3))
     x = keras.layers.Dense(5, activation="softmax")(keras.layers.Flatten()(images))
     job = write_job(tmp_path / "probabilities", keras.Model(images, keras.layers.Reshape((5,))(x)))
@@ -419,7 +420,7 @@ def test_probabilities_that_are_taken_for_logits_are_warned_of(flags, tmp_path, 
     assert "its outputs look like probabilities" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_first_layer_for_pixels_up_to_255_is_warned_of(flags, tmp_path, capsys):
+def test_a_first_layer_for_pixels_up_to_255_gives_a_warning(flags, tmp_path, capsys):
     model = keras.Sequential(
         [keras.Input((8, 8, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(5)]
     )

@@ -1,4 +1,4 @@
-"""The examples of a report cover classes and mistakes, however the test part is ordered."""
+"""The examples in a report cover many classes and mistakes, whatever the order of the test images is."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from robust_tf.evaluation.example_choice import PER_KIND, ExampleChoice
 
 
 def looked_at(rows: list[tuple[int, int, int, int]], batch: int = 16) -> ExampleChoice:
-    """A choice after all rows; the pixels of an image say which row it is."""
+    """Returns a choice that has seen all rows. The pixels of each image are the number of its row."""
     choice = ExampleChoice()
     for start in range(0, len(rows), batch):
         part = np.array(rows[start : start + batch])
@@ -17,14 +17,14 @@ def looked_at(rows: list[tuple[int, int, int, int]], batch: int = 16) -> Example
     return choice
 
 
-def test_images_ordered_by_class_are_spread_over_the_classes():
+def test_the_examples_are_spread_over_the_classes_of_sorted_images():
     rows = [(label, label, label, 1) for label in range(9) for _ in range(20)]
     examples = looked_at(rows).examples
     assert len(examples) == PER_KIND
     assert len({each.label for each in examples}) == PER_KIND
 
 
-def test_each_kind_has_its_images_with_their_pixels():
+def test_each_example_has_its_own_pixels_and_predictions():
     rows = [(label, label, [label, 1 - label][number % 2], 1) for number in range(30) for label in (0, 1)]
     rows += [(0, 1, 1, 1)] * 10
     examples = looked_at(rows).examples
@@ -37,12 +37,12 @@ def test_each_kind_has_its_images_with_their_pixels():
         np.testing.assert_array_equal(each.image_adv, -each.image)
 
 
-def test_within_a_class_different_mistakes_are_preferred():
+def test_different_mistakes_are_preferred_within_a_class():
     rows = [(0, 1, 1, 1)] * 50 + [(0, 2, 2, 1), (0, 3, 3, 1), (0, 4, 3, 1)]
     examples = looked_at(rows).examples
     assert {each.prediction for each in examples} == {1, 2, 3, 4}
 
 
-def test_what_only_fills_a_batch_is_left_out():
+def test_images_that_only_fill_a_batch_are_left_out():
     assert looked_at([(0, 0, 0, 0)] * 20).examples == ()
     assert [each.label for each in looked_at([(0, 0, 0, 0), (1, 1, 1, 1)]).examples] == [1]

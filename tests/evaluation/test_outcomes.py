@@ -1,15 +1,15 @@
-"""The predictions that a job keeps, and the comparison of two jobs by them."""
+"""The predictions that a job keeps, and the comparison of two jobs image by image."""
 
 import numpy as np
 import pytest
 
 from robust_tf.errors import UserError
-from robust_tf.evaluation.outcomes import Outcomes, as_json, comparison, from_json, read_outcomes
-from robust_tf.statistics import PairedDifference, paired_difference, paired_mean_per_class
+from robust_tf.evaluation.outcomes import Outcomes, compare_outcomes, read_outcomes
+from robust_tf.statistics import paired_difference, paired_mean_per_class
 
 
 def made_up(seed: int, *, count: int = 60, share: float = 0.7, attacked: bool = True) -> Outcomes:
-    """Three classes; some predictions are right, and fewer under attack. The labels do not depend on the seed."""
+    """Returns predictions for three classes, fewer of them right under attack. The labels do not depend on the seed."""
     labels = np.arange(count) % 3
     rng = np.random.default_rng(seed)
     predictions = np.where(rng.random(count) < share, labels, (labels + 1) % 3)
@@ -31,7 +31,7 @@ def test_what_is_written_is_read_back(tmp_path, attacked):
         assert read.predictions_adv is None and read.robust is None
 
 
-def test_an_image_that_is_wrong_without_an_attack_is_not_robust():
+def test_an_image_that_is_misclassified_without_an_attack_is_not_robust():
     outcomes = Outcomes(np.arange(4), np.zeros(4, int), np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]))
     assert outcomes.right.tolist() == [True, True, False, False]
     assert outcomes.robust.tolist() == [True, False, False, False]
@@ -41,31 +41,31 @@ def test_an_image_that_is_wrong_without_an_attack_is_not_robust():
 @pytest.mark.parametrize("content", ["", "id,label\n1,2\n", "id,label,prediction\n", "id,label,prediction\n1,2,x\n"])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "predictions.csv").write_text(content)
-    with pytest.raises(UserError, match=r"predictions\.csv is not what a job writes.*Received: .*Delete it"):
+    with pytest.raises(
+        UserError, match=r"predictions\.csv is not what a training job writes.*Received: .*Delete the file"
+    ):
         read_outcomes(tmp_path)
 
 
 def test_two_jobs_are_compared_image_by_image():
     ours, theirs = made_up(0, share=0.9), made_up(1, share=0.5)
-    compared = comparison(ours, theirs, metric="accuracy")
-    assert set(compared) == {"clean_accuracy", "robust_accuracy"}
-    assert compared["clean_accuracy"] == as_json(paired_difference(ours.right, theirs.right))
-    assert from_json(compared["robust_accuracy"]) == paired_difference(ours.robust, theirs.robust)
-    assert compared["clean_accuracy"]["difference"] == pytest.approx(ours.right.mean() - theirs.right.mean())
+    compared = compare_outcomes(ours, theirs, metric="accuracy")
+    assert compared.mean_per_class_accuracy is None
+    assert compared.clean_accuracy == paired_difference(ours.right, theirs.right)
+    assert compared.robust_accuracy == paired_difference(ours.robust, theirs.robust)
+    assert compared.clean_accuracy.difference == pytest.approx(ours.right.mean() - theirs.right.mean())
 
 
 def test_the_mean_per_class_is_compared_where_it_is_the_metric():
     ours, theirs = made_up(0), made_up(1, attacked=False)
-    compared = comparison(ours, theirs, metric="mean_per_class_accuracy")
-    expected = paired_mean_per_class(ours.right, theirs.right, ours.labels)
-    assert isinstance(expected, PairedDifference)
-    assert from_json(compared["mean_per_class_accuracy"]) == expected
-    assert compared["robust_accuracy"] is None  # one of the two was not attacked
+    compared = compare_outcomes(ours, theirs, metric="mean_per_class_accuracy")
+    assert compared.mean_per_class_accuracy == paired_mean_per_class(ours.right, theirs.right, ours.labels)
+    assert compared.robust_accuracy is None  # one of the two was not attacked
 
 
-def test_other_images_and_missing_predictions_are_not_compared():
+def test_jobs_with_other_images_or_without_predictions_are_not_compared():
     ours = made_up(0)
-    assert comparison(ours, None, metric="accuracy") is None
-    assert comparison(ours, made_up(1, count=59), metric="accuracy") is None
+    assert compare_outcomes(ours, None, metric="accuracy") is None
+    assert compare_outcomes(ours, made_up(1, count=59), metric="accuracy") is None
     relabelled = Outcomes(ours.ids, (ours.labels + 1) % 3, ours.predictions, ours.predictions_adv)
-    assert comparison(ours, relabelled, metric="accuracy") is None
+    assert compare_outcomes(ours, relabelled, metric="accuracy") is None

@@ -1,12 +1,12 @@
-"""Which images the sheet of examples shows."""
+"""The choice of the images on the sheet of examples."""
 
 import numpy as np
 
-from robust_tf.evaluation.attacking import Robustness
 from robust_tf.evaluation.pictures import drawn_examples, kept_examples
+from robust_tf.evaluation.robustness import Robustness
 from robust_tf.evaluation.subject import Images
 
-# 40 images of 4 classes one after the other, as a folder has them; every fifth is wrong without an attack.
+# 40 images of 4 classes in the order of a folder. Every fifth is misclassified without an attack.
 LABELS = np.repeat(np.arange(4), 10)
 CORRECT = np.arange(40) % 5 != 0
 
@@ -34,10 +34,10 @@ def test_the_sheet_shows_all_classes_and_all_outcomes():
     drawn = drawn_examples(images, result_of(felled_by, kept), count=8)
     assert [felled_by[position] for position in drawn] == ["pgd"] * 3 + [""] * 3 + ["clean"] * 2
     np.testing.assert_array_equal(np.bincount(LABELS[drawn]), 2)
-    assert set(drawn[:6]) <= set(kept)  # of the others the adversarial image is gone
+    assert set(drawn[:6]) <= set(kept)  # the adversarial images of the others were not kept
 
 
-def test_the_sheet_takes_what_there_is():
+def test_the_sheet_is_filled_if_an_outcome_does_not_occur():
     nothing_fell = np.full(40, "")
     images = Images(100 + np.arange(40), np.zeros((40, 2, 2, 3), np.float32), LABELS)
     kept = kept_examples(LABELS, np.ones(40, bool), count=6)

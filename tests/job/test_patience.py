@@ -1,4 +1,4 @@
-"""Early stopping: when a run ends, what it says, and that a resumed run keeps the count."""
+"""Early stopping: when training ends, what it prints, and that a resumed training keeps the count."""
 
 import json
 import pathlib
@@ -8,10 +8,10 @@ import pytest
 from robust_tf import train
 from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
-from robust_tf.job.building import check_steps
-from robust_tf.job.patience import stopped_early
+from robust_tf.job.patience import Patience, patience_of
+from robust_tf.job.task import check_steps
 from robust_tf.training.callbacks import SaveProgress
-from robust_tf.training.checkpoint import Checkpoints, Progress
+from robust_tf.training.checkpoint import Checkpoints, TrainingProgress
 
 
 @pytest.mark.parametrize(
@@ -21,28 +21,28 @@ from robust_tf.training.checkpoint import Checkpoints, Progress
         ({"patience": 3}, 0, -1, False),
         ({"patience": 3}, 3, 0, False),
         ({"patience": 3}, 4, 0, True),
-        ({"patience": 3}, 10, 0, False),  # the last epoch ends the run in any case
+        ({"patience": 3}, 10, 0, False),  # the last epoch ends the training anyway
         ({"patience": 1}, 2, 1, False),
         ({"patience": 1}, 3, 1, True),
-        ({"patience": 2, "fast": "free", "epsilon": 1.0, "epochs": 16}, 3, 0, True),  # of the 4 passes
+        ({"patience": 2, "fast": "free", "epsilon": 1.0, "epochs": 16}, 3, 0, True),  # of 4 passes over the data
         ({"patience": 2, "fast": "free", "epsilon": 1.0, "epochs": 16}, 4, 0, False),
     ],
 )
-def test_the_count(settings, epochs_done, best_epoch, expected):
-    progress = Progress(epochs_done=epochs_done, best_epoch=best_epoch)
-    assert stopped_early(JobConfig(**settings), progress) == expected
+def test_patience_is_exhausted_after_enough_epochs_without_gain(settings, epochs_done, best_epoch, expected):
+    progress = TrainingProgress(epochs_done=epochs_done, best_epoch=best_epoch)
+    assert patience_of(JobConfig.from_flags(**settings)).is_exhausted(progress) == expected
 
 
-def test_the_count_begins_anew_when_the_network_is_unfrozen():
-    config = JobConfig(task="transfer", source="x.keras", unfreeze_at_epoch=5, patience=2)
-    assert not any(stopped_early(config, Progress(epochs_done=done, best_epoch=0)) for done in range(7))
-    assert stopped_early(config, Progress(epochs_done=7, best_epoch=0))
-    assert not stopped_early(config, Progress(epochs_done=7, best_epoch=5))
+def test_the_count_starts_again_when_the_network_is_unfrozen():
+    patience = Patience(limit=2, num_epochs=10, unfreeze_at_epoch=5)
+    assert not any(patience.is_exhausted(TrainingProgress(epochs_done=done, best_epoch=0)) for done in range(7))
+    assert patience.is_exhausted(TrainingProgress(epochs_done=7, best_epoch=0))
+    assert not patience.is_exhausted(TrainingProgress(epochs_done=7, best_epoch=5))
 
 
 @pytest.fixture
 def job(tmp_path, data_dir, monkeypatch):
-    """Makes small jobs whose validation accuracies are those of a script, by epoch."""
+    """Makes small jobs whose validation accuracies are given, one for each epoch."""
 
     def make(accuracies, **changes) -> JobConfig:
         save = SaveProgress.on_epoch_end
@@ -51,7 +51,7 @@ def job(tmp_path, data_dir, monkeypatch):
             "on_epoch_end",
             lambda self, epoch, logs: save(self, epoch, {**logs, "val_accuracy": accuracies[epoch]}),
         )
-        return JobConfig(
+        return JobConfig.from_flags(
             workdir=str(tmp_path / "job"),
             data_dir=str(data_dir),
             architecture="resnet8",
@@ -67,21 +67,21 @@ def job(tmp_path, data_dir, monkeypatch):
 
 
 def results_of(config: JobConfig) -> dict:
-    return json.loads((pathlib.Path(config.workdir) / "results.json").read_text())
+    return json.loads((pathlib.Path(config.run.workdir) / "results.json").read_text())
 
 
-def test_a_run_stops_and_says_why(job, capsys):
+def test_training_stops_early_and_says_why(job, capsys):
     config = job([0.2, 0.5, 0.4, 0.3, 0.9], class_weight="balanced")
     train.run(config)
     results = results_of(config)
     assert (results["stopped_early"], results["epochs_done"], results["best_epoch"]) == (True, 4, 2)
     out = capsys.readouterr().out
-    assert "Stopped early after epoch 4 of 8: 2 epochs without a better validation figure than 50.0%, that of ep" in out
+    assert "Stopped early after epoch 4 of 8: 2 epochs without a better validation figure than 50.0%. Epoch 2, " in out
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_the_count(job, monkeypatch):
-    """It was stopped by a signal while it saved the epoch that used the patience up: nothing is left to train."""
+def test_a_resumed_training_keeps_the_count(job, monkeypatch):
+    """A signal arrives while the epoch that exhausts the patience is saved, so nothing is left to train."""
     config = job([0.5, 0.4, 0.3, 0.9])
     save = SaveProgress._save
 
@@ -98,13 +98,15 @@ def test_a_resumed_run_keeps_the_count(job, monkeypatch):
     train.run(config)
     results = results_of(config)
     assert (results["stopped_early"], results["epochs_done"], results["best_epoch"]) == (True, 3, 1)
-    assert Checkpoints(pathlib.Path(config.workdir) / "checkpoints").latest().progress.epochs_done == 3
+    assert Checkpoints(pathlib.Path(config.run.workdir) / "checkpoints").latest().progress.epochs_done == 3
 
 
-def test_the_plan_says_so(job, capsys):
+def test_the_plan_mentions_patience_accumulation_and_class_weights(job, capsys):
     train.run(job([], dry_run=True, class_weight="balanced", accumulate_steps=4))
-    out = " ".join(capsys.readouterr().out.replace("│", " ").split())  # the table wraps its lines
-    assert "8 epochs x 2 = 16 steps of 30 images, a move of the weights every 4: 4 moves; fewer after 2 epochs" in out
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())  # the table wraps lines
+    assert (
+        "8 epochs x 2 = 16 steps of 30 images, an update of the weights every 4: 4 updates; fewer after 2 epochs" in out
+    )
     assert "3 classes, weighted in the loss" in out
     assert "rate learning rate 0.05, step, x 0.1 at no time within 8 epochs" in out
 
@@ -117,6 +119,6 @@ def test_the_plan_says_so(job, capsys):
     ],
 )
 def test_flags_beyond_the_end_of_the_job_are_refused(settings, message):
-    check_steps(JobConfig(epochs=10, accumulate_steps=20, profile_steps=(20, 30)), 2)
+    check_steps(JobConfig.from_flags(epochs=10, accumulate_steps=20, profile_steps=(20, 30)), 2)
     with pytest.raises(UserError, match=message):
-        check_steps(JobConfig(epochs=10, **settings), 2)
+        check_steps(JobConfig.from_flags(epochs=10, **settings), 2)

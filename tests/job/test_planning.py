@@ -1,4 +1,4 @@
-"""The plans of `--dry_run`: work against hand counts, time against published speeds, memory against measured."""
+"""Plans of `--dry_run`: work against hand counts, time against published speeds, memory against measurements."""
 
 import json
 import pathlib
@@ -11,15 +11,16 @@ import tensorflow as tf
 
 from robust_tf import train
 from robust_tf.config.job import JobConfig, read_flag_file
+from robust_tf.config.optimization import OptimizationConfig
 from robust_tf.errors import UserError
-from robust_tf.job.building import PlannedTask, planned_task
 from robust_tf.job.planning import table as plan
 from robust_tf.job.planning.devices import DEVICES, parse_clusters
 from robust_tf.job.planning.flops import GraphWork, Loop, Work, count_work
+from robust_tf.job.planning.plan import PlannedTask, planned_job, planned_task
 from robust_tf.job.planning.roofline import JobWork, device_plan, job_work
 from robust_tf.job.planning.table import estimated_bytes
+from robust_tf.job.task import load_job_task
 from robust_tf.models import build_classifier
-from robust_tf.transfer.stages import parameter_counts
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -32,8 +33,8 @@ def forward_of(model: keras.Model, *, batch: int = 1) -> Work:
     return count_work(lambda x: model(x, training=False), tf.TensorSpec([batch, *model.input_shape[1:]])).total
 
 
-# G multiply-adds as torchvision's documentation gives them for its models, and 0.5559 for the ResNet-18 of CIFAR (0.56
-# in its authors' tables).
+# Multiply-adds in units of 1e9, from torchvision's documentation of its models. The ResNet-18 for CIFAR has 0.5559
+# (0.56 in its authors' tables).
 @pytest.mark.parametrize(
     ("architecture", "size", "giga"),
     [
@@ -45,11 +46,11 @@ def forward_of(model: keras.Model, *, batch: int = 1) -> Work:
         ("cifar_resnet18", 32, 0.56),
     ],
 )
-def test_forward_pass_is_the_published_count(architecture, size, giga):
+def test_the_forward_pass_has_the_published_count(architecture, size, giga):
     assert forward_of(network(architecture, size)).forward / 2e9 == pytest.approx(giga, abs=0.006)
 
 
-def test_counts_by_hand():
+def test_counts_equal_hand_counts():
     inputs = keras.Input((8, 8, 3))
     hidden = keras.layers.Conv2D(5, 3, strides=2, padding="same")(inputs)  # 4 x 4 x 5 outputs of 3 x 3 x 3
     hidden = keras.layers.DepthwiseConv2D(3, padding="same")(hidden)  # 4 x 4 x 5 outputs of 3 x 3
@@ -64,13 +65,13 @@ def test_counts_by_hand():
 
     work = count_work(gradients, tf.TensorSpec([2, 8, 8, 3])).total
     assert work.forward == work.weight_gradient == 2 * (conv + depthwise + dense)
-    assert work.input_gradient == 2 * (depthwise + dense)  # nobody asks for that of the images
+    assert work.input_gradient == 2 * (depthwise + dense)  # the gradient of the images is not needed
     # Each operation reads two tensors and writes one, of 4 bytes a value.
     values = (2 * 192 + 135 + 2 * 80) + (2 * 80 + 45 + 2 * 80) + (2 * 80 + 560 + 2 * 7)
     assert forward_of(model, batch=2).bytes_moved == 4 * values
 
 
-def test_a_loop_counts_as_often_as_it_turns():
+def test_a_loop_counts_once_for_each_turn():
     kernel = tf.ones([4, 4])
 
     def function(x):
@@ -80,42 +81,44 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert work.loops == (Loop(turns=5, turn=Work(forward=96.0, bytes_moved=4.0 * (12 + 16 + 12))),)
     assert work.total.flops == 5 * 96
     endless = lambda x: tf.while_loop(lambda x: tf.reduce_sum(x) < 5, lambda x: (x @ kernel,), (x,))[0]  # noqa: E731
-    with pytest.raises(ValueError, match="does not say how often it turns"):
+    with pytest.raises(ValueError, match="does not give the number of turns"):
         count_work(endless, tf.TensorSpec([3, 4]))
 
 
 def digits(**changes) -> JobConfig:
     options = {"dry_run": True, "plan_devices": ("A100",), "norm": "l2", "epsilon": 1.0, "attack_steps": 5}
-    return JobConfig(**{**options, "architecture": "resnet8", "batch_size": 64, **changes})
+    return JobConfig.from_flags(**{**options, "architecture": "resnet8", "batch_size": 64, **changes})
 
 
 def work_of(config: JobConfig) -> JobWork:
-    keras.config.set_dtype_policy(config.precision)
-    classifier, task = train.planned_job(config)
+    keras.config.set_dtype_policy(config.optimization.precision)
+    classifier, task = planned_job(config)
     return job_work(config, classifier, task)
 
 
-def test_adversarial_step_is_attack_and_one_training_pass():
+def test_an_adversarial_step_is_the_attack_and_one_training_pass():
     work = work_of(digits())
     forward = work.forward.flops
     (attack,) = work.step.loops
     assert attack == Loop(turns=5, turn=work.attack_step)
     assert (attack.turn.forward, attack.turn.input_gradient, attack.turn.weight_gradient) == (forward, forward, 0)
-    # The last iterate (--use_best) and the training pass, whose first layer needs no gradient of the images.
+    # Outside the loop are the last iterate (--use_best) and the training pass, which needs no gradient of the images.
     outside = work.step.outside
     assert (outside.forward, outside.weight_gradient) == (2 * forward, forward)
     assert 0.9 * forward < outside.input_gradient < forward
     assert work_of(digits(use_best=False)).step.outside.forward == forward
 
 
-def test_standard_training_and_frozen_layers_take_less(tmp_path):
+def test_standard_training_and_frozen_layers_need_less_work(tmp_path):
     standard = work_of(digits(epsilon=0.0, eval_epsilon=1.0))
     assert standard.step.loops == () and 2.9 < standard.step.total.flops / standard.forward.flops < 3
     path = tmp_path / "source.cfg"
     path.write_text("--architecture=resnet8\n--norm=l2\n--epsilon=1\n")
     workdir = str(tmp_path / "job")
     head = work_of(digits(task="transfer", source=str(path), epsilon=0.0, workdir=workdir))
-    assert head.step.total.flops == pytest.approx(head.forward.flops, rel=0.01)  # nothing is differentiated below
+    assert head.step.total.flops == pytest.approx(
+        head.forward.flops, rel=0.01
+    )  # nothing below the head is differentiated
     assert head.gradient_bytes == 4 * (64 * 10 + 10)
 
 
@@ -142,12 +145,12 @@ WORK = JobWork(
 
 
 def rows_of(config: JobConfig, work: JobWork = WORK, task: PlannedTask = TASK) -> dict[str, str]:
-    (cluster,) = parse_clusters(config.plan_devices)
+    (cluster,) = parse_clusters(config.plan.plan_devices)
     table = device_plan(config, task, work, cluster)
     return dict(zip(*(list(column.cells) for column in table.columns), strict=True))
 
 
-def test_arithmetic_of_a_plan():
+def test_the_arithmetic_of_a_plan():
     config = digits(plan_devices=("2x4xA100",), batch_size=80, epochs=10, attack_steps=3, eval_steps=20, plan_price=3.0)
     config_rows = rows_of(config)
     compute = 10e9 * 80 / (8 * 156e12)  # 0.641 ms; memory: 2 x 10 MB x 80 / (8 x 1.555 TB/s) = 0.129 ms
@@ -158,7 +161,7 @@ def test_arithmetic_of_a_plan():
     assert config_rows["compute time"] == f"800 GFLOP / (8 x 156 TFLOP/s) = {compute * 1e3:.3g} ms"
     assert config_rows["memory time"].endswith("= 0.129 ms")
     assert config_rows["all-reduce"] == "100 MB x 2 x 3/4 / 300 GB/s + 100 MB x 2 x 1/2 / 200 GB/s = 1 ms"
-    assert config_rows["time of a step"].startswith(f"{compute * 1e3:.3g} ms / 0.35 utilisation + 1 ms = ")
+    assert config_rows["time of a step"].startswith(f"{compute * 1e3:.3g} ms / 0.35 utilization + 1 ms = ")
     assert f"= {step * 1e3:.3g} ms, {80 / step:,.0f} images/s" in config_rows["time of a step"]
     assert config_rows["time of the run"].endswith(f"= {run:.3g} s")
     assert config_rows["cost"] == f"{run * 8 / 3600:,.2f} device-hours x 3 = {run * 8 / 1200:,.2f}"
@@ -166,7 +169,7 @@ def test_arithmetic_of_a_plan():
     assert config_rows["checkpoint"].startswith("100 MB weights + 100 MB optimizer = 200 MB")
 
 
-def test_what_does_not_fit_gets_the_ways_out():
+def test_a_job_that_does_not_fit_gets_ways_out():
     rows = rows_of(digits(plan_devices=("T4",), batch_size=256))
     # (16 GiB - 1 GiB - 300 MB) / 100 MB
     assert rows["memory verdict"].startswith("OUT OF MEMORY: 27 GB of 17.2 GB. At most 158 images fit on a device")
@@ -183,12 +186,12 @@ def test_what_does_not_fit_gets_the_ways_out():
         ("4x8xh100", 4, 8, "H100"),
         ("2xA100-80GB", 1, 2, "A100-80GB"),
         ("v4-8", 1, 4, "v4"),
-        ("v4-128", 16, 4, "v4"),  # the name counts cores, two on a chip
+        ("v4-128", 16, 4, "v4"),  # the name counts cores, and a chip has two
         ("v5e-8", 1, 8, "v5e"),
         ("v5e-16", 4, 4, "v5e"),
     ],
 )
-def test_grammar(text, hosts, per_host, device):
+def test_clusters_are_read(text, hosts, per_host, device):
     (cluster,) = parse_clusters([text])
     assert (cluster.hosts, cluster.per_host, cluster.device) == (hosts, per_host, DEVICES[device])
 
@@ -204,7 +207,7 @@ def test_grammar(text, hosts, per_host, device):
         ("v9-8", "Received: 'v9'"),
     ],
 )
-def test_grammar_refuses(text, message):
+def test_wrong_clusters_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         parse_clusters([text])
 
@@ -216,7 +219,7 @@ def test_grammar_refuses(text, message):
         ({"plan_devices": ("V100",), "precision": "mixed_bfloat16"}, "no units for this precision.*mixed_bfloat16"),
     ],
 )
-def test_plan_refuses(changes, message):
+def test_impossible_plans_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         rows_of(digits(**changes))
 
@@ -226,18 +229,18 @@ def test_plan_refuses(changes, message):
     [
         ({"dry_run": False}, "--plan_devices is for --dry_run. Received: --plan_devices=A100"),
         ({"plan_devices": (), "plan_price": 2.0}, "--plan_price=2.0"),
-        ({"plan_devices": (), "plan_utilisation": 0.5}, "--plan_utilisation=0.5"),
-        ({"plan_utilisation": 1.5}, "at most 1. Received: 1.5"),
+        ({"plan_devices": (), "plan_utilization": 0.5}, "--plan_utilization=0.5"),
+        ({"plan_utilization": 1.5}, "at most 1. Received: 1.5"),
         ({"plan_price": -1.0}, "Received: -1.0"),
         ({"workdir": "gs://bucket/run"}, "Received: --workdir=gs://bucket/run"),
     ],
 )
-def test_flags_refuse(changes, message):
+def test_wrong_plan_flags_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         digits(**changes)
 
 
-def test_imagenet_is_planned_without_its_data(tmp_path):
+def test_imagenet_is_planned_without_its_images(tmp_path):
     config = read_flag_file(ROOT / "configs" / "imagenet_resnet50_l2_eps3.cfg", [f"--data_dir={tmp_path}"])
     task = planned_task(config)
     assert (task.num_train + task.num_validation, task.num_test) == (1_281_167, 50_000)
@@ -245,13 +248,13 @@ def test_imagenet_is_planned_without_its_data(tmp_path):
     assert task.steps_per_epoch == -(-task.num_train // 512)
 
 
-def test_planned_figures_are_those_of_the_data(data_dir):
+def test_the_planned_size_equals_the_size_of_the_data(data_dir):
     config = digits(data_dir=str(data_dir))
-    planned, real = planned_task(config), train.task_of(config)
+    planned, real = planned_task(config), load_job_task(config)
     for name in ("num_train", "num_validation", "num_test", "image_size", "augmentation", "steps_per_epoch"):
         assert getattr(planned, name) == getattr(real, name)
     chosen = digits(data_dir=str(data_dir), classes=(1, 2))
-    assert planned_task(chosen).num_train == train.task_of(chosen).num_train < planned.num_train
+    assert planned_task(chosen).num_train == load_job_task(chosen).num_train < planned.num_train
 
 
 def test_dry_run_prints_a_plan_for_each_cluster(capsys, data_dir):
@@ -262,8 +265,8 @@ def test_dry_run_prints_a_plan_for_each_cluster(capsys, data_dir):
     assert keras.config.dtype_policy().name == "float32"
 
 
-# NVIDIA's own TensorFlow + XLA training of ResNet-50 v1.5 on one GPU, images/s: DeepLearningExamples,
-# TensorFlow/Classification/ConvNets/resnet50v1.5, "Training performance results".
+# Images per second of NVIDIA's training of ResNet-50 v1.5 on one GPU, with TensorFlow and XLA. Source:
+# DeepLearningExamples, TensorFlow/Classification/ConvNets/resnet50v1.5, "Training performance results".
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "precision", "batch_size", "published"),
@@ -274,7 +277,7 @@ def test_dry_run_prints_a_plan_for_each_cluster(capsys, data_dir):
         ("A100", "mixed_float16", 256, 2375),
     ],
 )
-def test_default_utilisation_against_published_speeds(device, precision, batch_size, published):
+def test_default_utilization_against_published_speeds(device, precision, batch_size, published):
     config = digits(
         dataset="imagenet2012",
         architecture="resnet50",
@@ -284,7 +287,7 @@ def test_default_utilisation_against_published_speeds(device, precision, batch_s
         plan_devices=(device,),
     )
     rows = rows_of(config, work_of(config), planned_task(config))
-    assert rows["memory verdict"].startswith("fits")  # as it did there
+    assert rows["memory verdict"].startswith("fits")  # as it did in their training
     predicted = float(rows["time of a step"].split()[-2].replace(",", ""))
     assert published / 2 < predicted < published * 1.5
 
@@ -294,7 +297,7 @@ import json, re, sys
 from robust_tf.environment import set_tensorflow_defaults
 set_tensorflow_defaults()
 import keras, numpy as np, tensorflow as tf
-from robust_tf.config.job import AttackConfig
+from robust_tf.config.attack import AttackConfig
 from robust_tf.models import build_classifier
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.optimizers import build_optimizer
@@ -306,7 +309,7 @@ trainer.compile(optimizer=build_optimizer("sgd", learning_rate=0.01), loss=Cross
 images = np.random.default_rng(0).uniform(size=(batch, size, size, 3)).astype("float32")
 data = tf.data.Dataset.from_tensors((images, np.zeros(batch, "int32"))).repeat(3)
 trainer.fit(data, verbose=0)
-# Not getrusage: there a process starts with the peak of the one that started it.
+# With getrusage, a process would start with the peak of its parent.
 print(json.dumps(int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024))
 """
 
@@ -315,12 +318,11 @@ print(json.dumps(int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status")
 @pytest.mark.parametrize(
     ("architecture", "size", "batch_size"), [("resnet20", 32, 512), ("resnet18", 64, 128), ("mobilenet_v2", 64, 128)]
 )
-def test_estimated_memory_is_right_within_its_factor(architecture, size, batch_size):
+def test_the_estimated_memory_is_right_within_its_factor(architecture, size, batch_size):
     arguments = [sys.executable, "-c", _MEASURE, architecture, str(size), str(batch_size)]
     measured = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
     classifier = network(architecture, size, num_classes=10)
-    trainable, total = parameter_counts(classifier)
-    estimate = estimated_bytes(digits(batch_size=batch_size), classifier, trainable, total)
+    estimate = estimated_bytes(digits(batch_size=batch_size), classifier)
     assert 1 / 1.5 < estimate / measured < 1.5, (estimate / 2**20, measured / 2**20)
 
 
@@ -335,5 +337,5 @@ def test_estimated_memory_is_right_within_its_factor(architecture, size, batch_s
         ({"base_batch_size": 256, "batch_size": 32, "accumulate_steps": 4}, "0.05, step, x 0.1 at no time within 10"),
     ],
 )
-def test_the_learning_rate_is_shown_with_the_drops_that_the_job_reaches(settings, shown):
-    assert plan._learning_rate(JobConfig(epochs=10, **settings)).startswith(f"learning rate {shown}")
+def test_the_plan_shows_the_drops_of_the_learning_rate_that_the_job_reaches(settings, shown):
+    assert plan._learning_rate(OptimizationConfig(epochs=10, **settings)).startswith(f"learning rate {shown}")

@@ -1,4 +1,4 @@
-"""What holds for every architecture: names, shapes, dtypes, sizes, gradients, where weights start."""
+"""Properties of every architecture: names, shapes, dtypes, sizes, gradients and initial weights."""
 
 import pathlib
 import re
@@ -76,7 +76,7 @@ def test_smallest_image(architecture):
 
 @pytest.mark.parametrize("architecture", ["resnet8", *map(slow, ("resnext50_32x4d", "shufflenet_v2_x1_0", "vgg16_bn"))])
 def test_odd_size_trains(architecture):
-    """A loss has a finite gradient for the images and every variable, in a graph, at a size that halves unevenly."""
+    """A loss has finite gradients for the images and all variables, in a graph, at a size that halves unevenly."""
     classifier = build(architecture, image_size=45)
     images = tf.random.stateless_uniform((2, 45, 45, 3), seed=(0, 0))
 
@@ -94,8 +94,8 @@ def test_odd_size_trains(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["resnet8", "shufflenet_v2_x1_0", *map(slow, ("resnext50_32x4d", "vgg16_bn"))])
-def test_the_same_weights_work_at_every_size(architecture):
-    """No layer holds the image size: a classifier is moved to another size by the shape of its input alone."""
+def test_the_same_weights_work_with_every_image_size(architecture):
+    """No layer depends on the image size: only the shape of the input has to be changed for another size."""
     classifier = build(architecture, image_size=96)
     config = classifier.get_config()
     config["layers"][0]["config"]["batch_shape"] = (None, 65, 65, 3)
@@ -106,7 +106,7 @@ def test_the_same_weights_work_at_every_size(architecture):
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision_keeps_both_ends_in_float32(policy):
+def test_images_and_logits_stay_float32_in_mixed_precision(policy):
     keras.config.set_dtype_policy(policy)
     classifier = build("resnet8")
     assert classifier.inputs[0].dtype == "float32"
@@ -117,7 +117,7 @@ def test_mixed_precision_keeps_both_ends_in_float32(policy):
     assert logits.dtype == "float32" and np.isfinite(logits).all()
 
 
-def test_pixels_are_clipped_and_normalised():
+def test_pixels_are_clipped_and_normalized():
     classifier = build("resnet8", image_size=4)
     ends = keras.Model(classifier.input, classifier.get_layer("normalization").output)
     pixels = np.array([-1.0, 0.25, 2.0], np.float32).reshape(3, 1, 1, 1) * np.ones((3, 4, 4, 3), np.float32)
@@ -125,8 +125,8 @@ def test_pixels_are_clipped_and_normalised():
     np.testing.assert_allclose(ends(pixels), expected, rtol=1e-5)
 
 
-def test_the_clip_passes_gradients_at_its_bounds_only():
-    """PGD walks along the bounds 0 and 1; a gradient of 0 there would hold it back, unlike the reference's."""
+def test_the_clip_passes_gradients_at_its_bounds_but_not_beyond():
+    """PGD moves along the bounds 0 and 1. Unlike in the reference, a gradient of 0 there would stop it."""
     classifier = build("resnet8", image_size=4)
     ends = keras.Model(classifier.input, classifier.get_layer("normalization").output)
     levels = tf.constant([-0.1, 0.0, 0.5, 1.0, 1.1])
@@ -140,7 +140,7 @@ def test_the_clip_passes_gradients_at_its_bounds_only():
 
 @pytest.mark.slow
 def test_saved_classifiers_load_without_this_package(tmp_path: pathlib.Path):
-    """In safe mode, in a process of its own; these two hold all that is no everyday layer."""
+    """In safe mode, in a separate process. These two architectures contain all unusual layers."""
     images = np.random.default_rng(0).random((2, 32, 32, 3)).astype(np.float32)
     np.save(tmp_path / "images.npy", images)
     classifiers = [build("resnet8"), build("shufflenet_v2_x1_0")]
@@ -163,7 +163,7 @@ def test_saved_classifiers_load_without_this_package(tmp_path: pathlib.Path):
 
 @pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize("groups", [2, 6])
-def test_grouped_convolution_equals_that_of_keras(groups, strides):
+def test_grouped_convolution_equals_keras(groups, strides):
     images = keras.Input((5, 5, 6))
     ours = keras.Model(images, Layers().conv(images, 6, 3, name="conv", strides=strides, groups=groups))
     members = 6 // groups
@@ -179,7 +179,7 @@ def test_grouped_convolution_equals_that_of_keras(groups, strides):
 
 
 def test_stride_pads_both_sides():
-    """A kernel that picks its upper left pixel sees the padding first; Keras's "same" would show it pixel 0."""
+    """A kernel that selects its upper left pixel returns the padding first; with Keras's "same" it would be pixel 0."""
     images = keras.Input((4, 4, 1))
     model = keras.Model(images, Layers().conv(images, 1, 3, name="conv", strides=2))
     kernel = np.zeros((3, 3, 1, 1), np.float32)
@@ -200,7 +200,7 @@ def test_stride_pads_both_sides():
         (torch_default, 64, (1 / 9 / 3) ** 0.5),
     ],
 )
-def test_kernels_start_where_those_of_pytorch_start(start, groups, deviation):
+def test_initial_kernels_have_the_distribution_of_pytorch(start, groups, deviation):
     images = keras.Input((8, 8, 64))
     model = keras.Model(images, Layers(kernel_start=start).conv(images, 64, 3, name="conv", groups=groups))
     kernel = np.array(model.weights[0])
@@ -219,7 +219,7 @@ def test_kernels_start_where_those_of_pytorch_start(start, groups, deviation):
         ("mnasnet1_0", (1 / 50) ** 0.5, (3 / 50) ** 0.5, 0),
     ],
 )
-def test_heads_start_where_those_of_the_reference_start(architecture, kernel_deviation, kernel_bound, bias_bound):
+def test_initial_heads_have_the_distribution_of_the_reference(architecture, kernel_deviation, kernel_bound, bias_bound):
     kernel, bias = build(architecture, num_classes=50).get_layer("logits").get_weights()
     assert np.std(kernel) == pytest.approx(kernel_deviation, rel=0.05)
     assert np.abs(kernel).max() <= kernel_bound

@@ -1,4 +1,4 @@
-"""The network for inference answers as the one that was trained."""
+"""A folded network gives the same answers as the trained one."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from robust_tf.models.folding import fold_batch_norm
 
 
 def with_statistics(classifier: keras.Model) -> keras.Model:
-    """The classifier with other scales, shifts, means and variances than a new one has."""
+    """Sets scales, shifts, means and variances that differ from those of a new classifier."""
     rng = np.random.default_rng(0)
     for layer in classifier.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -30,7 +30,7 @@ def relative_difference(one, other) -> float:
     ("architecture", "left"),
     [("resnet20", 0), ("mobilenet_v2", 0), pytest.param("densenet161", 82, marks=pytest.mark.slow)],
 )
-def test_answers_and_gradients_are_those_of_the_classifier(architecture, left):
+def test_outputs_and_gradients_equal_those_of_the_classifier(architecture, left):
     size = 32
     classifier = with_statistics(build_classifier(architecture, 5, image_size=size, mean=(0.5,) * 3, std=(0.25,) * 3))
     before = [weight.copy() for weight in classifier.get_weights()]
@@ -63,7 +63,7 @@ def test_bias_missing_scale_and_depth_multiplier():
     assert relative_difference(folded(images), classifier(images)) < 1e-5
 
 
-def test_what_cannot_be_folded_stays():
+def test_layers_that_cannot_be_folded_are_kept():
     inputs = keras.Input((6, 6, 3))
     twice = keras.layers.Conv2D(3, 3, padding="same", name="twice")
     x = keras.layers.BatchNormalization(name="after_shared")(twice(twice(inputs)))
@@ -83,7 +83,7 @@ def test_what_cannot_be_folded_stays():
     assert relative_difference(folded(images), classifier(images)) < 1e-5
 
 
-def test_without_a_pair_it_is_the_classifier_itself():
+def test_without_anything_to_fold_the_classifier_itself_is_returned():
     plain = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Conv2D(2, 3), keras.layers.BatchNormalization()])
     assert fold_batch_norm(plain) is plain
     inputs = keras.Input((4, 4, 3))
@@ -91,7 +91,7 @@ def test_without_a_pair_it_is_the_classifier_itself():
     assert fold_batch_norm(functional) is functional
 
 
-def test_a_batchnorm_that_is_called_elsewhere_too_stays():
+def test_a_batchnorm_that_is_also_called_elsewhere_is_kept():
     inputs = keras.Input((6, 6, 3))
     norm = keras.layers.BatchNormalization()
     x = keras.layers.Concatenate()([norm(keras.layers.Conv2D(3, 3, padding="same")(inputs)), norm(inputs)])

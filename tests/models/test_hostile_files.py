@@ -1,4 +1,4 @@
-"""Hostile checkpoints cost little: memory below 3 times the size plus 200 MB, below 10 s, short messages."""
+"""Hostile checkpoints are cheap to refuse: memory below 3 times the size plus 200 MB, under 10 s, short messages."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from robust_tf.models.reference_checkpoint import read_reference_checkpoint
 
 pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 PACKAGE = pathlib.Path(__file__).parents[2] / "robust_tf"
-# Reads files without TensorFlow: `robust_tf.models` as a whole imports it, the reader doesn't need it.
+# Reads a file without TensorFlow, which the package `robust_tf.models` imports but the reader does not need.
 READER = """
 import json, re, sys, time, types
 models = types.ModuleType("robust_tf.models")
@@ -29,7 +29,7 @@ try:
     message = str(len(read_reference_checkpoint(sys.argv[2]).state))
 except UserError as error:
     message = str(error)
-# Not `ru_maxrss`, which counts the process that started this one as well.
+# Not `ru_maxrss`, which includes the process that started this one.
 peak = int(re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 print(json.dumps([time.process_time() - start, peak, message]))
 """
@@ -37,9 +37,9 @@ TEXT = b"X" + struct.pack("<I", 2**20) + b"a" * 2**20
 ENCODE = b"c_codecs\nencode\nq\x01"
 SIZE = b"ctorch\nSize\nq\x01"
 ORDERED = b"ccollections\nOrderedDict\nq\x01"
-# Each is what a pickle holds after its first two bytes.
+# The content of the pickles, after their first two bytes.
 PICKLES = {
-    "encodes a memoised text again and again": TEXT + b"q\x00" + ENCODE + b"h\x01h\x00\x85R" * 4000,
+    "encodes a memoized text again and again": TEXT + b"q\x00" + ENCODE + b"h\x01h\x00\x85R" * 4000,
     "torch.Size of a list": b"](" + b"K\x01" * 200_000 + b"eq\x00" + SIZE + b"h\x01h\x00\x85R" * 4000,
     "torch.Size of a text": TEXT + b"q\x00" + SIZE + b"h\x01h\x00\x85R" * 4000,
     "OrderedDict of a dictionary": b"}("
@@ -68,7 +68,7 @@ PICKLES = {
 
 
 def measure(path: pathlib.Path) -> str:
-    """Reads a file in a new process and checks the cost; returns the error message or the number of tensors."""
+    """Reads a file in a new process and checks the costs; returns the error message or the number of tensors."""
     command = [sys.executable, "-c", READER, str(PACKAGE / "models"), str(path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds, peak, message = json.loads(done.stdout)
@@ -81,7 +81,7 @@ def measure(path: pathlib.Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("write", ["zip", "legacy"])
 @pytest.mark.parametrize("data", PICKLES.values(), ids=PICKLES)
-def test_a_hostile_pickle_costs_little(tmp_path, data, write) -> None:
+def test_a_hostile_pickle_is_cheap_to_refuse(tmp_path, data, write) -> None:
     path = tmp_path / "x.pt"
     data = b"\x80\x02" + data + b"."
     if write == "zip":
@@ -94,22 +94,22 @@ def test_a_hostile_pickle_costs_little(tmp_path, data, write) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["encodes a memoised text again and again", "torch.Size of a list", "keys of one hash"]
+    "name", ["encodes a memoized text again and again", "torch.Size of a list", "keys of one hash"]
 )
-def test_what_a_hostile_pickle_is_told(tmp_path, name) -> None:
-    said = {"e": "must not build more than", "t": "at most 32 integers", "k": "integers of 64 bits"}[name[0]]
+def test_messages_about_hostile_pickles(tmp_path, name) -> None:
+    said = {"e": "must not build more than", "t": "at most 32 integers", "k": "64-bit integers"}[name[0]]
     path = write_zip_members(tmp_path / "x.pt", {"data.pkl": b"\x80\x02" + PICKLES[name] + b"."})
     assert said in measure(path)
 
 
-def test_tensors_that_share_a_storage_are_not_copied_without_end(tmp_path) -> None:
+def test_copies_of_tensors_that_share_a_storage_are_limited(tmp_path) -> None:
     base = np.zeros(2**16, np.float32)
     storage = Storage(base)
     state = {str(n): tensor(base, storage=storage, shape=(256, 256), strides=(1, 256)) for n in range(500)}
-    assert "copies are larger than the file" in measure(write_zip(tmp_path / "x.pt", state))
+    assert "must be copied" in measure(write_zip(tmp_path / "x.pt", state))
 
 
-def test_a_directory_of_many_entries_is_not_unfolded(tmp_path) -> None:
+def test_a_directory_with_many_entries_is_not_read(tmp_path) -> None:
     path = tmp_path / "x.pt"
     entry = struct.pack("<4s4B4HL2L5H2L", b"PK\x01\x02", *(0,) * 4, *(0,) * 4, *(0,) * 3, *(0,) * 5, 0, 0)
     count = 200_000
@@ -118,8 +118,8 @@ def test_a_directory_of_many_entries_is_not_unfolded(tmp_path) -> None:
     assert "directory" in measure(path)
 
 
-def test_a_storage_that_many_keys_read_is_read_once(tmp_path) -> None:
-    """Members of an archive may name the same bytes, so that a small file has terabytes to read."""
+def test_a_storage_with_many_keys_is_read_once(tmp_path) -> None:
+    """Many members of an archive may refer to the same bytes, so that a small file seems to hold terabytes."""
     base = np.zeros(1000, np.float32)
     path = write_zip(tmp_path / "x.pt", {str(n): tensor(base, storage=Storage(base)) for n in range(3)})
     data = path.read_bytes()
@@ -173,18 +173,18 @@ def test_reads_safetensors(tmp_path) -> None:
         ({"a": entry("F32", [1], 0, 4)}, "must end with its last tensor"),
         ({"a": entry("F32", [1], 0, 8)}, "must take 4 bytes. Received: [0, 8]"),
         ({"a": entry("F32", [2**62, 2**62], 0, 8)}, "must take"),
-        ({"a": entry("F32", [-2], 8, 0)}, "must be counts"),
-        ({"a": entry("F32", [True, 2], 0, 8)}, "must be counts"),
-        ({"a": entry("F32", [1] * 33, 0, 4)}, "must be counts"),
+        ({"a": entry("F32", [-2], 8, 0)}, "must be lists of integers of at least 0"),
+        ({"a": entry("F32", [True, 2], 0, 8)}, "must be lists of integers of at least 0"),
+        ({"a": entry("F32", [1] * 33, 0, 4)}, "must be lists of integers of at least 0"),
         ({"a": entry("F8_E4M3", [8], 0, 8)}, "dtype"),
         ({"a": 3}, "dtype"),
         ({"a" * 5000: entry("F8", [8], 0, 8)}, "dtype"),
-        (b'{"a": 1, "a": 2}', "stand twice"),
+        (b'{"a": 1, "a": 2}', "must be unique"),
         (b"{" + b'"a":[' * 100_000, "must be JSON"),
         (b"{nonsense", "must be JSON"),
     ],
 )
-def test_wrong_safetensors_are_refused(tmp_path, header, said) -> None:
+def test_invalid_safetensors_are_refused(tmp_path, header, said) -> None:
     path = write_safetensors(tmp_path / "x.safetensors", header, bytes(8))
     with pytest.raises(UserError) as caught:
         read_reference_checkpoint(path)

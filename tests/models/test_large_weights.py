@@ -1,4 +1,4 @@
-"""Without copies the weights are the same, in memory and in the file."""
+"""Weights that are not copied are the same in memory and in the file."""
 
 import keras
 import numpy as np
@@ -11,7 +11,7 @@ from robust_tf.models.layers import without_initial_values
 STATISTICS = {"image_size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
-def test_a_tensor_lies_over_the_array():
+def test_a_tensor_shares_the_memory_of_the_array():
     array = untouched_zeros((3, 5, 7))
     assert array.shape == (3, 5, 7) and array.dtype == np.float32 and not array.any()
     array[...] = np.arange(105).reshape(3, 5, 7)
@@ -27,7 +27,7 @@ def test_zeros_of_any_type():
     assert half.dtype == tf.float16 and not np.any(half)
 
 
-def test_the_configuration_is_that_of_a_network_with_initial_values():
+def test_the_configuration_equals_that_of_a_network_with_initial_values():
     usual = build_classifier("resnet20", 4, **STATISTICS)
     empty = without_initial_values(lambda: build_classifier("resnet20", 4, **STATISTICS))
     for ours, theirs in zip(empty.layers, usual.layers, strict=True):
@@ -36,10 +36,10 @@ def test_the_configuration_is_that_of_a_network_with_initial_values():
     assert not np.any(empty.get_layer("stem_conv").kernel) and np.any(usual.get_layer("stem_conv").kernel)
 
 
-def test_a_saved_classifier_is_the_one_that_keras_saves(tmp_path):
+def test_a_saved_classifier_equals_the_one_that_keras_saves(tmp_path):
     classifier = build_classifier("resnet20", 4, **STATISTICS)
     save_classifier(classifier, tmp_path / "ours.keras")
-    classifier.save(tmp_path / "keras.keras")  # afterwards, Keras saves as ever
+    classifier.save(tmp_path / "keras.keras")  # afterwards Keras saves in its usual way
     ours, theirs = load_classifier(tmp_path / "ours.keras"), keras.saving.load_model(tmp_path / "keras.keras")
     for one, other, weight in zip(ours.weights, theirs.weights, classifier.weights, strict=True):
         np.testing.assert_array_equal(one, weight, err_msg=weight.path)

@@ -1,4 +1,4 @@
-"""Any classifier in its one form: exactly the same function, and the user's model as it was."""
+"""A plain classifier computes exactly the same function, and the original model is not changed."""
 
 import keras
 import numpy as np
@@ -20,12 +20,12 @@ layers = keras.layers
 IMAGES = np.random.default_rng(1).random((5, 8, 8, 3)).astype(np.float32)
 
 
-def test_our_own_classifiers_pass_through():
+def test_classifiers_of_this_package_are_returned_unchanged():
     classifier = build_classifier("resnet8", 3, image_size=8, mean=(0.5,) * 3, std=(0.2,) * 3)
     assert "resnet8" in ARCHITECTURES and plain_classifier(classifier) is classifier
 
 
-def test_the_users_model_stays_as_it_was():
+def test_the_original_model_is_not_changed():
     model = nested()
     config, before = model.get_config(), model(IMAGES).numpy()
     classifier = plain_classifier(model)
@@ -36,15 +36,15 @@ def test_the_users_model_stays_as_it_was():
     assert classifier is plain_classifier(classifier)
 
 
-def test_nested_layers_become_flat_with_names_of_their_own():
+def test_nested_layers_are_flattened_with_unique_names():
     names = [layer.name for layer in plain_classifier(nested()).layers]
     assert len(set(names)) == len(names)
     assert {"same", "same_1"} < set(names) and not {"base", "head", "convolutions"} & set(names)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_nested_batchnorm_does_what_it_did(training):
-    """Called as in Keras's guide to fine-tuning: `base(images, training=False)`."""
+def test_a_nested_batchnorm_keeps_its_mode(training):
+    """Keras's guide to fine-tuning calls `base(images, training=False)`."""
     base = keras.Sequential([image_input(), layers.Flatten(), layers.BatchNormalization()])
     images = image_input()
     model = keras.Model(images, layers.Dense(2)(base(images, training=False)))
@@ -52,7 +52,7 @@ def test_a_nested_batchnorm_does_what_it_did(training):
     np.testing.assert_allclose(classifier(IMAGES, training=training), model(IMAGES, training=training), atol=1e-5)
 
 
-def test_one_logit_speaks_for_class_1():
+def test_a_single_logit_belongs_to_class_1():
     model = functional(1)
     logits = plain_classifier(model)(IMAGES).numpy()
     np.testing.assert_array_equal(logits[:, 0], 0)
@@ -69,7 +69,7 @@ def test_one_logit_speaks_for_class_1():
         lambda x: layers.Identity()(layers.Activation("linear", dtype="float32")(layers.Softmax()(x))),
     ],
 )
-def test_every_softmax_at_the_end_is_taken_off(end):
+def test_every_form_of_softmax_at_the_end_is_removed(end):
     images = image_input()
     logits = layers.Dense(4, name="scores")(layers.Flatten()(images))
     found = plain_classifier(keras.Model(images, end(logits)))
@@ -95,7 +95,7 @@ def test_a_layer_that_is_called_twice_stays_one_layer():
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "tanh"])
 def test_one_output_behind_a_reshape_is_refused(activation):
-    """Its activation is not at the end, where it could be taken off."""
+    """Its activation is not at the end, so it cannot be removed."""
     images = image_input()
     x = layers.Dense(1, activation=activation)(layers.Flatten()(images))
     with pytest.raises(UserError, match=f"whose output ends in {activation}"):
@@ -111,26 +111,26 @@ def test_a_model_without_a_shape_is_refused():
             plain_classifier(model)
 
 
-def test_a_name_that_means_something_else_here_is_changed():
+def test_a_layer_with_a_reserved_name_is_renamed():
     images = image_input()
     x = layers.Dense(3, name="logits")(layers.Flatten()(layers.Conv2D(2, 3, name="features")(images)))
     classifier = plain_classifier(keras.Model(images, layers.Dense(2, name="out")(x)))
     assert [layer.name for layer in classifier.layers] == ["images", "features_1", "flatten", "logits_1", "out"]
 
 
-def test_a_file_that_needs_the_users_code_says_of_which_class(tmp_path):
+def test_the_error_for_a_file_with_custom_code_names_the_class(tmp_path):
     class Unknown(Subclassed):
         pass
 
     called(Unknown()).save(tmp_path / "mine.keras")
     with pytest.raises(
-        UserError, match=r"mine.keras, which needs the Python code of 'Unknown'\. Save keras.Model\("
+        UserError, match=r"mine.keras, which needs the Python code of 'Unknown'\. .* save keras.Model\("
     ) as error:
         load_classifier(tmp_path / "mine.keras")
     assert len(str(error.value)) < 400
 
 
-def test_what_a_model_itself_gives():
+def test_outputs_of_returns_the_unconverted_outputs():
     images = image_input()
     x = layers.Dense(3, activation="softmax")(layers.Flatten()(images))
     model = keras.Model({"image": images}, {"logits": x, "other": layers.Dense(2)(x)})
@@ -150,7 +150,7 @@ def test_what_a_model_itself_gives():
         (layers.Rescaling(255.0), False),
     ],
 )
-def test_a_first_layer_for_pixels_up_to_255_is_warned_of(first, warned):
+def test_a_first_layer_for_pixels_up_to_255_gives_a_warning(first, warned):
     model = keras.Sequential([image_input(), first, layers.Flatten(), layers.Dense(2)])
     warning = pixel_warning(plain_classifier(model))
     assert bool(warning) == warned
@@ -158,7 +158,7 @@ def test_a_first_layer_for_pixels_up_to_255_is_warned_of(first, warned):
         assert repr(first.name) in warning and "[0, 1]" in warning
 
 
-def test_a_rescaling_behind_another_layer_is_no_sign():
+def test_a_rescaling_after_another_layer_gives_no_warning():
     model = keras.Sequential(
         [image_input(), layers.Rescaling(255.0), layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(2)]
     )

@@ -1,4 +1,4 @@
-"""Published models arrive whole or not at all, from a hub that is played by a server on this machine."""
+"""Published models are downloaded completely or not at all. A server on this machine plays the hub."""
 
 import concurrent.futures
 import errno
@@ -27,10 +27,10 @@ FILE = f"{NAME}.ckpt"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `content` as the checkpoint. Each entry of `faults` spoils one request, in order; None spoils nothing.
+    """Serves `content` as the checkpoint.
 
-    A fault is a status code to answer with, or a function from the body to what is sent in its place. With `redirects`,
-    the body lies elsewhere, as that of large files does on the real hub.
+    Each entry of `faults` is the fault of one request, in order: None for no fault, a status code to answer with, or a
+    function that changes the body. With `redirects` the body has another address, as for large files on the real hub.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -89,7 +89,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, *arguments: object) -> None:
-        """Quiet."""
+        """Prints nothing."""
 
 
 def cut(body: bytes) -> bytes:
@@ -102,7 +102,7 @@ def spoil(body: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, np.ndarray]]:
-    """A checkpoint with random weights, and the weights."""
+    """Returns a checkpoint with random weights, and the weights."""
     classifier = build_classifier("resnet8", 10, image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
     rng = np.random.default_rng(0)
     state = {
@@ -118,7 +118,7 @@ def hub(monkeypatch, checkpoint) -> Iterator[Hub]:
     row = PublishedModel(architecture="resnet8", norm="l2", epsilon=1.0, dataset="imagenet", filename=FILE)
     monkeypatch.setitem(PUBLISHED, NAME, row)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    # What has come of a chunk is lost when the connection breaks; a chunk is 10 MB otherwise.
+    # When a connection breaks, the current chunk is lost; by default a chunk has 10 MB.
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 100)
     with Hub(checkpoint[0]) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -138,7 +138,7 @@ def visible(folder: pathlib.Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
 
 
-def test_fetches_converts_and_keeps(tmp_path, hub, checkpoint) -> None:
+def test_a_model_is_downloaded_converted_and_kept(tmp_path, hub, checkpoint) -> None:
     path = fetch_published(NAME, cache_dir=tmp_path, endpoint=hub.endpoint)
     state = to_reference_state(keras.saving.load_model(path))
     for key, values in checkpoint[1].items():
@@ -156,7 +156,7 @@ def test_fetches_converts_and_keeps(tmp_path, hub, checkpoint) -> None:
     assert len(hub.requests) == 2
 
 
-def test_large_files_lie_elsewhere(tmp_path, hub, checkpoint) -> None:
+def test_a_redirected_large_file_is_downloaded(tmp_path, hub, checkpoint) -> None:
     hub.redirects = True
     path = fetch_checkpoint(NAME, cache_dir=tmp_path, endpoint=hub.endpoint)
     assert path.read_bytes() == checkpoint[0]
@@ -165,7 +165,7 @@ def test_large_files_lie_elsewhere(tmp_path, hub, checkpoint) -> None:
     assert "SHA-256" in refusal(lambda: fetch_checkpoint(NAME, cache_dir=tmp_path, endpoint=hub.endpoint))
 
 
-def test_goes_on_where_a_broken_connection_left_off(tmp_path, hub, checkpoint) -> None:
+def test_a_download_continues_after_a_broken_connection(tmp_path, hub, checkpoint) -> None:
     hub.faults = [None, cut, None, None]
     path = fetch_checkpoint(NAME, cache_dir=tmp_path, endpoint=hub.endpoint)
     assert path.read_bytes() == checkpoint[0]
@@ -173,7 +173,7 @@ def test_goes_on_where_a_broken_connection_left_off(tmp_path, hub, checkpoint) -
     assert hub.requests[-1] == "GET from 1000"
 
 
-def test_goes_on_in_the_next_run(tmp_path, hub, checkpoint) -> None:
+def test_a_download_continues_in_the_next_run(tmp_path, hub, checkpoint) -> None:
     hub.faults = [None, cut] + [503] * 50
     message = refusal(lambda: fetch_checkpoint(NAME, cache_dir=tmp_path, endpoint=hub.endpoint))
     assert "503" in message
@@ -185,21 +185,21 @@ def test_goes_on_in_the_next_run(tmp_path, hub, checkpoint) -> None:
 
 
 @pytest.mark.parametrize("faults", [[503], [None, 503], [429, None, 500]])
-def test_tries_again_when_the_hub_is_busy(tmp_path, hub, checkpoint, faults) -> None:
+def test_a_busy_hub_is_asked_again(tmp_path, hub, checkpoint, faults) -> None:
     hub.faults = list(faults)
     path = fetch_checkpoint(NAME, cache_dir=tmp_path, endpoint=hub.endpoint)
     assert path.read_bytes() == checkpoint[0]
     assert len(hub.requests) > 2
 
 
-def test_a_file_that_the_hub_lacks(tmp_path, hub) -> None:
+def test_a_file_that_is_missing_on_the_hub_is_named(tmp_path, hub) -> None:
     message = refusal(lambda: fetch_published("resnet18_l2_eps3", cache_dir=tmp_path, endpoint=hub.endpoint))
     assert "resnet18_l2_eps3.ckpt" in message and "404" in message
-    assert hub.requests == ["HEAD from 0"]  # nothing is gained by asking again
+    assert hub.requests == ["HEAD from 0"]  # asking again would not help
     assert visible(tmp_path) == set()
 
 
-def test_a_damaged_download_is_removed(tmp_path, hub, checkpoint) -> None:
+def test_a_damaged_download_is_deleted(tmp_path, hub, checkpoint) -> None:
     hub.faults = [None, spoil]
     expected = hashlib.sha256(checkpoint[0]).hexdigest()
     received = hashlib.sha256(spoil(checkpoint[0])).hexdigest()
@@ -211,7 +211,7 @@ def test_a_damaged_download_is_removed(tmp_path, hub, checkpoint) -> None:
     assert hub.requests == ["HEAD from 0", "GET from 0"]
 
 
-def test_a_published_digest_is_compared(tmp_path, monkeypatch, hub) -> None:
+def test_a_published_sha256_is_compared(tmp_path, monkeypatch, hub) -> None:
     row = PublishedModel(
         architecture="resnet8", norm="l2", epsilon=1.0, dataset="imagenet", filename=FILE, sha256="ab" * 32
     )
@@ -220,10 +220,10 @@ def test_a_published_digest_is_compared(tmp_path, monkeypatch, hub) -> None:
     assert visible(tmp_path) == set()
 
 
-def test_without_a_connection_a_file_can_be_put_there_by_hand(tmp_path, monkeypatch, hub, checkpoint) -> None:
+def test_a_checkpoint_downloaded_by_hand_needs_no_connection(tmp_path, monkeypatch, hub, checkpoint) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "robust_tf"
-    endpoint = "http://127.0.0.1:9"  # nobody listens on the discard port
+    endpoint = "http://127.0.0.1:9"  # no server listens on the discard port
     message = refusal(lambda: fetch_published(NAME, endpoint=endpoint))
     for part in (FILE, "huggingface.co/madrylab/robust-imagenet-models", str(folder)):
         assert part in message
@@ -233,14 +233,14 @@ def test_without_a_connection_a_file_can_be_put_there_by_hand(tmp_path, monkeypa
     assert keras.saving.load_model(path).name == "resnet8"
 
 
-def test_a_login_page_is_not_taken_for_a_checkpoint(tmp_path, hub) -> None:
+def test_a_login_page_is_not_mistaken_for_a_checkpoint(tmp_path, hub) -> None:
     hub.commit = None
     message = refusal(lambda: fetch_published(NAME, cache_dir=tmp_path, endpoint=hub.endpoint))
-    assert hub.endpoint in message and "is not the hub" in message
+    assert hub.endpoint in message and "does not come from the hub" in message
     assert visible(tmp_path) == set()
 
 
-def test_offline_mode_does_not_wait(tmp_path, monkeypatch, hub) -> None:
+def test_offline_mode_fails_at_once(tmp_path, monkeypatch, hub) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
     assert "offline" in refusal(lambda: fetch_published(NAME, cache_dir=tmp_path, endpoint=hub.endpoint)).lower()
@@ -248,7 +248,7 @@ def test_offline_mode_does_not_wait(tmp_path, monkeypatch, hub) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["keras", "ckpt"])
-def test_files_that_changed_are_refused(tmp_path, hub, suffix: str) -> None:
+def test_changed_files_are_refused(tmp_path, hub, suffix: str) -> None:
     fetch_published(NAME, cache_dir=tmp_path, endpoint=hub.endpoint)
     changed = tmp_path / f"{NAME}.{suffix}"
     changed.write_bytes(changed.read_bytes() + b"!")
@@ -268,14 +268,14 @@ def test_a_checkpoint_of_another_architecture_leaves_no_classifier(tmp_path, mon
     assert visible(tmp_path) == {FILE, f"{FILE}.json"}
 
 
-def test_two_at_a_time_fetch_once(tmp_path, hub) -> None:
+def test_two_processes_download_once(tmp_path, hub) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         jobs = [pool.submit(fetch_checkpoint, NAME, cache_dir=tmp_path, endpoint=hub.endpoint) for _ in range(2)]
         assert {job.result() for job in jobs} == {tmp_path / FILE}
     assert hub.requests == ["HEAD from 0", "GET from 0"]
 
 
-def test_a_cache_folder_that_cannot_be_is_a_warning(tmp_path, hub, capsys) -> None:
+def test_an_impossible_cache_folder_gives_a_warning(tmp_path, hub, capsys) -> None:
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "folder"
     path = fetch_published(NAME, cache_dir=folder, endpoint=hub.endpoint)
@@ -283,7 +283,7 @@ def test_a_cache_folder_that_cannot_be_is_a_warning(tmp_path, hub, capsys) -> No
     assert path.name == f"{NAME}.keras" and path.is_file() and visible(path.parent) >= {path.name, FILE}
 
 
-def test_a_read_only_cache_that_holds_everything_is_enough(tmp_path, hub, monkeypatch, capsys) -> None:
+def test_a_complete_read_only_cache_is_sufficient(tmp_path, hub, monkeypatch, capsys) -> None:
     for fetch in (fetch_published, fetch_checkpoint):
         fetch(NAME, cache_dir=tmp_path, endpoint=hub.endpoint)
 
@@ -296,14 +296,14 @@ def test_a_read_only_cache_that_holds_everything_is_enough(tmp_path, hub, monkey
         assert fetch_published(NAME, cache_dir=tmp_path) == tmp_path / f"{NAME}.keras"
         assert fetch_checkpoint(NAME, cache_dir=tmp_path) == tmp_path / FILE
     assert capsys.readouterr().err == ""
-    # The checkpoint alone: its classifier is made in a temporary folder.
+    # With the checkpoint only, its classifier is made in a temporary folder.
     (tmp_path / f"{NAME}.keras").unlink()
     path = fetch_published(NAME, cache_dir=tmp_path)
     assert path.is_file() and path.parent != tmp_path
     assert "Read-only file system" in capsys.readouterr().err
 
 
-def test_the_table() -> None:
+def test_the_table_is_complete() -> None:
     hub_models = {name: model for name, model in PUBLISHED.items() if not model.packaged}
     assert len(hub_models) == 67
     assert len({model.filename for model in hub_models.values()}) == 67
@@ -331,7 +331,7 @@ def test_an_unknown_name_suggests_the_nearest(tmp_path) -> None:
     assert "'resnet50_l2_eps3.0'" in message and "Did you mean 'resnet50_l2_eps3'?" in message
 
 
-def test_packaged_models(tmp_path, monkeypatch) -> None:
+def test_packaged_models_need_no_download(tmp_path, monkeypatch) -> None:
     name = "resnet20_fashion_mnist_l2_eps1"
     monkeypatch.setattr(published_module, "PACKAGED", tmp_path)
     assert str(tmp_path / f"{name}.keras") in refusal(lambda: fetch_published(name))
@@ -341,8 +341,8 @@ def test_packaged_models(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_packaged_classifiers_are_what_the_table_says() -> None:
-    """On 100 test images: clean accuracy near the table's, and only the robust one stands PGD at its epsilon."""
+def test_the_packaged_classifiers_have_the_accuracies_of_the_table() -> None:
+    """On 100 test images the clean accuracy is near the table's, and only the robust one withstands PGD."""
     with np.load(FIXTURES / "fashion_mnist.npz") as fixture:
         images, labels = np.repeat(fixture["images"][..., None] / np.float32(255), 3, axis=-1), fixture["labels"]
     for name, at_least, at_most in (

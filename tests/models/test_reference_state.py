@@ -1,4 +1,4 @@
-"""The way between classifiers and PyTorch states: parity with the reference's own outputs, names, layouts, errors."""
+"""Conversion between classifiers and PyTorch states: parity with the reference's outputs, names, layouts, errors."""
 
 import json
 import lzma
@@ -27,13 +27,13 @@ FAST = ("resnet18", "shufflenet_v2_x1_0")
 
 
 def bare_state(architecture: str) -> dict[str, np.ndarray]:
-    """A checkpoint of the reference with 1000 classes, by core keys."""
+    """Returns a checkpoint of the reference with 1000 classes, by core key."""
     keys = REFERENCE_KEYS[architecture].items()
     return {key: weight(key, tuple(shape), architecture=architecture) for key, shape in keys}
 
 
 def wrapped_state(state: dict[str, np.ndarray], *, extra: str) -> dict[str, np.ndarray]:
-    """A state as the reference's attacker in DataParallel saves it; `extra` is "model." for torchvision's networks."""
+    """Returns a state as saved by the reference's attacker in DataParallel; torchvision's networks add "model."."""
     mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (MEAN, STD))
     return (
         {"module.normalizer.new_mean": mean, "module.normalizer.new_std": std}
@@ -77,7 +77,7 @@ def test_logits_and_features_equal_the_reference(architecture):
 
 
 def loaded(architecture: str) -> tuple[keras.Model, dict[str, np.ndarray]]:
-    """A small classifier filled with a state, and this state; what it gives back is the same."""
+    """Returns a small classifier and the state that was loaded into it, and checks that the classifier returns it."""
     state = small_state(architecture)
     classifier = small(architecture)
     load_reference_state(classifier, state)
@@ -94,7 +94,7 @@ def same_state(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 @pytest.mark.parametrize("architecture", ["resnet8", "resnet20"])
-def test_networks_that_the_reference_lacks_keep_every_weight(architecture):
+def test_networks_without_a_reference_keep_every_weight(architecture):
     _, state = loaded(architecture)
     assert state["layer2.0.conv1.weight"].shape == (32, 16, 3, 3)
     assert "layer2.0.shortcut.0.weight" not in state
@@ -115,16 +115,16 @@ def batch_norm(x: np.ndarray, state: dict[str, np.ndarray], module: str) -> np.n
     return (x - mean) / np.sqrt(variance + 1e-5) * gamma + beta
 
 
-def normalised(pixels: np.ndarray) -> np.ndarray:
+def normalized(pixels: np.ndarray) -> np.ndarray:
     return ((pixels - np.array(MEAN)) / np.array(STD)).transpose(0, 3, 1, 2)
 
 
-def test_cifar_resnet18_computes_what_its_state_says():
-    """Written out in NumPy in the reference's own names and layouts, since no outputs of the reference are stored."""
+def test_cifar_resnet18_computes_the_function_of_its_state():
+    """The function is written in NumPy with the reference's names and layouts, since there are no stored outputs."""
     classifier, state = loaded("cifar_resnet18")
     pixels = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
 
-    x = np.maximum(batch_norm(convolve(normalised(pixels), state["conv1.weight"], 1), state, "bn1"), 0)
+    x = np.maximum(batch_norm(convolve(normalized(pixels), state["conv1.weight"], 1), state, "bn1"), 0)
     for layer in range(1, 5):
         for block in range(2):
             module = f"layer{layer}.{block}"
@@ -141,11 +141,11 @@ def test_cifar_resnet18_computes_what_its_state_says():
 
 
 @pytest.mark.slow
-def test_wide_resnet_computes_what_its_state_says():
+def test_wide_resnet_computes_the_function_of_its_state():
     classifier, state = loaded("cifar_wide_resnet28_10")
     pixels = np.random.default_rng(0).random((1, 8, 8, 3)).astype(np.float32)
 
-    x = convolve(normalised(pixels), state["conv1.weight"], 1)
+    x = convolve(normalized(pixels), state["conv1.weight"], 1)
     for group in range(1, 4):
         for block in range(4):
             module = f"block{group}.layer.{block}"
@@ -173,7 +173,7 @@ def test_wide_resnet_computes_what_its_state_says():
     ],
     ids=["bare", "data_parallel", "model", "attacker", "attacker_model", "no_counters"],
 )
-def test_every_wrapping_is_taken_off(wrap):
+def test_all_prefixes_are_removed(wrap):
     state = small_state()
     classifier = small()
     load_reference_state(classifier, wrap(state))
@@ -182,7 +182,7 @@ def test_every_wrapping_is_taken_off(wrap):
 
 
 @pytest.mark.slow
-def test_old_densenet_names_are_known():
+def test_old_densenet_names_are_accepted():
     classifier = build_classifier("densenet161", 1000, image_size=29, mean=MEAN, std=STD)
     state = bare_state("densenet161")
     old = {re.sub(r"(denselayer\d+\.[a-z]+)([12])", r"\1.\2", key): array for key, array in state.items()}
@@ -198,13 +198,13 @@ def test_half_precision_is_converted():
         for key, array in wrapped_state(state, extra="").items()
     }
     classifier = small()
-    load_reference_state(classifier, half)  # the mean and std are rounded, and still those of the classifier
+    load_reference_state(classifier, half)  # the mean and std are rounded, but still match the classifier
     kernel = to_reference_state(classifier)["conv1.weight"]
     np.testing.assert_array_equal(kernel, state["conv1.weight"].astype(np.float16).astype(np.float32))
-    assert reference_normalization(half) == (MEAN, STD)  # the shortest decimals that round to the stored halves
+    assert reference_normalization(half) == (MEAN, STD)  # the shortest decimals that round to the stored values
 
 
-def test_normalization_is_found_in_either_place_or_not_at_all():
+def test_normalization_is_found_in_either_place_or_is_none():
     wrapped = wrapped_state(small_state(), extra="")
     assert reference_normalization(wrapped) == (MEAN, STD)
     only_the_copy = {key: array for key, array in wrapped.items() if not key.startswith("module.normalizer")}
@@ -231,7 +231,7 @@ def test_hidden_layers_of_the_head_become_a_sequential():
 
 
 def refused(classifier: keras.Model, state: dict[str, np.ndarray], *texts: str) -> None:
-    """Loading fails with a message that holds the texts, and no weight has changed."""
+    """Checks that loading fails with a message that contains the texts, and that no weight has changed."""
     before = [np.array(value) for value in classifier.get_weights()]
     with pytest.raises(UserError) as error:
         load_reference_state(classifier, state)
@@ -248,7 +248,7 @@ def test_missing_keys_are_named():
     refused(small(), state, "2 missing: bn1.bias, layer3.0.bn2.running_var")
 
 
-def test_of_many_keys_the_first_are_named():
+def test_only_the_first_of_many_keys_are_named():
     state = {key: array for key, array in small_state().items() if not key.startswith("layer1")}
     refused(small(), state, "10 missing: layer1.0.bn1.bias, layer1.0.bn1.running_mean, layer1.0.bn1.running_var and 7")
 
@@ -264,7 +264,7 @@ def test_another_shape_is_named():
     refused(small(), state, "1 of another shape: conv1.weight (16, 3, 1, 3), not (16, 3, 3, 3)")
 
 
-def test_integers_are_no_weights():
+def test_integers_are_refused_as_weights():
     state = small_state()
     state["conv1.weight"] = state["conv1.weight"].astype(np.int32)
     refused(small(), state, "conv1.weight (int32)", "damaged or edited")
@@ -279,7 +279,7 @@ def test_another_architecture_is_named():
     refused(small(), {"weight": np.zeros((2, 2), np.float32)}, "1 left over: weight", "No other architecture fits")
 
 
-def test_the_same_weight_twice_is_refused():
+def test_a_weight_that_is_stored_twice_is_refused():
     state = small_state()
     refused(small(), state | {"module.conv1.weight": state["conv1.weight"]}, "module.conv1.weight for conv1.weight")
 
@@ -287,10 +287,10 @@ def test_the_same_weight_twice_is_refused():
 def test_another_normalization_is_refused():
     wrapped = wrapped_state(small_state(), extra="")
     classifier = build_classifier("resnet8", 3, image_size=8, mean=MEAN, std=(0.229, 0.224, 0.226))
-    refused(classifier, wrapped, "Received: std=(0.229, 0.224, 0.225), in the classifier", "0.226)")
+    refused(classifier, wrapped, "Received: std=(0.229, 0.224, 0.225) in the checkpoint", "0.226)")
 
 
-def test_number_of_classes_needs_the_head():
+def test_the_number_of_classes_needs_the_head():
     assert reference_num_classes(small_state(num_classes=7), "resnet8") == 7
     with pytest.raises(
         UserError, match=r"'fc.weight'. Received: architecture=resnet18, keys bn1.bias, .*more. It fits"
@@ -300,7 +300,7 @@ def test_number_of_classes_needs_the_head():
         reference_num_classes(small_state(), "resnet19")
 
 
-def test_a_classifier_of_no_known_architecture_is_refused():
+def test_a_classifier_of_unknown_architecture_is_refused():
     classifier = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)], name="perceptron")
     with pytest.raises(UserError, match="'perceptron'"):
         to_reference_state(classifier)
@@ -313,7 +313,7 @@ def test_a_layer_without_counterpart_is_refused():
         to_reference_state(keras.Model(classifier.input, logits, name="resnet8"))
 
 
-def test_head_and_size_tell_all_architectures_apart():
+def test_head_and_number_of_parameters_distinguish_all_architectures():
     marks = {
         (entry.reference_module("logits"), entry.feature_dim, entry.parameters) for entry in ARCHITECTURES.values()
     }
@@ -323,7 +323,7 @@ def test_head_and_size_tell_all_architectures_apart():
 @pytest.mark.parametrize(
     "prefix", ["_orig_mod.", "net.", "ema_model.", "module._orig_mod.", "ema_model.module.net.model."]
 )
-def test_wrappers_of_other_training_code_are_stripped(prefix):
+def test_prefixes_of_other_training_code_are_removed(prefix):
     state = to_reference_state(small())
     loaded = small()
     load_reference_state(
@@ -334,19 +334,19 @@ def test_wrappers_of_other_training_code_are_stripped(prefix):
             np.testing.assert_array_equal(array, state[key] + 1, err_msg=key)
 
 
-def test_keys_that_are_not_understood_are_shown_in_short():
+def test_unknown_keys_are_listed_briefly():
     state = {f"student.{'x' * 5000}{n}.weight": np.zeros((2, 2), np.float32) for n in range(50)}
     with pytest.raises(UserError, match="holds no head .*keys student.xxx.* and 47 more") as caught:
         reference_num_classes(state, "resnet8")
     assert len(str(caught.value)) < 500
 
 
-def test_a_normalization_has_one_number_a_channel():
+def test_a_normalization_must_have_one_number_for_each_channel():
     state = {"new_mean": np.zeros(100_000, np.float32), "new_std": np.ones(100_000, np.float32)}
-    with pytest.raises(UserError, match=r"one number a channel. Received: float32 of shape \(100000,\)"):
+    with pytest.raises(UserError, match=r"one number for each channel. Received: float32 of shape \(100000,\)"):
         reference_normalization(state)
 
 
-def test_a_head_of_few_columns_builds_no_large_classifier():
+def test_a_head_with_few_columns_does_not_build_a_large_classifier():
     with pytest.raises(UserError, match=r"in rows of 64. Received: uint8 of shape \(1000000, 1\)"):
         reference_num_classes({"linear.weight": np.zeros((10**6, 1), np.uint8)}, "resnet8")

@@ -1,4 +1,4 @@
-"""Features mean the same in transfer, in serving and in pictures."""
+"""Features are the same in transfer, in serving and in pictures."""
 
 import keras
 import numpy as np
@@ -19,14 +19,14 @@ def test_hidden_layers_belong_to_the_head():
         np.testing.assert_array_equal(features_of(model)(IMAGES), backbone(IMAGES))
 
 
-def test_without_the_name_they_are_what_the_last_kernel_takes():
+def test_without_a_layer_features_they_are_the_input_of_the_last_kernel():
     images = image_input()
     hidden = layers.Dense(7)(layers.Flatten()(images))
     model = keras.Model(images, layers.BatchNormalization()(layers.Dense(2)(hidden)))
     np.testing.assert_array_equal(features_of(model)(IMAGES), keras.Model(images, hidden)(IMAGES))
 
 
-def test_maps_and_sequences_are_averaged():
+def test_feature_maps_and_sequences_are_averaged():
     images = image_input()
     maps = layers.Conv2D(4, 3)(images)
     by_map = plain_classifier(keras.Model(images, layers.GlobalAveragePooling2D()(layers.Conv2D(3, 1)(maps))))
@@ -37,6 +37,6 @@ def test_maps_and_sequences_are_averaged():
     np.testing.assert_allclose(features_of(by_token)(IMAGES), mean, atol=1e-6)
 
 
-def test_a_model_without_weights_has_its_logits_as_features():
+def test_features_of_a_model_without_weights_are_its_logits():
     images = image_input()
     assert features_of(keras.Model(images, layers.GlobalAveragePooling2D()(images))).output_shape == (None, 3)

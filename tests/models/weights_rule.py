@@ -1,6 +1,6 @@
 """Deterministic weights by checkpoint key and deterministic images, in NumPy.
 
-The same rule was run with the PyTorch reference; what its networks computed is in fixtures/reference_outputs.npz.
+The PyTorch reference was run with the same weights; its outputs are stored in fixtures/reference_outputs.npz.
 """
 
 import re
@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-# Scales of BatchNorm's gamma that keep activations of order one: of all, of the last one of each residual branch.
+# Scales of BatchNorm's gamma that keep activations of order one: for all, and for the last one of a residual branch.
 BASIC = r"layer\d\.\d+\.bn2\.weight"
 BOTTLENECK = r"layer\d\.\d+\.bn3\.weight"
 GAMMA = {
@@ -28,7 +28,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 def weight(key: str, shape: tuple[int, ...], *, architecture: str = "", seed: int = 1) -> np.ndarray:
-    """The array of one core key; float32, or an int64 zero for num_batches_tracked.
+    """Returns the array of a core key, float32, or an int64 zero for num_batches_tracked.
 
     Without an architecture gamma is not scaled.
     """
@@ -51,7 +51,7 @@ def weight(key: str, shape: tuple[int, ...], *, architecture: str = "", seed: in
 
 
 def images(seed: int = 7) -> np.ndarray:
-    """Two images of noise and two of 7x7 flat squares, (4, 224, 224, 3) float32 in [0, 1]."""
+    """Returns two images of noise and two of 7x7 uniform squares, (4, 224, 224, 3) float32 in [0, 1]."""
     noise = np.random.default_rng(seed).random((2, 3, 224, 224))
     squares = np.random.default_rng(seed + 1000).random((2, 3, 7, 7)).repeat(32, axis=2).repeat(32, axis=3)
     return np.concatenate([noise, squares]).astype(np.float32).transpose(0, 2, 3, 1)

@@ -1,11 +1,12 @@
-"""Compares our attacks with public PyTorch implementations on the same weights and images.
+"""Compares the attacks of robust_tf with public PyTorch implementations, on the same weights and images.
 
     python -m tests.parity.compare --classifier=classifier.keras --dataset=fashion_mnist --data_dir=… \
         --norm=l2 --epsilon=1 --num_images=200 [--attacks=pgd,apgd-ce,apgd-t,fab-t,square] [--queries=5000]
 
-One process runs all: the PyTorch programs attack our Keras classifier through a wrapper, so there is nothing to convert
-and nothing that could differ but the attack. Beside robust_tf it needs torch and torchattacks, and autoattack
-(github.com/fra31/auto-attack) on PYTHONPATH; what is not there is left out. Prints a Markdown table.
+All programs run in one process. The PyTorch programs attack the Keras classifier through a wrapper, so no weights are
+converted and only the attacks differ. Apart from robust_tf the comparison needs torch, and torchattacks or autoattack
+(github.com/fra31/auto-attack, on PYTHONPATH); a program that is not installed is left out. The result is a Markdown
+table.
 """
 
 from robust_tf.environment import set_tensorflow_defaults
@@ -24,6 +25,7 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from robust_tf import attacks as ours  # noqa: E402
+from robust_tf.config.data import DataConfig  # noqa: E402
 from robust_tf.data import load_task  # noqa: E402
 from robust_tf.flags import parse_number  # noqa: E402
 
@@ -34,15 +36,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classifier", required=True)
     parser.add_argument("--dataset", default="fashion_mnist")
-    parser.add_argument("--classes", default="", help="labels to keep, with commas")
+    parser.add_argument("--classes", default="", help="Labels to keep, separated by commas.")
     parser.add_argument("--data_dir", type=pathlib.Path)
     parser.add_argument("--norm", choices=("l2", "linf", "l1"), default="l2")
     parser.add_argument("--epsilon", type=parse_number, required=True)
     parser.add_argument("--num_images", type=int, default=200)
     parser.add_argument("--attacks", default="pgd,apgd-ce,apgd-t,fab-t,square")
     parser.add_argument("--batch_size", type=int, default=100)
-    parser.add_argument("--queries", type=int, default=5000, help="of Square")
-    parser.add_argument("--seed", type=int, default=0, help="of the attacks; the images are the same for all")
+    parser.add_argument("--queries", type=int, default=5000, help="Number of queries of Square.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed for the attacks. The images do not depend on it.")
     arguments = parser.parse_args()
     classifier = keras.saving.load_model(arguments.classifier)
     images, labels = _images(arguments)
@@ -63,7 +65,9 @@ def main() -> None:
 
 def _images(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     classes = tuple(int(label) for label in arguments.classes.split(",") if label)
-    task = load_task(arguments.dataset, batch_size=100, data_dir=arguments.data_dir, classes=classes or None)
+    task = load_task(
+        DataConfig(dataset=arguments.dataset, data_dir=arguments.data_dir, classes=classes), batch_size=100
+    )
     images, labels = zip(*task.test.as_numpy_iterator(), strict=True)
     chosen = np.random.default_rng(0).permutation(len(np.concatenate(labels)))[: arguments.num_images]
     return np.concatenate(images)[chosen], np.concatenate(labels)[chosen].astype(np.int32)
@@ -76,7 +80,7 @@ def _predictions(classifier: keras.Model, images: np.ndarray) -> np.ndarray:
 def _resists(
     classifier: keras.Model, attack: Attacked, images: np.ndarray, labels: np.ndarray, arguments: argparse.Namespace
 ) -> np.ndarray:
-    """Which images keep their label; the adversarial images are checked to lie in the ball."""
+    """Returns which images keep their label, after checking that the adversarial images are in the ball."""
     size = arguments.batch_size
     images_adv = np.concatenate(
         [attack(images[i : i + size], labels[i : i + size]) for i in range(0, len(images), size)]
@@ -106,7 +110,7 @@ def _ours(classifier: keras.Model, name: str, arguments: argparse.Namespace) -> 
 
 
 def _torch_model(classifier: keras.Model) -> Any:
-    """The classifier as a PyTorch module from (batch, channels, height, width), with its gradient."""
+    """Returns the classifier as a PyTorch module of images (batch, channels, height, width), with its gradient."""
     import torch
 
     forward = tf.function(lambda x: classifier(x, training=False), reduce_retracing=True)
@@ -132,7 +136,7 @@ def _torch_model(classifier: keras.Model) -> Any:
     class Classifier(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.place = torch.nn.Parameter(torch.zeros(1))  # torchattacks asks where the parameters are
+            self.place = torch.nn.Parameter(torch.zeros(1))  # torchattacks looks up the device of the parameters
 
         def forward(self, images: Any) -> Any:
             return Forward.apply(images)

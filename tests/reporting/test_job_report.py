@@ -1,4 +1,4 @@
-"""The report of a finished job: what it says is what results.json says, and it needs nothing from outside."""
+"""The report of a finished job says what results.json says, and needs nothing from elsewhere."""
 
 import html.parser
 import json
@@ -12,17 +12,18 @@ import yaml
 from made_up_jobs import CLASS_NAMES, HISTORY, outcomes, results_of, write_job
 from PIL import Image
 
-from robust_tf.evaluation.outcomes import comparison
-from robust_tf.job.results import comparison_lines
+from robust_tf.errors import UserError
+from robust_tf.evaluation.outcomes import compare_outcomes
 from robust_tf.reporting import write_report
 from robust_tf.reporting.facts import changed_flags, commands
 from robust_tf.reporting.job_files import read_finished_job
+from robust_tf.results import JobResults
 
 _VOID = {"meta", "link", "img", "br"}
 
 
 class Page(html.parser.HTMLParser):
-    """The elements of a page with their attributes, and its text; unclosed elements are an error."""
+    """Parses a page into its elements with their attributes, and its text. Unclosed elements are an error."""
 
     def __init__(self, path: pathlib.Path) -> None:
         super().__init__()
@@ -52,10 +53,10 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> pathlib.Path:
-    """A job with everything, baseline included, in a folder whose name a shell would split."""
+    """A job with a baseline and everything else, in a folder whose name a shell would split."""
     folder = tmp_path_factory.mktemp("report") / "my run #1"
     theirs = outcomes(1, share=0.4)
-    compared = comparison(outcomes(0), theirs, metric="accuracy")
+    compared = compare_outcomes(outcomes(0), theirs, metric="accuracy")
     write_job(folder, baseline=results_of(theirs), comparison=compared)
     write_report(folder)
     return folder
@@ -70,14 +71,16 @@ def test_the_figures_of_the_page_are_those_of_the_results(workdir):
         low, high = results[f"{name}_interval"]
         assert f"{results[name]:.1%}95 % interval {low:.1%} to {high:.1%}" in page.text
     assert "accuracy under PGD-20 (highest-loss iterate), l2 0.5" in page.text
-    for line in comparison_lines(results):
+    lines = JobResults.read(workdir / "results.json").comparison_in_words()
+    assert len(lines) == 2
+    for line in lines:
         assert line in page.text and " points (95 % " in line
     for text in (*CLASS_NAMES, *results["alarms"], *results["skipped_images"], "keras3.15.0", "--epsilon0.50.0"):
         assert text in page.text, text
     assert "--learning_rate" not in page.text  # has its default
 
 
-def test_nothing_comes_from_outside_and_every_picture_has_a_text(workdir):
+def test_the_page_loads_nothing_from_elsewhere_and_every_picture_has_a_text(workdir):
     page = Page(workdir / "report.html")
     for tag, attributes in page.elements:
         for name in ("src", "href", "xlink:href", "data", "action", "style"):
@@ -93,7 +96,7 @@ def test_nothing_comes_from_outside_and_every_picture_has_a_text(workdir):
     assert len(identifiers) == len(set(identifiers))
 
 
-def test_the_pictures_lie_beside_the_page(workdir):
+def test_the_pictures_are_saved_beside_the_page(workdir):
     for name in ("curves", "confusion", "classes"):
         with Image.open(workdir / "figures" / f"{name}.png") as picture:
             assert min(picture.size) > 200
@@ -103,19 +106,19 @@ def test_the_pictures_lie_beside_the_page(workdir):
         assert picture.size == (3 * 96 + 2 * 4, 96)
 
 
-def test_equal_jobs_have_equal_reports(workdir):
+def test_a_report_that_is_made_again_is_the_same(workdir):
     before = {name: (workdir / name).read_bytes() for name in ("report.html", "README.md", "figures/curves.png")}
     write_report(workdir)
     assert {name: (workdir / name).read_bytes() for name in before} == before
 
 
-def test_commands_are_quoted_and_flags_are_those_that_differ(workdir):
+def test_commands_are_quoted_and_only_changed_flags_are_listed(workdir):
     job = read_finished_job(workdir)
     for _, command in commands(job, workdir=workdir):
         words = shlex.split(command)
         assert words[0] in ("python", "tensorboard") and "#1" not in words
     assert f"--classifier={workdir / 'classifier.keras'}" in shlex.split(
-        dict(commands(job, workdir=workdir))["Publish it"]
+        dict(commands(job, workdir=workdir))["Export it for serving"]
     )
     changed = {name: (value, default) for name, value, default in changed_flags(job.config)}
     assert changed.pop("--workdir") == (str(workdir), "none")
@@ -138,14 +141,14 @@ def test_the_model_card_has_front_matter_and_the_same_figures(workdir):
     assert values["accuracy under PGD-20 (highest-loss iterate), l2 0.5"] == results["robust_accuracy"]
     low, high = results["robust_accuracy_interval"]
     assert f"{results['robust_accuracy']:.1%} ({low:.1%} to {high:.1%})" in body
-    for heading in ("Figures", "Data", "Intended use", "Limits", "How to use it"):
+    for heading in ("Results", "Data", "Intended use", "Limitations", "How to use it", "Versions"):
         assert f"\n## {heading}\n" in body
     assert str(workdir) not in text  # it can be handed on as it is
     assert "<b>" not in body
 
 
-def test_a_job_without_epochs_attack_or_pictures_leaves_them_out(tmp_path):
-    write_job(tmp_path / "job", attacked=False, history=False, examples=False, best_epoch=0, alarms=[])
+def test_the_report_of_a_job_without_epochs_attack_or_pictures_leaves_them_out(tmp_path):
+    write_job(tmp_path / "job", attacked=False, history=False, examples=False, best_epoch=0, alarms=())
     write_report(tmp_path / "job")
     page = Page(tmp_path / "job" / "report.html")
     assert not (tmp_path / "job" / "figures" / "curves.png").exists()
@@ -173,8 +176,22 @@ def test_a_job_of_an_older_version_gets_no_report(tmp_path):
     assert not (tmp_path / "job" / "report.html").exists()
 
 
+def test_results_without_the_figures_of_a_finished_job_are_refused(tmp_path):
+    write_job(tmp_path / "job", num_test_images=None, seed=None)
+    with pytest.raises(UserError, match=r"Received: .*results\.json without num_test_images, seed\. "):
+        write_report(tmp_path / "job")
+
+
+def test_the_mean_per_class_is_shown_where_it_is_the_metric(tmp_path):
+    results = write_job(tmp_path / "job", metric="mean_per_class_accuracy")
+    write_report(tmp_path / "job")
+    shown = {each["id"]: float(each["value"]) for each in Page(tmp_path / "job" / "report.html").all("data")}
+    assert shown["mean_per_class_accuracy"] == results.mean_per_class_accuracy
+    assert f"{results.mean_per_class_accuracy:.1%} |" in (tmp_path / "job" / "README.md").read_text()
+
+
 def test_many_classes_are_drawn_in_a_figure_of_bounded_size(tmp_path):
-    names = [f"class number {number}" for number in range(200)]
+    names = tuple(f"class number {number}" for number in range(200))
     write_job(tmp_path / "job", class_names=names)
     made = outcomes(0)
     rng = np.random.default_rng(0)
@@ -190,7 +207,7 @@ def test_many_classes_are_drawn_in_a_figure_of_bounded_size(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_the_page_without_a_word_of_complaint(workdir, browser, width):
+def test_a_browser_shows_the_page_without_complaints(workdir, browser, width):
     browser.get((workdir / "report.html").as_uri())
     size = {"width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

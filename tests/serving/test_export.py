@@ -17,6 +17,7 @@ from robust_tf import export
 from robust_tf.data.preprocessing import Preprocessing
 from robust_tf.data.transforms import Decoding, decode, evaluation_transform
 from robust_tf.errors import UserError
+from robust_tf.results import JobResults, MeasuredAttack
 from robust_tf.serving.model.session import LoadedModel
 from robust_tf.serving.model.status import ServingError
 from robust_tf.serving.publish import export as publish
@@ -415,7 +416,7 @@ def test_program_checks_results_json_and_the_first_layer(tmp_path, capsys):
     flags = [f"--classifier={tmp_path / 'classifier.keras'}", f"--export_dir={tmp_path / 'E'}", "--model_name=m"]
     for results, message in (
         ({"downscale": 4}, "trained with --downscale=4"),
-        ({"image_size": 16}, "for images of 8 pixels a side, and a results.json that says 16"),
+        ({"image_size": 16}, "which takes images of 8 pixels a side, and a results.json that says 16"),
         ({"class_names": "ab"}, "class_names='ab'"),
     ):
         (tmp_path / "results.json").write_text(json.dumps(results))
@@ -445,12 +446,12 @@ def test_bad_arguments_of_the_program_are_explained(tmp_path):
 
 def test_probe_needs_a_norm():
     with pytest.raises(UserError, match="norm=''"):
-        probe_from_results({})
+        probe_from_results(JobResults())
     with pytest.raises(UserError, match="'l3'.*Valid: l2, linf"):
-        probe_from_results({}, norm="l3")
+        probe_from_results(JobResults(), norm="l3")
     with pytest.raises(UserError, match="steps=0"):
         AttackProbe(norm="l2", steps=0)
-    assert probe_from_results({"robust_accuracy_attack": {"norm": "l2", "epsilon": 1.0}}).epsilon == 1.0
+    assert probe_from_results(JobResults(robust_accuracy_attack=MeasuredAttack(norm="l2", epsilon=1.0))).epsilon == 1.0
 
 
 def test_all_formats_of_an_image_give_the_same_answer(model):

@@ -1,4 +1,4 @@
-"""kill -9 on a training run at random moments: begun again each time, it ends bit-equal to one that ran through.
+"""Kills a training run at random moments and restarts it: the result equals that of an uninterrupted run bit for bit.
 
 python -m tests.training.kill --kills=30
 """
@@ -22,11 +22,11 @@ _FLAGS = [
 
 
 def run(*, kills: int, seed: int, epochs: int) -> dict:
-    """Kills so many processes, one in five while it starts and the others soon after they have saved something new.
+    """Kills processes, one in five while it starts and the others soon after they have saved a new state.
 
     Returns:
-        How many were killed, the newest state that each left, and the names of what differs from the run without a
-        kill. Fewer are killed when the run comes to its end before.
+        The number of killed processes (smaller than `kills` if the run finishes earlier), the newest state that each
+        left, and the names of everything that differs from the uninterrupted run.
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +72,7 @@ def _differences(whole: pathlib.Path, parts: pathlib.Path) -> list[str]:
     for path in sorted((whole / "checkpoints").glob("*.npz")):
         if not (parts / "checkpoints" / path.name).exists():
             if not path.stem.endswith("step0000000"):
-                continue  # which states within an epoch are there depends on where the run was killed
+                continue  # which states exist within an epoch depends on when the run was killed
             different.append(path.name)
             continue
         with np.load(path) as ours, np.load(parts / "checkpoints" / path.name) as theirs:

@@ -36,7 +36,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 def build_smallbn() -> keras.Model:
-    """The network with the weights that the golden run starts from."""
+    """The network with the initial weights of the golden run."""
     layers = keras.layers
     images = keras.Input((32, 32, 3), name="images")
     x = keras.ops.clip(images, 0, 1)
@@ -44,7 +44,7 @@ def build_smallbn() -> keras.Model:
     x = layers.Conv2D(8, 3, padding="same", use_bias=False, name="stem_conv")(x)
     x = layers.BatchNormalization(epsilon=1e-5, momentum=0.9, name="stem_bn")(x)
     x = layers.ReLU(name="stem_relu")(x)
-    x = layers.ZeroPadding2D(1, name="stem_pad")(x)  # zeros never win against the output of a ReLU
+    x = layers.ZeroPadding2D(1, name="stem_pad")(x)  # zeros cannot exceed the output of a ReLU
     x = layers.MaxPooling2D(3, 2, name="stem_pool")(x)
     x = layers.ZeroPadding2D(1, name="stage1_pad")(x)
     x = layers.Conv2D(16, 3, 2, use_bias=False, name="stage1_conv")(x)

@@ -1,4 +1,4 @@
-"""Accumulated gradients against a batch as many times as large, and moving averages against hand-computed ones."""
+"""Accumulated gradients are compared with one large batch, and moving averages with averages computed by hand."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import tensorflow as tf
 from smallbn import build_smallbn, golden_batches
 
 from robust_tf.config.job import JobConfig
-from robust_tf.job.building import optimizer_of
+from robust_tf.job.building import job_optimizer, optimizer_steps_per_epoch
 from robust_tf.training.optimizers import average_statistics, averages_of, build_optimizer
 from robust_tf.training.unfreezing import unfreeze
 from robust_tf.transfer.stages import freeze
@@ -26,8 +26,13 @@ SCHEDULES = {
 }
 
 
+def optimizer_of(config: JobConfig, batches: int) -> keras.optimizers.Optimizer:
+    steps = optimizer_steps_per_epoch(config.optimization, replays=config.adversarial.replays, batches=batches)
+    return job_optimizer(config.optimization, steps)
+
+
 def rates_that_acted(config: JobConfig, *, batches: int, scaled: bool) -> list[float]:
-    """The learning rate of every move of one weight, found by a gradient of 1."""
+    """The learning rate of every update of one weight, measured with a gradient of 1."""
     optimizer = optimizer_of(config, batches)
     scale = 1.0
     if scaled:
@@ -36,11 +41,11 @@ def rates_that_acted(config: JobConfig, *, batches: int, scaled: bool) -> list[f
     optimizer.build([weight])
     step = tf.function(lambda: optimizer.apply([tf.constant([scale])], [weight]))
     values, shown = [0.0], []
-    for batch in range(batches * config.passes):
-        if batch % config.accumulate_steps == 0:
+    for batch in range(batches * config.data_epochs):
+        if batch % config.optimization.accumulate_steps == 0:
             shown.append(float(optimizer.learning_rate))  # what TensorBoard charts
         step()
-        if (batch + 1) % config.accumulate_steps == 0:
+        if (batch + 1) % config.optimization.accumulate_steps == 0:
             values.append(float(weight.numpy()[0]))
     rates = -np.diff(values)
     np.testing.assert_allclose(shown, rates, rtol=1e-3)
@@ -49,7 +54,7 @@ def rates_that_acted(config: JobConfig, *, batches: int, scaled: bool) -> list[f
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_accumulated_gradients_move_at_the_rates_of_the_large_batch(schedule, scaled):
+def test_accumulated_gradients_use_the_learning_rates_of_the_large_batch(schedule, scaled):
     settings = {
         "epochs": 4,
         "lr_schedule": schedule,
@@ -59,21 +64,23 @@ def test_accumulated_gradients_move_at_the_rates_of_the_large_batch(schedule, sc
         "momentum": 0.0,
         "weight_decay": 0.0,
     }
-    large = rates_that_acted(JobConfig(**settings, batch_size=32), batches=3, scaled=scaled)
-    small = rates_that_acted(JobConfig(**settings, batch_size=8, accumulate_steps=4), batches=12, scaled=scaled)
+    large = rates_that_acted(JobConfig.from_flags(**settings, batch_size=32), batches=3, scaled=scaled)
+    small = rates_that_acted(
+        JobConfig.from_flags(**settings, batch_size=8, accumulate_steps=4), batches=12, scaled=scaled
+    )
     assert len(large) == 12
     np.testing.assert_allclose(small, large, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_accumulated_gradients_give_the_weights_of_the_large_batch(name):
-    """On a network without BatchNorm, whose statistics differ."""
+    """On a network without BatchNorm, because its statistics would differ."""
     images, labels = (array.reshape(-1, *array.shape[3:])[:96] for array in golden_batches())
     weights = []
     for batch_size, steps in ((32, 1), (8, 4)):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(10)])
-        config = JobConfig(
+        config = JobConfig.from_flags(
             optimizer=name,
             epochs=3,
             lr_schedule="cosine",
@@ -91,7 +98,7 @@ def test_accumulated_gradients_give_the_weights_of_the_large_batch(name):
 
 
 def averaged_by_hand(values: list[np.ndarray], decay: float) -> np.ndarray:
-    """`values`: before the first move, and after each."""
+    """`values` holds the value before the first update and after each update."""
     average = np.array(values[0], np.float64)
     for moves, value in enumerate(values[1:]):
         now = min(decay, (1 + moves) / (10 + moves))
@@ -100,7 +107,7 @@ def averaged_by_hand(values: list[np.ndarray], decay: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("how", ["graph", "eager", "accumulated", "scaled"])
-def test_weights_and_statistics_are_averaged_with_a_decay_that_rises(how):
+def test_weights_and_statistics_are_averaged_with_a_rising_decay(how):
     steps = 2 if how == "accumulated" else 1
     optimizer = build_optimizer("sgd", learning_rate=0.05, accumulate_steps=steps, average_decay=0.3)
     if how == "scaled":
@@ -108,7 +115,7 @@ def test_weights_and_statistics_are_averaged_with_a_decay_that_rises(how):
     classifier = build_smallbn()
     classifier.compile(optimizer, CROSSENTROPY, run_eagerly=how == "eager")
     optimizer.build(classifier.trainable_variables)
-    for _ in range(2):  # twice is once
+    for _ in range(2):  # the second call must have no effect
         average_statistics(optimizer, classifier)
     pairs = averages_of(optimizer)
     assert {variable.path for variable, _ in pairs} == {variable.path for variable in classifier.variables}
@@ -133,7 +140,7 @@ def test_without_averages_no_statistics_are_kept():
         assert averages_of(optimizer) == []
 
 
-def test_unfreezing_keeps_the_averages_and_starts_new_ones_at_the_weights():
+def test_unfreezing_keeps_the_averages_and_starts_new_ones_at_the_current_weights():
     classifier = build_smallbn()
     freeze(classifier, mode="fixed_feature", batchnorm="update")
     model = keras.Model(classifier.input, classifier.output)
@@ -157,8 +164,8 @@ def test_unfreezing_keeps_the_averages_and_starts_new_ones_at_the_weights():
 
 
 @pytest.mark.slow
-def test_two_replicas_average_what_one_does():
-    """In a process that has two devices."""
+def test_two_replicas_compute_the_same_averages_as_one():
+    """Runs in a process with two devices."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, __file__], capture_output=True, text=True, env=environment, check=False, timeout=300

@@ -1,4 +1,4 @@
-"""The state of a run: restored exactly, never half-written, and clear about what is wrong with a file."""
+"""Checkpoints restore a run exactly, are never half-written, and say clearly what is wrong with a file."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ import pytest
 
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
-from robust_tf.training.checkpoint import Checkpoints, Progress, named_arrays
+from robust_tf.training.checkpoint import Checkpoints, TrainingProgress, named_arrays
 
 
 def trained_model(units: int = 3) -> keras.Model:
@@ -32,7 +32,7 @@ def state_of(model: keras.Model) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def full_disk():
-    """Every file ends at 1000 bytes, as on a disk that runs full.
+    """No file can grow beyond 1000 bytes, as on a full disk.
 
     Not a fixture: pytest writes its own log before fixtures are torn down.
     """
@@ -58,9 +58,9 @@ def names_in(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_everything_comes_back(tmp_path):
+def test_the_whole_state_is_restored(tmp_path):
     model = trained_model()
-    progress = Progress(epochs_done=2, best_epoch=1, best_value=0.5, best_loss=0.3, history=[{"loss": 1.0}] * 2)
+    progress = TrainingProgress(epochs_done=2, best_epoch=1, best_value=0.5, best_loss=0.3, history=[{"loss": 1.0}] * 2)
     Checkpoints(tmp_path).save(progress, arrays_of(model))
     other = trained_model()
     for variable in variables_of(other):
@@ -72,30 +72,30 @@ def test_everything_comes_back(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_best_is_kept_while_the_run_moves_on_and_for_as_long_as_a_state_names_it(tmp_path):
+def test_the_best_weights_are_kept_as_long_as_a_state_names_them(tmp_path):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
     first = model.get_weights()
     checkpoints.save_best(0, named_arrays(model.variables))
-    checkpoints.save(Progress(epochs_done=1, best_epoch=0), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1, best_epoch=0), arrays_of(model))
     model.set_weights([weight + 1 for weight in first])
     checkpoints.save_best(1, named_arrays(model.variables))
-    # As if killed here: the state that is there still names the first.
+    # As if the run was killed here: the existing state still names the first epoch.
     checkpoints.best(checkpoints.latest().progress).assign_to(model.variables)
     for ours, best in zip(model.get_weights(), first, strict=True):
         np.testing.assert_array_equal(ours, best)
     for epochs_done in (2, 3, 4):
-        checkpoints.save(Progress(epochs_done=epochs_done, best_epoch=1), arrays_of(model))
+        checkpoints.save(TrainingProgress(epochs_done=epochs_done, best_epoch=1), arrays_of(model))
     assert names_in(tmp_path) == {"best_epoch0001.npz", "epoch0003_step0000000.npz", "epoch0004_step0000000.npz"}
 
 
-def test_the_two_newest_and_the_last_end_of_an_epoch_are_kept(tmp_path):
+def test_the_two_newest_states_and_the_last_one_from_the_end_of_an_epoch_are_kept(tmp_path):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
     for epochs_done, steps_done in [(1, 0), (2, 0), (2, 5), (2, 10), (2, 15)]:
-        checkpoints.save(Progress(epochs_done=epochs_done, steps_done=steps_done), arrays_of(model))
+        checkpoints.save(TrainingProgress(epochs_done=epochs_done, steps_done=steps_done), arrays_of(model))
     assert names_in(tmp_path) == {f"epoch0002_step00000{step}.npz" for step in ("00", "10", "15")}
-    change = Progress(rollbacks=1, alarms=["masked"])
+    change = TrainingProgress(rollbacks=1, alarms=["masked"])
     progress = checkpoints.go_back_an_epoch(change)
-    assert progress == Progress(epochs_done=2, rollbacks=1, alarms=["masked"]) == checkpoints.latest().progress
+    assert progress == TrainingProgress(epochs_done=2, rollbacks=1, alarms=["masked"]) == checkpoints.latest().progress
     assert names_in(tmp_path) == {"epoch0002_step0000000.npz"}
 
 
@@ -103,18 +103,18 @@ def test_the_two_newest_and_the_last_end_of_an_epoch_are_kept(tmp_path):
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, content):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
     checkpoints.save_best(0, named_arrays(model.variables))
-    checkpoints.save(Progress(epochs_done=1, best_epoch=0), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1, best_epoch=0), arrays_of(model))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with full_disk(), pytest.raises(UserError, match=r"Cannot write .*(best_epoch0001|epoch0002)"):
         if content == "best":
             checkpoints.save_best(1, named_arrays(model.variables))
         else:
-            checkpoints.save(Progress(epochs_done=2, best_epoch=0), arrays_of(model))
+            checkpoints.save(TrainingProgress(epochs_done=2, best_epoch=0), arrays_of(model))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def flipped(data: bytes) -> bytes:
-    """One bit of a variable, with the checksum of the ZIP archive made to fit."""
+    """Flips one bit of a variable, and corrects the checksum of the ZIP archive."""
     archive = zipfile.ZipFile(io.BytesIO(data))
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as changed:
@@ -136,17 +136,17 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, capsys, damage):
+def test_a_damaged_state_is_replaced_by_the_one_before(tmp_path, capsys, damage):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
-    checkpoints.save(Progress(epochs_done=1), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1), arrays_of(model))
     before = state_of(model)
     model.set_weights([weight + 1 for weight in model.get_weights()])
-    checkpoints.save(Progress(epochs_done=1, steps_done=7), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1, steps_done=7), arrays_of(model))
     path = tmp_path / "epoch0001_step0000007.npz"
     path.write_bytes(damage(path.read_bytes()))
     state = checkpoints.latest()
     state.assign_to(variables_of(model))
-    assert state.progress == Progress(epochs_done=1)
+    assert state.progress == TrainingProgress(epochs_done=1)
     for ours, theirs in zip(state_of(model), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     out = capsys.readouterr().out
@@ -154,9 +154,9 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, capsys, d
     assert not path.exists()
 
 
-def test_when_no_state_is_in_order_that_is_said_and_nothing_deleted(tmp_path):
+def test_if_all_states_are_damaged_an_error_says_so_and_nothing_is_deleted(tmp_path):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
-    checkpoints.save(Progress(epochs_done=1), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1), arrays_of(model))
     path = tmp_path / "epoch0001_step0000000.npz"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"epoch0001_step0000000\.npz.*Delete the folder"):
@@ -167,19 +167,47 @@ def test_when_no_state_is_in_order_that_is_said_and_nothing_deleted(tmp_path):
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     model, checkpoints = trained_model(), Checkpoints(tmp_path)
-    checkpoints.save(Progress(epochs_done=1), arrays_of(model))
+    checkpoints.save(TrainingProgress(epochs_done=1), arrays_of(model))
     model.set_weights([np.full_like(weight, np.nan) for weight in model.get_weights()])
     with pytest.raises(UserError, match="NaN or infinity in .*batch_normalization"):
-        checkpoints.save(Progress(epochs_done=2), arrays_of(model))
+        checkpoints.save(TrainingProgress(epochs_done=2), arrays_of(model))
+    assert checkpoints.latest().progress.epochs_done == 1
+
+
+def with_format(path, number: int | None) -> None:
+    """Writes a checkpoint again with another format number, or without one."""
+    with np.load(path, allow_pickle=False) as archive:
+        content = {name: archive[name] for name in archive.files if name != "format"}
+    if number is not None:
+        content["format"] = np.array(number)
+    np.savez(path, **content)
+
+
+def test_a_checkpoint_of_an_unknown_format_is_refused_and_kept(tmp_path):
+    model, checkpoints = trained_model(), Checkpoints(tmp_path)
+    for epochs_done in (1, 2):
+        checkpoints.save(TrainingProgress(epochs_done=epochs_done), arrays_of(model))
+    with_format(tmp_path / "epoch0002_step0000000.npz", 99)
+    with pytest.raises(
+        UserError, match=r"reads checkpoints of format 1\. Received: .*epoch0002.* of format 99\. Continue"
+    ):
+        checkpoints.latest()
+    assert names_in(tmp_path) == {"epoch0001_step0000000.npz", "epoch0002_step0000000.npz"}
+
+
+def test_a_checkpoint_without_a_format_number_is_read(tmp_path):
+    model, checkpoints = trained_model(), Checkpoints(tmp_path)
+    checkpoints.save(TrainingProgress(epochs_done=1), arrays_of(model))
+    with_format(tmp_path / "epoch0001_step0000000.npz", None)
     assert checkpoints.latest().progress.epochs_done == 1
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path):
     model = trained_model()
-    Checkpoints(tmp_path).save(Progress(), arrays_of(model))
+    Checkpoints(tmp_path).save(TrainingProgress(), arrays_of(model))
     other = trained_model(units=7)
     before = state_of(other)
-    with pytest.raises(UserError, match=r"another model: .*has shape \(4, 3\) there and \(4, 7\) here"):
+    with pytest.raises(UserError, match=r"another model: .*has shape \(4, 3\) in the file and \(4, 7\) in this model"):
         Checkpoints(tmp_path).latest().assign_to(variables_of(other))
     with pytest.raises(UserError, match="another model: it holds"):
         Checkpoints(tmp_path).latest().assign_to(other.variables)
@@ -197,7 +225,7 @@ def test_a_failed_replacement_leaves_no_temporary_file(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_a_folder_that_is_a_file_is_named(tmp_path):
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "blocked").write_text("")
     with pytest.raises(UserError, match="blocked"), replaced_atomically(tmp_path / "blocked" / "file.txt"):
         pass

@@ -1,4 +1,4 @@
-"""configs/distributed/: the manifest against the schemas of Kubernetes; its script and that for Slurm, run."""
+"""Files in configs/distributed/: the manifest fits the schemas of Kubernetes; its script and the Slurm script run."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_pods_are_found_by_the_names_in_tf_config():
 
 @pytest.fixture
 def environment(tmp_path):
-    """Programs of a cluster as scripts: python tells what it was started with, srun runs as the third of four tasks."""
+    """Stand-ins for programs: `python` prints its environment and arguments, `srun` acts as task 2 of 4."""
     scripts = {
         "python": 'echo "$TF_CONFIG" > "$OUT/tf_config.json"; printf "%s\\n" "$@" > "$OUT/arguments"',
         "scontrol": "printf 'a1\\na2\\na3\\na4\\n'",

@@ -1,4 +1,4 @@
-"""The attack of adversarial training climbs the loss that was compiled, whatever it is."""
+"""The attack of adversarial training maximizes the loss that was compiled, whatever it is."""
 
 import functools
 
@@ -20,7 +20,7 @@ BINARY = keras.losses.BinaryCrossentropy(from_logits=True)
 
 
 def classifier(units: int = 3, activation: str | None = None) -> keras.Model:
-    """Images (8, 8, 3) to scores; the same weights for the same number of units."""
+    """A classifier of images (8, 8, 3), with the same weights for the same number of units."""
     keras.utils.set_random_seed(0)
     images = keras.Input((8, 8, 3), name="images")
     x = keras.layers.Conv2D(4, 3, activation="tanh")(images)
@@ -33,8 +33,8 @@ def data(count: int = 16) -> tuple[np.ndarray, np.ndarray]:
     return rng.random((count, 8, 8, 3)).astype(np.float32), rng.integers(0, 3, count)
 
 
-def trained(model, labels, loss, *, images=None, recipe=Recipe(), fit=None, **options):
-    """The weights after an epoch of training, and the logs."""
+def trained(model, labels, loss, *, images=None, recipe=None, fit=None, **options):
+    """Trains one epoch; returns the weights and the logs."""
     trainer = AdversarialTrainer(model, LINF, recipe=recipe)
     trainer.compile(keras.optimizers.SGD(0.1), loss, **options)
     images = data()[0] if images is None else images
@@ -64,8 +64,8 @@ def one_hot_again(y, p):
     ],
     ids=["column", "one_hot", "partial", "custom", "softmax_name", "by_shape", "softmax_one_hot"],
 )
-def test_one_loss_in_other_words_is_the_same_training(activation, encode, loss):
-    """Labels as numbers or one-hot, logits or probabilities: weights and figures are those of the plain loss."""
+def test_equivalent_losses_give_the_same_training(activation, encode, loss):
+    """Integer or one-hot labels, logits or probabilities: weights and metrics equal those of the plain loss."""
     _, labels = data()
     expected, figures = trained(classifier(), labels, SPARSE, metrics=["accuracy"])
     found, logs = trained(classifier(activation=activation), encode(labels), loss, metrics=["accuracy"])
@@ -74,7 +74,7 @@ def test_one_loss_in_other_words_is_the_same_training(activation, encode, loss):
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(trades_beta=3.0), Recipe(trades_beta=3.0, awp_gamma=0.01)])
-def test_a_sigmoid_trains_as_its_logit_does(recipe):
+def test_a_sigmoid_trains_like_its_logit(recipe):
     labels = data()[1] % 2
     expected, figures = trained(classifier(1), labels, BINARY, recipe=recipe, metrics=["accuracy"])
     found, logs = trained(classifier(1, "sigmoid"), labels, "binary_crossentropy", recipe=recipe, metrics=["accuracy"])
@@ -83,7 +83,7 @@ def test_a_sigmoid_trains_as_its_logit_does(recipe):
     assert logs["clean_accuracy"] == figures["clean_accuracy"]
 
 
-def test_trades_of_a_softmax_is_trades_of_its_logits():
+def test_trades_with_a_softmax_equals_trades_with_its_logits():
     _, labels = data()
     expected, _ = trained(classifier(), labels, SPARSE, recipe=Recipe(trades_beta=3.0))
     found, _ = trained(
@@ -92,8 +92,8 @@ def test_trades_of_a_softmax_is_trades_of_its_logits():
     assert_same(found, expected, atol=1e-4)
 
 
-def test_the_attack_climbs_soft_labels():
-    """With mixed labels it raises their loss, not the loss of one of the classes."""
+def test_the_attack_maximizes_the_loss_of_soft_labels():
+    """With mixed labels it increases the loss of the mixture, not the loss of one class."""
     images, labels = data()
     soft = 0.6 * np.eye(3, dtype=np.float32)[labels] + 0.4 * np.eye(3, dtype=np.float32)[(labels + 1) % 3]
     model = classifier()
@@ -104,7 +104,7 @@ def test_the_attack_climbs_soft_labels():
     assert reached > float(ONE_HOT(soft, model(of_hard))) > float(ONE_HOT(soft, model(images)))
 
 
-def test_several_outputs_add_up_as_keras_adds_them():
+def test_losses_of_several_outputs_are_added_as_in_keras():
     images, labels = data()
     inputs = keras.Input((8, 8, 3))
     keras.utils.set_random_seed(0)
@@ -143,7 +143,7 @@ def test_named_inputs_and_outputs():
     assert logs["loss"] > logs["clean_loss"] and 0 <= logs["clean_accuracy"] <= 1
 
 
-def test_a_model_that_is_subclassed():
+def test_subclassed_model():
     class Subclassed(keras.Model):
         def __init__(self):
             super().__init__()
@@ -154,7 +154,7 @@ def test_a_model_that_is_subclassed():
 
     images, labels = data()
     model = Subclassed()
-    with pytest.raises(UserError, match="has not seen its input yet"):
+    with pytest.raises(UserError, match="has not seen any input yet"):
         AdversarialTrainer(model, LINF).compile(loss=SPARSE)
     model(images[:1])
     _, logs = trained(model, labels, SPARSE, metrics=["accuracy"])
@@ -169,7 +169,7 @@ def test_regression_has_no_accuracy():
 
 
 def test_clean_accuracy_is_unweighted_under_class_weight():
-    """As Keras's own `metrics` are; `clean_loss` is weighted, as the loss is."""
+    """Keras's own `metrics` are unweighted, too; `clean_loss` is weighted like the loss."""
     images, labels = data()
     model = classifier()
     logits = model(images)
@@ -187,34 +187,34 @@ def test_clean_accuracy_is_unweighted_under_class_weight():
 @pytest.mark.parametrize(
     ("activation", "loss", "message"),
     [
-        ("softmax", SPARSE, "the classifier gives probabilities.*from_logits=False"),
-        (None, "sparse_categorical_crossentropy", "the classifier gives logits.*from_logits=True"),
-        (None, "crossentropy", "the classifier gives logits"),
-        (None, keras.losses.CategoricalCrossentropy(), "the classifier gives logits"),
+        ("softmax", SPARSE, "the classifier returns probabilities.*from_logits=False"),
+        (None, "sparse_categorical_crossentropy", "the classifier returns logits.*from_logits=True"),
+        (None, "crossentropy", "the classifier returns logits"),
+        (None, keras.losses.CategoricalCrossentropy(), "the classifier returns logits"),
         (None, None, "loss=None"),
         (None, {"other": SPARSE}, r"\['scores'\]. Received: \['other'\]"),
         (None, [SPARSE, SPARSE], "Received: 2 entries"),
     ],
 )
-def test_a_loss_that_does_not_fit_is_refused_before_training(activation, loss, message):
+def test_an_unsuitable_loss_is_refused_before_training(activation, loss, message):
     with pytest.raises(UserError, match=message):
         AdversarialTrainer(classifier(activation=activation), LINF).compile(loss=loss)
 
 
-def test_a_loss_of_the_whole_batch_is_refused():
+def test_a_loss_without_a_value_for_each_image_is_refused():
     images, labels = data()
     with pytest.raises(UserError, match="one number for the whole batch"):
         trained(classifier(), labels, lambda y, p: tf.reduce_mean(p))
 
 
-def test_trades_needs_scores_of_classes():
+def test_trades_needs_class_scores():
     images, _ = data()
-    with pytest.raises(UserError, match="one output of class scores"):
+    with pytest.raises(UserError, match="a single output of class scores"):
         trained(classifier(), np.zeros((16, 3), np.float32), "mean_squared_error", recipe=Recipe(trades_beta=1.0))
 
 
-def test_losses_of_positions_are_averaged_for_each_image():
-    """As in segmentation, where an image has a label at every position."""
+def test_losses_of_an_image_with_several_positions_are_averaged():
+    """As in segmentation, where an image has a label for every position."""
     outputs = tf.random.stateless_normal((2, 4, 4, 3), (1, 2))
     labels = tf.random.stateless_uniform((2, 4, 4), (3, 4), maxval=3, dtype=tf.int32)
     found = CompiledLoss(SPARSE, None, outputs=outputs)(labels, outputs)

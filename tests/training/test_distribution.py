@@ -1,4 +1,4 @@
-"""Several devices and processes give what one device gives, also when a process is lost on the way."""
+"""Several devices and processes give the same result as one device, even when a process is lost on the way."""
 
 import json
 import pathlib
@@ -9,20 +9,20 @@ import pytest
 
 from robust_tf import train
 from robust_tf.config.job import JobConfig
-from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.evaluation.outcomes import read_outcomes
 from robust_tf.models import load_classifier
-from robust_tf.training.distribution import start_distribution
+from robust_tf.training.distribution import restart_process, start_distribution
+from tests.tasks import make_task
 from tests.training.workers import free_ports, job, job_on_two_cpus, start_worker, wait_until
 
-# Few: a difference in the last bit grows a thousandfold where it decides on which side of a kink an activation lies.
+# Few steps, because a difference in the last bit grows a thousandfold where it decides the gradient of a ReLU.
 EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> pathlib.Path:
-    """The job on one device."""
+    """The job on one device, to compare with."""
     workdir = tmp_path_factory.mktemp("distribution") / "single"
     finish(job(workdir, f"--epochs={EPOCHS}"))
     return workdir
@@ -35,7 +35,7 @@ def finish(process) -> str:
 
 
 def assert_equal_jobs(one: pathlib.Path, other: pathlib.Path) -> None:
-    """Weights within 1e-5, and all figures that are counted."""
+    """Compares the weights within 1e-5, and all figures that are counts."""
     ours, theirs = (load_classifier(workdir / "classifier.keras") for workdir in (one, other))
     for weight, expected in zip(ours.weights, theirs.weights, strict=True):
         np.testing.assert_allclose(weight, expected, rtol=0, atol=1e-5, err_msg=weight.path)
@@ -61,15 +61,15 @@ def history_of(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_two_devices_of_one_process_give_the_weights_of_one(single):
+def test_two_devices_in_one_process_give_the_same_weights_as_one(single):
     workdir = single.with_name("mirrored")
     finish(job_on_two_cpus(workdir, f"--epochs={EPOCHS}"))
     assert_equal_jobs(single, workdir)
 
 
 @pytest.mark.slow
-def test_two_devices_perturb_the_weights_alike(tmp_path):
-    """AWP moves the weights by the gradient of the whole batch, not of a device's share."""
+def test_two_devices_use_the_same_weight_perturbation(tmp_path):
+    """AWP perturbs the weights by the gradient of the whole batch, not of a device's share."""
     flags = ("--objective=awp", "--awp_gamma=0.05", "--subset=32", f"--epochs={EPOCHS}")
     finish(job(tmp_path / "single", *flags))
     finish(job_on_two_cpus(tmp_path / "mirrored", *flags))
@@ -78,8 +78,8 @@ def test_two_devices_perturb_the_weights_alike(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1], ids=["chief", "worker"])
-def test_two_workers_one_of_which_is_killed_give_the_weights_of_one(single, victim):
-    """The other one notices, begins again by itself, and waits for the one that is started anew."""
+def test_two_workers_give_the_same_weights_as_one_even_if_one_is_killed(single, victim):
+    """The other one notices, restarts by itself, and waits until the killed one has been started again."""
     workdir, ports = single.with_name(f"workers{victim}"), free_ports(2)
     workers = [start_worker(index, ports, workdir, f"--epochs={EPOCHS}") for index in (0, 1)]
     try:
@@ -91,21 +91,21 @@ def test_two_workers_one_of_which_is_killed_give_the_weights_of_one(single, vict
     finally:
         for worker in workers:
             worker.kill()
-    assert "Beginning again (1 of at most 3 times)" in out[1 - victim]
+    assert "Restarting (restart 1 of at most 3)" in out[1 - victim]
     assert "Going on after" in out[0]
     assert_equal_jobs(single, workdir)
-    assert "clean accuracy" in out[0] and "clean accuracy" not in out[1]  # one table, that of the chief
+    assert "clean accuracy" in out[0] and "clean accuracy" not in out[1]  # only the chief prints the table
 
 
 @pytest.mark.parametrize("kind", ["validation", "test"])
 def test_shares_count_every_image_once(data_dir, kind):
-    """Two workers of two replicas each: equally many batches, and weights under which means are those of the whole."""
+    """Two workers with two replicas each get equally many batches, weighted so that the means are exact."""
     options = {"batch_size": 8, "image_size": 8, "data_dir": data_dir}
-    whole = load_task("digits", **options)
+    whole = make_task("digits", **options)
     images, labels = (np.concatenate(part) for part in zip(*getattr(whole, kind).as_numpy_iterator(), strict=True))
     shares = []
     for worker in (0, 1):
-        task = load_task("digits", worker=worker, num_workers=2, **options)
+        task = make_task("digits", worker=worker, num_workers=2, **options)
         shares.append(list(getattr(task, f"{kind}_share")(replicas=2).as_numpy_iterator()))
     assert len(shares[0]) == len(shares[1]) and len(shares[0]) % 2 == 0
     batches = [batch for share in shares for batch in share]
@@ -120,10 +120,10 @@ def test_shares_count_every_image_once(data_dir, kind):
 
 
 @pytest.mark.parametrize(("workers", "replicas"), [(1, 2), (2, 1), (2, 2), (3, 1)])
-def test_the_ids_come_in_the_order_of_the_steps(data_dir, workers, replicas):
-    """At each step the batches of all replicas, those of the first worker first: as `strategy.gather` puts them."""
+def test_the_ids_are_in_the_order_of_the_results(data_dir, workers, replicas):
+    """As in `strategy.gather`: step by step the batches of all replicas, the first worker's first."""
     options = {"batch_size": 12, "image_size": 8, "classes": (0, 1, 2), "data_dir": data_dir, "num_workers": workers}
-    tasks = [load_task("digits", worker=worker, **options) for worker in range(workers)]
+    tasks = [make_task("digits", worker=worker, **options) for worker in range(workers)]
     shares = [iter(task.test_share(replicas=replicas).as_numpy_iterator()) for task in tasks]
     labels = []
     for step in iter(lambda: [next(share, None) for share in shares for _ in range(replicas)], None):
@@ -145,9 +145,9 @@ def test_the_ids_come_in_the_order_of_the_steps(data_dir, workers, replicas):
         ({"distribution": "tpu", "accumulate_steps": 2}, "--accumulate_steps works on one device only"),
     ],
 )
-def test_what_several_devices_cannot_do_is_refused(settings, message):
+def test_unsupported_settings_with_several_devices_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        JobConfig(**settings)
+        JobConfig.from_flags(**settings)
 
 
 @pytest.mark.parametrize(
@@ -159,38 +159,38 @@ def test_what_several_devices_cannot_do_is_refused(settings, message):
         '{"cluster": {"chief": ["localhost:1"], "worker": ["localhost:2"]}, "task": {"type": "worker", "index": 0}}',
     ],
 )
-def test_a_wrong_tf_config_is_named_with_a_right_one(monkeypatch, text):
+def test_the_error_for_a_wrong_tf_config_shows_a_correct_one(monkeypatch, text):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(UserError, match=r"needs TF_CONFIG .*\"index\": 0.*Received: TF_CONFIG="):
         start_distribution("multi_worker")
 
 
-def test_the_batch_must_be_shared_equally(monkeypatch):
+def test_the_batch_size_must_be_a_multiple_of_the_number_of_replicas(monkeypatch):
     distribution = start_distribution("none")
     distribution.check_batch_size(7)
     monkeypatch.setattr(type(distribution), "num_replicas", 4)
-    with pytest.raises(UserError, match="--batch_size=6. Take a multiple of 4"):
+    with pytest.raises(UserError, match="batch_size=6. Use a multiple of 4"):
         distribution.check_batch_size(6)
 
 
-def test_a_process_that_has_begun_again_often_enough_stops(monkeypatch):
+def test_the_number_of_restarts_is_limited(monkeypatch):
     monkeypatch.setenv("ROBUST_TF_RESTARTS", "2")
-    with pytest.raises(UserError, match=r"begun again 2 times already \(--restarts=2\). Received: peer lost"):
-        train.begin_again(RuntimeError("peer lost"), most=2)
+    with pytest.raises(UserError, match=r"already been restarted 2 times \(restarts=2\). Received: peer lost"):
+        restart_process(RuntimeError("peer lost"), most=2)
 
 
 def test_the_learning_rate_is_scaled_only_if_asked_for():
-    from robust_tf.training.schedules import schedule_of
-
     settings = {"batch_size": 512, "learning_rate": 0.1, "lr_schedule": "constant"}
-    assert float(schedule_of(JobConfig(**settings, distribution="mirrored"), 10)(0)) == pytest.approx(0.1)
-    assert float(schedule_of(JobConfig(**settings, base_batch_size=256), 10)(0)) == pytest.approx(0.2)
+    assert JobConfig.from_flags(**settings, distribution="mirrored").optimization.peak_learning_rate == pytest.approx(
+        0.1
+    )
+    assert JobConfig.from_flags(**settings, base_batch_size=256).optimization.peak_learning_rate == pytest.approx(0.2)
 
 
 @pytest.mark.slow
-def test_synchronized_batchnorm_is_undone_in_what_is_saved(tmp_path, data_dir):
+def test_saved_classifiers_have_no_synchronized_batchnorm(tmp_path, data_dir):
     flags = {"architecture": "resnet8", "image_size": 8, "classes": (0, 1), "examples_per_class": 8, "epochs": 1}
-    config = JobConfig(workdir=str(tmp_path / "w"), data_dir=str(data_dir), sync_batchnorm=True, **flags)
+    config = JobConfig.from_flags(workdir=str(tmp_path / "w"), data_dir=str(data_dir), sync_batchnorm=True, **flags)
     train.run(config)
     classifier = load_classifier(tmp_path / "w" / "classifier.keras")
     norms = [layer for layer in classifier.layers if isinstance(layer, keras.layers.BatchNormalization)]

@@ -1,4 +1,4 @@
-"""Mean-per-class accuracy against scikit-learn."""
+"""Mean-per-class accuracy is compared with scikit-learn; class weights act on losses only."""
 
 import keras
 import numpy as np
@@ -11,7 +11,7 @@ from robust_tf.training.metrics import Accuracy, CrossEntropy, MeanPerClassAccur
 @pytest.fixture
 def predictions():
     rng = np.random.default_rng(0)
-    labels = rng.choice(5, 200, p=[0.6, 0.2, 0.1, 0.1, 0.0])  # uneven, and the last class never occurs
+    labels = rng.choice(5, 200, p=[0.6, 0.2, 0.1, 0.1, 0.0])  # uneven classes, of which the last one never occurs
     logits = rng.standard_normal((200, 5)).astype(np.float32)
     logits[np.arange(200), labels] += 1.5
     return labels, logits
@@ -24,7 +24,7 @@ def test_equals_balanced_accuracy_over_batches(predictions):
         metric.update_state(labels[start : start + 64], logits[start : start + 64])
     expected = balanced_accuracy_score(labels, logits.argmax(axis=1))
     np.testing.assert_allclose(metric.result(), expected, rtol=1e-5)
-    assert abs(expected - np.mean(labels == logits.argmax(axis=1))) > 0.01  # the two figures do differ here
+    assert abs(expected - np.mean(labels == logits.argmax(axis=1))) > 0.01  # here the two figures differ
 
 
 def test_sample_weight_leaves_examples_out(predictions):
@@ -36,7 +36,7 @@ def test_sample_weight_leaves_examples_out(predictions):
     np.testing.assert_allclose(weighted.result(), half.result(), rtol=1e-6)
 
 
-def test_reset_and_serialisation(predictions):
+def test_reset_and_serialization(predictions):
     metric = MeanPerClassAccuracy(5)
     metric.update_state(*predictions)
     metric.reset_state()
@@ -44,7 +44,7 @@ def test_reset_and_serialisation(predictions):
     assert keras.metrics.deserialize(keras.metrics.serialize(metric)).num_classes == 5
 
 
-def test_balanced_weights_are_one_on_average_and_equal_in_sum():
+def test_balanced_weights_have_mean_one_and_equal_sums_per_class():
     labels = np.array([0] * 6 + [1] * 3 + [3] * 1)
     weights = balanced_class_weights(labels, 4)
     np.testing.assert_allclose(weights, [10 / (3 * 6), 10 / (3 * 3), 0, 10 / 3])  # class 2 does not occur
@@ -65,7 +65,7 @@ def test_class_weights_act_on_the_loss_of_labels_and_of_shares(predictions):
     assert float(loss(shares, logits)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_class_weights_leave_the_metrics_alone(predictions):
+def test_class_weights_do_not_change_the_metrics(predictions):
     labels, logits = predictions
     model = keras.Sequential([keras.Input((5,)), keras.layers.Activation("linear")])
     figures = {}

@@ -1,4 +1,4 @@
-"""TRADES, AWP, free adversarial training and the rising epsilon, beside the papers' algorithms written out plainly."""
+"""TRADES, AWP, free adversarial training and the rising epsilon compared with plain versions of the papers' code."""
 
 import keras
 import numpy as np
@@ -9,6 +9,7 @@ from robust_tf.attacks import AttackConfig
 from robust_tf.attacks.threat_models import l2_norm, linf_norm
 from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
+from robust_tf.job.building import job_recipe, optimizer_steps_per_epoch
 from robust_tf.training import AdversarialTrainer, objectives
 from robust_tf.training.objectives import (
     Recipe,
@@ -16,11 +17,10 @@ from robust_tf.training.objectives import (
     divergence,
     moved_perturbation,
     perturbed_weights,
-    recipe_of,
     weight_perturbation,
 )
 from robust_tf.training.optimizers import build_optimizer
-from robust_tf.training.schedules import schedule_of
+from robust_tf.training.schedules import build_schedule
 
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 LINF = AttackConfig(norm="linf", epsilon=0.1, step_size=0.03, steps=4, use_best=False)
@@ -28,19 +28,19 @@ L2 = AttackConfig(norm="l2", epsilon=0.5, step_size=0.2, steps=4, use_best=False
 NO_ATTACK = AttackConfig(norm="l2", epsilon=0.0, step_size=0.0, steps=0)
 HOW = ["graph", "eager", "xla"]
 LEARNING_RATE = 0.1
-START = 0.05  # of TRADES, beside the papers' algorithms
+START = 0.05  # standard deviation of TRADES' initial noise in the comparisons
 SEED = 3
 
 
 def new_classifier() -> keras.Model:
-    """Images (8, 8, 3) to 3 logits, with BatchNorm and without anything random."""
+    """A classifier of images (8, 8, 3) with BatchNorm and without random layers."""
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [
             keras.Input((8, 8, 3)),
             keras.layers.Conv2D(6, 3, name="conv"),
             keras.layers.BatchNormalization(momentum=0.9, name="bn"),
-            keras.layers.Activation("tanh"),  # smooth: rounding decides nothing
+            keras.layers.Activation("tanh"),  # smooth, so that rounding errors stay small
             keras.layers.Flatten(),
             keras.layers.Dense(3, dtype="float32", name="logits"),
         ]
@@ -72,7 +72,7 @@ def assert_same_weights(ours: keras.Model, theirs: keras.Model, *, atol: float =
         np.testing.assert_allclose(our_weight.numpy(), their_weight.numpy(), rtol=0, atol=atol, err_msg=our_weight.path)
 
 
-# The papers' algorithms, in the order of the authors' code.
+# The algorithms of the papers, in the order of the authors' code.
 
 
 def kl(logits, clean_logits):
@@ -81,7 +81,7 @@ def kl(logits, clean_logits):
 
 
 def noise_of(images, step):
-    """What the trainer draws in this step; XLA draws other numbers."""
+    """The noise that the trainer draws in this step. XLA draws other numbers."""
     return tf.random.stateless_normal(images.shape, tf.constant([SEED, step], tf.int64), stddev=START)
 
 
@@ -98,7 +98,7 @@ def steepest(gradient, attack):
 
 
 def climbed(loss_of, images, start, attack):
-    """PGD: ascent of the loss, each point put into the ball and into [0, 1]."""
+    """PGD: gradient ascent, with each point projected onto the ball and onto [0, 1]."""
     images_adv = tf.clip_by_value(images + into_ball(start - images, attack), 0, 1)
     for _ in range(attack.steps):
         with tf.GradientTape() as tape:
@@ -110,7 +110,7 @@ def climbed(loss_of, images, start, attack):
 
 
 def loss_of_batch(model, images, images_adv, labels, beta, sample_weight=None):
-    """Madry's loss for `beta` None, or that of TRADES; in training mode."""
+    """Madry's loss if `beta` is None, otherwise the loss of TRADES, in training mode."""
     if beta is None:
         return CROSSENTROPY(labels, model(images_adv, training=True), sample_weight)
     clean_logits = model(images, training=True)
@@ -120,7 +120,7 @@ def loss_of_batch(model, images, images_adv, labels, beta, sample_weight=None):
 
 
 def papers_step(model, images, labels, attack, noise, *, beta=None, gamma=None, sample_weight=None) -> float:
-    """One step of TRADES, of AWP, or of both; gives the loss."""
+    """Takes one step of TRADES, AWP, or both; returns the loss."""
     images = tf.constant(images)
     if beta is None:
         images_adv = climbed(lambda x: -tf.math.log(_of_label(model(x), labels)), images, images, attack)
@@ -137,7 +137,7 @@ def papers_step(model, images, labels, attack, noise, *, beta=None, gamma=None, 
         gradients = tape.gradient(loss, proxy.trainable_weights)
         for weight, gradient in zip(model.trainable_weights, gradients, strict=True):
             if weight.name == "kernel":
-                difference = -0.01 * gradient  # of a step of gradient descent of the proxy
+                difference = -0.01 * gradient  # a step of gradient descent of the proxy network
                 perturbations[weight.path] = gamma * tf.norm(weight) / tf.norm(difference) * difference
     before = {weight.path: weight.numpy() for weight in model.trainable_weights}
     for weight in model.trainable_weights:
@@ -166,9 +166,9 @@ def _of_label(logits, labels):
     ],
     ids=lambda value: value.norm if isinstance(value, AttackConfig) else None,
 )
-def test_steps_are_those_of_the_papers(recipe, attack, how, monkeypatch):
-    """Weights and BatchNorm statistics after three steps with sample weights, and the loss."""
-    # From the start of the paper, where the divergence is almost 0, rounding decides on the way.
+def test_steps_equal_those_of_the_papers(recipe, attack, how, monkeypatch):
+    """Compares weights, BatchNorm statistics and the loss after three steps with sample weights."""
+    # With the noise of the paper the divergence is almost 0 at the start, and rounding would decide the direction.
     monkeypatch.setattr(objectives.trades, "_TRADES_START", START)
     ours, theirs = new_classifier(), new_classifier()
     trainer = new_trainer(ours, attack, how, recipe=Recipe(**recipe))
@@ -193,7 +193,7 @@ def test_divergence_by_hand():
 
 @pytest.mark.parametrize("use_best", [False, True])
 @pytest.mark.parametrize("attack", [LINF, L2], ids=lambda attack: attack.norm)
-def test_the_attack_of_trades_raises_the_divergence_within_the_ball(attack, use_best):
+def test_the_attack_of_trades_increases_the_divergence_within_the_ball(attack, use_best):
     images, labels = data()
     classifier = new_classifier()
     attack = AttackConfig(**{**vars(attack), "use_best": use_best})
@@ -204,11 +204,11 @@ def test_the_attack_of_trades_raises_the_divergence_within_the_ball(attack, use_
     length = {"linf": linf_norm, "l2": l2_norm}[attack.norm](images_adv - images)
     assert length.numpy().max() <= attack.epsilon + 1e-6
     assert images_adv.numpy().min() >= 0 and images_adv.numpy().max() <= 1
-    # Pixels at an end of the range move, too: nothing starts outside of it.
+    # Pixels at the ends of the range change, too, because no starting point is outside the range.
     assert (np.abs(images_adv - images)[:, :2].max(axis=(1, 2, 3)) > 0).all()
 
 
-def test_the_attack_of_trades_starts_at_a_small_gaussian():
+def test_the_attack_of_trades_starts_with_small_gaussian_noise():
     images = np.full((4, 32, 32, 3), 0.5, np.float32)
     classifier = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(3)])
     still = AttackConfig(norm="linf", epsilon=0.1, step_size=1e-9, steps=1, use_best=False)
@@ -233,7 +233,7 @@ def test_trades_without_divergence_is_training_on_clean_images():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_figures_of_trades_are_clean_and_adversarial():
+def test_trades_reports_clean_and_adversarial_metrics():
     images, labels = data()
     classifier = new_classifier()
     before = classifier(images)
@@ -244,11 +244,11 @@ def test_figures_of_trades_are_clean_and_adversarial():
     figures = [trainer.evaluate(images, labels, verbose=0, return_dict=True)]
     judge = new_trainer(classifier, L2)
     figures.append(judge.evaluate(images, labels, verbose=0, return_dict=True))
-    assert figures[0] == pytest.approx(figures[1])  # whatever the objective, evaluation is the same
+    assert figures[0] == pytest.approx(figures[1])  # evaluation does not depend on the objective
 
 
-def test_unbiased_variances_of_two_passes():
-    """What both passes add to the moving variance is n / (n - 1) times as large; what was there before stays."""
+def test_moving_variances_are_unbiased_after_two_passes():
+    """The contributions of both passes are n / (n - 1) times as large as in Keras; the old value is not scaled."""
     before, variances = 3.0, []
     for unbiased in (False, True):
         classifier = new_classifier()
@@ -262,7 +262,7 @@ def test_unbiased_variances_of_two_passes():
     np.testing.assert_allclose(variances[1] - kept, (variances[0] - kept) * count / (count - 1), rtol=1e-4)
 
 
-def test_weight_perturbation_has_the_relative_size_and_the_direction_of_the_gradient():
+def test_weight_perturbation_has_the_given_relative_size_and_the_direction_of_the_gradient():
     rng = np.random.default_rng(0)
     weight, gradient = (rng.normal(size=(3, 3, 4, 5)).astype(np.float32) for _ in range(2))
     found = weight_perturbation(weight, 1e-12 * gradient, 5e-3).numpy()
@@ -283,8 +283,8 @@ def test_only_trainable_kernels_are_perturbed():
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_awp_of_size_zero_is_the_plain_step(how):
-    """Bit for bit, statistics included."""
+def test_awp_with_size_zero_equals_the_plain_step(how):
+    """All weights and statistics are bit-equal."""
     classifiers = []
     for recipe in (Recipe(awp_gamma=0.0), Recipe()):
         classifiers.append(new_classifier())
@@ -294,8 +294,8 @@ def test_awp_of_size_zero_is_the_plain_step(how):
     assert_same_weights(*classifiers)
 
 
-def test_awp_steps_from_the_weights_themselves():
-    """Without a learning rate nothing moves but the statistics, however large the perturbation."""
+def test_awp_starts_its_step_at_the_unperturbed_weights():
+    """With learning rate 0 only the statistics change, however large the perturbation is."""
     classifier = new_classifier()
     before = [weight.numpy() for weight in classifier.trainable_weights]
     trainer = new_trainer(classifier, LINF, optimizer=keras.optimizers.SGD(0.0), recipe=Recipe(awp_gamma=0.5))
@@ -320,7 +320,7 @@ def test_awp_waits_for_the_end_of_its_warmup():
 
 
 def free_training(model, attack, replays, size) -> np.ndarray:
-    """Shafahi et al., algorithm 1, on all `batches` of at most `size` images; gives the perturbation."""
+    """Runs algorithm 1 of Shafahi et al. on all `batches` of `size` images; returns the perturbation."""
     kept = np.zeros((size, 8, 8, 3), np.float32)
     for images, labels in batches(size):
         for _ in range(replays):
@@ -343,8 +343,8 @@ FREE = {
 
 
 @pytest.mark.parametrize(("norm", "how"), [("linf", "graph"), ("l2", "graph"), ("l2", "eager"), ("l2", "xla")])
-def test_free_training_is_that_of_the_paper(norm, how):
-    """With a smaller batch at the end, which leaves the rest of the perturbation as it is."""
+def test_free_training_equals_the_algorithm_of_the_paper(norm, how):
+    """The last batch is smaller and must leave the rest of the perturbation as it is."""
     attack = FREE[norm]
     ours, theirs = new_classifier(), new_classifier()
     trainer = new_trainer(ours, attack, how, recipe=Recipe(free_replays=3, free_batch_size=10))
@@ -353,7 +353,7 @@ def test_free_training_is_that_of_the_paper(norm, how):
     expected = free_training(theirs, attack, replays=3, size=10)
     assert int(trainer.optimizer.iterations) == 3 * 3
     _, perturbation = trainer.state_variables
-    # A gradient near zero may have another sign.
+    # The sign of a gradient near zero may differ.
     assert np.mean(np.abs(perturbation.numpy() - expected) > 1e-4) < 0.001
     assert_same_weights(ours, theirs, atol=1e-4)
     length = {"linf": linf_norm, "l2": l2_norm}[norm](perturbation.value).numpy()
@@ -361,7 +361,7 @@ def test_free_training_is_that_of_the_paper(norm, how):
 
 
 def test_free_training_counts_every_step():
-    """The loss is the mean over all replays; clean figures are there unless they are not wanted."""
+    """The loss is the mean over all replays; clean metrics are reported unless they are turned off."""
     images, labels = data(8)
     losses = []
     for replays in (1, 2):
@@ -380,7 +380,7 @@ def test_free_training_counts_every_step():
     assert {"clean_loss", "clean_accuracy"} <= set(other.evaluate(images, labels, verbose=0, return_dict=True))
 
 
-def test_free_training_goes_on_exactly_from_its_variables():
+def test_free_training_continues_exactly_from_its_variables():
     def trainer_of(classifier):
         trainer = new_trainer(
             classifier,
@@ -415,13 +415,13 @@ def test_free_training_goes_on_exactly_from_its_variables():
     assert not np.array_equal(ends["without the perturbation"][0], expected[0])
 
 
-def test_other_training_keeps_nothing_but_the_number_of_steps():
+def test_other_objectives_keep_only_the_number_of_steps():
     trainer = new_trainer(new_classifier(), L2, recipe=Recipe(trades_beta=1.0, awp_gamma=0.1))
     trainer.train_on_batch(*data(8))
     assert [int(variable.numpy()) for variable in trainer.state_variables] == [1]
 
 
-def test_a_gradient_that_is_not_finite_leaves_its_image_alone():
+def test_a_gradient_that_is_not_finite_does_not_change_its_perturbation():
     perturbation = tf.fill([2, 2, 2, 1], 0.05)
     gradient = np.ones((2, 2, 2, 1), np.float32)
     gradient[0, 0, 0, 0] = np.nan
@@ -431,15 +431,15 @@ def test_a_gradient_that_is_not_finite_leaves_its_image_alone():
 
 
 @pytest.mark.parametrize(("norm", "mode"), [("linf", "training"), ("l2", "training"), ("linf", "inference")])
-def test_the_fgsm_preset_steps_as_in_the_paper(norm, mode):
-    """Wong et al., algorithm 3: uniform start, a step of 1.25 epsilon, back into the ball.
+def test_the_fgsm_preset_takes_the_steps_of_the_paper(norm, mode):
+    """Algorithm 3 of Wong et al.: uniform start, a step of 1.25 epsilon, projection onto the ball.
 
-    The preset attacks in training mode, as their code does, and both forward passes move BatchNorm's statistics.
+    As in their code, the attack runs in training mode, so both forward passes update BatchNorm's statistics.
     """
     epsilon = {"linf": 0.1, "l2": 0.5}[norm]
     options = {} if mode == "training" else {"attack_mode": mode}
-    job = JobConfig(fast="fgsm", norm=norm, epsilon=epsilon, **options)
-    attack, recipe = job.attack, recipe_of(job, steps_per_epoch=3)
+    job = JobConfig.from_flags(fast="fgsm", norm=norm, epsilon=epsilon, **options)
+    attack, recipe = job.adversarial.training_attack, recipe_of(job, 3)
     assert recipe.attack_mode == mode
     ours, theirs = new_classifier(), new_classifier()
     trainer = new_trainer(ours, attack, recipe=recipe)
@@ -477,12 +477,12 @@ def test_epsilon_rises_in_training_and_not_in_evaluation(attack, recipe):
         scaled = AttackConfig(
             **{**vars(attack), "epsilon": share * attack.epsilon, "step_size": share * attack.step_size}
         )
-        # Without an epsilon TRADES' two batches are the same, and its divergence is 0.
+        # With epsilon 0 both batches of TRADES are the same, and the divergence is 0.
         options = {} if not share else {"recipe": Recipe(**recipe)}
         other = new_trainer(twin, scaled, **options)
         other.optimizer.build(twin.trainable_variables)
         other.optimizer.iterations.assign(step)
-        other.state_variables[0].assign(step)  # which the noise of TRADES is drawn from
+        other.state_variables[0].assign(step)  # which seeds the noise of TRADES
         for each in (trainer, other):
             each.train_on_batch(images, labels)
         for ours, theirs in zip(classifier.trainable_weights, twin.trainable_weights, strict=True):
@@ -497,7 +497,7 @@ def test_epsilon_rises_in_training_and_not_in_evaluation(attack, recipe):
 @pytest.mark.parametrize("recipe", ["trades_awp", "free"])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_moves_the_weights_as_float32_does(policy, recipe, monkeypatch):
-    """Loss scaling is not forgotten: the weights would hardly move."""
+    """If the loss scaling were missing, the weights would hardly change."""
     monkeypatch.setattr(objectives.trades, "_TRADES_START", START)
     recipes = {
         "trades_awp": (L2, Recipe(trades_beta=1.0, awp_gamma=0.01)),
@@ -519,8 +519,8 @@ def test_mixed_precision_moves_the_weights_as_float32_does(policy, recipe, monke
     assert difference < 0.3
 
 
-def test_mixed_precision_leaves_the_images_alone():
-    """Near 1 bfloat16 tells values apart that differ by 1/256; what the attack found would be rounded away."""
+def test_mixed_precision_does_not_round_the_images():
+    """Near 1, bfloat16 has steps of 1/256, so rounding would erase the perturbations."""
     keras.config.set_dtype_policy("mixed_bfloat16")
     layers = [keras.layers.Flatten(dtype="float32"), keras.layers.Dense(1, dtype="float32", kernel_initializer="ones")]
     classifier = keras.Sequential([keras.Input((8, 8, 3)), *layers])
@@ -530,8 +530,8 @@ def test_mixed_precision_leaves_the_images_alone():
 
 
 @pytest.mark.parametrize("recipe", ["trades_awp", "free"])
-def test_the_optimizers_own_means_go_on_working(recipe):
-    """Accumulation: weights move at every second step only. EMA: kept. Clipping: the step is as long as it may be."""
+def test_features_of_the_optimizer_keep_working(recipe):
+    """Accumulation updates only in every second step, averages are kept, and clipping limits the length of a step."""
     attack, recipe = {
         "trades_awp": (L2, Recipe(trades_beta=6.0, awp_gamma=0.01)),
         "free": (FREE["l2"], Recipe(free_replays=1, free_batch_size=8)),
@@ -553,24 +553,34 @@ def test_the_optimizers_own_means_go_on_working(recipe):
     assert len(averages) == len(classifier.trainable_weights)
 
 
-def test_recipes_of_jobs_count_in_optimizer_steps():
+def steps_of(job: JobConfig, batches: int) -> float:
+    return optimizer_steps_per_epoch(job.optimization, replays=job.adversarial.replays, batches=batches)
+
+
+def recipe_of(job: JobConfig, batches: int) -> Recipe:
+    return job_recipe(job.adversarial, job.optimization, steps_of(job, batches))
+
+
+def test_recipes_of_jobs_count_optimizer_steps():
     common = {"epsilon": 0.5, "epochs": 10, "batch_size": 32}
-    assert recipe_of(JobConfig(**common), 100) == Recipe()
-    config = JobConfig(**common, objective="trades_awp", trades_beta=3.0, awp_gamma=0.01, awp_warmup_epochs=1.5)
+    assert recipe_of(JobConfig.from_flags(**common), 100) == Recipe()
+    config = JobConfig.from_flags(
+        **common, objective="trades_awp", trades_beta=3.0, awp_gamma=0.01, awp_warmup_epochs=1.5
+    )
     assert recipe_of(config, 100) == Recipe(trades_beta=3.0, awp_gamma=0.01, awp_warmup_steps=150)
-    config = JobConfig(**common, fast="epsilon_warmup", epsilon_warmup_epochs=2.5)
+    config = JobConfig.from_flags(**common, fast="epsilon_warmup", epsilon_warmup_epochs=2.5)
     assert recipe_of(config, 100) == Recipe(epsilon_warmup_steps=250)
-    config = JobConfig(**common, fast="free", free_replays=5)
+    config = JobConfig.from_flags(**common, fast="free", free_replays=5)
     assert recipe_of(config, 100) == Recipe(free_replays=5, free_batch_size=32)
 
 
 @pytest.mark.parametrize("epochs", [12, 10, 1])
 def test_the_schedule_of_free_training_ends_with_its_steps(epochs):
-    """12 epochs of 4 replays are 3 passes; what is no multiple is rounded up, and the schedule stretched over it."""
-    config = JobConfig(epsilon=0.5, epochs=epochs, fast="free", lr_schedule="cyclic", learning_rate=1.0)
-    steps = config.passes * 100 * 4
-    schedule = schedule_of(config, 100)
-    assert config.passes == {12: 3, 10: 3, 1: 1}[epochs]
+    """12 epochs with 4 replays are 3 passes. Other numbers are rounded up, and the schedule is stretched."""
+    config = JobConfig.from_flags(epsilon=0.5, epochs=epochs, fast="free", lr_schedule="cyclic", learning_rate=1.0)
+    steps = config.data_epochs * 100 * 4
+    schedule = build_schedule(config.optimization, steps_of(config, 100))
+    assert config.data_epochs == {12: 3, 10: 3, 1: 1}[epochs]
     assert float(schedule(steps * 4 / 15)) == pytest.approx(1.0)
     assert 0 < float(schedule(steps - 1)) < 0.01 and float(schedule(steps)) == pytest.approx(0, abs=1e-6)
 
@@ -587,12 +597,12 @@ def test_the_schedule_of_free_training_ends_with_its_steps(epochs):
         ({"attack_mode": "training", "trades_beta": 1.0}, "attack_mode='training'"),
     ],
 )
-def test_recipes_that_make_no_sense_are_refused(arguments, message):
+def test_inconsistent_recipes_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         Recipe(**arguments)
 
 
-def test_trainers_that_make_no_sense_are_refused():
+def test_inconsistent_trainers_are_refused():
     with pytest.raises(UserError, match=r"epsilon=0.0.*trades_beta=1.0"):
         AdversarialTrainer(new_classifier(), NO_ATTACK, recipe=Recipe(trades_beta=1.0))
     with pytest.raises(UserError, match="validation_attack=.*epsilon=0.5"):

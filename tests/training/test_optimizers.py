@@ -1,4 +1,4 @@
-"""The optimizers against the PyTorch reference, hand-computed steps and Keras's own."""
+"""The optimizers are compared with the PyTorch reference, with steps computed by hand, and with Keras's optimizers."""
 
 import os
 import subprocess
@@ -20,12 +20,7 @@ from smallbn import (
 )
 
 from robust_tf.errors import UserError
-from robust_tf.training.optimizers import (
-    OPTIMIZERS,
-    PyTorchSGD,
-    build_optimizer,
-    carry_over_optimizer_state,
-)
+from robust_tf.training.optimizers import OPTIMIZERS, PyTorchSGD, build_optimizer
 
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -62,7 +57,7 @@ def test_sgd_equals_pytorch_over_a_learning_rate_drop(how):
 
 
 def weights_after(optimizer: keras.optimizers.Optimizer, gradients: list[float], start: float = 1.0) -> list[float]:
-    """The values of one weight after each step with a given gradient."""
+    """Returns the values of one weight after each step with a given gradient."""
     weight = keras.Variable([start], name="kernel")
     values = []
     for gradient in gradients:
@@ -71,7 +66,7 @@ def weights_after(optimizer: keras.optimizers.Optimizer, gradients: list[float],
     return values
 
 
-def test_nesterov_steps_by_hand():
+def test_nesterov_steps_equal_those_computed_by_hand():
     # d = g + 0.1 w; b = 0.5 b + d; w -= 0.1 (d + 0.5 b): 1.0 -> d 2.1, b 2.1; 0.685 -> d 1.0685, b 2.1185
     optimizer = PyTorchSGD(0.1, momentum=0.5, nesterov=True, weight_decay=0.1)
     np.testing.assert_allclose(weights_after(optimizer, [2.0, 1.0]), [0.685, 0.685 - 0.1 * 2.12775], rtol=1e-6)
@@ -84,12 +79,12 @@ def test_without_momentum_there_is_no_buffer():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_adam_is_keras_adam_and_weight_decay_is_where_it_is_said_to_be(name):
+def test_adam_equals_keras_adam_with_coupled_or_decoupled_weight_decay(name):
     gradients = [0.3, -0.2, 0.5, 0.1]
     ours = build_optimizer(name, learning_rate=0.1, momentum=0.8, weight_decay=0.2)
     if name == "adamw":
         expected = weights_after(keras.optimizers.AdamW(0.1, beta_1=0.8, weight_decay=0.2), gradients)
-    else:  # coupled: the same as a gradient that contains the decay
+    else:  # coupled weight decay is part of the gradient
         plain = build_optimizer(name, learning_rate=0.1, momentum=0.8)
         if name == "adam":
             plain = keras.optimizers.Adam(0.1, beta_1=0.8)
@@ -102,8 +97,8 @@ def test_adam_is_keras_adam_and_weight_decay_is_where_it_is_said_to_be(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_multiplier_is_a_learning_rate_of_its_own(name):
-    """With {"stem": 0.5, "head": 0} the stem moves as at half the rate, stage 1 as at the full one, the head never."""
+def test_multipliers_scale_the_learning_rate_by_stage(name):
+    """With {"stem": 0.5, "head": 0} the stem has half the rate, stage 1 the full rate, and the head does not change."""
     images, labels = golden_batches()
     moved = {}
     for rate, multipliers in ((0.1, None), (0.05, None), (0.1, {"stem": 0.5, "head": 0})):
@@ -121,7 +116,7 @@ def test_a_multiplier_is_a_learning_rate_of_its_own(name):
             np.testing.assert_allclose(change, expected[path], rtol=1e-5, atol=1e-7, err_msg=path)
 
 
-def test_weight_decay_acts_on_all_weights_but_the_excluded():
+def test_weight_decay_acts_on_all_weights_except_the_excluded_ones():
     for excluded in ((), ("bias", "gamma", "beta")):
         classifier = build_smallbn()
         weights = classifier.trainable_weights
@@ -139,7 +134,7 @@ def test_the_gradient_is_clipped_before_weight_decay_is_added():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_configuration_survives_serialisation(name):
+def test_configuration_survives_serialization(name):
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
     optimizer = build_optimizer(
         name,
@@ -181,7 +176,7 @@ def test_a_compiled_model_is_saved_and_loaded_with_the_optimizer(tmp_path):
         np.testing.assert_allclose(weight, other, atol=1e-6)
 
 
-def test_loss_scaling_moves_the_weights_as_float32_does():
+def test_loss_scaling_gives_the_same_weights_as_float32():
     changes = {}
     for policy in ("float32", "mixed_float16"):
         keras.config.set_dtype_policy(policy)
@@ -198,8 +193,8 @@ def test_loss_scaling_moves_the_weights_as_float32_does():
 
 
 @pytest.mark.slow
-def test_two_replicas_do_what_one_does():
-    """In a process of its own, because TensorFlow makes its logical devices once."""
+def test_two_replicas_give_the_same_weights_as_one():
+    """Runs in a separate process, because TensorFlow creates its logical devices only once."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, __file__], capture_output=True, text=True, env=environment, check=False, timeout=300
@@ -219,14 +214,14 @@ def compare_two_replicas_with_one() -> None:
             with strategy.scope():
                 classifier = build_smallbn()
                 for layer in classifier.layers:
-                    # Each replica would normalise with the statistics of its own half of the batch.
+                    # Each replica would normalize with the statistics of its half of the batch.
                     layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
                 optimizer = build_optimizer(name, learning_rate=0.01, weight_decay=0.05, multipliers={"head": 0.5})
                 classifier.compile(optimizer, CROSSENTROPY)
             classifier.fit(dataset, shuffle=False, verbose=0)
             results.append(classifier.get_weights())
         for one, two in zip(*results, strict=True):
-            np.testing.assert_allclose(one, two, atol=1e-4)  # Adam blows up the rounding of tiny gradients
+            np.testing.assert_allclose(one, two, atol=1e-4)  # Adam magnifies the rounding errors of tiny gradients
         print(name)
 
 
@@ -250,70 +245,11 @@ def test_wrong_arguments_are_refused(name, arguments, message):
         build_optimizer(name, **{"learning_rate": 0.1} | arguments)
 
 
-def test_multipliers_refuse_a_weight_of_no_stage():
+def test_multipliers_refuse_a_weight_without_a_stage():
     layer = keras.layers.Dense(1, name="encoder")
     layer.build((None, 2))
     with pytest.raises(UserError, match="'encoder/kernel'"):
         build_optimizer("sgd", learning_rate=0.1, multipliers={"head": 2.0}).build(layer.trainable_weights)
-
-
-def dense(name: str) -> list[keras.Variable]:
-    layer = keras.layers.Dense(2, name=name)
-    layer.build((None, 2))
-    return layer.trainable_weights
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("scaled", [False, True])
-def test_state_goes_over_for_the_weights_that_stay(name, scaled):
-    """After the change the old weights move as if nothing had happened, and the new ones as in a first step."""
-    head, backbone = dense("logits"), dense("stage1_fc")
-    gradients = [tf.constant([[0.1, -0.2], [0.3, 0.4]]), tf.constant([0.5, -0.6])]
-
-    def optimizer() -> keras.optimizers.Optimizer:
-        made = build_optimizer(name, learning_rate=0.1, weight_decay=0.01)
-        return keras.optimizers.LossScaleOptimizer(made, name="scaled") if scaled else made
-
-    scale = 2.0**14 if scaled else 1.0  # of the loss, after one step was not finite and halved the first 2**15
-
-    used = optimizer()
-    if scaled:
-        used.apply([gradient * np.inf for gradient in gradients], head)
-    for _ in range(3):
-        used.apply([gradient * scale for gradient in gradients], head)
-    new = type(used).from_config(used.get_config())
-    new.build([*backbone, *head])
-    carry_over_optimizer_state(used, new)
-    assert int(new.iterations) == 3
-    if scaled:
-        assert float(new.dynamic_scale) == scale
-
-    start = [weight.numpy() for weight in (*backbone, *head)]
-    new.apply([gradient * scale for gradient in gradients * 2], [*backbone, *head])
-    together = [weight.numpy() for weight in (*backbone, *head)]
-    for weight, value in zip((*backbone, *head), start, strict=True):
-        weight.assign(value)
-    used.apply([gradient * scale for gradient in gradients], head)
-    fresh = build_optimizer(name, learning_rate=0.1, weight_decay=0.01)
-    fresh.apply(gradients, backbone)
-    for weight, value in zip((*backbone, *head), together, strict=True):
-        np.testing.assert_allclose(weight, value, rtol=1e-5, atol=1e-6, err_msg=weight.path)
-
-
-def test_state_goes_over_between_equals_only():
-    weights = dense("logits")
-    used = build_optimizer("sgd", learning_rate=0.1)
-    used.build(weights)
-    with pytest.raises(UserError, match="PyTorchSGD 'pytorch_sgd' and StagewiseAdam 'adam'"):
-        new = build_optimizer("adam", learning_rate=0.1)
-        new.build(weights)
-        carry_over_optimizer_state(used, new)
-    with pytest.raises(UserError, match="new.build"):
-        carry_over_optimizer_state(used, build_optimizer("sgd", learning_rate=0.1))
-    twice = build_optimizer("sgd", learning_rate=0.1)
-    twice.build(weights + dense("logits"))
-    with pytest.raises(UserError, match="'pytorch_sgd/logits_kernel_momentum'"):
-        carry_over_optimizer_state(used, twice)
 
 
 if __name__ == "__main__":

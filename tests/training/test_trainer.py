@@ -1,4 +1,4 @@
-"""The adversarial training step against the PyTorch reference, and what must hold for it."""
+"""The adversarial training step equals the PyTorch reference, and the trainer behaves like a Keras model."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ ATTACKS = {
 
 
 def small_classifier() -> keras.Model:
-    """Images (8, 8, 3) to 3 logits, with BatchNorm."""
+    """A classifier of images (8, 8, 3) with BatchNorm and 3 logits."""
     return keras.Sequential(
         [
             keras.Input((8, 8, 3)),
@@ -57,14 +57,14 @@ def test_equals_the_reference_over_a_learning_rate_drop(mode, how):
     for epoch in range(2):
         for batch in zip(images[epoch], labels[epoch], strict=True):
             trainer.train_on_batch(*batch)
-        # Weights, and the statistics of BatchNorm: once per step, on adversarial images, variance unbiased.
+        # Weights and BatchNorm's statistics: one update per step on adversarial images, with unbiased variances.
         for weight in classifier.weights:
             expected = arrays[f"{mode}/epoch{epoch}/{PYTORCH_NAMES[weight.path]}"]
             np.testing.assert_allclose(
                 weight.numpy(), keras_layout(expected), rtol=0, atol=1e-5, err_msg=f"{weight.path} epoch {epoch}"
             )
-        # In the adversarial run's second epoch one activation is 0 up to rounding: whether its gradient passes the
-        # ReLU is decided by the order of additions, and shows in the momentum (not yet in the weights, at this rate).
+        # In the second epoch of the adversarial run one activation is 0 up to rounding errors. The order of additions
+        # decides whether its gradient passes the ReLU. The momentum shows it, but the weights do not yet at this rate.
         tolerance = 1e-3 if mode == "adversarial" and epoch == 1 else 1e-5
         buffers = {variable.name: variable.numpy() for variable in optimizer.variables}
         for weight in classifier.trainable_weights:
@@ -73,7 +73,7 @@ def test_equals_the_reference_over_a_learning_rate_drop(mode, how):
             np.testing.assert_allclose(buffer, keras_layout(expected), rtol=0, atol=tolerance, err_msg=weight.path)
 
 
-def test_without_an_attack_it_is_keras_training():
+def test_training_without_an_attack_equals_keras_training():
     images, labels = small_data()
     weights = []
     for wrap in (lambda model: AdversarialTrainer(model, ATTACKS["standard"], unbiased_batchnorm=False), lambda m: m):
@@ -87,8 +87,8 @@ def test_without_an_attack_it_is_keras_training():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_fit_learns_to_resist():
-    """On data where a robust and a fragile feature exist, only adversarial training picks the robust one."""
+def test_fit_learns_the_robust_feature():
+    """On data with a robust and a fragile feature, only adversarial training chooses the robust one."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 256)
     images = np.full((256, 8, 8, 3), 0.5, np.float32)
@@ -99,7 +99,7 @@ def test_fit_learns_to_resist():
     for name, training_attack in (("adversarial", attack), ("standard", ATTACKS["standard"])):
         keras.utils.set_random_seed(0)
         classifier = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
-        # Both features start with the same weight per unit of signal.
+        # Initially both features have the same weight per unit of signal.
         kernel = np.zeros((8, 8, 3, 2), np.float32)
         kernel[4:, :, 1:, 1] = 1.0
         classifier.layers[-1].set_weights([kernel.reshape(192, 2), np.array([0.0, -32.0], np.float32)])
@@ -127,7 +127,7 @@ def test_the_first_step_is_traced_once(monkeypatch):
     assert len(traced) <= 2
 
 
-def test_evaluate_gives_the_clean_and_the_adversarial_figures():
+def test_evaluate_reports_clean_and_adversarial_metrics():
     images, labels = small_data()
     classifier = small_classifier()
     attack = AttackConfig(norm="l2", epsilon=1.0, step_size=0.5, steps=3)
@@ -143,7 +143,7 @@ def test_evaluate_gives_the_clean_and_the_adversarial_figures():
 
 
 @pytest.mark.parametrize("random_start", [False, True])
-def test_clean_metrics_of_training_are_those_of_the_clean_images(random_start):
+def test_clean_metrics_in_training_are_measured_on_the_clean_images(random_start):
     images, labels = small_data(8)
     classifier = small_classifier()
     expected = CROSSENTROPY(labels, classifier(images))
@@ -155,8 +155,8 @@ def test_clean_metrics_of_training_are_those_of_the_clean_images(random_start):
     assert logs["loss"] > logs["clean_loss"]
 
 
-def test_random_start_follows_seed_and_step():
-    """Equal seeds repeat a run; another seed is another run."""
+def test_random_start_depends_only_on_seed_and_step():
+    """The same seed repeats a run; another seed gives another run."""
     images, labels = small_data(8)
     attack = AttackConfig(norm="linf", epsilon=0.1, step_size=0.01, steps=1, random_start=True)
 
@@ -165,7 +165,7 @@ def test_random_start_follows_seed_and_step():
         classifier = small_classifier()
         trainer = AdversarialTrainer(classifier, attack, seed=seed)
         trainer.compile(keras.optimizers.SGD(0.1), CROSSENTROPY)
-        tf.random.set_seed(np.random.randint(100_000))  # the global generator must not matter
+        tf.random.set_seed(np.random.randint(100_000))  # the global generator must not have an effect
         trainer.fit(images, labels, batch_size=8, epochs=2, verbose=0)
         return classifier.get_weights()[0]
 
@@ -174,7 +174,7 @@ def test_random_start_follows_seed_and_step():
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision_moves_the_weights_as_float32_does(policy):
+def test_mixed_precision_gives_about_the_same_weights_as_float32(policy):
     images, labels = small_data()
     start, moved = None, {}
     for name in ("float32", policy):
@@ -192,7 +192,7 @@ def test_mixed_precision_moves_the_weights_as_float32_does(policy):
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_images_stay_float32_in_mixed_precision(policy):
-    """Rounded to bfloat16 a pixel would be up to 0.002 off, as much as many a perturbation."""
+    """Rounding to bfloat16 changes a pixel by up to 0.002, as much as some perturbations."""
     keras.config.set_dtype_policy(policy)
     classifier = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(dtype="float32")])
     images, _ = small_data(4)
@@ -211,7 +211,7 @@ def test_loss_scaling_follows_the_classifier_not_the_global_policy(tmp_path, pol
 
 
 def test_labels_may_be_a_column():
-    """As in keras.datasets.cifar10."""
+    """keras.datasets.cifar10 has such labels."""
     images, labels = small_data(8)
     figures = []
     for shape in ((8,), (8, 1)):
@@ -234,8 +234,8 @@ def test_labels_may_be_a_column():
     ],
 )
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(trades_beta=1.0), Recipe(free_replays=1, free_batch_size=8)])
-def test_a_batch_that_cannot_be_attacked_is_refused(images, labels, message, recipe):
-    """Whatever the objective, eagerly and in a graph, in training and in evaluation; the weights do not move."""
+def test_invalid_images_and_labels_are_refused(images, labels, message, recipe):
+    """For all objectives, eagerly and in a graph, in training and in evaluation; the weights do not change."""
     for eagerly in (False, True):
         classifier = small_classifier()
         before = classifier.get_weights()
@@ -248,8 +248,8 @@ def test_a_batch_that_cannot_be_attacked_is_refused(images, labels, message, rec
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_first_batch_is_checked_under_xla_too():
-    """XLA leaves the checks out of the step, so they look at the data before it."""
+def test_the_first_batch_is_also_checked_with_xla():
+    """XLA drops the checks inside the step, so the data is checked before."""
     images, labels = small_data(8)
     trainer = AdversarialTrainer(small_classifier(), ATTACKS["adversarial"])
     trainer.compile("sgd", CROSSENTROPY, jit_compile=True)
@@ -262,7 +262,7 @@ def test_the_first_batch_is_checked_under_xla_too():
 
 
 @pytest.mark.parametrize("static", [True, False])
-def test_a_batch_beyond_the_kept_perturbation_is_refused(static):
+def test_a_batch_larger_than_the_perturbation_is_refused(static):
     images, labels = small_data(8)
     trainer = AdversarialTrainer(
         small_classifier(), ATTACKS["adversarial"], recipe=Recipe(free_replays=1, free_batch_size=4)
@@ -277,7 +277,7 @@ def test_a_batch_beyond_the_kept_perturbation_is_refused(static):
     ("shapes", "message"),
     [([(8, 8)], r"\(None, 8, 8\)"), ([(8, 8, 3), (8, 8, 1)], r"\(None, 8, 8, 3\), \(None, 8, 8, 1\)")],
 )
-def test_a_classifier_without_one_input_of_images_is_refused(shapes, message):
+def test_a_classifier_without_exactly_one_image_input_is_refused(shapes, message):
     inputs = [keras.Input(shape) for shape in shapes]
     flat = [keras.layers.Flatten()(each) for each in inputs]
     classifier = keras.Model(inputs, keras.layers.Dense(3)(flat[0]))
@@ -285,8 +285,8 @@ def test_a_classifier_without_one_input_of_images_is_refused(shapes, message):
         AdversarialTrainer(classifier, ATTACKS["adversarial"])
 
 
-def test_callbacks_of_keras_work(tmp_path):
-    """What ModelCheckpoint writes is the classifier; BackupAndRestore goes on where a run stopped."""
+def test_keras_callbacks_work(tmp_path):
+    """ModelCheckpoint writes the classifier; BackupAndRestore continues where a run stopped."""
     images, labels = small_data()
 
     def new_trainer():
@@ -320,7 +320,7 @@ def test_callbacks_of_keras_work(tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
-def test_saving_and_exporting_the_trainer_gives_the_classifier(tmp_path):
+def test_saving_and_exporting_the_trainer_writes_the_classifier(tmp_path):
     images, labels = small_data()
     trainer = AdversarialTrainer(small_classifier(), ATTACKS["adversarial"])
     trainer.compile("sgd", CROSSENTROPY)
@@ -338,8 +338,8 @@ def test_saving_and_exporting_the_trainer_gives_the_classifier(tmp_path):
     np.testing.assert_array_equal(other(images), trainer(images))
 
 
-def test_unbiased_variance_needs_known_sizes_only_where_it_applies():
-    """A model of any image size keeps Keras's own statistics, and trains."""
+def test_a_model_for_any_image_size_trains_with_biased_variances():
+    """Where the input size of BatchNorm is unknown, the statistics are those of Keras."""
     classifier = keras.Sequential(
         [
             keras.Input((None, None, 3)),
@@ -367,7 +367,7 @@ def test_frozen_batchnorm_keeps_its_statistics():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_something_else_than_a_model_is_refused():
+def test_a_function_in_place_of_a_model_is_refused():
     with pytest.raises(UserError, match="Received: function"):
         AdversarialTrainer(lambda images: images, ATTACKS["standard"])
 
@@ -394,8 +394,8 @@ for strategy in (tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), None):
 
 
 @pytest.mark.slow
-def test_plain_fit_and_evaluate_in_the_scope_of_a_strategy():
-    """With metrics by name, whose variables a replica could not make; the figures are those of one device."""
+def test_fit_and_evaluate_work_in_the_scope_of_a_strategy():
+    """Metrics given by name have variables that a replica cannot create. The results equal those of one device."""
     out = subprocess.run([sys.executable, "-c", MIRRORED], check=True, capture_output=True, text=True).stdout
     mirrored, single = (json.loads(line) for line in out.splitlines()[-2:])
     for ours, theirs in zip(mirrored, single, strict=True):

@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 
-# At this learning rate no activation sits on a kink, where a difference in the last bit would decide. At 0.02 one does,
-# on a processor with AVX512. At 0.01, 0.015 and 0.025 one device and two differ by less than 1e-6 there.
+# With this learning rate no activation is so close to the kink of a ReLU that the last bit decides its gradient. With
+# 0.02 one is, on a processor with AVX512. With 0.01, 0.015 and 0.025 one device and two differ by less than 1e-6.
 FLAGS = (
     "--dataset=digits --classes=0,1,2 --subset=96 --architecture=resnet8 --image_size=8 --norm=l2 --epsilon=0.5 "
     "--attack_steps=2 --eval_steps=3 --batch_size=16 --learning_rate=0.01 --sync_batchnorm --checkpoint_every_steps=2"
@@ -27,24 +27,24 @@ train.main(["train", *sys.argv[1:]])
 
 
 def job(workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
-    """The program on one device."""
+    """Starts the program on one device."""
     return _process(["-m", "robust_tf.train"], workdir, *flags)
 
 
 def job_on_two_cpus(workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
-    """The program in one process that has two devices."""
+    """Starts the program in one process with two devices."""
     return _process(["-c", _ON_TWO_CPUS], workdir, "--distribution=mirrored", *flags)
 
 
 def start_worker(index: int, ports: list[int], workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
-    """One of the processes of a job of several workers on this machine."""
+    """Starts one process of a job with several workers on this machine."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
     config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
     return _process(["-m", "robust_tf.train"], workdir, "--distribution=multi_worker", *flags, TF_CONFIG=config)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free just now."""
+    """Returns ports that are free at this moment."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -55,7 +55,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float = 300) -> None:
-    """Waits for something that other processes do."""
+    """Waits until other processes have made a condition true."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

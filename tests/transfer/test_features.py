@@ -1,4 +1,4 @@
-"""Stored features: computed once, complete, resumed, bounded, and never those of something else."""
+"""Stored features: computed once, complete, continued after an interruption, limited in size, and never mixed up."""
 
 import dataclasses
 import errno
@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from huggingface_hub.utils import WeakFileLock
 
-from robust_tf.data import load_task
 from robust_tf.errors import UserError
 from robust_tf.models import build_classifier, features_of
 from robust_tf.transfer import features as features_module
 from robust_tf.transfer.features import stored_features
+from tests.tasks import make_task
 
 
 @pytest.fixture
 def task(data_dir):
-    return load_task("digits", classes=(3, 4, 5), subset="40", image_size=8, batch_size=16, data_dir=data_dir)
+    return make_task("digits", classes=(3, 4, 5), subset="40", image_size=8, batch_size=16, data_dir=data_dir)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def stored(task, classifier, tmp_path):
 
     def read(changed_task=task, model=classifier, *, views=1, max_bytes=1e9, **options):
         return stored_features(
-            model, changed_task, views=views, folder=tmp_path / "features", max_bytes=max_bytes, **options
+            model, changed_task, views=views, cache_dir=tmp_path, features_cache_size_gb=max_bytes / 1e9, **options
         )
 
     return read
@@ -43,7 +43,7 @@ def the_store(tmp_path):
     return path
 
 
-def test_rows_are_what_the_backbone_says_in_the_order_of_the_part(stored, task, classifier):
+def test_the_rows_are_the_outputs_of_the_backbone_in_the_order_of_the_part(stored, task, classifier):
     features = stored(views=3)
     backbone = features_of(classifier)
     for view in range(3):
@@ -67,7 +67,7 @@ def test_a_second_run_computes_nothing(stored, monkeypatch):
     np.testing.assert_array_equal(second.train[0], first.train[0])
 
 
-def test_anything_that_changes_the_features_makes_another_store(stored, task, classifier):
+def test_whatever_changes_the_features_makes_another_store(stored, task, classifier):
     stored()
     weights = classifier.get_weights()
     other = [weights[0] + 1e-6, *weights[1:]]
@@ -79,14 +79,14 @@ def test_anything_that_changes_the_features_makes_another_store(stored, task, cl
     assert stored(dataclasses.replace(task, preprocessing=resized)).hits == 0
     assert stored(dataclasses.replace(task, fingerprint="other images")).hits == 0
     assert stored(dataclasses.replace(task, seed=5), views=2).hits == 0
-    # The head, and for one view the seed and the augmentation, have nothing to do with it.
+    # The head has no influence on the features, and for one view neither have the seed and the augmentation.
     classifier.get_layer("logits").set_weights([w + 1 for w in classifier.get_layer("logits").get_weights()])
     augmented = dataclasses.replace(task.preprocessing, augmentation="shift_flip")
     assert stored(dataclasses.replace(task, seed=5, preprocessing=augmented)).computed == 0
 
 
-def test_an_interrupted_store_goes_on_where_it_stopped(stored, tmp_path):
-    """After the first batch of the second view, in the middle of a row."""
+def test_an_interrupted_store_continues_where_it_stopped(stored, tmp_path):
+    """The interruption comes after the first batch of the second view, in the middle of a row."""
     whole = stored(views=2)
     expected = [np.array(view) for view in whole.train]
     store = the_store(tmp_path)
@@ -102,7 +102,25 @@ def test_an_interrupted_store_goes_on_where_it_stopped(stored, tmp_path):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_a_store_of_something_else_is_refused(stored, tmp_path):
+def test_features_in_another_format_are_computed_again(stored, monkeypatch):
+    first = stored()
+    monkeypatch.setattr(features_module, "_FORMAT", features_module._FORMAT + 1)
+    assert stored().computed == first.computed
+    monkeypatch.undo()
+    assert stored().computed == 0
+
+
+def test_a_store_whose_format_was_changed_is_refused_by_its_number(stored, tmp_path):
+    stored()
+    path = the_store(tmp_path) / "key.json"
+    key = json.loads(path.read_text())
+    assert key["format"] == features_module._FORMAT
+    path.write_text(json.dumps({**key, "format": 7}))
+    with pytest.raises(UserError, match="Received: format 7, needed: format 1. Delete this folder"):
+        stored()
+
+
+def test_a_store_with_another_key_is_refused(stored, tmp_path):
     stored()
     path = the_store(tmp_path) / "key.json"
     key = json.loads(path.read_text())
@@ -125,21 +143,21 @@ def test_damaged_features_are_refused(stored, tmp_path, change):
         stored()
 
 
-def test_the_folder_is_bounded_and_the_oldest_goes(stored, task, tmp_path):
+def test_the_least_recently_used_store_is_deleted_to_stay_within_the_limit(stored, task, tmp_path):
     one = stored().computed * 4 * 64
     names = {path.name for path in (tmp_path / "features").iterdir() if path.is_dir()}
     second = dataclasses.replace(task, fingerprint="second")
     stored(second)
     (newer,) = {path.name for path in (tmp_path / "features").iterdir() if path.is_dir()} - names
-    os.utime(tmp_path / "features" / newer / "key.json", (1, 1))  # now it is the one not used for longest
-    # The small JSON files count too.
+    os.utime(tmp_path / "features" / newer / "key.json", (1, 1))  # now it is the least recently used one
+    # The small JSON files count, too.
     stored(dataclasses.replace(task, fingerprint="third"), max_bytes=2 * one + 8000)
     left = {path.name for path in (tmp_path / "features").iterdir() if path.is_dir()}
     assert newer not in left and names < left and len(left) == 2
 
 
-def test_an_interrupted_store_that_goes_on_stays_within_the_bound(stored, task, tmp_path):
-    """While it was small, another one took the room."""
+def test_an_interrupted_store_that_continues_stays_within_the_limit(stored, task, tmp_path):
+    """While it was small, another store took the room."""
     one = stored().computed * 4 * 64
     store = the_store(tmp_path)
     (store / "complete.json").unlink()
@@ -150,7 +168,7 @@ def test_an_interrupted_store_that_goes_on_stays_within_the_bound(stored, task, 
     assert the_store(tmp_path) == store
 
 
-def test_a_store_that_is_written_to_is_not_deleted_but_refused_room(stored, task, tmp_path):
+def test_a_store_that_another_job_is_writing_is_not_deleted(stored, task, tmp_path):
     one = stored().computed * 4 * 64
     store = the_store(tmp_path)
     with WeakFileLock(features_module._lock_of(store)), pytest.raises(UserError, match="other jobs are writing"):
@@ -159,8 +177,8 @@ def test_a_store_that_is_written_to_is_not_deleted_but_refused_room(stored, task
     assert stored().computed == 0
 
 
-def test_features_larger_than_the_bound_are_refused_before_any_work(stored, tmp_path):
-    with pytest.raises(UserError, match=r"--features_cache_size_gb=1e-06"):
+def test_features_above_the_limit_are_refused_before_any_work(stored, tmp_path):
+    with pytest.raises(UserError, match="features_cache_size_gb=1e-06. Raise the limit"):
         stored(max_bytes=1000)
     assert not [path for path in (tmp_path / "features").iterdir() if path.is_dir()]
 
@@ -172,18 +190,18 @@ def test_a_full_disk_keeps_what_was_computed(stored, tmp_path, monkeypatch):
     monkeypatch.undo()
 
     def full_after_one(batches, name, *, num_images):
-        for number, batch in enumerate(batches):
+        for batch in batches:
             if name == "validation":
                 raise OSError(28, "No space left on device")
             yield batch
 
-    with pytest.raises(UserError, match="No space left on device.*is kept.*--cache_dir"):
+    with pytest.raises(UserError, match="No space left on device.*are kept.*cache_dir"):
         stored(track=full_after_one)
     again = stored()
     assert again.hits == len(again.train[0]) and again.computed == len(again.validation)
 
 
-def test_a_read_only_store_that_is_complete_is_enough(stored, tmp_path, monkeypatch, capsys):
+def test_a_complete_store_on_a_read_only_disk_is_read(stored, tmp_path, monkeypatch, capsys):
     expected = stored().train[0].copy()
 
     def read_only(*args, **options):
@@ -197,7 +215,7 @@ def test_a_read_only_store_that_is_complete_is_enough(stored, tmp_path, monkeypa
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_that_cannot_be_is_a_warning(stored, tmp_path, task, capsys):
+def test_a_folder_that_cannot_be_created_causes_a_warning(stored, tmp_path, task, capsys):
     (tmp_path / "features").write_text("")
     features = stored()
     assert (

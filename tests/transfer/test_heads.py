@@ -1,4 +1,4 @@
-"""Fresh heads and rebuilt copies: what is new, what stays, and what does not fit."""
+"""New heads and changed copies of a classifier: what is new, what stays the same, and what is refused."""
 
 import keras
 import numpy as np
@@ -29,7 +29,7 @@ def head_weights(classifier: keras.Model) -> list[np.ndarray]:
     return [weight for layer in stages(classifier)["head"] for weight in layer.get_weights()]
 
 
-def test_a_fresh_head_stands_on_the_same_backbone():
+def test_a_new_head_shares_the_backbone():
     source = build()
     freeze(source, mode="partial", through="stage1")
     classifier = replace_head(source, 7, seed=0)
@@ -41,7 +41,7 @@ def test_a_fresh_head_stands_on_the_same_backbone():
     assert not classifier.get_layer("stage1_block1_conv1").trainable
 
 
-def test_hidden_layers_are_dense_layers_with_relu_between_features_and_logits(tmp_path):
+def test_hidden_layers_are_dense_layers_with_relu_before_the_logits(tmp_path):
     classifier = loaded(replace_head(build(), 5, hidden_layers=2, seed=0), tmp_path)
     assert [layer.name for layer in stages(classifier)["head"]] == ["head_hidden1", "head_hidden2", "logits"]
     k1, b1, k2, b2, k3, b3 = head_weights(classifier)
@@ -52,7 +52,7 @@ def test_hidden_layers_are_dense_layers_with_relu_between_features_and_logits(tm
     assert np.any(features @ k1 + b1 < 0)
 
 
-def test_pytorch_start_fills_the_whole_interval():
+def test_the_initializer_pytorch_fills_the_whole_interval():
     bound = 1 / np.sqrt(64)
     for weight in head_weights(replace_head(build(), 100, hidden_layers=1, seed=0)):
         assert 0.9 * bound < weight.max() <= bound
@@ -60,7 +60,7 @@ def test_pytorch_start_fills_the_whole_interval():
         assert abs(weight.mean()) < 0.2 * bound
 
 
-def test_keras_start_is_glorot_and_zeros_start_keeps_the_hidden_layers_alive():
+def test_the_initializer_keras_is_glorot_uniform_and_zeros_lets_hidden_layers_learn():
     kernel, bias = head_weights(replace_head(build(), 100, initializer="keras", seed=0))
     bound = np.sqrt(6 / 164)
     assert 0.95 * bound < kernel.max() <= bound
@@ -71,7 +71,7 @@ def test_keras_start_is_glorot_and_zeros_start_keeps_the_hidden_layers_alive():
 
 
 @pytest.mark.parametrize("initializer", ["pytorch", "keras"])
-def test_the_seed_decides_the_head(initializer):
+def test_the_seed_decides_the_weights_of_the_head(initializer):
     arguments = {"num_classes": 64, "hidden_layers": 1, "initializer": initializer}
     first, again, other = (head_weights(replace_head(build(), seed=seed, **arguments)) for seed in (3, 3, 4))
     for index in (0, 2):
@@ -88,12 +88,12 @@ def test_the_seed_decides_the_head(initializer):
         ({"num_classes": 2, "initializer": "pytorhc"}, "'pytorhc'.*Did you mean 'pytorch'"),
     ],
 )
-def test_a_wrong_head_is_refused(arguments, message):
+def test_wrong_arguments_of_a_head_are_refused_by_value(arguments, message):
     with pytest.raises(UserError, match=message):
         replace_head(build(), seed=0, **arguments)
 
 
-def test_a_model_without_features_gets_its_head_in_place_of_the_old_one():
+def test_a_model_without_features_gets_the_new_head_in_place_of_the_old_one():
     inputs = keras.Input((4,), name="images")
     hidden = keras.layers.Dense(3, name="hidden")(inputs)
     model = keras.Model(inputs, keras.layers.Dense(2, name="logits")(hidden))
@@ -104,7 +104,7 @@ def test_a_model_without_features_gets_its_head_in_place_of_the_old_one():
         with_normalization(model, MEAN, STD)
 
 
-def test_other_normalization_is_the_same_network_on_other_inputs(tmp_path):
+def test_another_normalization_is_the_same_network_on_other_inputs(tmp_path):
     classifier = build()
     mean, std = np.array([0.1, 0.2, 0.3]), np.array([0.5, 0.4, 1.0])
     other = loaded(with_normalization(classifier, tuple(mean), tuple(std)), tmp_path)
@@ -113,13 +113,13 @@ def test_other_normalization_is_the_same_network_on_other_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(("mean", "std"), [((0.5, 0.5), STD), (MEAN, (0.2,)), (MEAN, (0.2, 0.0, 0.2))])
-def test_wrong_normalization_is_refused(mean, std):
+def test_a_wrong_normalization_is_refused_by_value(mean, std):
     with pytest.raises(UserError) as error:
         with_normalization(build(), mean, std)
     assert f"mean={mean}, std={std}" in str(error.value)
 
 
-def test_another_image_size_gives_what_a_network_of_this_size_gives(tmp_path):
+def test_a_resized_classifier_equals_one_built_for_this_size(tmp_path):
     resized = loaded(with_image_size(build(), 12), tmp_path)
     expected = build(image_size=12)
     expected.set_weights(resized.get_weights())
@@ -127,7 +127,7 @@ def test_another_image_size_gives_what_a_network_of_this_size_gives(tmp_path):
     np.testing.assert_array_equal(resized(images(12)), expected(images(12)))
 
 
-def test_weights_that_depend_on_the_image_size_refuse_another():
+def test_weights_that_depend_on_the_image_size_cannot_be_resized():
     inputs = keras.Input((8, 8, 3), name="images")
     features = keras.layers.Flatten(name="features")(keras.layers.Conv2D(2, 3, name="stem_conv")(inputs))
     model = keras.Model(inputs, keras.layers.Dense(2, name="logits")(features), name="flat")
@@ -137,7 +137,7 @@ def test_weights_that_depend_on_the_image_size_refuse_another():
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_a_float32_classifier_computes_like_one_built_under_the_policy(policy, tmp_path):
+def test_a_converted_classifier_computes_like_one_built_under_the_policy(policy, tmp_path):
     source = loaded(build(), tmp_path)
     mixed = with_dtype_policy(source, policy)
     keras.config.set_dtype_policy(policy)
@@ -164,7 +164,7 @@ def test_an_unknown_policy_is_refused():
         lambda classifier: with_dtype_policy(classifier, "mixed_bfloat16"),
     ],
 )
-def test_copies_keep_weights_and_frozen_ones_and_share_nothing(copy):
+def test_copies_keep_weights_and_frozen_layers_and_share_no_weights(copy):
     classifier = build()
     freeze(classifier, mode="partial", through="stage2", batchnorm="update")
     copied = copy(classifier)
@@ -181,5 +181,5 @@ def test_copies_keep_weights_and_frozen_ones_and_share_nothing(copy):
 
 def test_a_sequential_classifier_is_refused():
     classifier = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(3)], name="flat")
-    with pytest.raises(UserError, match="Received: 'flat', a Sequential one"):
+    with pytest.raises(UserError, match="Received: 'flat', a Sequential model"):
         with_dtype_policy(classifier, "float32")

@@ -1,4 +1,4 @@
-"""Linear probes: the exact optimum where there is a formula, and the penalty that the validation part wants."""
+"""Linear probes: the exact optimum where a formula gives it, and the penalty that is best on the validation part."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ from robust_tf.transfer.probes import PROBES, cross_entropy, logistic_regression
 
 
 def blobs(count: int, *, num_classes: int = 3, dim: int = 12, seed: int = 0, noise: float = 1.0):
-    """Gaussian classes, with features of very different scales, one of them constant."""
+    """Returns Gaussian classes with features of very different scales, one of them constant."""
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(num_classes, dim))
+    centers = np.random.default_rng(99).normal(size=(num_classes, dim))
     labels = rng.permutation(np.arange(count) % num_classes)
-    features = centres[labels] + noise * rng.normal(size=(count, dim))
+    features = centers[labels] + noise * rng.normal(size=(count, dim))
     features = features * np.logspace(-2, 2, dim) + 5.0
     features[:, 3] = 7.0
     return features.astype(np.float32), labels.astype(np.int32)
@@ -34,7 +34,7 @@ def test_separable_classes_are_separated(name, num_classes, metric):
     assert head.validation_value == pytest.approx(own)
 
 
-def test_ridge_is_scikit_learns(monkeypatch):
+def test_ridge_regression_equals_scikit_learns(monkeypatch):
     train, labels = blobs(150)
     validation, validation_labels = blobs(50, seed=1)
     penalty = 0.01
@@ -45,16 +45,16 @@ def test_ridge_is_scikit_learns(monkeypatch):
     scale = both.var(axis=0).mean()
     targets = 2.0 * np.eye(3)[np.tile(labels, 2)] - 1.0
     theirs = Ridge(alpha=penalty * scale * len(both)).fit(both, targets)
-    factor = (head.kernel * theirs.coef_.T).sum() / (theirs.coef_**2).sum()  # ours is scaled as a whole
+    factor = (head.kernel * theirs.coef_.T).sum() / (theirs.coef_**2).sum()  # all our weights have one more factor
     np.testing.assert_allclose(head.kernel, factor * theirs.coef_.T, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(head.bias, factor * theirs.intercept_, rtol=1e-3, atol=1e-3)
     logits = validation @ head.kernel + head.bias
-    for other in (0.7, 1.4):  # the factor fits the probabilities
+    for other in (0.7, 1.4):  # the factor is the best one for the probabilities
         assert cross_entropy(logits, validation_labels) <= cross_entropy(other * logits, validation_labels)
 
 
-def test_logistic_regression_is_at_the_optimum(monkeypatch):
-    """The gradient of its objective is zero there."""
+def test_logistic_regression_is_optimal(monkeypatch):
+    """The gradient of its objective is zero."""
     train, labels = blobs(200)
     penalty = 0.1
     monkeypatch.setattr("robust_tf.transfer.probes._LOGISTIC_PENALTIES", (penalty,))
@@ -70,8 +70,8 @@ def test_logistic_regression_is_at_the_optimum(monkeypatch):
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_the_penalty_is_the_one_that_the_validation_part_wants(name, monkeypatch):
-    """Many features, few noisy examples: the weakest penalty overfits."""
+def test_the_penalty_is_the_best_one_on_the_validation_part(name, monkeypatch):
+    """With many features and few noisy examples the weakest penalty overfits."""
     penalties = f"robust_tf.transfer.probes._{'LOGISTIC' if name == 'lbfgs' else 'RIDGE'}_PENALTIES"
     train, labels = blobs(45, dim=60, noise=3.0)
     others = [blobs(3000, dim=60, noise=3.0, seed=seed) for seed in (1, 2)]
@@ -84,12 +84,15 @@ def test_the_penalty_is_the_one_that_the_validation_part_wants(name, monkeypatch
     assert values[(1.0, 1e-6)] == values[(1.0,)]
 
 
-def test_the_search_ends_where_the_validation_figure_has_turned(monkeypatch):
+def test_the_search_ends_when_the_validation_metric_falls(monkeypatch):
     """The search that stops early finds the same head as the search over all penalties."""
     train, labels = blobs(300, dim=40, noise=3.0)
     validation = blobs(1000, dim=40, noise=3.0, seed=1)
     tried: list[int] = []
-    reported = lambda count, figures: tried.append(count)  # noqa: E731
+
+    def reported(count: int, _text: str) -> None:
+        tried.append(count)
+
     options = {"num_classes": 3, "metric": "accuracy"}
     short = logistic_regression([train], labels, *validation, **options, report=reported)
     monkeypatch.setattr("robust_tf.transfer.probes._PATIENCE", 100)
@@ -100,7 +103,7 @@ def test_the_search_ends_where_the_validation_figure_has_turned(monkeypatch):
 
 
 def test_small_features_are_fitted_with_one_thread(monkeypatch):
-    """Threads of BLAS that wait for one another took minutes beside other busy processes."""
+    """With more threads BLAS took minutes beside busy processes, because its threads waited for one another."""
     from threadpoolctl import threadpool_info
 
     seen: list[set[int]] = []

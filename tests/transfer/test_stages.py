@@ -1,4 +1,4 @@
-"""Stages and freezing: exactly the weights that are named move in a real training step."""
+"""Stages and freezing: a real training step changes exactly the weights that should train."""
 
 import re
 
@@ -21,9 +21,9 @@ def build(architecture: str = "resnet8", image_size: int = 8) -> keras.Model:
 
 
 def moved_by_one_step(classifier: keras.Model, **freezing: str) -> set[str]:
-    """The paths of the weights that one training step changes, down to the last bit."""
+    """Returns the paths of the weights in which one training step changes any bit."""
     freeze(classifier, **freezing)
-    # Without momentum there are no buffers, which would cost memory; weight decay moves weights without a gradient.
+    # No momentum, because its buffers would cost memory. Weight decay also moves weights that have no gradient.
     optimizer = keras.optimizers.SGD(0.1, weight_decay=0.1)
     classifier.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), run_eagerly=True)
     before = {weight.path: weight.numpy() for weight in classifier.weights}
@@ -36,7 +36,7 @@ def moved_by_one_step(classifier: keras.Model, **freezing: str) -> set[str]:
     "architecture",
     [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES],
 )
-def test_exactly_the_named_weights_move(architecture):
+def test_one_step_changes_exactly_the_weights_that_train(architecture):
     classifier = build(architecture)
     everything = {weight.path for weight in classifier.weights}
     statistics = {path for path in everything if STATISTICS.fullmatch(path)}
@@ -46,7 +46,7 @@ def test_exactly_the_named_weights_move(architecture):
     assert moved_by_one_step(classifier, mode="fixed_feature", batchnorm="update") == head | statistics
     assert moved_by_one_step(classifier, mode="fixed_feature") == head
     if ARCHITECTURES[architecture].parameters > 100_000_000:
-        return  # a step of the whole network takes minutes; its narrower sister does it
+        return  # a step of the whole network takes minutes; a narrower network of the family is tested instead
     assert moved_by_one_step(classifier, mode="full_network") == everything
     for index, stage in enumerate(backbone):
         if architecture in SMALL or stage == backbone[-2]:
@@ -57,7 +57,7 @@ def test_exactly_the_named_weights_move(architecture):
 
 
 @pytest.mark.parametrize("batchnorm", ["frozen", "update"])
-def test_frozen_weights_are_bit_equal_after_fit(batchnorm):
+def test_frozen_weights_do_not_change_in_fit(batchnorm):
     classifier = build()
     freeze(classifier, mode="partial", through="stage2", batchnorm=batchnorm)
     classifier.compile(keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -71,7 +71,7 @@ def test_frozen_weights_are_bit_equal_after_fit(batchnorm):
         assert np.array_equal(weight.numpy(), before[weight.path]) != bool(trains or updates), weight.path
 
 
-def test_updating_batchnorm_normalises_with_the_statistics_of_the_batch():
+def test_updating_batchnorm_normalizes_with_the_statistics_of_the_batch():
     classifier = build()
     batchnorm = classifier.get_layer("stem_bn")
     x = np.random.default_rng(0).normal(5, 3, (8, 4, 4, 16)).astype("float32")
@@ -81,7 +81,7 @@ def test_updating_batchnorm_normalises_with_the_statistics_of_the_batch():
     assert float(np.mean(batchnorm(x, training=True))) > 1
 
 
-def test_freezing_again_forgets_what_was_frozen_before():
+def test_freeze_forgets_what_was_frozen_before():
     classifier = build()
     freeze(classifier, mode="fixed_feature", batchnorm="update")
     freeze(classifier, mode="partial", through="stage1")
@@ -92,7 +92,7 @@ def test_freezing_again_forgets_what_was_frozen_before():
     assert parameter_counts(classifier)[0] == parameter_counts(build())[0]
 
 
-def test_a_loaded_classifier_can_be_frozen_as_before(tmp_path):
+def test_a_loaded_classifier_can_be_frozen_again(tmp_path):
     classifier = build()
     freeze(classifier, mode="fixed_feature", batchnorm="update")
     classifier.save(tmp_path / "classifier.keras")
@@ -112,7 +112,7 @@ def test_stages_are_in_order_and_complete():
     assert [layer.name for layer in stages(classifier)["head"]] == ["head_hidden1", "logits"]
 
 
-def test_parameter_counts_include_the_statistics_in_the_total_only():
+def test_parameter_counts_include_moving_statistics_only_in_the_total():
     images = keras.Input((8, 8, 3), name="images")
     x = keras.layers.Conv2D(4, 3, use_bias=False, name="stem_conv")(images)
     x = keras.layers.BatchNormalization(name="stem_bn")(x)
@@ -123,7 +123,7 @@ def test_parameter_counts_include_the_statistics_in_the_total_only():
     assert parameter_counts(classifier) == (10, 108 + 16 + 10)
 
 
-def test_freezing_reaches_into_nested_models():
+def test_freeze_reaches_into_nested_models():
     inside = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dense(3)]
     )
@@ -146,7 +146,7 @@ def test_freezing_reaches_into_nested_models():
         ({"mode": "fixed_feature", "batchnorm": "train"}, r"'train'.*Valid: frozen, update"),
     ],
 )
-def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
+def test_wrong_arguments_are_refused_by_value_and_change_nothing(arguments, message):
     classifier = build()
     classifier.get_layer("stem_conv").trainable = False
     with pytest.raises(UserError, match=message):
@@ -154,18 +154,20 @@ def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
     assert [layer.name for layer in classifier.layers if not layer.trainable] == ["stem_conv"]
 
 
-def test_layers_of_no_stage_are_named():
+def test_layers_without_a_stage_are_refused_by_name():
     images = keras.Input((4,), name="images")
     x = keras.layers.Dense(3, name="encoder")(keras.layers.Normalization(name="normalization")(images))
     classifier = keras.Model(images, keras.layers.Dense(2, name="logits")(keras.layers.Dense(3, name="stage0_fc")(x)))
-    with pytest.raises(UserError, match="encoder, stage0_fc; stages found: head. Use .* fixed_feature or full_network"):
+    with pytest.raises(
+        UserError, match="name: encoder, stage0_fc; stages found: head. Use .* fixed_feature or full_network"
+    ):
         stages(classifier)
-    with pytest.raises(UserError, match="without it; its last layers: .*stage0_fc, logits"):
+    with pytest.raises(UserError, match="without it; its last layers are .*stage0_fc, logits"):
         freeze(classifier, mode="fixed_feature")
     freeze(classifier, mode="full_network")
 
 
-def test_quantized_weights_are_not_trained():
+def test_quantized_weights_cannot_be_trained():
     images = keras.Input((4,), name="images")
     x = keras.layers.Dense(3, name="features")(images)
     classifier = keras.Model(images, keras.layers.Dense(2, name="logits")(x))

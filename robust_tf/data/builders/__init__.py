@@ -1,4 +1,8 @@
-"""Data sets that TFDS lacks, or splits in another way than the paper, as TFDS builders."""
+"""TFDS builders of data sets that TFDS lacks, or splits differently than the paper.
+
+To add one, copy the most similar module and list its class in `OWN_BUILDERS`; `robust_tf.data.datasets` says what else
+to do. A builder for photographs inherits from `ImageBuilder`, which needs only the list of files and their classes.
+"""
 
 import tensorflow_datasets as tfds
 

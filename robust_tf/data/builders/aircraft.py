@@ -1,4 +1,4 @@
-"""FGVC-Aircraft, which TFDS lacks (tensorflow/datasets#1216)."""
+"""FGVC-Aircraft, which TFDS does not have (tensorflow/datasets#1216)."""
 
 import pathlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _URL = "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircra
 
 
 class FgvcAircraft(ImageBuilder):
-    """10,000 photographs of aircraft, labelled by variant (100 of them); the banner at the bottom is left in."""
+    """10,000 photographs of aircraft of 100 variants. The copyright banner at the bottom is not cut off."""
 
     VERSION = tfds.core.Version("1.0.0")
     HOMEPAGE = "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/"
@@ -27,7 +27,7 @@ class FgvcAircraft(ImageBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
         root = dl_manager.extract(archive(dl_manager, _URL, md5=self.MD5))
         data = pathlib.Path(root) / "fgvc-aircraft-2013b" / "data"
-        # Sorted, as the reference numbers them.
+        # In alphabetical order, as in the paper's code.
         self.set_class_names(sorted(filter(None, (data / "variants.txt").read_text(encoding="utf-8").splitlines())))
         parts = {"train": "train", "validation": "val", "test": "test"}
         return {

@@ -1,4 +1,4 @@
-"""Birdsnap, whose photographs each user has to collect."""
+"""Birdsnap. Each user has to collect its photographs from the web."""
 
 import csv
 import hashlib
@@ -15,17 +15,19 @@ _LISTS_URL = "http://thomasberg.org/datasets/birdsnap/1.1/birdsnap.tgz"
 
 
 class Birdsnap(ImageBuilder):
-    """Up to 49,829 photographs of 500 North American birds: those of the list that could still be downloaded.
+    """Up to 49,829 photographs of 500 North American bird species: those that could still be downloaded.
 
-    A photograph counts only with the checksum of the list, since websites answer with a placeholder for one that has
-    been deleted.
+    A photograph is used only if its checksum is the one in the authors' list, because many websites return a
+    placeholder for a photograph that was deleted.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
-        # The paper's numbers (32,677 and 8,171) are 80 and 20 % of what it had; it does not say which 20 %.
-        tfds.core.BuilderConfig(name="fifth", description="A fifth of each class tests, decided by the file's name."),
-        tfds.core.BuilderConfig(name="official", description="The 2,443 images of the authors' test list test."),
+        # The paper's 32,677 and 8,171 photographs are 80 % and 20 % of those that it had. It does not list the 20 %.
+        tfds.core.BuilderConfig(
+            name="fifth", description="A fifth of each class is the test part, chosen by the names of the files."
+        ),
+        tfds.core.BuilderConfig(name="official", description="The authors' list of 2,443 images is the test part."),
     ]
     HOMEPAGE = "http://thomasberg.org/"
     CITATION = (
@@ -42,7 +44,10 @@ class Birdsnap(ImageBuilder):
         root = manual_folder(dl_manager, "birdsnap", ["images.txt", "test_images.txt", "download/images"])
         paths = [path for path, digest in _listed(root) if _is_original(root / "download" / "images" / path, digest)]
         if not paths:
-            raise UserError(f"Received: no photograph in {root / 'download/images'} with the checksum of images.txt.")
+            raise UserError(
+                "At least one photograph must have its checksum of images.txt. Received: none in "
+                f"{root / 'download/images'}."
+            )
         self.set_class_names(sorted({pathlib.PurePosixPath(path).parent.name for path in paths}))
         official = self.builder_config.name == "official"
         test = _official_test(root) if official else _fifth(paths)
@@ -53,7 +58,7 @@ class Birdsnap(ImageBuilder):
 
 
 def _listed(root: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Path below download/images and MD5 of every photograph of the list."""
+    """Yields the path (relative to download/images) and the MD5 of every photograph in the authors' list."""
     with (root / "images.txt").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             yield row["path"], row["md5"]
@@ -71,7 +76,7 @@ def _fifth(paths: list[str]) -> set[str]:
     of_class: dict[str, list[str]] = {}
     for path in paths:
         of_class.setdefault(pathlib.PurePosixPath(path).parent.name, []).append(path)
-    # By digest, so that another user with other photographs missing gets nearly the same split.
+    # Ordered by digest, so that users who lack different photographs still get nearly the same split.
     ranked = (sorted(members, key=lambda path: hashlib.sha256(path.encode()).digest()) for members in of_class.values())
     return {path for members in ranked for path in members[: max(1, round(len(members) / 5))]}
 

@@ -1,4 +1,4 @@
-"""Caltech-101 and Caltech-256 as the paper splits them: by the numbers in the file names, not at random."""
+"""Caltech-101 and Caltech-256, split by the numbers in the file names as in the paper, not at random."""
 
 import pathlib
 import re
@@ -14,9 +14,9 @@ _CALTECH256_URL = "https://data.caltech.edu/records/nyy15-4j048/files/256_Object
 
 
 class Caltech101Numbered(ImageBuilder):
-    """8,677 photographs of 101 classes; images 1 to 30 of each class train, the rest tests.
+    """8,677 photographs of 101 classes. Images 1 to 30 of each class are the training part, the others the test part.
 
-    TFDS's caltech101 has a class more (the background pictures) and draws the 30 at random.
+    TFDS's caltech101 has one more class (the background pictures) and chooses the 30 images at random.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -28,7 +28,7 @@ class Caltech101Numbered(ImageBuilder):
     URLS = (_CALTECH101_URL,)
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"Put caltech-101.zip into the manual folder, from {_CALTECH101_URL}."
     NUM_TRAIN_PER_CLASS = 30
-    url_infos = tfds.builder_cls("caltech101").url_infos  # size and checksum of the same archive
+    url_infos = tfds.builder_cls("caltech101").url_infos  # TFDS has the same archive: its size and checksum
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
         outer = pathlib.Path(dl_manager.download_and_extract(_CALTECH101_URL))
@@ -39,7 +39,7 @@ class Caltech101Numbered(ImageBuilder):
 
 
 class Caltech256(ImageBuilder):
-    """30,607 photographs of 256 classes and "clutter"; images 1 to 60 of each class train, the rest tests."""
+    """30,607 photographs of 256 classes and "clutter". Images 1 to 60 of each class are the training part."""
 
     VERSION = tfds.core.Version("1.0.0")
     HOMEPAGE = "https://doi.org/10.22002/D1.20087"
@@ -53,12 +53,17 @@ class Caltech256(ImageBuilder):
         images = pathlib.Path(dl_manager.extract(archive(dl_manager, _CALTECH256_URL, md5=self.MD5)))
         folders = _class_folders(images / "256_ObjectCategories", r"\d{3}\.(.+)")
         self.set_class_names(list(folders))
-        # A stray folder and an unfinished file lie among the images.
+        # The pattern leaves out a stray folder and an unfinished file that lie among the images.
         return _numbered_split(self, folders, r"\d{3}_\d{4}\.jpg", self.NUM_TRAIN_PER_CLASS)
 
 
 def _class_folders(root: pathlib.Path, pattern: str) -> dict[str, pathlib.Path]:
-    """Class name (the first group of the pattern) to folder, in the order of the folders as in the reference."""
+    """Returns the folder of each class, in the order of the folder names as in the paper's code.
+
+    Args:
+        root: Folder that holds the class folders.
+        pattern: Regular expression for the name of a class folder. Its first group is the name of the class.
+    """
     matches = [(re.fullmatch(pattern, path.name), path) for path in sorted(root.iterdir()) if path.is_dir()]
     return {match[1]: path for match, path in matches if match}
 
@@ -68,7 +73,7 @@ def _numbered_split(
 ) -> dict[str, Iterator[Any]]:
     def examples(of_class: slice) -> Iterator[Example]:
         for class_name, folder in folders.items():
-            # The numbers have leading zeros, so that their order is that of the names.
+            # The numbers have leading zeros, so sorting by name sorts by number.
             images = sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
             for path in images[of_class]:
                 yield f"{folder.name}/{path.name}", path, class_name

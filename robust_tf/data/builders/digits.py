@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a TFDS builder: real images that need no download."""
+"""The handwritten digits of scikit-learn: real images that need no download."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ _NUM_TRAIN = 1_000
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """1,797 grey 8x8 images of the digits 0-9: the first 1,000 in scikit-learn's order train, the other 797 test."""
+    """1,797 gray 8x8 images of the digits 0 to 9. The first 1,000 are for training, the other 797 for testing."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -30,7 +30,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
-        from sklearn.datasets import load_digits  # slow to import, needed only once
+        from sklearn.datasets import load_digits  # slow to import, and needed only here
 
         digits = load_digits()
         images = np.round(digits.images * (255.0 / 16.0)).astype(np.uint8)[..., None]  # stored as 0-16

@@ -1,4 +1,4 @@
-"""What the builders of this folder share: the features of an example, and archives that may be brought by hand."""
+"""The base class of the builders, and the files that users may put into TFDS's manual folder."""
 
 import hashlib
 import pathlib
@@ -9,18 +9,21 @@ import tensorflow_datasets as tfds
 
 from robust_tf.errors import UserError
 
-# (file name, which is the key; a path, or the encoded image itself; class name)
+# Name of the file, which identifies the example; path of the file, or the encoded image itself; name of the class.
 Example = tuple[str, pathlib.Path | bytes, str]
 
 
 class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Encoded images as their authors published them, each with its file name and its class.
+    """Base class for data sets of encoded images, which are stored as their authors published them.
 
-    The classes are known when the files are there, so a builder calls `set_class_names` in `_split_generators`.
+    A subclass defines `VERSION`, the attributes below and `_split_generators`, which finds the files, calls
+    `set_class_names` and passes the examples of each split to `_generate_examples`. If users have to fetch files, it
+    also defines `MANUAL_DOWNLOAD_INSTRUCTIONS`.
 
     Attributes:
-        HOMEPAGE, CITATION: of the data set.
-        URLS: what is downloaded; empty if every file is brought by hand.
+        HOMEPAGE: Address of the data set's home page.
+        CITATION: Publication that introduced the data set.
+        URLS: Addresses of the files that are downloaded. Empty if users have to fetch every file.
     """
 
     HOMEPAGE: ClassVar[str]
@@ -44,7 +47,7 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         )
 
     def set_class_names(self, names: Sequence[str]) -> None:
-        """Fixes the labels: positions in `names`."""
+        """Sets the names of the classes. The label of a class is its position in `names`."""
         self.info.features["label"].names = list(names)
 
     def _generate_examples(self, examples: Iterable[Example]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -53,19 +56,19 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
 
 
 def archive(dl_manager: tfds.download.DownloadManager, url: str, *, md5: str) -> pathlib.Path:
-    """The archive of a URL for which TFDS has no checksum: from the manual folder if it is there, else downloaded.
+    """Returns the path of an archive for which TFDS has no checksum, downloading it if the manual folder lacks it.
 
     Args:
-        dl_manager: of the builder, which has MANUAL_DOWNLOAD_INSTRUCTIONS.
-        url: ends in the file's name.
-        md5: of the file, as its publisher or torchvision states it.
+        dl_manager: Download manager of the builder, which must have `MANUAL_DOWNLOAD_INSTRUCTIONS`.
+        url: Address of the archive, ending in the name of the file.
+        md5: MD5 of the file, as stated by its publisher or by torchvision.
 
     Raises:
-        UserError: the file is another one, or was cut off.
+        UserError: If the MD5 of the file is different, for example because the download was cut off.
     """
     try:
         path = pathlib.Path(dl_manager.manual_dir) / pathlib.Path(url).name
-    except AssertionError:  # there is no manual folder
+    except AssertionError:  # raised by TFDS if there is no manual folder
         path = None
     if path is None or not path.exists():
         path = pathlib.Path(dl_manager.download(url))
@@ -73,17 +76,22 @@ def archive(dl_manager: tfds.download.DownloadManager, url: str, *, md5: str) ->
         received = hashlib.file_digest(file, "md5").hexdigest()
     if received != md5:
         raise UserError(
-            f"{path} is not the published {pathlib.Path(url).name}, or was cut off: its MD5 must be {md5}. "
-            f"Received: {received}. Delete it and start again."
+            f"{path} is not the published {pathlib.Path(url).name}, or it was cut off: its MD5 must be {md5}. "
+            f"Received: {received}. Delete the file and start again."
         )
     return path
 
 
 def manual_folder(dl_manager: tfds.download.DownloadManager, name: str, needed: Sequence[str]) -> pathlib.Path:
-    """A folder that the user has put into TFDS's manual folder.
+    """Returns the path of a folder that the user has put into TFDS's manual folder.
+
+    Args:
+        dl_manager: Download manager of the builder.
+        name: Name of the folder.
+        needed: Paths of the files that the folder must hold, relative to it.
 
     Raises:
-        UserError: a file that is `needed` in it is missing.
+        UserError: If one of the needed files is missing.
     """
     folder = pathlib.Path(dl_manager.manual_dir) / name
     missing = [file for file in needed if not (folder / file).exists()]

@@ -1,4 +1,4 @@
-"""SUN397 with its images as they were published; TFDS shrinks them to 120,000 pixels and compresses them anew."""
+"""SUN397 with the original images. TFDS reduces them to 120,000 pixels and compresses them again."""
 
 import io
 import pathlib
@@ -15,7 +15,7 @@ _IMAGES_URL, _PARTITIONS_URL = f"{_URL}SUN397.tar.gz", f"{_URL}download/Partitio
 
 
 class Sun397Original(ImageBuilder):
-    """39,700 photographs of 397 scenes: partition 01 of the authors, 50 of each class in train and in test."""
+    """39,700 photographs of 397 scenes: the authors' partition 01, with 50 training and 50 test images per class."""
 
     VERSION = tfds.core.Version("1.0.0")
     HOMEPAGE = _URL
@@ -27,7 +27,7 @@ class Sun397Original(ImageBuilder):
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f"Put SUN397.tar.gz and Partitions.zip into the manual folder, from {_IMAGES_URL} and {_PARTITIONS_URL}."
     )
-    url_infos = tfds.builder_cls("sun397").url_infos  # sizes and checksums of the same archives
+    url_infos = tfds.builder_cls("sun397").url_infos  # TFDS has the same archives: their sizes and checksums
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
         images = tfds.download.Resource(
@@ -39,7 +39,7 @@ class Sun397Original(ImageBuilder):
         self.set_class_names(sorted({_class_name(name) for name in names["train"] | names["test"]}))
 
         def examples(split: str) -> Iterator[Example]:
-            # The archive is read through: unpacked it would take another 37 GB.
+            # Read from the archive, because unpacking it would take another 37 GB.
             for path, file in dl_manager.iter_archive(images):
                 name = "/" + pathlib.PurePosixPath(path).relative_to("SUN397").as_posix()
                 if name in names[split]:
@@ -53,7 +53,7 @@ def _class_name(name: str) -> str:
 
 
 def _readable(encoded: bytes) -> bytes:
-    """As it is, or as PNG if TensorFlow can't decode it but Pillow can, which the reference reads images with."""
+    """Returns the image unchanged, or as PNG if only Pillow can decode it, which the paper's code uses."""
     from PIL import Image
 
     try:

@@ -1,4 +1,7 @@
-"""The accelerators that a job can be planned on: the DEVICES table, and `--plan_devices`."""
+"""The accelerators that a job can be planned on: the DEVICES table, and the grammar of `--plan_devices`.
+
+To add an accelerator, add a row to DEVICES.
+"""
 
 import dataclasses
 import re
@@ -11,22 +14,23 @@ _GB, _GIB, _TERA = 1e9, 2**30, 1e12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """One row of the table: what its maker promises, per device and without sparsity.
+    """One row of the table: the maker's specification of one device, without sparsity.
 
     Attributes:
-        float32: peak FLOP/s of float32; None where there are no such units.
-        tf32: peak FLOP/s of TensorFlow's convolutions and matrix products of float32 operands, where they are done in
-            lower precision by default: TF32 on NVIDIA's tensor cores since Ampere, one bfloat16 pass on TPUs.
-        bfloat16, float16: peak FLOP/s with sums in float32; None where there are no such units.
-        memory: bytes.
-        bandwidth: bytes/s of that memory.
-        link: bytes/s that a device sends to others of its host (of a TPU: of its slice), in one direction.
-        network: bytes/s that a host sends to others, in one direction, in the maker's own system; a rented machine may
-            have far less. None: there is nothing but the links.
-        per_host: devices of a host in a TPU slice of several hosts.
-        single_host: the largest TPU slice that is one host.
-        slice_unit: what the number in a TPU slice's name counts of each device; 0 for what is no TPU.
-        source: where the figures are from.
+        float32: Peak FLOP/s of float32; None where there are no such units.
+        tf32: Peak FLOP/s of TensorFlow's convolutions and matrix products of float32 operands, on devices that compute
+            them in lower precision by default: TF32 on NVIDIA's tensor cores since Ampere, one bfloat16 pass on TPUs.
+        bfloat16: Peak FLOP/s of bfloat16 with sums in float32; None where there are no such units.
+        float16: Peak FLOP/s of float16 with sums in float32; None where there are no such units.
+        memory: Size of the memory in bytes.
+        bandwidth: Bandwidth of the memory in bytes/s.
+        link: Bytes/s that a device sends to the others of its host (a TPU: of its slice), in one direction.
+        network: Bytes/s that a host sends to other hosts, in one direction, in the maker's reference system; a rented
+            machine may have far less. None where the links are the only connection.
+        per_host: Number of devices of a host in a TPU slice of several hosts.
+        single_host: Size of the largest TPU slice that is one host.
+        slice_unit: Amount by which each device counts in the name of a TPU slice; 0 for a device that is not a TPU.
+        source: Source of these numbers.
     """
 
     float32: float | None
@@ -43,7 +47,7 @@ class Device:
     source: str
 
     def peak(self, precision: str) -> float | None:
-        """FLOP/s of convolutions and matrix products under a value of --precision."""
+        """Returns the FLOP/s of convolutions and matrix products under a value of `--precision`."""
         peaks = {"float32": self.tf32 or self.float32, "mixed_bfloat16": self.bfloat16, "mixed_float16": self.float16}
         return peaks[precision]
 
@@ -70,7 +74,7 @@ _H100 = Device(
     bandwidth=3350 * _GB,
     source="NVIDIA H100 (SXM5, 80 GB) data sheet; links and network of the DGX H100 (8 x 400 Gb/s), recalled",
 )
-# "Recalled": written down from memory of the maker's data sheet, and not looked up again.
+# "Recalled" marks numbers that were written down from memory of the maker's data sheet, without looking them up.
 DEVICES = {
     "V100": Device(
         float32=15.7 * _TERA,
@@ -183,13 +187,13 @@ DEVICES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Equal hosts with equal devices.
+    """Several equal hosts with equal devices.
 
     Attributes:
-        name: as it was written behind --plan_devices.
-        device_name: key of DEVICES.
-        hosts: how many.
-        per_host: devices of each.
+        name: Name as it was written behind `--plan_devices`.
+        device_name: Key of DEVICES.
+        hosts: Number of hosts.
+        per_host: Number of devices of each host.
     """
 
     name: str
@@ -199,22 +203,28 @@ class Cluster:
 
     @property
     def device(self) -> Device:
+        """The row of the table."""
         return DEVICES[self.device_name]
 
     @property
     def devices(self) -> int:
+        """Number of devices of all hosts."""
         return self.hosts * self.per_host
 
 
 def parse_clusters(items: Sequence[str]) -> list[Cluster]:
-    """The clusters of `--plan_devices`: N x device, HOSTS x N x device, or a TPU slice by its name.
+    """Reads the clusters of `--plan_devices`: N x device, HOSTS x N x device, or the name of a TPU slice.
+
+    Example:
+        >>> [cluster.devices for cluster in parse_clusters(["8xA100", "4x8xH100", "v4-128"])]
+        [8, 32, 64]
 
     Args:
-        items: such as "8xA100", "4x8xH100" (4 hosts with 8 each) or "v4-128" (whose number counts cores for v4 and
-            v5p, and chips for v5e and v6e, as Google's names do).
+        items: Clusters such as "8xA100", "4x8xH100" (4 hosts with 8 devices each) or "v4-128", where the number counts
+            cores for v4 and v5p, and chips for v5e and v6e, as Google's names do.
 
     Raises:
-        UserError: an item is nothing of that, or names a device that is not in the table.
+        UserError: An item has none of these forms, or names a device that is not in the table.
     """
     return [_parse(item) for item in items]
 

@@ -1,7 +1,7 @@
-"""How much a function computes, counted on its traced graph: multiply-adds of convolutions and matrix products.
+"""The work of a function, counted on its traced graph: multiply-adds of convolutions and matrix products.
 
-Everything else (BatchNorm, activations, the attack's own arithmetic) is below a hundredth of that in the networks of
-this package, and is not counted. A loop counts as often as it turns.
+Everything else (BatchNorm, activations, the arithmetic of the attack itself) is less than a hundredth of that in the
+networks of this package, and is not counted. The body of a loop counts once for each turn.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ Shape = Sequence[int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """Floating-point operations (an addition and a multiplication are two), by what they are for.
+    """Floating-point operations by purpose; an addition and a multiplication count as two.
 
     Attributes:
-        forward: of the network's outputs.
-        input_gradient: of the gradient of each layer's inputs.
-        weight_gradient: of the gradient of each layer's weights.
-        bytes_moved: what these operations read and write.
+        forward: Operations for the outputs of the network.
+        input_gradient: Operations for the gradients of the inputs of each layer.
+        weight_gradient: Operations for the gradients of the weights of each layer.
+        bytes_moved: Bytes that these operations read and write.
     """
 
     forward: float = 0.0
@@ -32,6 +32,7 @@ class Work:
 
     @property
     def flops(self) -> float:
+        """Number of operations of all kinds."""
         return self.forward + self.input_gradient + self.weight_gradient
 
     def __add__(self, other: "Work") -> "Work":
@@ -43,7 +44,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
-    """A loop of a graph: how often it turns, and what one turn computes."""
+    """A loop of a graph: the number of its turns, and the work of one turn."""
 
     turns: int
     turn: Work
@@ -51,13 +52,14 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphWork:
-    """What a traced function computes: in its loops, and outside of them."""
+    """The work of a traced function, in its loops and outside them."""
 
     loops: tuple[Loop, ...]
     outside: Work
 
     @property
     def total(self) -> Work:
+        """Work of all turns of the loops and of everything outside them."""
         return sum((loop.turn * loop.turns for loop in self.loops), self.outside)
 
     def __mul__(self, factor: float) -> "GraphWork":
@@ -66,14 +68,14 @@ class GraphWork:
 
 
 def count_work(function: Callable[..., Any], *arguments: tf.TensorSpec) -> GraphWork:
-    """Traces a function, without running it, and counts.
+    """Traces a function, without running it, and counts its work.
 
     Args:
-        function: of tensors; what it calls may hold variables.
-        arguments: shape and dtype of its arguments, no dimension left open.
+        function: Function of tensors; what it calls may hold variables.
+        *arguments: Shapes and dtypes of its arguments, with no dimension left open.
 
     Raises:
-        ValueError: a loop in it does not say how often it turns, or a shape is not known.
+        ValueError: The graph does not give the number of turns of a loop, or a shape is unknown.
     """
     graph = tf.function(function, autograph=False).get_concrete_function(*arguments).graph
     graph_def = graph.as_graph_def(add_shapes=True)
@@ -82,26 +84,29 @@ def count_work(function: Callable[..., Any], *arguments: tf.TensorSpec) -> Graph
     return _count(graph_def.node, needed, {}, library)
 
 
-# Multiply-adds of an operation from the shapes of its inputs and of its output. Kernels are (height, width, input
-# channels of a group, output channels), those of depthwise convolutions (height, width, channels, multiplier).
+# Number of multiply-adds of an operation, from the shapes of its inputs and of its output. A kernel is (height, width,
+# input channels of a group, output channels); the kernel of a depthwise convolution is (height, width, channels,
+# multiplier).
 _Rule = Callable[[Any, list[Shape], Shape], float]
 _RULES: dict[str, _Rule] = {
-    "Conv2D": lambda node, inputs, output: math.prod(output) * math.prod(inputs[1][:3]),
-    "Conv2DBackpropInput": lambda node, inputs, output: math.prod(inputs[2]) * math.prod(inputs[1][:3]),
-    "Conv2DBackpropFilter": lambda node, inputs, output: math.prod(inputs[2]) * math.prod(output[:3]),
-    "DepthwiseConv2dNative": lambda node, inputs, output: math.prod(output) * math.prod(inputs[1][:2]),
-    "DepthwiseConv2dNativeBackpropInput": lambda node, inputs, output: math.prod(inputs[2]) * math.prod(inputs[1][:2]),
-    "DepthwiseConv2dNativeBackpropFilter": lambda node, inputs, output: math.prod(inputs[2]) * math.prod(output[:2]),
+    "Conv2D": lambda _node, inputs, output: math.prod(output) * math.prod(inputs[1][:3]),
+    "Conv2DBackpropInput": lambda _node, inputs, _output: math.prod(inputs[2]) * math.prod(inputs[1][:3]),
+    "Conv2DBackpropFilter": lambda _node, inputs, output: math.prod(inputs[2]) * math.prod(output[:3]),
+    "DepthwiseConv2dNative": lambda _node, inputs, output: math.prod(output) * math.prod(inputs[1][:2]),
+    "DepthwiseConv2dNativeBackpropInput": lambda _node, inputs, _output: (
+        math.prod(inputs[2]) * math.prod(inputs[1][:2])
+    ),
+    "DepthwiseConv2dNativeBackpropFilter": lambda _node, inputs, output: math.prod(inputs[2]) * math.prod(output[:2]),
     "MatMul": lambda node, inputs, output: math.prod(output) * inputs[0][0 if node.attr["transpose_a"].b else 1],
     "BatchMatMulV2": lambda node, inputs, output: math.prod(output) * inputs[0][-2 if node.attr["adj_x"].b else -1],
 }
 
 
 def _kind(node: Any) -> str:
-    """Which field of `Work` an operation counts for.
+    """Returns the field of `Work` that an operation counts for.
 
-    Of images @ weights, the gradient of the images is gradient @ weights^T, and that of the weights
-    images^T @ gradient.
+    For outputs = images @ weights, the gradient of the images is gradient @ weights^T, and the gradient of the weights
+    is images^T @ gradient.
     """
     if node.op.endswith("BackpropInput") or node.attr["transpose_b"].b or node.attr["adj_y"].b:
         return "input_gradient"
@@ -120,7 +125,7 @@ def _count(
         if node.op in _RULES:
             outside += _operation(node, [_of_input(name, shapes) for name in node.input if name[0] != "^"], shapes)
         called = [attribute.func.name for attribute in node.attr.values() if attribute.func.name]
-        for name in called:  # of a branch, all that might be taken
+        for name in called:  # every branch counts, since any of them might be taken
             function = library[name]
             names = [argument.name for argument in function.signature.input_arg]
             arguments = {
@@ -140,9 +145,10 @@ def _count(
 
 
 def _run(by_name: dict[str, Any], needed: Iterable[str]) -> list[Any]:
-    """The operations that are run for the sake of `needed`.
+    """Returns the operations that `needed` depends on.
 
-    A gradient is traced for the weights as well where only that of the images is used, as in an attack.
+    The traced graph may hold more, such as the gradient of the weights in an attack, which only uses the gradient of
+    the images.
     """
     waiting, found = list(needed), {}
     while waiting:
@@ -172,7 +178,7 @@ def _turns(node: Any, by_name: dict[str, Any]) -> int:
     source = by_name.get(node.input[1].split(":")[0])
     turns = int(tf.make_ndarray(source.attr["value"].tensor)) if source is not None and source.op == "Const" else -1
     if turns < 0:
-        raise ValueError(f"The loop {node.name} does not say how often it turns.")
+        raise ValueError(f"The graph does not give the number of turns of the loop {node.name}.")
     return turns
 
 
@@ -181,6 +187,6 @@ def _shapes(attribute: Any) -> list[Shape]:
 
 
 def _of_input(name: str, shapes: dict[str, list[Shape]]) -> Shape:
-    """The shape of an input named "node", "node:2" or, within a function, "node:output:0"."""
+    """Returns the shape of an input named "node", "node:2" or, within a function, "node:output:0"."""
     source, *output = name.split(":")
     return shapes[source][int(output[-1]) if output else 0]

@@ -1,8 +1,8 @@
-"""What a job would take on accelerators that are not here: `--dry_run --plan_devices`, with the arithmetic shown.
+"""The plan of a job on accelerators that this machine need not have, with the arithmetic shown (`--plan_devices`).
 
-Computation is counted on the traced training step. Time follows from a roofline (Williams et al. 2009): what the
-convolutions and matrix products compute at the device's peak, or what they move at its memory's bandwidth, whichever
-takes longer, over the share of that which is reached (--plan_utilisation).
+The work is counted on the traced training step. The time follows from a roofline (Williams et al. 2009): the operations
+of the convolutions and matrix products at the peak speed of the device, or the bytes that they move at the bandwidth of
+its memory, whichever takes longer, divided by the share of that speed which a job reaches (`--plan_utilization`).
 """
 
 import dataclasses
@@ -15,33 +15,36 @@ from rich.table import Table
 
 from robust_tf.attacks import run_pgd
 from robust_tf.config.job import JobConfig
+from robust_tf.config.optimization import Precision
 from robust_tf.errors import UserError
-from robust_tf.job.building import TaskFigures, optimizer_of
+from robust_tf.job.building import job_optimizer, job_recipe, optimizer_steps_per_epoch
 from robust_tf.job.planning.devices import Cluster
 from robust_tf.job.planning.flops import GraphWork, Work, count_work
 from robust_tf.job.planning.table import fused_activation_bytes
+from robust_tf.job.task import TaskSummary
 from robust_tf.training.metrics import CrossEntropy
-from robust_tf.training.objectives import recipe_of
 from robust_tf.training.trainer import AdversarialTrainer
 
-# Between two convolutions lie BatchNorm, the activation and additions. Fused by XLA they read and write about as much
-# as the convolutions do.
+# Between two convolutions there are BatchNorm, the activation and additions. Fused by XLA, they read and write about as
+# much as the convolutions do.
 _TRAFFIC_FACTOR = 2
-# What CUDA, cuDNN's workspaces and TensorFlow take on a GPU beside the tensors; recalled, not measured.
+# Memory of a GPU that CUDA, cuDNN's workspaces and TensorFlow take in addition to the tensors; recalled, not measured.
 _RESERVED_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobWork:
-    """What a job computes and holds, whatever it runs on.
+    """The operations and the memory of a job, whatever it runs on.
 
     Attributes:
-        forward: of one image.
-        step: the training step, attack included, for one image of the batch.
-        attack_step: a forward pass and the gradient of the image, for one image; None if nothing is ever attacked.
-        weight_bytes, gradient_bytes, optimizer_bytes: of the variables, the trainable ones and the optimizer's.
-        compute_copy_bytes: of the weights in the lower precision of --precision.
-        image_bytes: what one image of the batch needs in training.
+        forward: Work of the forward pass of one image.
+        step: Work of the training step, including the attack, for one image of the batch.
+        attack_step: Work of a forward pass and the gradient of the image, for one image; None without any attack.
+        weight_bytes: Bytes of all weights.
+        gradient_bytes: Bytes of the gradients of the trainable weights.
+        optimizer_bytes: Bytes of the optimizer's variables.
+        compute_copy_bytes: Bytes of the copy of the weights in the lower precision of `--precision`.
+        image_bytes: Bytes that one image of the batch takes in training.
     """
 
     forward: Work
@@ -55,32 +58,42 @@ class JobWork:
 
     @property
     def fixed_bytes(self) -> int:
+        """Bytes that do not depend on the batch size."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.compute_copy_bytes
 
     def evaluation(self, attack_steps: int) -> Work:
-        """Of one image: the attack, and the forward passes of its last iterate and of its result."""
+        """Returns the work of evaluating one image: the attack, and forward passes of its last iterate and its result.
+
+        Args:
+            attack_steps: Number of steps of the attack; 0 leaves it out.
+        """
         if attack_steps and self.attack_step is not None:
             return self.attack_step * attack_steps + self.forward * 2
         return self.forward
 
 
-def job_work(config: JobConfig, classifier: keras.Model, task: TaskFigures) -> JobWork:
-    """Counts, on traced graphs; nothing is run.
+def job_work(job: JobConfig, classifier: keras.Model, task: TaskSummary) -> JobWork:
+    """Counts the work of a job on traced graphs, without running anything.
 
     Args:
-        classifier: built under the precision of the flags, the right layers frozen.
+        job: Job to plan.
+        classifier: Classifier that was built under the precision of the job, with the right layers frozen.
+        task: Size of its data.
     """
-    recipe = recipe_of(config, task.steps_per_epoch)
-    trainer = AdversarialTrainer(classifier, config.attack, recipe=recipe, seed=config.seed)
-    trainer.compile(optimizer=optimizer_of(config, task.steps_per_epoch), loss=CrossEntropy(), jit_compile=False)
+    adversarial, optimization = job.adversarial, job.optimization
+    steps = optimizer_steps_per_epoch(optimization, replays=adversarial.replays, batches=task.steps_per_epoch)
+    recipe = job_recipe(adversarial, optimization, steps)
+    trainer = AdversarialTrainer(classifier, adversarial.training_attack, recipe=recipe, seed=job.run.seed)
+    trainer.compile(optimizer=job_optimizer(optimization, steps), loss=CrossEntropy(), jit_compile=False)
     trainer.optimizer.build(classifier.trainable_variables)
 
-    shape = (config.batch_size, task.image_size, task.image_size, 3)
+    batch_size = optimization.batch_size
+    shape = (batch_size, task.image_size, task.image_size, 3)
     images = tf.TensorSpec(shape, tf.float32)
     labels = tf.TensorSpec(shape[:1], tf.int32)
-    train_labels = labels if config.mixing == "none" else tf.TensorSpec((shape[0], len(task.class_names)), tf.float32)
-    share = 1 / config.batch_size
-    attack = config.attack if config.attack.active else config.evaluation_attack
+    train_labels = labels if job.data.mixing == "none" else tf.TensorSpec((shape[0], len(task.class_names)), tf.float32)
+    share = 1 / batch_size
+    attack = adversarial.training_attack if adversarial.training_attack.active else adversarial.evaluation_attack
     attack_step = None
     if attack.active:
         attacked = count_work(lambda x, y: run_pgd(classifier, x, y, attack=attack).images_adv, images, labels)
@@ -93,51 +106,60 @@ def job_work(config: JobConfig, classifier: keras.Model, task: TaskFigures) -> J
         weight_bytes=weight_bytes,
         gradient_bytes=_bytes_of(classifier.trainable_variables),
         optimizer_bytes=_bytes_of(trainer.optimizer.variables),
-        compute_copy_bytes=0 if config.precision == "float32" else weight_bytes // 2,
-        image_bytes=fused_activation_bytes(classifier, config.precision),
+        compute_copy_bytes=0 if optimization.precision == "float32" else weight_bytes // 2,
+        image_bytes=fused_activation_bytes(classifier, optimization.precision),
     )
 
 
-def device_plan(config: JobConfig, task: TaskFigures, work: JobWork, cluster: Cluster) -> Table:
-    """The plan on one cluster, a line for each step of the arithmetic.
+def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Cluster) -> Table:
+    """Returns the plan on one cluster, with a line for each step of the arithmetic.
+
+    Args:
+        job: Job to plan.
+        task: Size of its data.
+        work: Operations and memory of the job.
+        cluster: Devices to plan for.
 
     Raises:
-        UserError: the devices lack the precision, or cannot share the batch equally.
+        UserError: The devices lack the precision, or cannot share the batch equally.
     """
     device, count = cluster.device, cluster.devices
-    peak = device.peak(config.precision)
+    precision, batch_size = job.optimization.precision, job.optimization.batch_size
+    utilization, price = job.plan.plan_utilization, job.plan.plan_price
+    peak = device.peak(precision)
     if peak is None:
         raise UserError(
-            f"{cluster.device_name} has no units for this precision. Received: --precision={config.precision} "
+            f"{cluster.device_name} has no units for this precision. Received: --precision={precision} "
             f"--plan_devices={cluster.name}. Choose another of float32, mixed_bfloat16 and mixed_float16."
         )
-    if config.batch_size % count:
+    if batch_size % count:
         raise UserError(
             f"The {count} devices of {cluster.name} share every batch equally. Received: "
-            f"--batch_size={config.batch_size}, which {count} does not divide."
+            f"--batch_size={batch_size}, which {count} does not divide."
         )
-    attack_steps = config.attack.steps if config.attack.active else 0
-    per_device, step = config.batch_size // count, work.step.total
-    compute = step.flops * config.batch_size / (count * peak)
-    traffic = _TRAFFIC_FACTOR * step.bytes_moved * config.batch_size / (count * device.bandwidth)
-    busy = max(compute, traffic) / config.plan_utilisation
+    attack = job.adversarial.training_attack
+    attack_steps = attack.steps if attack.active else 0
+    per_device, step = batch_size // count, work.step.total
+    compute = step.flops * batch_size / (count * peak)
+    traffic = _TRAFFIC_FACTOR * step.bytes_moved * batch_size / (count * device.bandwidth)
+    busy = max(compute, traffic) / utilization
     reduce_seconds, reduce_text = _all_reduce(work.gradient_bytes, cluster)
     step_seconds = busy + reduce_seconds
 
     def evaluation_seconds(images: int, steps: int, devices: int) -> float:
         needed = work.evaluation(steps) * images
         longest = max(needed.flops / peak, _TRAFFIC_FACTOR * needed.bytes_moved / device.bandwidth)
-        return longest / devices / config.plan_utilisation
+        return longest / devices / utilization
 
     validation = evaluation_seconds(task.num_validation, attack_steps, count)
-    evaluation_attack = config.evaluation_attack
+    evaluation_attack = job.adversarial.evaluation_attack
     final_steps = evaluation_attack.steps if evaluation_attack.active else 0
     test = evaluation_seconds(task.num_test, final_steps, count)
     epoch = task.steps_per_epoch * step_seconds + validation
-    run = config.passes * epoch + test
+    run = job.data_epochs * epoch + test
     hours = run * count / 3600
 
-    title = f"Plan on {cluster.name}: {cluster.hosts} x {cluster.per_host} {cluster.device_name}, {config.precision}"
+    title = f"Plan on {cluster.name}: {cluster.hosts} x {cluster.per_host} {cluster.device_name}, {precision}"
     table = Table(title=title, title_justify="left", show_header=False)
     rows = {
         "device": f"{_si(peak, 'FLOP/s')}, {_si(device.memory, 'B')} at {_si(device.bandwidth, 'B/s')} "
@@ -146,30 +168,30 @@ def device_plan(config: JobConfig, task: TaskFigures, work: JobWork, cluster: Cl
         "image, counted in the traced graph",
         **_step_rows(work),
         "step": f"{_si(step.flops, 'FLOP')} an image = {step.flops / work.forward.flops:.3g} forward passes; "
-        f"x {config.batch_size} = {_si(step.flops * config.batch_size, 'FLOP')}",
-        "compute time": f"{_si(step.flops * config.batch_size, 'FLOP')} / ({count} x {_si(peak, 'FLOP/s')}) = "
+        f"x {batch_size} = {_si(step.flops * batch_size, 'FLOP')}",
+        "compute time": f"{_si(step.flops * batch_size, 'FLOP')} / ({count} x {_si(peak, 'FLOP/s')}) = "
         f"{_time(compute)}",
-        "memory time": f"{_TRAFFIC_FACTOR} x {_si(step.bytes_moved, 'B')} an image x {config.batch_size} / "
+        "memory time": f"{_TRAFFIC_FACTOR} x {_si(step.bytes_moved, 'B')} an image x {batch_size} / "
         f"({count} x {_si(device.bandwidth, 'B/s')}) = {_time(traffic)}",
         "all-reduce": reduce_text,
-        "time of a step": f"{_time(max(compute, traffic))} / {config.plan_utilisation:g} utilisation "
-        f"+ {_time(reduce_seconds)} = {_time(step_seconds)}, {config.batch_size / step_seconds:,.0f} images/s",
+        "time of a step": f"{_time(max(compute, traffic))} / {utilization:g} utilization "
+        f"+ {_time(reduce_seconds)} = {_time(step_seconds)}, {batch_size / step_seconds:,.0f} images/s",
         "time of an epoch": f"{task.steps_per_epoch:,} steps x {_time(step_seconds)} + validation "
         f"({task.num_validation:,} images, PGD-{attack_steps}) {_time(validation)} = {_time(epoch)}",
-        "time of the run": f"{config.passes} epochs x {_time(epoch)} + test ({task.num_test:,} images, "
+        "time of the run": f"{job.data_epochs} epochs x {_time(epoch)} + test ({task.num_test:,} images, "
         f"PGD-{final_steps}) {_time(test)} = {_time(run)}",
         "device-hours": f"{count} x {_time(run)} = {hours:,.2f} h",
-        "input": f"{config.batch_size / step_seconds:,.0f} images/s / {cluster.hosts} (hosts) = "
-        f"{config.batch_size / step_seconds / cluster.hosts:,.0f} images/s to decode and augment on each host",
-        **_memory_rows(config, work, cluster, per_device),
+        "input": f"{batch_size / step_seconds:,.0f} images/s / {cluster.hosts} (hosts) = "
+        f"{batch_size / step_seconds / cluster.hosts:,.0f} images/s to decode and augment on each host",
+        **_memory_rows(precision, work, cluster, per_device),
         "checkpoint": f"{_si(work.weight_bytes, 'B')} weights + {_si(work.optimizer_bytes, 'B')} optimizer = "
         f"{_si(work.weight_bytes + work.optimizer_bytes, 'B')}; two are kept, and the best weights, "
         f"{_si(work.weight_bytes, 'B')}",
-        "not counted": "launching kernels (microseconds each, which decide where images are small and few), compiling, "
-        "waiting for input, writing checkpoints, alarms",
+        "not counted": "launching kernels (microseconds each, which dominate where images are small and few), "
+        "compiling, waiting for input, writing checkpoints, alarms",
     }
-    if config.plan_price is not None:
-        rows["cost"] = f"{hours:,.2f} device-hours x {config.plan_price:g} = {hours * config.plan_price:,.2f}"
+    if price is not None:
+        rows["cost"] = f"{hours:,.2f} device-hours x {price:g} = {hours * price:,.2f}"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -194,9 +216,10 @@ def _parts(work: Work) -> str:
 
 
 def _all_reduce(gradient_bytes: int, cluster: Cluster) -> tuple[float, str]:
-    """A ring in each host, then one between the hosts; nothing of it at the same time as the backward pass.
+    """Returns the seconds of an all-reduce, and its arithmetic: a ring in each host, then one between the hosts.
 
-    Source: a ring of n sends 2 (n - 1) / n of the bytes over each link (Patarasuk & Yuan 2009).
+    It is assumed not to overlap with the backward pass. Source: a ring of n devices sends 2 (n - 1) / n of the bytes
+    over each link (Patarasuk & Yuan 2009).
     """
     device, amount = cluster.device, _si(gradient_bytes, "B")
     if device.network is None:
@@ -211,7 +234,7 @@ def _all_reduce(gradient_bytes: int, cluster: Cluster) -> tuple[float, str]:
     return seconds, f"{terms} = {_time(seconds)}"
 
 
-def _memory_rows(config: JobConfig, work: JobWork, cluster: Cluster, per_device: int) -> dict[str, str]:
+def _memory_rows(precision: Precision, work: JobWork, cluster: Cluster, per_device: int) -> dict[str, str]:
     reserved = 0 if cluster.device.slice_unit else _RESERVED_BYTES
     free = cluster.device.memory - reserved - work.fixed_bytes
     needed = work.fixed_bytes + reserved + per_device * work.image_bytes
@@ -231,17 +254,17 @@ def _memory_rows(config: JobConfig, work: JobWork, cluster: Cluster, per_device:
     most = int(max(free, 0) // work.image_bytes)
     rows["memory verdict"] = (
         f"OUT OF MEMORY: {_si(needed, 'B')} of {_si(cluster.device.memory, 'B')}. At most {most} images fit on a "
-        f"device, {most * cluster.devices} in a batch. {_ways_out(config, most, per_device)}"
+        f"device, {most * cluster.devices} in a batch. {_ways_out(precision, most, per_device)}"
     )
     return rows
 
 
-def _ways_out(config: JobConfig, most: int, per_device: int) -> str:
+def _ways_out(precision: Precision, most: int, per_device: int) -> str:
     ways = []
     parts = next((parts for parts in _divisors(per_device) if per_device // parts <= most), None)
     if parts:
         ways.append(f"--accumulate_steps={parts} (the same batch in {parts} parts)")
-    if config.precision == "float32":
+    if precision == "float32":
         ways.append("--precision=mixed_bfloat16 or mixed_float16")
     return f"Ways out: {', '.join([*ways, 'more devices', 'a smaller --batch_size', 'a smaller --image_size'])}."
 
@@ -255,7 +278,7 @@ def _bytes_of(variables: Iterable[keras.Variable]) -> int:
 
 
 def _si(value: float, unit: str) -> str:
-    """Three digits and a decimal prefix: 8.18 GFLOP."""
+    """Writes a value with three digits and a decimal prefix, such as 8.18 GFLOP."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size * 0.9995:
             return f"{value / size:.3g} {prefix}{unit}" if len(unit) < 7 else f"{value / size:.3g} {prefix} {unit}"

@@ -1,13 +1,14 @@
-"""What a training job's `results.json` tells about a model that is served."""
+"""Facts about a served model that come from the `results.json` of the job that trained it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError
-from robust_tf.results import job_record
+from robust_tf.json_records import to_json
+from robust_tf.results import JobResults, MeasuredAttack
 from robust_tf.serving.publish.probe import AttackProbe
 
+LICENSE_NOT_STATED = "not stated"
 _CARD_KEYS = (
     "task",
     "dataset",
@@ -24,28 +25,40 @@ _CARD_KEYS = (
 )
 
 
-def card_from_results(results: Mapping[str, Any], *, licence: str = "") -> dict[str, Any]:
-    """Data, metric and accuracies for the model card, and the licence ("not stated" when empty)."""
-    return {key: results[key] for key in _CARD_KEYS if key in results} | {"license": licence or "not stated"}
+def card_from_results(results: JobResults, *, license_name: str = "") -> dict[str, Any]:
+    """Returns the facts for the model card: data, metric, accuracies and license.
+
+    Args:
+        results: Results of the job. Facts that they do not hold are None.
+        license_name: License of the classifier; "" means that it is not stated.
+    """
+    facts = {name: to_json(getattr(results, name)) for name in _CARD_KEYS}
+    known = {name: None if value in ("", {}) else value for name, value in facts.items()}
+    return known | {"license": license_name or LICENSE_NOT_STATED}
 
 
-def decoding_from_results(results: Mapping[str, Any]) -> Decoding:
-    """How encoded images were read in training; jobs of before these flags read them as they are stored."""
-    return Decoding(**{key: results[key] for key in ("exif", "alpha_background") if key in results})
+def decoding_from_results(results: JobResults) -> Decoding:
+    """Returns how encoded images were read in training."""
+    return Decoding(exif=results.exif, alpha_background=results.alpha_background)
 
 
-def probe_from_results(results: Mapping[str, Any], *, norm: str = "", steps: int = 20) -> AttackProbe:
-    """The attack to serve: in the norm that the classifier was evaluated in, unless `norm` says otherwise.
+def probe_from_results(results: JobResults, *, norm: str = "", steps: int = 20) -> AttackProbe:
+    """Returns the attack to serve.
+
+    Args:
+        results: Results of the job. The radius under which it was evaluated goes with its norm only.
+        norm: Norm of the attack, "linf" or "l2"; "" takes the one under which the classifier was evaluated.
+        steps: Number of gradient steps.
 
     Raises:
-        UserError: neither the results nor `norm` name a norm.
+        UserError: Neither `results` nor `norm` names a norm.
     """
-    record = job_record(results)
-    chosen = norm or record.norm
+    attack = results.robust_accuracy_attack or MeasuredAttack()
+    chosen = norm or attack.norm
     if not chosen:
         raise UserError(
-            "The attack probe needs a norm, and there is no results.json with one. Received: norm=''. Give --norm=l2 "
-            "or --norm=linf."
+            "The attack probe needs a norm, and there is no results.json that names one. Received: norm=''. Use "
+            "--norm=l2 or --norm=linf."
         )
-    epsilon = record.epsilon or 0.0 if chosen == record.norm else 0.0
+    epsilon = attack.epsilon or 0.0 if chosen == attack.norm else 0.0
     return AttackProbe(norm=chosen, steps=steps, epsilon=epsilon)

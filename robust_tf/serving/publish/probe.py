@@ -82,7 +82,7 @@ def run_probe(
         images,
         labels,
         images,
-        norm=NORMS[probe.norm],
+        geometry=NORMS[probe.norm],
         epsilon=radius,
         step_size=2.5 * radius / probe.steps,
         steps=probe.steps,

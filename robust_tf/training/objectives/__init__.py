@@ -1,11 +1,28 @@
-"""What an adversarial step minimizes: one file for each objective, each a small class with the same few methods."""
+"""The objectives of adversarial training, one file for each.
+
+* `madry`: the loss on adversarial images, and standard training without an attack.
+* `trades`: TRADES.
+* `awp`: adversarial weight perturbation, on top of Madry's loss or TRADES.
+* `free`: free adversarial training.
+
+To add an objective:
+
+1. Write a subclass of `Objective` (see `base.py`) in a new file of this folder. Override what differs: `inputs` makes
+   the adversarial images, `forward` runs the network on them, `loss` returns the scalar to minimize. `trades.py` is a
+   complete example.
+2. Add the fields that select and configure it to `Recipe` in `recipe.py`, with their checks in `__post_init__`.
+3. Build it in `build_objective`, below. `AdversarialTrainer(classifier, attack, recipe=Recipe(...))` then uses it.
+4. To offer it in `python -m robust_tf.train`, add its name to `Objective` and its flags to `AdversarialConfig`, both in
+   `robust_tf/config/adversarial.py`, and pass them on in `job_recipe` in `robust_tf/job/building.py`.
+5. Test it in `tests/training/test_objectives.py`.
+"""
 
 from robust_tf.attacks import AttackConfig
 from robust_tf.training.objectives.awp import AdversarialWeights, perturbed_weights, weight_perturbation
 from robust_tf.training.objectives.base import Batch, Objective, Outputs, Trainer
 from robust_tf.training.objectives.free import FreeReplays, moved_perturbation
 from robust_tf.training.objectives.madry import AdversarialLoss, StandardLoss
-from robust_tf.training.objectives.recipe import Recipe, recipe_of
+from robust_tf.training.objectives.recipe import Recipe
 from robust_tf.training.objectives.trades import Trades, ascend_divergence, divergence
 
 __all__ = [
@@ -19,17 +36,22 @@ __all__ = [
     "StandardLoss",
     "Trades",
     "ascend_divergence",
+    "build_objective",
     "divergence",
     "moved_perturbation",
-    "objective_of",
     "perturbed_weights",
-    "recipe_of",
     "weight_perturbation",
 ]
 
 
-def objective_of(recipe: Recipe, trainer: Trainer, attack: AttackConfig) -> Objective:
-    """Builds the objective that a recipe describes, for a trainer and its attack."""
+def build_objective(recipe: Recipe, trainer: Trainer, attack: AttackConfig) -> Objective:
+    """Builds the objective that a recipe describes.
+
+    Args:
+        recipe: Choice of the objective and its parameters.
+        trainer: Trainer that will minimize the objective.
+        attack: Attack of the training batches. Without an active attack the objective is the compiled loss.
+    """
     if not attack.active:
         return StandardLoss()
     if recipe.free_replays:
@@ -37,7 +59,7 @@ def objective_of(recipe: Recipe, trainer: Trainer, attack: AttackConfig) -> Obje
     if recipe.trades_beta is not None:
         objective: Objective = Trades(recipe.trades_beta)
     else:
-        passes = attack.steps + attack.use_best  # the last iterate of `use_best` is one more forward pass
+        passes = attack.steps + attack.use_best  # `use_best` needs one more forward pass, for the last iterate
         objective = AdversarialLoss(
             attack_mode=recipe.attack_mode, attack_passes=passes, random_start=attack.random_start
         )

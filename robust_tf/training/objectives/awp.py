@@ -1,4 +1,7 @@
-"""AWP: another objective at the worst weights nearby (Wu et al. 2020, arXiv 2004.05884)."""
+"""Adversarial weight perturbation (AWP): minimizes another objective at the worst weights in the neighborhood.
+
+Source: Wu et al. 2020, arXiv 2004.05884.
+"""
 
 from typing import Any, NamedTuple
 
@@ -10,11 +13,11 @@ from robust_tf.training.objectives.base import Batch, Objective, Outputs, Traine
 
 
 class AtPerturbedWeights(NamedTuple):
-    """Inputs of another objective, and what is added to the weights that they are put through.
+    """Inputs of the wrapped objective, together with the perturbations of the weights.
 
     Attributes:
-        inputs: of the objective that AWP goes with.
-        perturbations: one for each of `perturbed_weights`, in its order.
+        inputs: Inputs of the wrapped objective.
+        perturbations: One tensor for each of `perturbed_weights`, in the same order.
     """
 
     inputs: Any
@@ -22,15 +25,16 @@ class AtPerturbedWeights(NamedTuple):
 
 
 class AdversarialWeights(Objective):
-    """The gradient of another objective at weights + perturbation; the step is taken from the weights themselves.
+    """Wraps another objective and takes its gradient at the perturbed weights. The step starts at the original weights.
 
-    The pass that finds the perturbation is in training mode and leaves no trace in BatchNorm's statistics, as in the
-    authors' code. There, weight decay acts on the perturbed weights; here it acts on the weights.
+    As in the authors' code, the forward pass that finds the perturbation runs in training mode but does not update
+    BatchNorm's statistics. Unlike in the authors' code, weight decay acts on the original weights, not on the
+    perturbed ones.
 
     Args:
-        objective: Madry's or TRADES.
-        gamma: size of the perturbation relative to the weights of each layer, at least 0.
-        warmup_steps: number of optimizer steps before the first perturbation.
+        objective: Objective to wrap: Madry's loss or TRADES.
+        gamma: Size of the perturbation relative to the weights of each layer, at least 0.
+        warmup_steps: Number of optimizer steps before the first perturbation.
     """
 
     def __init__(self, objective: Objective, *, gamma: float, warmup_steps: float) -> None:
@@ -38,71 +42,78 @@ class AdversarialWeights(Objective):
         self.passes, self.knows_clean_figures = objective.passes, objective.knows_clean_figures
 
     def inputs(self, trainer: Trainer, batch: Batch) -> AtPerturbedWeights:
+        """Returns the inputs of the wrapped objective and the perturbations of the weights."""
         inputs = self._objective.inputs(trainer, batch)
         return AtPerturbedWeights(inputs, self._perturbations(trainer, batch, inputs))
 
     def forward(self, trainer: Trainer, batch: Batch, inputs: AtPerturbedWeights) -> Outputs:
+        """Runs the forward pass of the wrapped objective at the perturbed weights."""
         classifier = trainer.classifier
         weights = perturbed_weights(classifier)
         pairs = zip(weights, inputs.perturbations, strict=True)
-        # The variables stay as they are, and the gradient with respect to them is the one at the perturbed values.
+        # The variables keep their values, but their gradient is taken at the perturbed values.
         values = [(weight, weight.value + perturbation) for weight, perturbation in pairs]
         with keras.StatelessScope(values) as scope:
             outputs = self._objective.forward(trainer, batch, inputs.inputs)
         for variable in classifier.non_trainable_variables:
             value = scope.get_current_value(variable)
-            if value is not None:  # BatchNorm's statistics, the seeds of Dropout
+            if value is not None:  # BatchNorm's statistics and Dropout's seeds
                 variable.assign(value)
         return outputs
 
     def loss(self, trainer: Trainer, batch: Batch, outputs: Outputs) -> tf.Tensor:
+        """Returns the loss of the wrapped objective."""
         return self._objective.loss(trainer, batch, outputs)
 
     def _perturbations(self, trainer: Trainer, batch: Batch, inputs: Any) -> list[tf.Tensor]:
-        """One step up the loss of this batch, from the weights."""
+        """Finds the perturbations by one gradient step that increases the loss of this batch."""
         weights = [tf.convert_to_tensor(weight.value) for weight in perturbed_weights(trainer.classifier)]
         none = [tf.zeros_like(weight) for weight in weights]
 
         def gradients() -> list[tf.Tensor]:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(none)
-                with keras.StatelessScope():  # neither statistics nor metrics know of this pass
+                with keras.StatelessScope():  # this pass must update neither statistics nor metrics
                     outputs = self.forward(trainer, batch, AtPerturbedWeights(inputs, none))
                     loss = self.loss(trainer, batch, outputs)
                 scaled_loss = trainer.optimizer.scale_loss(loss)
-            return tape.gradient(scaled_loss, none, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            found: list[tf.Tensor] = tape.gradient(
+                scaled_loss, none, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+            return found
 
         if self._warmup_steps:
             started = tf.cast(trainer.optimizer.iterations, tf.float32) >= self._warmup_steps
             found = tf.cond(started, gradients, lambda: none)
         else:
             found = gradients()
-        if trainer.num_replicas > 1:  # the loss belongs to the whole batch
+        if trainer.num_replicas > 1:  # the perturbation depends on the loss of the whole batch
             found = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, found)
         return [weight_perturbation(*pair, self._gamma) for pair in zip(weights, found, strict=True)]
 
 
 def perturbed_weights(classifier: keras.Model) -> list[keras.Variable]:
-    """The weights that AWP perturbs: trainable kernels of convolutions and dense layers, no biases, no BatchNorm.
+    """Returns the weights that AWP perturbs: every trainable weight with more than one axis, as in the authors' code.
 
-    The authors' code takes every weight with more than one axis.
+    These are the kernels of convolutions and dense layers, but not biases and the weights of BatchNorm.
     """
     return [weight for weight in classifier.trainable_weights if len(weight.shape) > 1]
 
 
 def weight_perturbation(weight: tf.Tensor, gradient: tf.Tensor, gamma: Scale) -> tf.Tensor:
-    """The perturbation of one layer's kernel: along the gradient, `gamma` times as long as the kernel (L2).
+    """Returns the perturbation of one kernel, in the direction of the gradient and `gamma` times as long as the kernel.
 
-    One step of gradient ascent, whatever its length, projected as equation (10) of the paper. A gradient that is zero
-    or not finite (which loss scaling meets and undoes) gives none.
+    This is one step of gradient ascent, projected as in equation (10) of the paper; lengths are L2 norms. A gradient
+    that is zero or not finite gives a perturbation of zero. (Loss scaling produces gradients that are not finite, and
+    skips their steps.)
 
     Args:
-        weight: the kernel, float32.
-        gradient: of the loss with respect to it, in any scale.
-        gamma: relative size, at least 0.
+        weight: Kernel, float32.
+        gradient: Gradient of the loss with respect to the kernel, in any scale.
+        gamma: Relative size, at least 0.
 
     Returns:
-        float32 of the shape of the kernel.
+        Perturbation with the shape of the kernel, float32.
 
     Source: Wu et al. 2020, arXiv 2004.05884, section 4; csdongxian/AWP, utils_awp.py.
     """

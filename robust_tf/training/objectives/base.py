@@ -1,4 +1,4 @@
-"""What every objective of adversarial training offers, and what it is given."""
+"""The interface between `AdversarialTrainer` and its objectives."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -9,19 +9,19 @@ import tensorflow as tf
 from robust_tf.attacks import AttackConfig
 from robust_tf.training.compiled_loss import CompiledLoss
 
-# (images, training) -> outputs of the classifier.
+# A function of (images, training) that returns the outputs of the classifier.
 Network = Callable[[tf.Tensor, bool], Any]
 
 
 class Batch(NamedTuple):
-    """One batch of training.
+    """One training batch.
 
     Attributes:
-        images: (batch, height, width, channels) float32 in [0, 1]; without an attack, whatever the model takes.
-        labels: whatever the compiled loss takes.
-        sample_weight: None, (batch,), or a structure of them.
-        seed: (2,) int64, for everything that is drawn at random in this step.
-        network: the classifier as a function of the images and of the mode, whatever else it takes as input.
+        images: Images (batch, height, width, channels), float32 in [0, 1]. Without an attack, whatever the model takes.
+        labels: Labels in the form that the compiled loss takes.
+        sample_weight: Weights of the images: None, an array (batch,), or a structure of such arrays.
+        seed: Seed (2,) int64 for all random numbers of this step.
+        network: The classifier as a function of (images, training). Any other inputs of the classifier are filled in.
     """
 
     images: Any
@@ -32,11 +32,11 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the classifier gives in training mode.
+    """Outputs of the classifier in training mode.
 
     Attributes:
-        adversarial: for the adversarial images; the compiled metrics look at these.
-        clean: for the clean images, where the objective needs them.
+        adversarial: Outputs for the adversarial images. The compiled metrics are updated with them.
+        clean: Outputs for the clean images, or None if the objective does not need them.
     """
 
     adversarial: Any
@@ -44,7 +44,7 @@ class Outputs(NamedTuple):
 
 
 class Trainer(Protocol):
-    """What an objective uses of `AdversarialTrainer`."""
+    """The part of `AdversarialTrainer` that objectives use."""
 
     classifier: keras.Model
     attack: AttackConfig
@@ -52,24 +52,34 @@ class Trainer(Protocol):
     compiled_loss: CompiledLoss
 
     @property
-    def num_replicas(self) -> int: ...
-    def strength(self) -> Any: ...
+    def num_replicas(self) -> int:
+        """Number of replicas that share a batch."""
+
+    def strength(self) -> Any:
+        """Returns the factor on epsilon and on the step size in this training step."""
+
     def compute_loss(
         self, x: Any = ..., y: Any = ..., y_pred: Any = ..., sample_weight: Any = ..., training: bool = ...
-    ) -> Any: ...
-    def update_clean(self, batch: Batch, loss: tf.Tensor, correct: tf.Tensor) -> None: ...
-    def add_weight(self, *args: Any, **kwargs: Any) -> keras.Variable: ...
+    ) -> Any:
+        """Returns the compiled loss of a batch, as `keras.Model.compute_loss` does."""
+
+    def update_clean(self, batch: Batch, loss: tf.Tensor, correct: tf.Tensor) -> None:
+        """Updates `clean_loss` and `clean_accuracy`."""
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> keras.Variable:
+        """Adds a variable to the trainer, as `keras.layers.Layer.add_weight` does."""
 
 
 class Objective:
-    """What a training step minimizes. The trainer calls `inputs`, `forward` and `loss`, in this order.
+    """Base class of the objectives: defines what a training step minimizes.
 
-    Only `forward` and `loss` run under the gradient tape of the weights.
+    In each step the trainer calls `inputs`, `forward` and `loss`, in this order. Only `forward` and `loss` run under
+    the gradient tape of the weights.
 
     Attributes:
-        passes: number of forward passes in training mode that move BatchNorm's statistics in one step.
-        replays: number of optimizer steps on each batch.
-        knows_clean_figures: whether `inputs` updates the clean metrics on its way, at no extra cost.
+        passes: Number of forward passes per step that update BatchNorm's moving statistics.
+        replays: Number of optimizer steps on each batch.
+        knows_clean_figures: Whether `inputs` updates the clean metrics anyway, without an extra forward pass.
     """
 
     passes = 1
@@ -78,11 +88,11 @@ class Objective:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """What is kept from one step to the next."""
+        """The variables that keep their values from one step to the next, and belong into a checkpoint."""
         return []
 
     def inputs(self, trainer: Trainer, batch: Batch) -> Any:
-        """Returns what goes through the network, such as the adversarial images."""
+        """Returns the inputs of `forward`, such as the adversarial images."""
         raise NotImplementedError
 
     def forward(self, trainer: Trainer, batch: Batch, inputs: Any) -> Outputs:
@@ -94,8 +104,11 @@ class Objective:
         return trainer.compute_loss(batch.images, batch.labels, outputs.adversarial, batch.sample_weight)
 
     def watched(self, inputs: Any) -> list[tf.Tensor]:
-        """Returns tensors of the inputs whose gradient `learn` wants."""
+        """Returns the tensors among the inputs whose gradients `learn` needs."""
         return []
 
     def learn(self, trainer: Trainer, batch: Batch, inputs: Any, gradients: list[tf.Tensor]) -> None:
-        """Takes the gradients of `watched`, after the weights have moved. They are in the scale of the optimizer."""
+        """Uses the gradients with respect to the `watched` tensors, after the optimizer step.
+
+        The gradients are multiplied by the optimizer's loss scale, if it has one.
+        """

@@ -1,4 +1,7 @@
-"""Free adversarial training: several steps on each batch, one gradient for both (Shafahi et al., arXiv 1904.12843)."""
+"""Free adversarial training: one gradient updates both the weights and the perturbation of the images.
+
+Source: Shafahi et al. 2019, arXiv 1904.12843.
+"""
 
 import keras
 import tensorflow as tf
@@ -11,18 +14,18 @@ from robust_tf.training.runtime_checks import checked
 
 
 class FreeReplays(Objective):
-    """Several optimizer steps on each batch; one gradient moves the weights and the perturbation of the images.
+    """Takes several optimizer steps on each batch. One gradient updates both the weights and the perturbation.
 
-    The next step, on the same batch or on the next one, goes on from the perturbation. BatchNorm's statistics follow
-    every step, as in the authors' code.
+    The next step starts from this perturbation, on the same batch or on the next one. Every step updates BatchNorm's
+    statistics, as in the authors' code.
 
     Args:
-        trainer: whose variable the perturbation becomes.
-        replays: number of optimizer steps on each batch.
-        batch_size: size of the largest batch.
+        trainer: Trainer that gets the perturbation as one of its variables.
+        replays: Number of optimizer steps on each batch.
+        batch_size: Size of the largest batch.
 
     Raises:
-        UserError: the classifier does not know the size of its images, or there are several replicas.
+        UserError: The classifier does not know the size of its images, or there are several replicas.
     """
 
     knows_clean_figures = False
@@ -33,8 +36,8 @@ class FreeReplays(Objective):
         shape = tuple(trainer.classifier.input_shape[1:])
         if None in shape:
             raise UserError(
-                "Free adversarial training keeps a perturbation of the size of the images, which the classifier must "
-                f"know. Received: a classifier with input_shape={trainer.classifier.input_shape}."
+                "Free adversarial training keeps a perturbation of the size of the images, so the input shape of the "
+                f"classifier must be fixed. Received: a classifier with input_shape={trainer.classifier.input_shape}."
             )
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         if replicas > 1:
@@ -48,42 +51,47 @@ class FreeReplays(Objective):
 
     @property
     def variables(self) -> list[keras.Variable]:
+        """The perturbation, which is kept from one step to the next."""
         return [self._perturbation]
 
     def inputs(self, trainer: Trainer, batch: Batch) -> tf.Tensor:
-        """The perturbation of these images, (batch, height, width, channels)."""
+        """Returns the perturbation of the images of this batch, (batch, height, width, channels)."""
         count = tf.shape(batch.images)[0]
         message = (
-            "A batch of free adversarial training must not be larger than free_batch_size, the size of the "
-            f"perturbation that is kept. Received: more than free_batch_size={self._batch_size} images in a batch."
+            "A batch of free adversarial training must not hold more than free_batch_size images, because the "
+            f"perturbation has this size. Received: more than free_batch_size={self._batch_size} images in a batch."
         )
         if (batch.images.shape[0] or 0) > self._batch_size:
             raise UserError(message)
         return self._perturbation[: checked(count, count <= self._batch_size, message)]
 
     def watched(self, inputs: tf.Tensor) -> list[tf.Tensor]:
+        """Returns the perturbation."""
         return [inputs]
 
     def forward(self, trainer: Trainer, batch: Batch, inputs: tf.Tensor) -> Outputs:
+        """Returns the outputs for the perturbed images, clipped to [0, 1]."""
         return Outputs(batch.network(tf.clip_by_value(batch.images + inputs, 0.0, 1.0), True))
 
     def learn(self, trainer: Trainer, batch: Batch, inputs: tf.Tensor, gradients: list[tf.Tensor]) -> None:
+        """Updates the perturbation with its gradient."""
         count = tf.shape(inputs)[0]
-        # The gradient of the summed loss, since the step of an image must not depend on the size of its batch.
+        # The gradient of the sum, not of the mean: the step of an image must not depend on the size of its batch.
         moved = moved_perturbation(inputs, gradients[0] * tf.cast(count, tf.float32), trainer.attack)
         self._perturbation.assign(tf.concat([moved, self._perturbation[count:]], axis=0))
 
 
 def moved_perturbation(perturbation: tf.Tensor, gradient: tf.Tensor, attack: AttackConfig) -> tf.Tensor:
-    """The perturbation of free adversarial training after its step: up the gradient, then back into the ball.
+    """Returns the perturbation after one step along the gradient and the projection onto the ball.
 
-    As in the authors' code it is the ball alone that it is put back into; where images + perturbation leaves [0, 1] is
-    another matter for each batch.
+    As in the authors' code the perturbation is projected onto the ball only, not onto the range of the images, because
+    the next batch will have other images.
 
     Args:
-        perturbation: (batch, height, width, channels) float32, in the ball.
-        gradient: of the loss with respect to it, in any scale; images where it is not finite keep theirs.
-        attack: its norm, epsilon and step size count.
+        perturbation: Perturbation (batch, height, width, channels), float32, inside the ball.
+        gradient: Gradient of the loss with respect to the perturbation, in any scale. The perturbation of an image
+            stays as it is where the gradient is not finite.
+        attack: Attack whose norm, epsilon and step size are used.
 
     Source: Shafahi et al. 2019, arXiv 1904.12843, algorithm 1 (linf; the step is epsilon there).
     """

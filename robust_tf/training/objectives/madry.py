@@ -1,4 +1,7 @@
-"""Madry's adversarial training: the compiled loss on adversarial images (Madry et al. 2018, arXiv 1706.06083)."""
+"""Madry's adversarial training: the compiled loss on adversarial images.
+
+Source: Madry et al. 2018, arXiv 1706.06083.
+"""
 
 from typing import Any
 
@@ -10,22 +13,24 @@ from robust_tf.training.objectives.base import Batch, Objective, Trainer
 
 
 class AdversarialLoss(Objective):
-    """The compiled loss on the images that PGD on the same loss finds.
+    """The compiled loss on adversarial images, which PGD finds by maximizing the same loss.
 
     Args:
-        attack_mode: mode of the network in the attack; see `Recipe`. In training mode every forward pass of the attack
-            moves BatchNorm's statistics, as in the code of Wong et al. 2020.
-        attack_passes: number of forward passes of the attack.
-        random_start: whether the attack starts at random points.
+        attack_mode: Mode of the network during the attack, see `Recipe`. In training mode every forward pass of the
+            attack updates BatchNorm's statistics, as in the code of Wong et al. 2020.
+        attack_passes: Number of forward passes of the attack.
+        random_start: Whether the attack starts at random points.
     """
 
     def __init__(self, *, attack_mode: AttackMode, attack_passes: int, random_start: bool) -> None:
         self._training = attack_mode == "training"
         self.passes = 1 + (attack_passes if self._training else 0)
-        # The attack's first forward pass is on the clean images in inference mode, or it says nothing about them.
+        # Without a random start the first forward pass of the attack is on the clean images. In training mode it does
+        # not tell how the network does on them, because the clean metrics are defined for inference mode.
         self.knows_clean_figures = not (self._training or random_start)
 
     def inputs(self, trainer: Trainer, batch: Batch) -> tf.Tensor:
+        """Returns the adversarial images."""
         result = climb(
             lambda images: batch.network(images, self._training),
             batch.images,
@@ -42,7 +47,8 @@ class AdversarialLoss(Objective):
 
 
 class StandardLoss(Objective):
-    """The compiled loss on the images as they are: training without an attack."""
+    """The compiled loss on the clean images: training without an attack."""
 
     def inputs(self, trainer: Trainer, batch: Batch) -> Any:
+        """Returns the images unchanged."""
         return batch.images

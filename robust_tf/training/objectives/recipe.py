@@ -1,29 +1,32 @@
-"""Which objective a training step minimizes, as one frozen record."""
+"""The objective that a training step minimizes, as one frozen record."""
 
 import dataclasses
 import math
 
 from robust_tf.config.attack import AttackMode
 from robust_tf.config.checks import check_choice
-from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
-from robust_tf.training.schedules import optimizer_steps_per_epoch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How `AdversarialTrainer` trains with its attack. The default is Madry's adversarial training.
 
+    Example:
+        >>> Recipe(trades_beta=6.0).free_replays
+        0
+
     Attributes:
-        trades_beta: weight of the divergence in TRADES, at least 0. None trains with Madry's loss.
-        awp_gamma: size of the adversarial weight perturbation relative to the weights, at least 0. None leaves it out.
-        awp_warmup_steps: number of optimizer steps before the first weight perturbation.
-        epsilon_warmup_steps: number of optimizer steps over which epsilon and the step size rise linearly from 0.
-        free_replays: number of optimizer steps on each batch in free adversarial training; 0 trains in another way.
-        free_batch_size: size of the largest batch in free adversarial training, which must be known beforehand.
-        attack_mode: mode of the network in the attack. "inference": BatchNorm uses its moving statistics and Dropout
-            is off, as in MadryLab/robustness. "training": as in the update, and the attack's forward passes move the
-            statistics too, as in the code of Wong et al. 2020 (locuslab/fast_adversarial).
+        trades_beta: Weight of the divergence in TRADES, at least 0. None trains with Madry's loss.
+        awp_gamma: Size of the adversarial weight perturbation relative to the weights, at least 0. None leaves it out.
+        awp_warmup_steps: Number of optimizer steps before the first weight perturbation.
+        epsilon_warmup_steps: Number of optimizer steps over which epsilon and the step size rise linearly from 0.
+        free_replays: Number of optimizer steps on each batch in free adversarial training. 0 means that training is
+            not free.
+        free_batch_size: Size of the largest batch in free adversarial training, which must be known beforehand.
+        attack_mode: Mode of the network in the attack. "inference": BatchNorm uses its moving statistics and Dropout
+            is off, as in MadryLab/robustness. "training": the network runs as it does in the update, and the attack's
+            forward passes move the statistics too, as in the code of Wong et al. 2020 (locuslab/fast_adversarial).
     """
 
     trades_beta: float | None = None
@@ -47,27 +50,11 @@ class Recipe:
         check_choice("attack_mode", self.attack_mode, AttackMode)
         if self.attack_mode == "training" and (self.free_replays or self.trades_beta is not None):
             raise UserError(
-                "attack_mode='training' belongs to the loss of adversarial images, with or without AWP. "
-                f"Received: {self}."
+                f"attack_mode='training' is for the loss of adversarial images, with or without AWP. Received: {self}."
             )
         others = (self.trades_beta, self.awp_gamma, self.epsilon_warmup_steps or None)
         if self.free_replays and any(value is not None for value in others):
             raise UserError(
-                "Free adversarial training takes one gradient for the weights and the images, so it goes with neither "
-                f"TRADES nor AWP nor a rising epsilon. Received: {self}."
+                "Free adversarial training uses one gradient for the weights and the images, so it cannot be combined "
+                f"with TRADES, AWP or a rising epsilon. Received: {self}."
             )
-
-
-def recipe_of(config: JobConfig, steps_per_epoch: int) -> Recipe:
-    """The recipe that a job's flags describe; `steps_per_epoch` are batches in one pass over the training part."""
-    steps = optimizer_steps_per_epoch(config, steps_per_epoch)
-    free = config.fast == "free"
-    return Recipe(
-        trades_beta=config.trades_beta if config.uses_trades else None,
-        awp_gamma=config.awp_gamma if config.uses_awp else None,
-        awp_warmup_steps=config.awp_warmup_epochs * steps,
-        epsilon_warmup_steps=(config.epsilon_warmup_epochs or 0.0) * steps,
-        free_replays=config.free_replays if free else 0,
-        free_batch_size=config.batch_size if free else 0,
-        attack_mode=config.attack_mode,
-    )

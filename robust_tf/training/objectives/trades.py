@@ -1,4 +1,7 @@
-"""TRADES: the loss of the clean images, and how far the outputs of the adversarial ones are (arXiv 1901.08573)."""
+"""TRADES: the loss on the clean images plus the divergence between clean and adversarial predictions.
+
+Source: Zhang et al. 2019, arXiv 1901.08573.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,12 +15,12 @@ from robust_tf.attacks.pgd import ascend
 from robust_tf.attacks.threat_models import Scale
 from robust_tf.training.objectives.base import Batch, Objective, Outputs, Trainer
 
-# Standard deviation of the Gaussian that TRADES starts at: at the clean image itself its divergence has no slope.
+# Standard deviation of the initial noise of the attack. At the clean image itself the divergence has no gradient.
 _TRADES_START = 0.001
 
 
 class CleanAndAdversarial(NamedTuple):
-    """The images of one batch, clean and adversarial."""
+    """The clean and the adversarial images of one batch."""
 
     clean: tf.Tensor
     adversarial: tf.Tensor
@@ -26,12 +29,12 @@ class CleanAndAdversarial(NamedTuple):
 class Trades(Objective):
     """The compiled loss on the clean images + beta * KL(clean || adversarial).
 
-    Both batches go through the network on their own, in training mode, and move BatchNorm's statistics one after the
-    other, the clean one first, as in the authors' code. Its second pass over the clean images, which changes nothing
-    but the statistics, is left out.
+    The clean and the adversarial images go through the network in two separate passes in training mode, which update
+    BatchNorm's statistics one after the other, the clean pass first, as in the authors' code. The authors run a second
+    pass over the clean images, which only updates the statistics once more; it is left out here.
 
     Args:
-        beta: weight of the divergence, at least 0.
+        beta: Weight of the divergence, at least 0.
 
     Source: Zhang et al. 2019, arXiv 1901.08573; yaodongyu/TRADES, trades.py.
     """
@@ -43,6 +46,7 @@ class Trades(Objective):
         self._divergence = Divergence()
 
     def inputs(self, trainer: Trainer, batch: Batch) -> CleanAndAdversarial:
+        """Returns the clean images and the adversarial ones that maximize the divergence."""
         images_adv, outputs = ascend_divergence(
             lambda images: batch.network(images, False),
             batch.images,
@@ -56,10 +60,12 @@ class Trades(Objective):
         return CleanAndAdversarial(batch.images, images_adv)
 
     def forward(self, trainer: Trainer, batch: Batch, inputs: CleanAndAdversarial) -> Outputs:
+        """Returns the outputs for the clean and for the adversarial images."""
         clean = batch.network(inputs.clean, True)
         return Outputs(adversarial=batch.network(inputs.adversarial, True), clean=clean)
 
     def loss(self, trainer: Trainer, batch: Batch, outputs: Outputs) -> tf.Tensor:
+        """Returns the loss on the clean images plus the weighted divergence."""
         loss = trainer.compute_loss(batch.images, batch.labels, outputs.clean, batch.sample_weight)
         logits_of = trainer.compiled_loss.class_logits
         clean, adversarial = logits_of(outputs.clean), logits_of(outputs.adversarial)
@@ -67,14 +73,14 @@ class Trades(Objective):
 
 
 def divergence(clean_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """KL(clean || adversarial) between the class probabilities, sum of p log(p / q) over the classes.
+    """Returns the divergence KL(clean || adversarial), the sum of p log(p / q) over the classes.
 
     Args:
-        clean_logits: (batch, num_classes), of p.
-        logits: (batch, num_classes), of q.
+        clean_logits: Logits (batch, num_classes) of the class probabilities p.
+        logits: Logits (batch, num_classes) of the class probabilities q.
 
     Returns:
-        (batch,) float32; the gradient goes into both.
+        Divergence of each image, (batch,) float32. It has gradients with respect to both arguments.
     """
     log_clean = tf.nn.log_softmax(tf.cast(clean_logits, tf.float32))
     log_adversarial = tf.nn.log_softmax(tf.cast(logits, tf.float32))
@@ -82,9 +88,10 @@ def divergence(clean_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 
 
 class Divergence(keras.losses.Loss):
-    """`divergence` as a Keras loss, so that Keras weights the images and shares out the mean between replicas."""
+    """`divergence` as a Keras loss: Keras applies the sample weights and averages over the batch and the replicas."""
 
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+        """Returns the divergence of each image, (batch,)."""
         return divergence(y_true, y_pred)
 
 
@@ -99,25 +106,27 @@ def ascend_divergence(
 ) -> tuple[tf.Tensor, Any]:
     """Runs the attack of TRADES: projected gradient ascent on KL(clean || adversarial).
 
-    It starts at the images plus Gaussian noise of standard deviation 0.001 (`attack.random_start` doesn't count). The
-    start is put into the ball and into [0, 1], where the authors' linf code leaves it outside until after the first
-    step: a classifier that clips its input has no gradient there.
+    The attack starts at the images plus Gaussian noise of standard deviation 0.001; `attack.random_start` is ignored.
+    The starting points are projected onto the ball and onto [0, 1]. The authors' linf code projects only after the
+    first step, but a classifier that clips its inputs has no gradient outside [0, 1].
 
     Args:
-        model: a callable from [0, 1] images to outputs; a Keras model is run in inference mode.
-        images: (batch, height, width, channels) float32 in [0, 1].
-        attack: threat model and search, with an epsilon above 0.
-        seed: (2,) integers, the seed of the noise.
-        strength: factor on epsilon and on the step size.
-        class_logits: outputs -> logits (batch, num_classes); by default the outputs are logits.
+        model: Callable that maps images in [0, 1] to outputs. A Keras model runs in inference mode.
+        images: Images (batch, height, width, channels), float32 in [0, 1].
+        attack: Threat model and search, with an epsilon above 0.
+        seed: Seed of the noise, (2,) integers.
+        strength: Factor on epsilon and on the step size.
+        class_logits: Function that maps the outputs to logits (batch, num_classes). By default, the outputs are the
+            logits.
 
     Returns:
-        images_adv (batch, height, width, channels) float32, and the outputs for the clean images.
+        A tuple of the adversarial images, (batch, height, width, channels) float32, and the outputs for the clean
+        images.
 
     Source: Zhang et al. 2019, arXiv 1901.08573, algorithm 1; yaodongyu/TRADES, trades.py.
     """
     images = tf.cast(images, tf.float32)
-    norm, epsilon = NORMS[attack.norm], attack.epsilon * strength
+    geometry, epsilon = NORMS[attack.norm], attack.epsilon * strength
     clean = logits_of(model, images)
     clean_logits = class_logits(clean)
     noise = tf.random.stateless_normal(tf.shape(images), seed, stddev=_TRADES_START)
@@ -125,13 +134,13 @@ def ascend_divergence(
         model,
         images,
         tf.zeros(tf.shape(images)[:1], tf.int32),
-        norm.project(images + noise, images, epsilon),
-        norm=norm,
+        geometry.project(images + noise, images, epsilon),
+        geometry=geometry,
         epsilon=epsilon,
         step_size=attack.step_size * strength,
         steps=attack.steps,
-        loss=lambda outputs, labels, targets: divergence(clean_logits, class_logits(outputs)),
-        correct_of=lambda outputs, labels: tf.zeros_like(labels, tf.bool),  # nobody asks
+        loss=lambda outputs, _labels, _targets: divergence(clean_logits, class_logits(outputs)),
+        correct_of=lambda _outputs, labels: tf.zeros_like(labels, tf.bool),  # not used
         use_best=attack.use_best,
     )
     return tf.stop_gradient(state["images_adv"]), clean

@@ -1,4 +1,4 @@
-"""Robust accuracy over a list of epsilons, written down batch by batch."""
+"""Measures the robust accuracy for a list of epsilons, and saves its progress after every batch."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
@@ -6,23 +6,26 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from robust_tf.attacks.cascade import CLEAN, CascadeState, CompiledAttacks, cascade
-from robust_tf.attacks.table import PASSES
-from robust_tf.evaluation.state import StateFile
+from robust_tf.attacks.table import ATTACKS
+from robust_tf.evaluation.state_file import StateFile
 from robust_tf.evaluation.subject import Images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Robustness:
-    """What one attack, or one cascade of attacks, left standing at one epsilon.
+    """The result of one attack, or one cascade of attacks, at one epsilon.
 
     Attributes:
-        attack: as the user wrote it.
-        felled_by: for each image "clean", the name of the attack that felled it, or "" where it resists.
-        felled_at: for each image the epsilon at which it fell: this one or a smaller one; 0 for "clean", -1 where it
-            resists. A perturbation that fits into a smaller ball fits into this one, too.
-        predictions: (count,) int, the class predicted for the last image that was tried.
-        warnings: flag -> what makes the figure doubtful.
-        kept: image id -> its last adversarial image, for some ids.
+        attack: Name of the attack or the cascade, as the user wrote it.
+        norm: Norm of the perturbations: "linf" or "l2".
+        epsilon: Radius of the perturbations, in [0, 1] pixel units.
+        felled_by: For each image, the name of the attack that succeeded, "clean" if the image is misclassified without
+            an attack, or "" if no attack succeeded.
+        felled_at: For each image, the smallest epsilon at which an attack succeeded, 0 for "clean", or -1 if no attack
+            succeeded. A perturbation that is allowed at a smaller epsilon is allowed at this one, too.
+        predictions: Class predicted for the last version of each image that was tried, (count,) int.
+        warnings: Reasons to doubt the result, by the name of the warning flag.
+        kept: Last adversarial image of some images, by image id.
     """
 
     attack: str
@@ -36,22 +39,27 @@ class Robustness:
 
     @property
     def robust(self) -> np.ndarray:
-        """(count,) bool: what still resists."""
+        """Whether no attack succeeded, for each image, (count,) bool."""
         return np.array([not name for name in self.felled_by])
 
 
-# Called with the passes done (see `passes_of`), those of the whole as it looks now, the share of the images that still
-# resist, and the attack that runs.
+# Called with the number of forward passes so far (see `passes_of`), the expected number of all passes, the share of the
+# images that still resist, and the name of the running attack.
 OnBatch = Callable[[float, float, float, str], None]
 
 
 def passes_of(state: CascadeState, *, epsilons_left: int = 0) -> tuple[float, float]:
-    """Forward passes behind a cascade, and those ahead of it and of as many cascades as there are epsilons left.
+    """Returns the number of forward passes that a cascade has made, and the number that is still expected.
 
-    The attacks to come are counted for the share of the images that has resisted the running one so far; the clean
-    prediction counts nothing, or tracing it would seem to be what all passes cost.
+    The later attacks are expected to run on the share of the images that has resisted the running attack so far. The
+    clean prediction counts as no pass, because the time for tracing it would distort the estimate of the remaining
+    time.
+
+    Args:
+        state: State of the cascade.
+        epsilons_left: Number of epsilons whose cascades come after this one.
     """
-    costs = [0, *(PASSES[name] for name in state.run["attacks"])]
+    costs = [0, *(ATTACKS[name].forward_passes for name in state.run["attacks"])]
     names = (CLEAN, *state.run["attacks"])
     given, done = len(state.felled_by), 0.0
     for name, cost in zip(names[: state.attack], costs, strict=False):
@@ -81,18 +89,24 @@ def attack_epsilons(
     key: str,
     on_batch: OnBatch,
 ) -> list[Robustness]:
-    """Runs the cascade at each epsilon, from the smallest; what fell at one is not attacked again at the next.
+    """Runs a cascade at each epsilon, and attacks only the images that resisted all smaller epsilons.
 
     Args:
-        compiled: the attacks on the classifier.
-        name: of the cascade, for the results.
-        attacks: names of ATTACKS, in their order.
-        epsilons: ascending, above 0.
-        randomised: the classifier is known to be random.
-        keep: ids whose adversarial images are wanted.
-        state_file: gets the state after each batch, and the results; what it holds already is not run again.
-        key: of this classifier in the state file.
-        on_batch: called after each batch.
+        compiled: Compiled attacks on the classifier.
+        images: Test images.
+        name: Name of the cascade, for the results.
+        attacks: Keys of `ATTACKS`, in the order in which they run.
+        epsilons: Radii in [0, 1] pixel units, above 0 and in ascending order.
+        batch_size: Number of images in a batch.
+        seed: Seed for the attacks.
+        randomised: Whether the classifier is known to be random.
+        keep: Ids of the images whose adversarial images the results keep.
+        state_file: File for the state after each batch and for the results. Finished parts in it are not run again.
+        key: Key of this classifier in the state file.
+        on_batch: Function that is called after each batch.
+
+    Returns:
+        One result for each epsilon.
     """
     count = len(images.ids)
     felled_by, felled_at = np.full(count, "", object), np.full(count, -1.0)
@@ -107,7 +121,7 @@ def attack_epsilons(
             done, ahead = passes_of(state, epsilons_left=len(epsilons) - position - 1)
             on_batch(before + done, before + done + ahead, int(state.robust.sum()) / count, state.running)
 
-        # The smaller epsilons are part of the key: what fell there is missing in this run.
+        # The smaller epsilons are part of the key, because this run leaves out the images that fell there.
         radii = ",".join(f"{value:.9g}" for value in epsilons[: position + 1])
         part = f"{key}/{compiled.norm}/{'+'.join(attacks)}/{radii}"
         warnings: dict[str, str] = {}
@@ -147,7 +161,14 @@ def attack_epsilons(
 
 
 def unattacked(images: Images, logits: np.ndarray, *, name: str, norm: str) -> Robustness:
-    """The result at epsilon 0."""
+    """Returns the result at epsilon 0, for which no attack runs.
+
+    Args:
+        images: Test images.
+        logits: Logits of the images, (count, num_classes).
+        name: Name of the attack, for the result.
+        norm: Norm of the attack, for the result.
+    """
     wrong = logits.argmax(axis=1) != images.labels
     return Robustness(
         attack=name,
@@ -175,7 +196,7 @@ def _run(
     key: str,
     report: Callable[[CascadeState], None],
 ) -> CascadeState:
-    """One cascade to its end, from where the state file has it."""
+    """Runs one cascade to its end, beginning with the state in the state file if it has one."""
     finished, unfinished = state_file.finished(key), state_file.unfinished(key)
     if finished is not None:
         state = CascadeState.from_json(finished)
@@ -193,7 +214,7 @@ def _run(
         epsilon=epsilon,
         batch_size=batch_size,
         seed=seed,
-        randomised=randomised,
+        randomized=randomised,
         state=last,
         image_ids=images.ids.tolist(),
         keep=keep,

@@ -1,4 +1,4 @@
-"""What a classifier looks at: known gradients, known representations, and the program that draws them."""
+"""Input gradients and features of known classifiers, and the program that draws them."""
 
 import pathlib
 
@@ -11,18 +11,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from robust_tf import visualize
 from robust_tf.attacks import AttackConfig
 from robust_tf.errors import UserError
-from robust_tf.evaluation.inside import (
+from robust_tf.evaluation.interpretability import (
     edge_alignment,
     features_of,
     gradient_pictures,
     input_gradients,
-    inverted,
+    invert_features,
     large_perturbations,
 )
 
 
 def linear(weights: np.ndarray) -> keras.Model:
-    """Logits images . weights, (size, size, 3, classes), with the images themselves as features."""
+    """Builds a linear classifier with weights (size, size, 3, classes), whose features are the images."""
     images = keras.Input(weights.shape[:3])
     features = keras.layers.Flatten(name="features")(images)
     classifier = keras.Model(images, keras.layers.Dense(weights.shape[-1], use_bias=False, name="logits")(features))
@@ -34,7 +34,7 @@ def random(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).random(shape).astype(np.float32)
 
 
-def test_gradients_of_a_linear_classifier():
+def test_gradients_of_a_linear_classifier_are_exact():
     """D cross-entropy / d image = sum over classes of (probability - 1[label]) * weights."""
     weights, images, labels = random(0, 4, 4, 3, 3), random(1, 5, 4, 4, 3), np.array([0, 1, 2, 0, 1])
     probabilities = tf.nn.softmax(np.einsum("bhwc,hwck->bk", images, weights)).numpy()
@@ -42,17 +42,17 @@ def test_gradients_of_a_linear_classifier():
     np.testing.assert_allclose(input_gradients(linear(weights), images, labels), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_pictures_are_grey_where_the_gradient_is_zero():
+def test_gradient_pictures_are_gray_where_the_gradient_is_zero():
     gradients = np.zeros((2, 8, 8, 3), np.float32)
     gradients[:, 2, 3] = (1.0, -1.0, 3.0)
-    grey = np.repeat(random(0, 1, 8, 8, 1), 3, axis=-1)
-    coloured, summed = gradient_pictures(gradients, np.concatenate([random(1, 1, 8, 8, 3), grey]))
-    assert np.all(coloured[0] == 0.5) and coloured[2, 3, 0] > 0.5 > coloured[2, 3, 1]
+    gray = np.repeat(random(0, 1, 8, 8, 1), 3, axis=-1)
+    colored, summed = gradient_pictures(gradients, np.concatenate([random(1, 1, 8, 8, 3), gray]))
+    assert np.all(colored[0] == 0.5) and colored[2, 3, 0] > 0.5 > colored[2, 3, 1]
     assert np.ptp(summed[2, 3]) == 0 and summed[2, 3, 0] > 0.5
-    assert np.all(gradient_pictures(np.zeros((1, 8, 8, 3)), grey) == 0.5)
+    assert np.all(gradient_pictures(np.zeros((1, 8, 8, 3)), gray) == 0.5)
 
 
-def test_gradients_on_the_edges_are_told_from_others():
+def test_edge_alignment_tells_gradients_on_edges_from_others():
     images = np.zeros((2, 16, 16, 3), np.float32)
     images[:, 4:12, 4:12] = 0.8
     outline = np.zeros_like(images)
@@ -65,30 +65,30 @@ def test_gradients_on_the_edges_are_told_from_others():
     assert edge_alignment(np.zeros_like(images), images) == 0.0
 
 
-def test_features_are_those_before_the_head():
+def test_features_are_the_input_of_the_head():
     assert features_of(linear(random(0, 4, 4, 3, 2))).output_shape == (None, 48)
     images = keras.Input((4, 4, 3))
     hidden = keras.layers.Dense(7)(keras.layers.Flatten()(images))
     assert features_of(keras.Model(images, keras.layers.Dense(2)(hidden))).output_shape == (None, 7)
 
 
-def test_an_invertible_representation_gives_the_image_back():
+def test_inverting_an_invertible_representation_returns_the_image():
     images, start = random(0, 2, 4, 4, 3), random(1, 2, 4, 4, 3)
-    found, left = inverted(linear(random(2, 4, 4, 3, 2)), images, start, steps=300, step_size=0.1)
+    found, left = invert_features(linear(random(2, 4, 4, 3, 2)), images, start, steps=300, step_size=0.1)
     np.testing.assert_allclose(found, images, atol=0.01)
     assert left.shape == (2,) and np.all(left < 0.01)
     assert found.min() >= 0 and found.max() <= 1
 
 
-def test_grey_images_are_sought_among_the_grey():
+def test_inversion_for_gray_images_stays_gray():
     images = np.repeat(random(0, 2, 4, 4, 1), 3, axis=-1)
     start = np.full_like(images, 0.5)
     weights = random(2, 4, 4, 3, 2)
-    found, _ = inverted(linear(weights), images, start, steps=20)
+    found, _ = invert_features(linear(weights), images, start, steps=20)
     assert np.ptp(found, axis=-1).max() < 1e-6 and np.abs(found - start).max() > 0.01
 
 
-def test_large_perturbations_change_the_prediction_within_the_ball():
+def test_large_perturbations_change_the_prediction_and_stay_in_the_ball():
     classifier, images = linear(random(0, 4, 4, 3, 2)), random(1, 3, 4, 4, 3)
     labels = np.argmax(classifier(images), axis=-1)
     attack = AttackConfig(norm="l2", epsilon=3.0, step_size=0.5, steps=20)
@@ -98,7 +98,7 @@ def test_large_perturbations_change_the_prediction_within_the_ball():
 
 
 @pytest.mark.parametrize(("kind", "rows"), [("gradients", 3), ("inversion", 3), ("perturbations", 5)])
-def test_the_program_draws_both_classifiers(jobs, data_dir, tmp_path, kind, rows):
+def test_the_program_draws_the_rows_of_both_classifiers(jobs, data_dir, tmp_path, kind, rows):
     arguments = {
         "classifier": jobs["good"].classifier,
         "compare": jobs["poor"].classifier,
@@ -125,13 +125,13 @@ def test_the_program_draws_both_classifiers(jobs, data_dir, tmp_path, kind, rows
         ({"kind": "perturbations", "epsilon": "-1"}, "--epsilon=-1"),
     ],
 )
-def test_bad_input_is_named(jobs, data_dir, changes, message):
+def test_wrong_flags_are_refused_with_their_value(jobs, data_dir, changes, message):
     values = {"classifier": jobs["good"].classifier, "data_dir": data_dir, **changes}
     with pytest.raises(UserError, match=message):
         visualize.main(["visualize", *(f"--{name}={value}" for name, value in values.items())])
 
 
-def test_classifiers_of_other_classes_are_not_compared(jobs, data_dir, tmp_path):
+def test_classifiers_of_different_classes_are_not_compared(jobs, data_dir, tmp_path):
     other = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(3)])
     other.save(tmp_path / "other.keras")
     arguments = ["visualize", f"--classifier={jobs['good'].classifier}", f"--data_dir={data_dir}"]

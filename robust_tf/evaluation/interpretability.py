@@ -1,4 +1,4 @@
-"""What a classifier looks at: its input gradients, the images behind its features, its large perturbations."""
+"""Shows what a classifier looks at: input gradients, images with given features, and large perturbations."""
 
 import math
 from collections.abc import Callable
@@ -12,20 +12,20 @@ from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.attacks.losses import find_loss, slope_of
 from robust_tf.models import features_of
 
-# Keeps the small gradients of a confident network above the smallest number of its precision.
+# Factor that keeps the small gradients of a confident network from becoming zero in its precision.
 _GRADIENT_SCALE = 256.0
 
 
 def input_gradients(classifier: keras.Model, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The gradient of each image's cross-entropy with respect to its pixels.
+    """Returns the gradient of the cross-entropy of each image with respect to its pixels.
 
     Args:
-        classifier: [0, 1] images to logits.
-        images: (batch, height, width, 3) float32 in [0, 1].
-        labels: (batch,) int.
+        classifier: Model that maps images in [0, 1] to logits.
+        images: Images, (batch, height, width, 3) float32 in [0, 1].
+        labels: Labels, (batch,) int.
 
     Returns:
-        (batch, height, width, 3) float32.
+        Gradients, (batch, height, width, 3) float32.
 
     Source: Tsipras et al. 2019, arXiv 1805.12152, section 3.1.
     """
@@ -35,37 +35,50 @@ def input_gradients(classifier: keras.Model, images: np.ndarray, labels: np.ndar
     def gradients(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         return slope_of(classifier, images, lambda logits: loss(logits, labels, labels), labels).gradient
 
-    return gradients(tf.constant(images, tf.float32), tf.constant(labels, tf.int32)).numpy()
+    found: np.ndarray = gradients(tf.constant(images, tf.float32), tf.constant(labels, tf.int32)).numpy()
+    return found
 
 
 def gradient_pictures(gradients: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Gradients as pictures: 0 is grey, three standard deviations are black and white. Shapes as in the arguments.
+    """Returns gradients as pictures, in which 0 is gray and three standard deviations are black or white.
 
-    The gradients of a grey image are summed over the channels: they move together.
+    The gradients of a gray image are summed over the channels, because its channels change together.
 
-    Source of the scaling: Tsipras et al. 2019, arXiv 1805.12152, appendix.
+    Args:
+        gradients: Gradients, (batch, height, width, 3).
+        images: Images, (batch, height, width, 3).
+
+    Returns:
+        Pictures, (batch, height, width, 3) in [0, 1].
+
+    Source: Tsipras et al. 2019, arXiv 1805.12152, appendix, for the scaling.
     """
     pictures = np.empty_like(gradients)
     for index, (gradient, image) in enumerate(zip(gradients, images, strict=True)):
-        if is_grey(image):
+        if is_gray(image):
             gradient = np.broadcast_to(gradient.sum(axis=-1, keepdims=True), gradient.shape)
         pictures[index] = np.clip(0.5 + 0.5 * gradient / (3.0 * gradient.std() or 1.0), 0.0, 1.0)
     return pictures
 
 
 def edge_alignment(gradients: np.ndarray, images: np.ndarray) -> float:
-    """Whether the gradients lie on the edges of what is seen: the mean over the images of the correlation, in [-1, 1],
-    between the gradient's magnitude and that of the edges in each pixel.
+    """Returns how well the gradients agree with the edges in the images.
 
-    A figure of ours for what Tsipras et al. 2019 (arXiv 1805.12152) show in pictures. The cosine between image and
-    gradient (Etmann et al. 2019, arXiv 1905.04172) would not do: a blob of gradient on a bright object has a high one.
+    The result is the correlation over the pixels between the magnitudes of gradient and edges, averaged over the
+    images. It is our own measure for what Tsipras et al. 2019 (arXiv 1805.12152) show in pictures. The cosine between
+    image and gradient (Etmann et al. 2019, arXiv 1905.04172) is less suitable, because it is high for any blob of
+    gradient on a bright object.
 
     Args:
-        gradients, images: (batch, height, width, 3).
+        gradients: Gradients, (batch, height, width, 3).
+        images: Images, (batch, height, width, 3).
+
+    Returns:
+        Correlation in [-1, 1].
     """
-    # Less than a pixel of smoothing: the images are small.
-    sigmas, grey = (0.0, 0.7, 0.7), images.mean(axis=-1)
-    vertical, horizontal = (ndimage.gaussian_filter(grey, sigmas, order=order) for order in ((0, 1, 0), (0, 0, 1)))
+    # Smooths by less than a pixel, because the images are small.
+    sigmas, gray = (0.0, 0.7, 0.7), images.mean(axis=-1)
+    vertical, horizontal = (ndimage.gaussian_filter(gray, sigmas, order=order) for order in ((0, 1, 0), (0, 0, 1)))
     edges = np.hypot(vertical, horizontal).reshape(len(images), -1)
     magnitudes = np.abs(gradients.sum(axis=-1)).reshape(len(images), -1)
     edges = edges - edges.mean(axis=1, keepdims=True)
@@ -74,7 +87,7 @@ def edge_alignment(gradients: np.ndarray, images: np.ndarray) -> float:
     return float(np.mean((edges * magnitudes).sum(axis=1) / np.maximum(norms, 1e-30)))
 
 
-def inverted(
+def invert_features(
     classifier: keras.Model,
     images: np.ndarray,
     start: np.ndarray,
@@ -82,27 +95,27 @@ def inverted(
     steps: int = 1000,
     step_size: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images that have the features of others: the start, moved until its representation is that of `images`.
+    """Returns images that have nearly the same features as the given images.
 
-    Solves min over points in [0, 1] of ||R(points) - R(images)|| / ||R(images)|| by normalised gradient descent whose
-    step falls linearly to 0. A robust representation gives images that look like the target; a standard one does not.
-    Where all the images are grey, the points stay as grey as they start.
+    Minimizes ||R(points) - R(images)|| / ||R(images)|| over points in [0, 1] by normalized gradient descent with a step
+    size that decreases linearly to 0. With a robust representation R, the result looks like the given images; with a
+    standard one it does not. If all images are gray, the channels of a point change together.
 
     Args:
-        classifier: [0, 1] images to logits; R is `features_of` it.
-        images: (batch, height, width, 3) float32: the targets.
-        start: same shape: where the descent starts; noise, or other images.
-        steps: of the descent.
-        step_size: L2 length of the first step, in [0, 1] pixel units. None takes 1/400 for each value of the image,
-            which is about the source's 1 at 224 pixels.
+        classifier: Model that maps images in [0, 1] to logits. Its features are those of `features_of`.
+        images: Target images, (batch, height, width, 3) float32 in [0, 1].
+        start: Points at which the descent starts, for example noise or other images, in the same shape.
+        steps: Number of steps.
+        step_size: L2 length of the first step, in [0, 1] pixel units. None uses the square root of the number of values
+            of an image divided by 400, which is about 1 at 224 pixels, as in the source.
 
     Returns:
-        The images, same shape, and the distance that is left for each, (batch,).
+        Images of the same shape, and the remaining relative distance of each, (batch,).
 
     Source: Engstrom et al. 2019, arXiv 1906.00945, equation 4.
     """
     representation = features_of(classifier)
-    grey = is_grey(images)
+    gray = is_gray(images)
     first_length = math.sqrt(images[0].size) / 400 if step_size is None else step_size
 
     @tf.function
@@ -119,7 +132,7 @@ def inverted(
                 tape.watch(points)
                 total = _GRADIENT_SCALE * tf.reduce_sum(distance(points))
             gradient = tape.gradient(total, points)
-            if grey:
+            if gray:
                 gradient = tf.zeros_like(gradient) + tf.reduce_mean(gradient, axis=-1, keepdims=True)
             norm = tf.sqrt(tf.reduce_sum(gradient**2, axis=(1, 2, 3), keepdims=True))
             length = first_length * (1.0 - tf.cast(index, tf.float32) / steps)
@@ -135,16 +148,26 @@ def inverted(
 def large_perturbations(
     classifier: keras.Model, images: np.ndarray, labels: np.ndarray, *, attack: AttackConfig
 ) -> np.ndarray:
-    """Adversarial examples of an epsilon far above what keeps an image's class: what the classifier takes for another.
+    """Returns adversarial examples with an epsilon so large that a robust classifier shows objects of other classes.
+
+    Args:
+        classifier: Model that maps images in [0, 1] to logits.
+        images: Images, (batch, height, width, 3) float32 in [0, 1].
+        labels: Labels, (batch,) int.
+        attack: Attack with a large epsilon.
+
+    Returns:
+        Adversarial images, (batch, height, width, 3) float32 in [0, 1].
 
     Source: Tsipras et al. 2019, arXiv 1805.12152, section 3.2.
     """
     run: Callable[..., tf.Tensor] = tf.function(lambda x, y: run_pgd(classifier, x, y, attack=attack).images_adv)
-    return run(tf.constant(images), tf.constant(labels)).numpy()
+    images_adv: np.ndarray = run(tf.constant(images), tf.constant(labels)).numpy()
+    return images_adv
 
 
-def is_grey(images: np.ndarray) -> bool:
-    """Whether the channels (the last axis) are equal everywhere."""
+def is_gray(images: np.ndarray) -> bool:
+    """Returns whether all channels (the last axis) are equal in every pixel."""
     return float(np.ptp(images, axis=-1).max()) == 0.0
 
 

@@ -1,4 +1,4 @@
-"""What a user may bring to an attack: each answers alike, with the right figure, one clear line, or a warning."""
+"""Unusual and wrong inputs: every attack gives the right result, one clear error message, or a warning."""
 
 import functools
 import warnings
@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from linear import linear_model, small_batch, small_network, without_gradients
+from small_models import linear_model, small_batch, small_network, without_gradients
 
 from robust_tf.attacks import AttackConfig, AttackWarning, apgd, autoattack, fab, fgsm, pgd, run_pgd, square
 from robust_tf.attacks.checks import assert_pixels, pixel_error, training_batch
@@ -40,13 +40,13 @@ def dense(units: int, activation: str | None = None) -> keras.Model:
     return keras.Sequential([*flat, keras.layers.Dense(units, activation=activation)])
 
 
-# name -> (what is changed, what the error says)
+# For each case, the arguments that are changed and what the message says.
 REFUSED = {
     "0..255": ({"images": 255 * IMAGES}, r"in \[0, 1\]. Received: values from .* to 25.*Divide 0-255"),
     "whole numbers": ({"images": np.round(3 * IMAGES)}, "values from 0 to 3"),
     "-0.5..0.5": ({"images": IMAGES - 0.5}, "values from -0.49.* to 0.49"),
     "-1..1": ({"images": 2 * IMAGES - 1}, "values from -0.9.* to 0.9"),
-    "normalised": ({"images": (IMAGES - IMAGES.mean()) / IMAGES.std()}, "values from -1.7.* to 1.7"),
+    "normalized": ({"images": (IMAGES - IMAGES.mean()) / IMAGES.std()}, "values from -1.7.* to 1.7"),
     "uint8": ({"images": (IMAGES > 0.5).astype(np.uint8)}, "images of type uint8"),
     "NaN": ({"images": np.full_like(IMAGES, np.nan)}, "values from nan to nan"),
     "one image": ({"images": IMAGES[0]}, r"shape \(8, 8, 1\).*images\[None\]"),
@@ -72,7 +72,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("case", REFUSED)
-def test_every_attack_refuses_it(attack, case):
+def test_every_attack_refuses_wrong_arguments_by_value(attack, case):
     changed, message = REFUSED[case]
     arguments = {"model": NETWORK, "images": IMAGES, "labels": LABELS, **THREAT_MODEL, **changed}
     model, images, labels = (arguments.pop(name) for name in ("model", "images", "labels"))
@@ -81,7 +81,7 @@ def test_every_attack_refuses_it(attack, case):
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_every_attack_takes_a_column_of_labels_and_other_numbers(attack):
+def test_every_attack_takes_float64_images_and_a_column_of_labels(attack):
     with warnings.catch_warnings():
         warnings.simplefilter("error", AttackWarning)
         images_adv = ATTACKS[attack](NETWORK, IMAGES.astype(np.float64), LABELS[:, None].tolist(), **THREAT_MODEL)
@@ -94,12 +94,12 @@ def test_every_attack_takes_a_column_of_labels_and_other_numbers(attack):
     [(1.3 * IMAGES - 0.15, "values from -0.1.* to 1.1.* clip them"), (IMAGES / 255, "divided by 255 twice")],
     ids=["slightly outside", "divided twice"],
 )
-def test_doubtful_pixels_are_warned_of(attack, images, message):
+def test_doubtful_pixels_cause_a_warning(attack, images, message):
     with pytest.warns(AttackWarning, match=message):
         ATTACKS[attack](NETWORK, images, NETWORK(images).numpy().argmax(axis=1), **THREAT_MODEL)
 
 
-def test_a_constant_image_is_an_image():
+def test_a_constant_image_causes_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", AttackWarning)
         for value in (0.0, 0.5, 1.0):
@@ -117,12 +117,14 @@ PROBABILITIES = {
 
 
 @pytest.mark.parametrize("model", PROBABILITIES)
-def test_attacks_that_follow_gradients_refuse_probabilities_and_the_others_warn(model):
+def test_gradient_attacks_refuse_probabilities_and_the_others_warn(model):
     model, kind = PROBABILITIES[model]
     for attack in FOLLOW_GRADIENTS.values():
         with pytest.raises(UserError, match=rf"probabilities \({kind}\).*activation = None"):
             attack(model, IMAGES, LABELS, **THREAT_MODEL)
-        with pytest.raises(UserError, match=rf"^This attack .* probabilities \({kind}\)"):  # a graph sees the last op
+        with pytest.raises(
+            UserError, match=rf"^This attack .* probabilities \({kind}\)"
+        ):  # a graph sees the last operation
             tf.function(lambda x, y, attack=attack: attack(model, x, y, **THREAT_MODEL))(IMAGES, LABELS)
     for name in ("square", "autoattack"):
         with pytest.warns(AttackWarning, match="look like probabilities"):
@@ -144,7 +146,7 @@ OPAQUE = {
 
 @pytest.mark.parametrize("model", OPAQUE)
 @pytest.mark.parametrize("attack", FOLLOW_GRADIENTS)
-def test_a_model_without_gradients_is_warned_of(attack, model):
+def test_a_model_without_gradients_causes_a_warning(attack, model):
     model, share = OPAQUE[model]
     labels = np.asarray(model(IMAGES)).argmax(axis=1)
     with pytest.warns(AttackWarning, match=f"gradient is zero at {share:.1%} of the images.*use square") as issued:
@@ -152,7 +154,7 @@ def test_a_model_without_gradients_is_warned_of(attack, model):
     assert len(issued) == 1 and issued[0].filename == __file__
 
 
-def test_square_attacks_what_has_no_gradient_without_a_warning():
+def test_square_attacks_a_model_without_gradients_without_a_warning():
     predict = OPAQUE["NumPy"][0]
     with warnings.catch_warnings():
         warnings.simplefilter("error", AttackWarning)
@@ -160,12 +162,12 @@ def test_square_attacks_what_has_no_gradient_without_a_warning():
     assert np.mean(predict(images_adv).argmax(axis=1) == LABELS) < 0.5
 
 
-def test_a_graph_warns_of_a_model_without_gradients():
+def test_a_model_without_gradients_causes_a_warning_in_a_graph():
     with pytest.warns(AttackWarning, match="no gradient with respect to its images"):
         tf.function(lambda x, y: pgd(OPAQUE["rounding"][0], x, y, steps=1, **THREAT_MODEL))(IMAGES, LABELS)
 
 
-# --- graphs: there the pixels are looked at when it runs ---
+# --- graphs, which check the pixels when they run ---
 
 
 @pytest.mark.parametrize("attack", ["pgd", "fgsm", pytest.param("apgd", marks=pytest.mark.slow), "fab", "square"])
@@ -178,13 +180,13 @@ def test_a_graph_refuses_pixels_when_it_runs(attack):
         assert str(pixel_error(raised.value)).startswith("Images must be in [0, 1]. Received: values from ")
 
 
-def test_the_step_of_fit_refuses_pixels():
+def test_a_training_step_refuses_pixels_out_of_range():
     attack = AttackConfig(norm="linf", epsilon=0.03, step_size=0.01, steps=1)
     run = tf.function(lambda x, y, attack: run_pgd(NETWORK, x, y, attack=attack).images_adv)
     with pytest.raises(tf.errors.InvalidArgumentError) as raised:
         run(np.full_like(IMAGES, 255), LABELS, attack)
     expected = "Images must be in [0, 1]. Received: values from 255 to 255. Divide 0-255 images by 255, and put the "
-    assert str(pixel_error(raised.value)) == expected + "normalisation inside the model."
+    assert str(pixel_error(raised.value)) == expected + "normalization inside the model."
     with pytest.raises(UserError) as eager:
         assert_pixels(tf.fill([1, 2, 2, 1], 255.0))
     assert str(eager.value) == str(pixel_error(raised.value))
@@ -193,7 +195,7 @@ def test_the_step_of_fit_refuses_pixels():
     assert pixel_error(tf.errors.InvalidArgumentError(None, None, "another one")) is None
 
 
-def test_a_batch_of_fit_has_images_of_rank_4():
+def test_a_training_batch_must_have_images_of_rank_4():
     with pytest.raises(UserError, match=r"images of shape \(4, 8, 8\). A single image"):
         training_batch(IMAGES[..., 0], LABELS)
     images, labels = training_batch(IMAGES, LABELS[:, None])
@@ -208,8 +210,8 @@ SCALES = [1.0, 10.0, 100.0, 1e4, 1e-8, 1e-12]
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("attack", ["pgd", "fgsm", "apgd"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_the_scale_of_the_logits_makes_no_classifier_robust(attack, norm, scale):
-    """On a linear model one step along the gradient is the best; all margins are 4 at scale 1."""
+def test_scaling_the_logits_does_not_make_a_classifier_robust(attack, norm, scale):
+    """On a linear model one step along the gradient is optimal. All margins are 4 at scale 1."""
     weights = np.stack([np.ones((4, 4, 1)), -np.ones((4, 4, 1))]).astype(np.float32)
     model = linear_model(scale * weights, scale * np.array([-6.0, 6.0]))
     images, labels = np.full((3, 4, 4, 1), 0.5, np.float32), np.zeros(3, np.int32)
@@ -220,11 +222,11 @@ def test_the_scale_of_the_logits_makes_no_classifier_robust(attack, norm, scale)
         images_adv = run(model, images, labels, norm=norm, epsilon=epsilon).numpy()
     assert np.all(model(images_adv).numpy().argmax(axis=1) == 1)
     reached = np.linalg.norm((images_adv - images).reshape(3, -1), axis=1) if norm == "l2" else 0.5 - images_adv
-    # APGD goes by the loss, of which nothing but rounding is left at the tiny scales.
+    # APGD compares losses, and at the tiny scales they differ only by rounding.
     np.testing.assert_allclose(reached, epsilon, rtol=0.02 if attack == "apgd" else 1e-4)
 
 
-def test_the_cross_entropy_is_tensorflows_where_that_has_a_gradient():
+def test_the_cross_entropy_equals_tensorflows_where_that_has_a_gradient():
     rng = np.random.default_rng(0)
     logits = tf.constant(rng.normal(size=(500, 10)) * rng.choice([0.01, 1, 5, 20], (500, 1)), tf.float32)
     labels = tf.argmax(logits, axis=1, output_type=tf.int32)
@@ -261,7 +263,7 @@ def test_the_cross_entropy_falls_with_the_margin_however_large():
     assert np.all(np.diff(loss) < 0) and np.all(np.abs(loss) < 1e-8)
 
 
-def test_a_step_along_a_tiny_gradient_has_its_full_length_and_another_the_references():
+def test_a_step_along_a_tiny_gradient_has_its_full_length():
     gradient = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
     for scale in (1e-7, 1e-12, 1e-20, 1e-30):
         step = NORMS["l2"].step(tf.constant(scale * gradient), 0.5).numpy()
@@ -271,7 +273,7 @@ def test_a_step_along_a_tiny_gradient_has_its_full_length_and_another_the_refere
     assert np.all(NORMS["l2"].step(tf.zeros((1, 4, 4, 3)), 0.5) == 0)
 
 
-def test_a_sure_classifier_has_a_slope_in_float16_too():
+def test_a_sure_classifier_has_a_gradient_in_float16():
     weights = np.stack([np.ones((4, 4, 1)), -np.ones((4, 4, 1))]).astype(np.float32)
     labels = tf.zeros(1, tf.int32)
     for scale in (1.0, 5.0, 40.0):
@@ -285,12 +287,12 @@ def test_a_sure_classifier_has_a_slope_in_float16_too():
         assert np.all(half < 0)
 
 
-# --- the flags of AutoAttack look at the loss in use ---
+# --- the warnings of AutoAttack, which look at the losses in use ---
 
 
 @pytest.mark.parametrize(("attacks", "flagged"), [(["pgd"], True), (["apgd-dlr"], False)])
-def test_the_zero_gradient_flag_is_that_of_the_losses_in_use(attacks, flagged, monkeypatch):
-    """The cross-entropy of this module is replaced by one that is flat, as a sure classifier's was."""
+def test_the_flag_zero_gradients_considers_only_the_losses_in_use(attacks, flagged, monkeypatch):
+    """The cross-entropy is replaced by a flat one."""
     monkeypatch.setitem(LOSSES, "ce", lambda logits, labels, targets: 0.0 * logits[:, 0])
     arguments = {"norm": "linf", "epsilon": 0.01, "version": "custom", "attacks": attacks}
     with warnings.catch_warnings():

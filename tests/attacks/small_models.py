@@ -1,4 +1,4 @@
-"""Models of which the best attack is known, and models that are at fault."""
+"""Small models for which the best attack is known, and models that are at fault."""
 
 import numpy as np
 import tensorflow as tf
@@ -7,7 +7,7 @@ from robust_tf.attacks import NORMS
 
 
 def linear_model(weights: np.ndarray, bias: np.ndarray | float = 0.0):
-    """Logits <weights[k], image> + bias[k]; weights (classes, height, width, channels)."""
+    """Returns a model with the logits <weights[k], image> + bias[k]; weights (classes, height, width, channels)."""
     matrix = tf.constant(weights.reshape(len(weights), -1).T, tf.float32)
     offset = tf.constant(bias, tf.float32)
 
@@ -18,13 +18,13 @@ def linear_model(weights: np.ndarray, bias: np.ndarray | float = 0.0):
 
 
 def two_classes(seed: int = 0, side: int = 4):
-    """A two-class linear model and its weights: the logit of class 1 is <weights, image>, that of class 0 is 0."""
+    """Returns a linear model and its weights: the logit of class 1 is <weights, image>, the logit of class 0 is 0."""
     weights = np.random.default_rng(seed).standard_normal((side, side, 1)).astype(np.float32)
     return linear_model(np.stack([np.zeros_like(weights), weights])), weights
 
 
 def best_score(weights: np.ndarray, image: np.ndarray, norm: str, epsilon: float) -> float:
-    """Min <weights, z> over z in [0, 1] with ||z - image|| <= epsilon, by an independent, slow method (float64)."""
+    """Returns min <weights, z> over z in [0, 1] with ||z - image|| <= epsilon, by a slow method in float64."""
     weights, image = weights.astype(np.float64).ravel(), image.astype(np.float64).ravel()
     room = np.where(weights > 0, image, 1 - image)
     if norm == "linf":
@@ -48,7 +48,7 @@ def best_score(weights: np.ndarray, image: np.ndarray, norm: str, epsilon: float
 
 
 def small_network(classes: int = 5, seed: int = 0):
-    """A smooth random network on (batch, 8, 8, 1) images, not linear; fixed, so that verdicts are too."""
+    """Returns a smooth, nonlinear network for images (batch, 8, 8, 1) with fixed random weights."""
     rng = np.random.default_rng(seed)
     first = tf.constant(rng.standard_normal((64, 24)) / 4, tf.float32)
     second = tf.constant(rng.standard_normal((24, classes)), tf.float32)
@@ -60,13 +60,13 @@ def small_network(classes: int = 5, seed: int = 0):
 
 
 def small_batch(model, count: int = 24, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Images for `small_network`, and the labels that it gives them."""
+    """Returns images for `small_network` and the labels that it predicts for them."""
     images = np.random.default_rng(seed).random((count, 8, 8, 1)).astype(np.float32)
     return images, model(images).numpy().argmax(axis=1).astype(np.int32)
 
 
 def without_gradients(model):
-    """The same predictions in steps: the gradient is zero everywhere."""
+    """Returns a model with nearly the same predictions, rounded to steps, so that the gradient is zero everywhere."""
 
     def logits(images: tf.Tensor) -> tf.Tensor:
         return tf.round(model(images) * 8.0) / 8.0

@@ -1,4 +1,4 @@
-"""The logits of many images."""
+"""Computes the logits of many images."""
 
 from collections.abc import Callable
 
@@ -9,15 +9,19 @@ import tensorflow as tf
 from robust_tf.attacks.outputs import logits_of
 from robust_tf.errors import UserError
 
-# (count, size, size, 3) float32 -> (count, num_classes) float32
+# A function from images (count, size, size, 3) float32 to logits (count, num_classes) float32.
 Predict = Callable[[np.ndarray], np.ndarray]
 
 
 def batched_logits(classifier: keras.Model, *, batch_size: int) -> Predict:
-    """A function from images to logits, in batches, traced once.
+    """Returns a function from images to logits, which processes the images in batches and is traced once.
 
-    The function raises UserError when the classifier gives something else than one tensor, or a logit that is no finite
-    number.
+    The function raises a UserError if the classifier does not return exactly one tensor, or if a logit is NaN or
+    infinite.
+
+    Args:
+        classifier: Model that maps images in [0, 1] to logits.
+        batch_size: Number of images in a batch.
     """
     signature = tf.TensorSpec([None, *classifier.input_shape[1:]], tf.float32)
     forward = tf.function(lambda images: logits_of(classifier, images), input_signature=[signature])
@@ -29,8 +33,8 @@ def batched_logits(classifier: keras.Model, *, batch_size: int) -> Predict:
         if not finite.all():
             raise UserError(
                 "The logits of a classifier must be finite numbers. Received: NaN or infinity for "
-                f"{(~finite).sum()} of {len(images)} images, {logits[~finite][0].tolist()} for the first of them. Its "
-                "weights may hold NaN, or its precision be too low."
+                f"{(~finite).sum()} of {len(images)} images, {logits[~finite][0].tolist()} for the first of them. The "
+                "weights may contain NaN, or the precision may be too low."
             )
         return logits
 

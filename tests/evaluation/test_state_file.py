@@ -1,20 +1,20 @@
-"""The state file: what was done is there again, and nothing else is taken for it."""
+"""The state file: it restores what was done, and refuses files of other evaluations and damaged files."""
 
 import json
 
 import pytest
 
 from robust_tf.errors import UserError
-from robust_tf.evaluation.state import StateFile
+from robust_tf.evaluation.state_file import StateFile
 
 IDENTITY = {"--seed": 0, "weights of --classifier": "1f" * 32, "sizes": (1, 2)}
 
 
-def test_what_was_done_is_there_again(tmp_path):
+def test_results_and_progress_are_restored(tmp_path):
     path = tmp_path / "folder" / "state.json"
     state = StateFile(path, IDENTITY)
     assert state.finished("a") is None and state.unfinished("a") is None
-    assert not path.exists()  # nothing was done
+    assert not path.exists()  # written only when there is something to store
     state.keep("a", {"images_done": 3})
     assert StateFile(path, IDENTITY).unfinished("a") == {"images_done": 3}
     state.finish("a", [0.5])
@@ -25,7 +25,7 @@ def test_what_was_done_is_there_again(tmp_path):
 def test_the_state_of_another_evaluation_is_refused(tmp_path):
     path = tmp_path / "state.json"
     StateFile(path, IDENTITY).finish("a", 1)
-    with pytest.raises(UserError, match=r"another evaluation \(there -> now\): --seed: 0 -> 7. Choose another"):
+    with pytest.raises(UserError, match=r"another evaluation \(in the file -> now\): --seed: 0 -> 7. Choose another"):
         StateFile(path, {**IDENTITY, "--seed": 7})
     with pytest.raises(UserError, match="weights of --classifier: .*1f1f.* -> null"):
         StateFile(path, {name: value for name, value in IDENTITY.items() if "weights" not in name})

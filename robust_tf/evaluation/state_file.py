@@ -1,4 +1,4 @@
-"""The memory of an evaluation on disk: what is finished, and how far the unfinished part is."""
+"""The state of an evaluation on disk, with which an interrupted evaluation is resumed."""
 
 import json
 import pathlib
@@ -9,32 +9,34 @@ from robust_tf.files import write_json
 
 
 class StateFile:
-    """Results by key, written after every step and never half-written, so that a killed run goes on where it was.
+    """A JSON file with the finished and unfinished parts of an evaluation.
+
+    The file is written atomically after every step, so a run that was killed can be resumed from it.
 
     Args:
-        path: of the JSON file; read when it is there.
-        identity: what a run must have in common with the one that wrote the file, as JSON values by name.
+        path: Path of the file, which is read if it exists.
+        identity: JSON values, by name, that a run must have in common with the run that wrote the file.
 
     Raises:
-        UserError: the file belongs to a run with another identity (says what differs), or is damaged.
+        UserError: If the file is damaged or belongs to a run with another identity. The message says what differs.
     """
 
     def __init__(self, path: pathlib.Path, identity: dict[str, Any]) -> None:
         self._path = path
-        self._identity = json.loads(json.dumps(identity))  # tuples become lists, as they come back from the file
+        self._identity = json.loads(json.dumps(identity))  # turns tuples into lists, as they are read from the file
         self._finished: dict[str, Any] = {}
         self._unfinished: dict[str, Any] = {}
         if path.exists():
             self._read()
 
     def _read(self) -> None:
-        way_out = f"Choose another --output, or delete {self._path} to start anew."
+        way_out = f"Choose another --output, or delete {self._path} to start again."
         try:
             content = json.loads(self._path.read_text(encoding="utf-8"))
             identity, self._finished = content["identity"], content["finished"]
             self._unfinished = content["unfinished"]
             if not isinstance(self._finished, dict) or not isinstance(self._unfinished, dict):
-                raise ValueError("finished and unfinished are no objects")
+                raise ValueError("finished and unfinished must be objects")
             differences = [
                 f"{name}: {_short(identity.get(name))} -> {_short(self._identity.get(name))}"
                 for name in {**identity, **self._identity}
@@ -46,24 +48,35 @@ class StateFile:
             ) from error
         if differences:
             raise UserError(
-                f"{self._path} is the state of another evaluation (there -> now): {'; '.join(differences)}. {way_out}"
+                f"{self._path} is the state of another evaluation (in the file -> now): {'; '.join(differences)}. "
+                f"{way_out}"
             )
 
     def finished(self, key: str) -> Any:
-        """The result of a part, or None."""
+        """Returns the result of a part, or None if the part is not finished."""
         return self._finished.get(key)
 
     def unfinished(self, key: str) -> Any:
-        """What `keep` was last given for a part that is not finished, or None."""
+        """Returns the last progress that `keep` has stored for an unfinished part, or None."""
         return self._unfinished.get(key)
 
     def keep(self, key: str, progress: Any) -> None:
-        """Notes how far a part is."""
+        """Stores the progress of a part.
+
+        Args:
+            key: Key of the part.
+            progress: JSON value with which the part can be resumed.
+        """
         self._unfinished[key] = progress
         self._write()
 
     def finish(self, key: str, result: Any) -> None:
-        """Notes the result of a part."""
+        """Stores the result of a part.
+
+        Args:
+            key: Key of the part.
+            result: Result as a JSON value.
+        """
         self._unfinished.pop(key, None)
         self._finished[key] = result
         self._write()

@@ -1,0 +1,270 @@
+"""An evaluation from its flags to evaluation.json, with its pictures and its table."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from robust_tf.attacks.autoattack import VERSIONS
+from robust_tf.attacks.cascade import CompiledAttacks
+from robust_tf.attacks.outputs import looks_like_probabilities
+from robust_tf.attacks.table import check_attacks
+from robust_tf.config.evaluation import DEFAULT_NUM_IMAGES, NO_ATTACK, EvaluateConfig
+from robust_tf.config.names import AUTOATTACK_VERSIONS
+from robust_tf.console import console, meter
+from robust_tf.errors import UserError
+from robust_tf.evaluation import report
+from robust_tf.evaluation.calibration import calibration
+from robust_tf.evaluation.comparison import compare_classifiers, comparison_lines
+from robust_tf.evaluation.corruption_error import (
+    corrupted_images,
+    error_of,
+    mean_corruption_error,
+    relative_corruption_error,
+)
+from robust_tf.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from robust_tf.evaluation.pictures import Measured, draw_figures, kept_examples
+from robust_tf.evaluation.prediction import Predict, batched_logits
+from robust_tf.evaluation.robustness import Robustness, attack_epsilons, unattacked
+from robust_tf.evaluation.state_file import StateFile
+from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject, short_names
+from robust_tf.files import check_output_folder, write_json
+from robust_tf.flags import to_flag_file
+from robust_tf.models import pixel_warning
+
+
+def run_evaluation(config: EvaluateConfig) -> None:
+    """Measures one or two classifiers and writes everything that is known about them to the output folder.
+
+    An evaluation that was stopped continues from the state file in that folder.
+
+    Raises:
+        UserError: The folder cannot be written, a classifier or its data cannot be loaded, or the folder holds the
+            state of another evaluation.
+    """
+    check_output_folder(config.folder, "--output")
+    if config.norm:
+        for name in config.attack:
+            check_attacks(attacks_in(name), config.norm)
+    subjects = [load(config, name) for name in (config.classifier, config.compare) if name]
+    for subject in subjects:
+        if warning := pixel_warning(subject.classifier):
+            console.print(f"WARNING for {subject.name}: {warning}")
+    config = with_threat_model(config, subjects)
+    images = [draw_images(subject.task, count=count_of(config, subject), seed=config.seed) for subject in subjects]
+    state_file = StateFile(config.folder / "state.json", identity(config, subjects, images))
+    try:
+        measured = [
+            measure(config, subject, drawn, state_file) for subject, drawn in zip(subjects, images, strict=True)
+        ]
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. The state is saved in {config.folder}; the same command continues from there.")
+        raise SystemExit(130) from None
+    comparison = compare_classifiers(measured)
+    entries = [entry_of(config, each, measured[-1]) for each in measured]
+    for each in measured:
+        print_warnings(each)
+    draw_figures(config.folder, measured, num_examples=config.num_examples)
+    write_json(
+        config.folder / "evaluation.json",
+        {
+            "classifiers": entries,
+            "comparison": comparison,
+            "flags": flags_of(config),
+            "versions": report.versions(),
+        },
+    )
+    console.print(report.closing_table(entries))
+    for line in comparison_lines(comparison, short_names([each.subject.name for each in measured])):
+        console.print(line, soft_wrap=True)
+    console.print(f"Wrote {config.folder}.")
+
+
+def flags_of(config: EvaluateConfig) -> list[str]:
+    """Returns the flags that the figures depend on, which are all but the folders."""
+    return to_flag_file(dataclasses.replace(config, output="", data_dir="")).splitlines()
+
+
+def load(config: EvaluateConfig, name: str) -> Subject:
+    """Loads a classifier together with its data."""
+    return load_subject(
+        name, dataset=config.dataset, classes=config.classes, data_dir=config.data_dir, batch_size=config.batch_size
+    )
+
+
+def count_of(config: EvaluateConfig, subject: Subject) -> int | None:
+    """Returns the number of test images to draw, or None for all of them."""
+    if config.num_images is None:
+        return min(DEFAULT_NUM_IMAGES, subject.task.num_test)
+    return config.num_images or None
+
+
+def identity(config: EvaluateConfig, subjects: Sequence[Subject], images: Sequence[Images]) -> dict[str, Any]:
+    """Returns what two runs must have in common for the second to continue from the state of the first."""
+    parts: dict[str, Any] = {
+        "--seed": config.seed,
+        "--batch_size": config.batch_size,
+        "--num_images": [len(drawn.ids) for drawn in images],
+        "--corruption_source": config.corruption_source,
+        "versions": report.versions(),
+    }
+    for flag_name, subject, drawn in zip(("--classifier", "--compare"), subjects, images, strict=False):
+        parts[f"weights of {flag_name}"] = subject.weights_sha256
+        parts[f"images of {flag_name}"] = drawn.sha256  # the files in a folder may have changed
+        parts[f"data of {flag_name}"] = [subject.dataset, list(subject.classes), subject.task.image_size]
+    return parts
+
+
+def with_threat_model(config: EvaluateConfig, subjects: Sequence[Subject]) -> EvaluateConfig:
+    """Returns the config with a norm and epsilons; where the flags leave them out, they come from a classifier.
+
+    Args:
+        config: Flags of the evaluation.
+        subjects: Classifiers. The first one whose training is known supplies what is missing.
+
+    Raises:
+        UserError: A flag is missing and no classifier can supply its value.
+    """
+    if config.attack == (NO_ATTACK,):
+        return dataclasses.replace(config, norm="", epsilon=())
+    known = next((subject for subject in subjects if subject.epsilon), None)
+    if known is None and not (config.norm and config.epsilon):
+        raise UserError(
+            "--norm and --epsilon are needed, because the perturbations of the classifier's training are not known. "
+            f"Received: --norm={config.norm!r}, --epsilon={','.join(map(str, config.epsilon))}. Name both."
+        )
+    norm = config.norm or str(known.norm if known else "")
+    # The epsilon of the training means nothing in another norm.
+    if not config.epsilon and (known is None or known.norm != norm):
+        raise UserError(
+            f"--epsilon is needed, because the classifier was trained for another norm. Received: --norm={norm}. Add "
+            "--epsilon."
+        )
+    epsilon = config.epsilon or (0.0, float(known.epsilon if known and known.epsilon else 0.0))
+    return dataclasses.replace(config, norm=norm, epsilon=tuple(sorted(epsilon)))
+
+
+def attacks_in(name: str) -> tuple[str, ...]:
+    """Returns the attacks that a value of `--attack` stands for, in the order in which they run."""
+    if name == NO_ATTACK:
+        return ()
+    return VERSIONS[AUTOATTACK_VERSIONS[name]] if name in AUTOATTACK_VERSIONS else tuple(name.split("+"))
+
+
+def measure(config: EvaluateConfig, subject: Subject, images: Images, state_file: StateFile) -> Measured:
+    """Measures one classifier: calibration, robust accuracy and, if asked for, the error under corruptions."""
+    predict = batched_logits(subject.classifier, batch_size=config.batch_size)
+    logits = predict(images.pixels)
+    if looks_like_probabilities(logits):
+        console.print(
+            f"WARNING for {subject.name}: its outputs look like probabilities but are treated as logits. Every figure "
+            "except the clean accuracy is wrong. Save the model with its logits as output."
+        )
+    robustness = attacked(config, subject, images, logits, state_file)
+    source, errors = corruption_errors(config, subject, images, predict, state_file) if config.corruptions else ("", {})
+    return Measured(
+        subject=subject,
+        images=images,
+        logits=logits,
+        calibration=calibration(with_probabilities_as_logits(logits), images.labels),
+        robustness=robustness,
+        corruption_source=source,
+        corruption_errors=errors,
+    )
+
+
+def with_probabilities_as_logits(logits: np.ndarray) -> np.ndarray:
+    """Returns the logits, or the logarithms of outputs that are probabilities."""
+    if not looks_like_probabilities(logits):
+        return logits
+    log_probabilities: np.ndarray = np.log(np.maximum(logits, np.finfo(np.float32).tiny))
+    return log_probabilities
+
+
+def attacked(
+    config: EvaluateConfig, subject: Subject, images: Images, logits: np.ndarray, state_file: StateFile
+) -> list[Robustness]:
+    """Runs every attack at every epsilon."""
+    if config.attack == (NO_ATTACK,):
+        return []
+    compiled = CompiledAttacks(subject.classifier, config.norm)
+    examples = kept_examples(images.labels, logits.argmax(axis=1) == images.labels, count=config.num_examples)
+    epsilons = [value for value in config.epsilon if value > 0]
+    results = []
+    for name in config.attack:
+        if 0.0 in config.epsilon:
+            results.append(unattacked(images, logits, name=name, norm=config.norm))
+        if not epsilons:
+            continue
+        with meter(f"{name} on {pathlib.Path(subject.name).name}", total=1, unit="passes") as bar:
+            results += attack_epsilons(
+                compiled,
+                images,
+                name=name,
+                attacks=attacks_in(name),
+                epsilons=epsilons,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                randomised=name == "autoattack-rand",
+                keep=images.ids[examples].tolist(),
+                state_file=state_file,
+                key=subject.weights_sha256[:16],
+                on_batch=lambda done, total, robust, running: bar.update(
+                    done, f"robust so far {robust:.1%}, now {running}", total=total
+                ),
+            )
+    return results
+
+
+def corruption_errors(
+    config: EvaluateConfig, subject: Subject, images: Images, predict: Predict, state_file: StateFile
+) -> tuple[str, dict[str, list[float]]]:
+    """Returns the source of the corrupted images, and the error for each corruption and severity."""
+    source, corrupted = corrupted_images(
+        subject, images, source=config.corruption_source, data_dir=config.data_dir, seed=config.seed
+    )
+    errors: dict[str, list[float]] = {name: [] for name in CORRUPTIONS}
+    cases = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
+    with meter(f"corruptions on {pathlib.Path(subject.name).name}", total=len(cases), unit="sets") as bar:
+        for done, (name, severity) in enumerate(cases):
+            bar.update(done, name)
+            key = f"{subject.weights_sha256[:16]}/{source}/{name}/{severity}"
+            error = state_file.finished(key)
+            if error is None:
+                error = error_of(predict, corrupted(name, severity))
+                state_file.finish(key, error)
+            errors[name].append(error)
+    return source, errors
+
+
+def entry_of(config: EvaluateConfig, measured: Measured, baseline: Measured) -> dict[str, Any]:
+    """Returns the entry of one classifier in evaluation.json.
+
+    Args:
+        config: Flags of the evaluation.
+        measured: Figures of the classifier.
+        baseline: Figures that the corruption error is given relative to, if there is a classifier to compare with.
+    """
+    entry = report.subject_entry(
+        measured.subject, measured.images, measured.logits, measured.calibration, measured.robustness
+    )
+    if config.corruptions:
+        errors = measured.corruption_errors
+        entry["corruptions"] = {
+            "source": measured.corruption_source,
+            "errors": errors,
+            "mean_corruption_error": mean_corruption_error(errors),
+            "baseline": config.compare or None,
+            "relative_mean_corruption_error": relative_corruption_error(errors, baseline.corruption_errors)
+            if config.compare
+            else None,
+        }
+    return entry
+
+
+def print_warnings(measured: Measured) -> None:
+    """Prints every warning of the attacks once."""
+    for text in sorted({text for result in measured.robustness for text in result.warnings.values()}):
+        console.print(f"WARNING for {measured.subject.name}: {text}")

@@ -1,0 +1,120 @@
+"""What a finished job writes and prints: its files, its table, its export, and the commands that may come next."""
+
+import pathlib
+
+import keras
+
+from robust_tf.config.job import JobConfig
+from robust_tf.console import console, only_a_warning
+from robust_tf.data import TaskData
+from robust_tf.flags import flat_values
+from robust_tf.job.results import closing_table, with_baseline
+from robust_tf.job.sources import classifier_path
+from robust_tf.job.task import load_job_task
+from robust_tf.job.testing import Evaluation
+from robust_tf.models import load_classifier, save_classifier
+from robust_tf.reporting import REPORT, write_examples, write_history, write_report
+from robust_tf.reporting.next_commands import next_commands
+from robust_tf.results import FILE_NAME, JobResults
+from robust_tf.serving.publish.export import export_classifier, readers_of
+from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results
+from robust_tf.training.checkpoint import TrainingProgress
+from robust_tf.training.tensorboard import write_result
+
+
+def write_job(
+    job: JobConfig,
+    task: TaskData,
+    classifier: keras.Model,
+    evaluation: Evaluation,
+    progress: TrainingProgress,
+    results: JobResults,
+) -> None:
+    """Writes the files of a finished job.
+
+    Args:
+        job: Job that is finished.
+        task: Data of the job.
+        classifier: Trained classifier.
+        evaluation: Evaluation of the classifier on the test part.
+        progress: Progress of the training.
+        results: Content of results.json.
+    """
+    workdir = pathlib.Path(job.run.workdir)
+    save_classifier(classifier, classifier_path(job))
+    write_result(
+        workdir / "tensorboard",
+        settings=_hyperparameters(job),
+        figures={
+            figure.name: figure.value
+            for figure in (results.figure("clean_accuracy"), results.figure("robust_accuracy"))
+            if figure.value is not None
+        },
+        confusion=evaluation.confusion,
+        class_names=task.class_names,
+    )
+    evaluation.outcomes.write(workdir)
+    write_history(workdir, progress.history)
+    results.write(workdir / FILE_NAME)  # last, because its presence means that the job is finished
+    with only_a_warning(f"The report of {workdir}"):
+        write_examples(workdir, evaluation.examples)
+        if not job.transfer.baseline:  # otherwise the report waits for the baseline
+            write_report(workdir)
+
+
+def write_missing_report(workdir: pathlib.Path) -> None:
+    """Writes the report of a finished job if there is none yet."""
+    if not (workdir / REPORT).exists():
+        with only_a_warning(f"The report of {workdir}"):
+            write_report(workdir)
+
+
+def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None = None) -> None:
+    """Prints the results of a job, publishes its classifier if that is asked for, and prints the next commands.
+
+    Args:
+        job: Job that is finished.
+        results: Results of the job.
+        baseline: Results of the same job from the standard source.
+    """
+    workdir = pathlib.Path(job.run.workdir)
+    if baseline:
+        compared = with_baseline(results, baseline, workdir)
+        if compared != results:  # the folder of a finished job may be read-only
+            compared.write(workdir / FILE_NAME)
+        if compared != results or not (workdir / REPORT).exists():
+            with only_a_warning(f"The report of {workdir}"):
+                write_report(workdir)
+        results = compared
+    console.print(closing_table(results))
+    for line in results.comparison_in_words():
+        console.print(line, soft_wrap=True)
+    if job.run.export_dir:
+        _publish(job, results)
+    print_next_commands(job)
+
+
+def print_next_commands(job: JobConfig) -> None:
+    """Prints the commands that usually follow, ready to copy."""
+    sample = load_job_task(job).sample() if job.run.export_dir else b""
+    console.print("Next:", *(f"  {command}" for command in next_commands(job.run, sample)), sep="\n")
+
+
+def _publish(job: JobConfig, results: JobResults) -> None:
+    version_dir = export_classifier(
+        load_classifier(classifier_path(job)),
+        job.run.export_dir,
+        job.run.served_name,
+        model_card=card_from_results(results),
+        labels=results.class_names,
+        resize_size=results.resize_size,
+        decoding=decoding_from_results(results),
+    )
+    console.print(f"Published {version_dir} ({readers_of(version_dir)}).")
+
+
+def _hyperparameters(job: JobConfig) -> dict[str, bool | int | float | str]:
+    values = flat_values(job.resolved())
+    return {
+        name: value for name, value in values.items() if isinstance(value, bool | int | float | str) and value != ""
+    }

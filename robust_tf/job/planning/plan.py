@@ -1,0 +1,98 @@
+"""`--dry_run`: the plan of a job. Other jobs and downloads that it depends on are neither run nor fetched."""
+
+import dataclasses
+
+import keras
+
+from robust_tf.config.job import JobConfig
+from robust_tf.console import console
+from robust_tf.data import dataset_info
+from robust_tf.data.selection import held_out
+from robust_tf.job.building import adapted_classifier, new_classifier
+from robust_tf.job.planning.devices import parse_clusters
+from robust_tf.job.planning.roofline import device_plan, job_work
+from robust_tf.job.planning.table import plan_table
+from robust_tf.job.sources import open_source, source_is_job, source_job
+from robust_tf.job.task import TaskSummary, check_steps, load_job_task
+from robust_tf.models import PUBLISHED
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedTask:
+    """The size of a task whose data need not be there. See `TaskSummary` for the attributes."""
+
+    num_train: int
+    num_validation: int
+    num_test: int
+    class_names: tuple[str, ...]
+    image_size: int
+    augmentation: str
+    steps_per_epoch: int
+
+
+def print_plan(job: JobConfig) -> None:
+    """Prints the plan of a job, and one for each cluster of `plan_devices`."""
+    clusters = parse_clusters(job.plan.plan_devices)
+    keras.config.set_dtype_policy(job.optimization.precision)
+    try:
+        classifier, task = planned_job(job)
+        console.print(plan_table(job, task, classifier))
+        if clusters:
+            work = job_work(job, classifier, task)
+            for cluster in clusters:
+                console.print(device_plan(job, task, work, cluster))
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def planned_job(job: JobConfig) -> tuple[keras.Model, TaskSummary]:
+    """Returns a classifier with the layers of the job, the right ones frozen, and the size of its data."""
+    planned = job
+    if source_is_job(job):
+        source = source_job(job)
+        planned = job.with_flags(
+            architecture=job.transfer.architecture or source.transfer.architecture,
+            image_size=job.data.image_size or source.data.image_size or dataset_info(source.data.dataset).image_size,
+        )
+    elif job.transfer.source in PUBLISHED:
+        planned = job.with_flags(architecture=PUBLISHED[job.transfer.source].architecture)
+    elif job.is_transfer:
+        classifier = open_source(job.transfer.source, job.transfer, image_size=job.data.image_size)
+        task = _task_summary(job, image_size=classifier.input_shape[1])
+        return adapted_classifier(classifier, job, task), task
+    task = _task_summary(planned)
+    classifier = new_classifier(planned, task)
+    return (adapted_classifier(classifier, job, task) if job.is_transfer else classifier), task
+
+
+def planned_task(job: JobConfig, *, image_size: int | None = None) -> TaskSummary:
+    """Returns the size of a job's data as the DATASETS table gives it, or from the data where that is not enough.
+
+    Args:
+        job: Job to plan.
+        image_size: Image size of the source, which counts when the flags give none.
+    """
+    data, info = job.data, dataset_info(job.data.dataset)
+    chosen_by_content = data.classes or data.examples_per_class or data.subset or data.skip_bad_images
+    if info.num_classes is None or info.num_train is None or info.num_test is None or chosen_by_content:
+        return load_job_task(job, image_size=image_size)
+    num_validation = int(held_out(info.num_train, data.validation_fraction).sum())
+    num_train = info.num_train - num_validation
+    steps_per_epoch = -(-num_train // job.optimization.batch_size)
+    check_steps(job, steps_per_epoch)
+    return PlannedTask(
+        num_train=num_train,
+        num_validation=num_validation,
+        num_test=info.num_test,
+        class_names=tuple(map(str, range(info.num_classes))),
+        image_size=data.image_size or image_size or info.image_size,
+        augmentation=data.augmentation or info.augmentation,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def _task_summary(job: JobConfig, *, image_size: int | None = None) -> TaskSummary:
+    """Returns the data of a job; a plan for other devices is content with its size."""
+    if job.plan.plan_devices:
+        return planned_task(job, image_size=image_size)
+    return load_job_task(job, image_size=image_size)

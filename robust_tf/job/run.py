@@ -1,0 +1,142 @@
+"""One job from its records to results.json, with the jobs that it depends on: its source and its baseline."""
+
+import pathlib
+
+import keras
+
+from robust_tf.config.job import JobConfig
+from robust_tf.console import console
+from robust_tf.data import TaskData
+from robust_tf.errors import UserError
+from robust_tf.job.building import adapted_classifier, new_classifier
+from robust_tf.job.fitting import fit_classifier
+from robust_tf.job.half_precision import emulation_warning
+from robust_tf.job.head_fitting import HeadFit, fit_head
+from robust_tf.job.outputs import write_job, write_missing_report
+from robust_tf.job.results import job_results
+from robust_tf.job.sources import classifier_path, open_source, source_is_job, source_job, twin_job
+from robust_tf.job.task import load_job_task
+from robust_tf.job.testing import Evaluation, evaluate_classifier
+from robust_tf.job.workdir import claim_workdir, finished_results, release_workdir
+from robust_tf.results import BASELINE, JobResults
+from robust_tf.training.checkpoint import Checkpoints, TrainingProgress
+from robust_tf.training.distribution import Distribution, start_distribution
+from robust_tf.training.interruption import Interrupted
+from robust_tf.transfer import sources
+
+
+def run_job(job: JobConfig) -> JobResults:
+    """Runs one job, from its records to results.json; a finished job is only read.
+
+    Raises:
+        UserError: The flags, the data or the files are at fault. What was written before is kept.
+    """
+    workdir = pathlib.Path(job.run.workdir)
+    distribution = start_distribution(job.run.distribution)
+    distribution.check_batch_size(job.optimization.batch_size)
+    distribution.on_chief(lambda: claim_workdir(job))
+    results = distribution.on_chief(lambda: finished_results(workdir))
+    if distribution.any(results is not None):
+        console.print(f"{workdir} is finished already.")
+        if distribution.is_chief and not job.transfer.baseline:
+            write_missing_report(workdir)
+        return results or JobResults()
+
+    keras.config.set_dtype_policy(job.optimization.precision)  # also tells Keras whether to scale the loss
+    try:
+        with distribution.scope():
+            classifier, task = build_job(job)
+        _introduce(job, classifier, task)
+        with task.broken_images_named():
+            progress, head_fit = _fit(job, classifier, task, distribution)
+            evaluation = _test(job, classifier, task, distribution)
+        results = job_results(job, task, classifier, evaluation, progress, head_fit)
+        distribution.on_chief(lambda: write_job(job, task, classifier, evaluation, progress, results))
+        return results
+    except UserError:
+        if distribution.is_chief:
+            release_workdir(workdir)
+        raise
+    except Interrupted as interruption:
+        state = Checkpoints(workdir / "checkpoints").latest()
+        progress = state.progress if state else TrainingProgress()
+        console.print(
+            f"Interrupted. {progress.epochs_done} of {job.data_epochs} epochs are saved in {workdir}, and "
+            f"{progress.steps_done} steps of the next one; the same command goes on there."
+        )
+        raise SystemExit(interruption.exit_code) from None
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def run_baseline(job: JobConfig) -> JobResults:
+    """Runs the same job from the standard twin of its source, in the sub-folder baseline/ of its workdir."""
+    if source_is_job(job):
+        twin = twin_job(job)
+        run_job(twin)
+        source = str(classifier_path(twin))
+    else:
+        source = sources.published_twin(job.transfer.source)
+    workdir = str(pathlib.Path(job.run.workdir) / BASELINE)
+    return run_job(job.with_flags(source=source, workdir=workdir, baseline=False, export_dir=""))
+
+
+def build_job(job: JobConfig) -> tuple[keras.Model, TaskData]:
+    """Returns the classifier of a job, with the right layers frozen, and its data; runs the source's job if needed."""
+    distribution = start_distribution(job.run.distribution)
+    source = _source_classifier(job, distribution) if job.is_transfer else None
+    with distribution.chief_first():  # it prepares the data set where all workers see the same disk
+        task = load_job_task(job, image_size=source.input_shape[1] if source else None, distribution=distribution)
+    # Seeded only now, because preparing a data set and running the source's job draw numbers too, and a repeated run
+    # does neither.
+    keras.utils.set_random_seed(job.run.seed)
+    classifier = adapted_classifier(source, job, task) if source else new_classifier(job, task)
+    return classifier, task
+
+
+def _source_classifier(job: JobConfig, distribution: Distribution) -> keras.Model:
+    """Loads the source. If it is a flag file whose classifier is missing, that job runs first."""
+    path = job.transfer.source
+    if source_is_job(job):
+        source = source_job(job)
+        if pathlib.Path(source.run.workdir).resolve() == pathlib.Path(job.run.workdir).resolve():
+            raise UserError(
+                f"The source's job needs its own workdir. Received: --source={path}, whose job would use the workdir "
+                f"of this job, {job.run.workdir}. Choose another --workdir."
+            )
+        run_job(source)
+        path = str(classifier_path(source))
+    with distribution.chief_first():  # it downloads a published model
+        return open_source(path, job.transfer, image_size=job.data.image_size)
+
+
+def _introduce(job: JobConfig, classifier: keras.Model, task: TaskData) -> None:
+    """Prints what is about to be trained, and what the user should know about the data."""
+    console.print(f"Training {classifier.name} on {job.data.dataset} ({task.num_train} images) in {job.run.workdir}.")
+    if warning := emulation_warning(job.optimization.precision):
+        console.print(warning)
+    for note in task.notes:
+        console.print(note, markup=False)
+    if task.skipped:
+        console.print(f"Left out {len(task.skipped)} images that cannot be decoded: {', '.join(task.skipped[:5])}")
+
+
+def _fit(
+    job: JobConfig, classifier: keras.Model, task: TaskData, distribution: Distribution
+) -> tuple[TrainingProgress, HeadFit | None]:
+    workdir = pathlib.Path(job.run.workdir)
+    if job.transfer.cached:
+        head_fit = fit_head(job, classifier, task, workdir)
+        return head_fit.progress, head_fit
+    return fit_classifier(job, classifier, task, workdir, distribution), None
+
+
+def _test(job: JobConfig, classifier: keras.Model, task: TaskData, distribution: Distribution) -> Evaluation:
+    """Evaluates on the test part, which nothing else in a job looks at."""
+    return evaluate_classifier(
+        classifier,
+        distribution.test_data(task),
+        attack=job.adversarial.evaluation_attack,
+        ids=distribution.test_ids(task),
+        strategy=distribution.strategy,
+    )

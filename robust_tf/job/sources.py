@@ -1,0 +1,55 @@
+"""The source of a transfer: a file, a published model, or the classifier of another job."""
+
+import pathlib
+
+import keras
+
+from robust_tf.config.job import JobConfig, read_flag_file
+from robust_tf.config.transfer import TransferConfig
+from robust_tf.console import console
+from robust_tf.models import pixel_warning
+from robust_tf.transfer import sources
+
+
+def source_is_job(job: JobConfig) -> bool:
+    """Returns whether the source is a flag file, whose job provides the classifier."""
+    return sources.is_flag_file(job.transfer.source)
+
+
+def source_job(job: JobConfig) -> JobConfig:
+    """Reads the job of a source that is a flag file.
+
+    Its workdir is a sibling of this job's workdir, unless the flag file names one.
+    """
+    path = pathlib.Path(job.transfer.source)
+    source = read_flag_file(path)
+    return source.with_flags(
+        workdir=source.run.workdir or str(pathlib.Path(job.run.workdir).with_name(path.stem)),
+        data_dir=source.data.data_dir or job.data.data_dir,
+        distribution=job.run.distribution,
+    )
+
+
+def twin_job(job: JobConfig) -> JobConfig:
+    """Returns the standard twin of a source that is a flag file."""
+    robust = source_job(job)
+    return robust.standard_twin().with_flags(workdir=f"{robust.run.workdir}_eps0")
+
+
+def classifier_path(job: JobConfig) -> pathlib.Path:
+    """Returns the file in which a job saves its classifier."""
+    return pathlib.Path(job.run.workdir) / "classifier.keras"
+
+
+def open_source(path: str, transfer: TransferConfig, *, image_size: int | None) -> keras.Model:
+    """Loads a source that is there, or that can be downloaded, and prints a warning about its pixels if there is one.
+
+    Args:
+        path: Path of a file, or name of a published model.
+        transfer: Record of the transfer.
+        image_size: Image size for a checkpoint, which does not contain it.
+    """
+    source = sources.load_source(path, architecture=transfer.architecture, image_size=image_size)
+    if warning := pixel_warning(source):
+        console.print(f"WARNING for {path}: {warning}")
+    return source

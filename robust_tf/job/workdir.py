@@ -1,0 +1,73 @@
+"""The folders of a job: who may write to them, and what is there already."""
+
+import pathlib
+
+from robust_tf.config.job import JobConfig, read_flag_file
+from robust_tf.errors import UserError
+from robust_tf.files import check_output_folder, replaced_atomically
+from robust_tf.flags import to_flag_file
+from robust_tf.job.sources import source_is_job, twin_job
+from robust_tf.results import FILE_NAME, JobResults
+from robust_tf.serving.publish.export import model_folder
+
+FLAGS = "flags.cfg"
+
+
+def claim_workdir(job: JobConfig) -> None:
+    """Writes flags.cfg into the workdir of a job, or checks that the one there describes the same job.
+
+    Raises:
+        UserError: The workdir belongs to another job (the message lists the flags that differ), or can't be written.
+    """
+    path = pathlib.Path(job.run.workdir) / FLAGS
+    if path.exists():
+        differences = read_flag_file(path).differences(job)
+        if differences:
+            raise UserError(
+                f"The workdir {path.parent} holds a job with other flags (there -> now): {'; '.join(differences)}. "
+                "Choose another --workdir, or delete this one."
+            )
+        return
+    with replaced_atomically(path) as temporary:
+        # With the values that the recipe decides: a later version of the recipe may decide otherwise.
+        temporary.write_text(to_flag_file(job.resolved()), encoding="utf-8")
+
+
+def release_workdir(workdir: pathlib.Path) -> None:
+    """Gives up a workdir that holds nothing but flags.cfg, so that a corrected command may use it."""
+    if [path.name for path in workdir.iterdir()] == [FLAGS]:
+        (workdir / FLAGS).unlink()
+
+
+def finished_results(workdir: pathlib.Path) -> JobResults | None:
+    """Returns the results of a workdir whose job is finished, or None.
+
+    Raises:
+        UserError: There is a results.json that is not the one of a finished job.
+    """
+    results = JobResults.read(workdir / FILE_NAME)
+    if results is not None:
+        results.check_finished(workdir / FILE_NAME)
+    return results
+
+
+def check_export(job: JobConfig) -> None:
+    """Refuses a name that the classifier can't be published under."""
+    if job.run.export_dir:
+        model_folder(pathlib.Path(job.run.export_dir), job.run.served_name)
+
+
+def check_outputs(job: JobConfig) -> None:
+    """Refuses folders that can't be written, before the training whose results belong there.
+
+    Raises:
+        UserError: A folder can't be written; the message names its flag.
+    """
+    workdirs = [pathlib.Path(job.run.workdir)]
+    if job.transfer.baseline and source_is_job(job):
+        workdirs.append(pathlib.Path(twin_job(job).run.workdir))
+    for workdir in workdirs:
+        if finished_results(workdir) is None:  # a finished job is only read
+            check_output_folder(workdir, "--workdir")
+    if job.run.export_dir:
+        check_output_folder(model_folder(pathlib.Path(job.run.export_dir), job.run.served_name), "--export_dir")
