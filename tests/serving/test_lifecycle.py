@@ -418,7 +418,7 @@ def test_tls_file_needs_keys_and_certificates(tmp_path):
     with pytest.raises(UserError, match="ssl.config without them"):
         read_tls(path)
     path.write_text('server_key: "k" server_cert: "c" client_verify: true')
-    with pytest.raises(UserError, match="client_verify needs the custom_ca"):
+    with pytest.raises(UserError, match="client_verify needs a custom_ca"):
         read_tls(path)
 
 
