@@ -20,8 +20,8 @@ def main(argv: Sequence[str]) -> None:
     job, rest = parse_flags(JobConfig, argv, __doc__ or "")
     if rest:
         raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
+    # TensorFlow, and what imports it, comes only now: --help and a mistake in the flags need not wait for it.
     start_tensorflow()
-    # Imported here because it brings TensorFlow, which --help and a mistake in the flags should not wait for.
     from robust_tf.training.interruption import Interrupted, signals_raise
 
     try:

@@ -63,8 +63,12 @@ def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Call]:
     return {name: tensor(values) for name, values in arrays.items()}
 
 
-class _Pickler(pickle._Pickler):  # the Python version can be made to write names that do not exist
-    dispatch = dict(pickle._Pickler.dispatch)
+# The Python version can be made to write names that do not exist. Its type stub knows little of it.
+_PythonPickler: Any = pickle._Pickler
+
+
+class _Pickler(_PythonPickler):
+    dispatch: dict[type, Any] = dict(_PythonPickler.dispatch)
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)

@@ -29,6 +29,18 @@ class AutoAttackResult(NamedTuple):
         felled_by: For each image, the name of the attack that felled it, "clean" if the clean prediction is wrong, or
             "" if the image resists.
         warnings: Signs that the robust accuracy is too high: name of the flag to a sentence. Empty if there are none.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_tf.attacks import AutoAttackResult
+        >>> result = AutoAttackResult(
+        ...     images_adv=np.zeros((3, 8, 8, 3), np.float32),
+        ...     robust=np.array([True, False, True]),
+        ...     felled_by=("", "apgd-ce", ""),
+        ...     warnings={},
+        ... )
+        >>> print(f"robust accuracy {result.robust.mean():.1%}")
+        robust accuracy 66.7%
     """
 
     images_adv: np.ndarray

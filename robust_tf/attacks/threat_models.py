@@ -8,8 +8,10 @@ To add a norm, write its `Geometry`, enter it in `NORMS` at the end of this file
 `robust_tf/config/names.py`. APGD (with the steps that it takes for every norm except l1), FAB, the cascade of attacks
 and `robust_tf.evaluate` then offer it. The other attacks refuse a norm until it is named in one more place:
 
-* PGD and FGSM, and with them training, take the norms of `robust_tf.config.attack.Norm`.
+* PGD and FGSM, and with them training, take the norms of `robust_tf.config.attack.Norm`. Of the training objectives
+  only free adversarial training (`training/objectives/free.py`) distinguishes the norms itself.
 * Square takes the norms of `SQUARE_NORMS` in `square.py`, because it needs patches that suit the norm.
+* The attack probe of an exported model takes the norms that are named in `serving/publish/probe.py`.
 
 `tests/attacks` runs its checks on every entry of `NORMS`; they need a radius for the new norm in their `EPSILONS`.
 """

@@ -36,6 +36,10 @@ class Architecture:
         minimum_image_size: Smallest height and width of the images, in pixels, at which every layer has an input.
         head_kernel: Initializer of the head's kernel.
         head_bias: Initializer of the head's bias.
+
+    Example:
+        >>> ARCHITECTURES["resnet50"].feature_dim
+        2048
     """
 
     backbone: Callable[[keras.KerasTensor], keras.KerasTensor]

@@ -71,7 +71,9 @@ def read_model(path: pathlib.Path) -> keras.Model:
         UserError: The file is missing or damaged, or its model does not take square images.
 
     Example:
-        >>> model = read_model(pathlib.Path("model.keras"))  # doctest: +SKIP
+        >>> from robust_tf.models import fetch_published
+        >>> read_model(fetch_published("resnet20_fashion_mnist_l2_eps1")).name
+        'resnet20'
     """
     if not path.is_file():
         raise UserError(f"There is no classifier {path}.")

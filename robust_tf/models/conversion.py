@@ -30,9 +30,11 @@ def classifier_from_checkpoint(
             small.
 
     Example:
-        >>> from robust_tf.models import read_reference_checkpoint
-        >>> checkpoint = read_reference_checkpoint("resnet50_l2_eps3.ckpt")  # doctest: +SKIP
-        >>> classifier = classifier_from_checkpoint(checkpoint, "resnet50")  # doctest: +SKIP
+        >>> from robust_tf.models import to_reference_state
+        >>> model = build_classifier("resnet8", 10, image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> checkpoint = ReferenceCheckpoint(state=to_reference_state(model))  # or read_reference_checkpoint(path)
+        >>> classifier_from_checkpoint(checkpoint, "resnet8", image_size=32).output_shape
+        (None, 10)
     """
     state = checkpoint.state
     num_classes = reference_num_classes(state, architecture)

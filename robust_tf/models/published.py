@@ -45,6 +45,10 @@ class PublishedModel:
         filename: Name of the checkpoint in the repository of the hub, or of the classifier in this package.
         clean_accuracy: Published top-1 accuracy on unperturbed test images, in percent.
         sha256: SHA-256 of the checkpoint, if its authors have published it.
+
+    Example:
+        >>> PUBLISHED["resnet50_l2_eps3"].clean_accuracy
+        62.83
     """
 
     architecture: str

@@ -4,12 +4,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import floating
 from robust_tf.errors import UserError
 
 Shape = tuple[int | None, ...]
+
+_TRIAL_IMAGES = 4
+_TRIAL_SIZE = 64  # height and width of the trial images where the model does not fix them
 
 
 def input_shapes(model: keras.Model) -> Any:
@@ -67,6 +71,29 @@ def check_has_images(model: keras.Model) -> None:
             "The attack needs a classifier with exactly one image input, (batch, height, width, channels). Received: "
             f"inputs of shape {', '.join(map(str, found))}."
         )
+
+
+def trial_outputs(model: keras.Model) -> Any:
+    """Returns the outputs of a model for a few random images, in inference mode.
+
+    Args:
+        model: Any model that takes images.
+
+    Raises:
+        UserError: The model is not built.
+    """
+    random = np.random.default_rng(0)
+
+    def trial(shape: Shape) -> tf.Tensor:
+        sizes = [_TRIAL_IMAGES, *(size or _TRIAL_SIZE for size in shape[1:])]
+        return tf.constant(random.random(sizes, np.float32))
+
+    if not model.built:
+        raise UserError(
+            "The attack needs a classifier that is built. Received: a classifier that has not seen any input yet. "
+            "Call it on a batch of images first, or make its first layer a keras.Input."
+        )
+    return model(map_shapes(trial, input_shapes(model)), training=False)
 
 
 def images_of(inputs: Any) -> tf.Tensor:

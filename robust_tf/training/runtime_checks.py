@@ -2,14 +2,19 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import pixel_error
 from robust_tf.errors import UserError
+from robust_tf.training.image_input import images_of
 
 _START, _END = "[robust_tf] ", " [/robust_tf]"
+_FIRST_IMAGES = 256  # number of images in arrays that count as the first batch
 
 
 def checked(value: tf.Tensor, condition: tf.Tensor, message: str, *received: tf.Tensor) -> tf.Tensor:
@@ -26,6 +31,30 @@ def checked(value: tf.Tensor, condition: tf.Tensor, message: str, *received: tf.
     """
     with tf.control_dependencies([tf.debugging.Assert(condition, [_START + message + _END, *received])]):
         return tf.identity(value)
+
+
+def with_first_batch_checked(data: Any, labels: Any, *, check: Callable[[Any, Any], tf.Tensor]) -> Any:
+    """Returns the data of `fit` or `evaluate` after a check of the first batch, or with the check built in.
+
+    Use it where XLA drops the checks inside the step.
+
+    Args:
+        data: Images, or a data set of batches. Data in other forms, such as generators, is not checked.
+        labels: Labels, unless `data` is a data set.
+        check: Function of images and labels that checks both and returns the images.
+    """
+    if isinstance(data, tf.data.Dataset):
+
+        def checked_batch(index: tf.Tensor, *batch: Any) -> Any:
+            images, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
+            valid = tf.cond(index == 0, lambda: check(images, labels), lambda: images_of(images))
+            with tf.control_dependencies([valid]):
+                return keras.tree.map_structure(tf.identity, batch)
+
+        return data.enumerate().map(lambda index, batch: checked_batch(index, *batch))
+    if all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in keras.tree.flatten((data, labels))):
+        check(*keras.tree.map_structure(lambda leaf: leaf[:_FIRST_IMAGES], (data, labels)))
+    return data
 
 
 @contextlib.contextmanager

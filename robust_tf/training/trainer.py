@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks import AttackConfig, climb
@@ -13,17 +12,11 @@ from robust_tf.attacks.checks import assert_pixels
 from robust_tf.errors import UserError
 from robust_tf.training.batchnorm import flat_layers, unbiased_statistics
 from robust_tf.training.compiled_loss import CompiledLoss
-from robust_tf.training.image_input import check_has_images, images_of, input_shapes, map_shapes, with_images
+from robust_tf.training.image_input import check_has_images, images_of, trial_outputs, with_images
 from robust_tf.training.objectives import Batch, Outputs, Recipe, build_objective
 from robust_tf.training.optimizers import average_statistics, averages_of
 from robust_tf.training.replicas import ReplicatedModel
-from robust_tf.training.runtime_checks import explained
-
-# To see its outputs, the classifier is called once on a few random images, of this size unless it fixes the size.
-_TRIAL_IMAGES = 4
-_TRIAL_SIZE = 64
-# Number of images of an array that are checked before the first step, because XLA drops the checks inside the step.
-_FIRST_IMAGES = 256
+from robust_tf.training.runtime_checks import explained, with_first_batch_checked
 
 
 class AdversarialTrainer(ReplicatedModel):
@@ -86,7 +79,7 @@ class AdversarialTrainer(ReplicatedModel):
         ['accuracy', 'clean_accuracy', 'clean_loss', 'loss']
         >>> classifier.predict(images, verbose=0).shape  # the classifier itself has been trained
         (32, 10)
-        >>> classifier.save("robust.keras")  # doctest: +SKIP
+        >>> classifier.save("robust.keras")
 
     Source: Madry et al. 2018, arXiv 1706.06083. As in MadryLab/robustness, the attack runs in inference mode, and one
     update in training mode follows, on adversarial images only.
@@ -205,12 +198,12 @@ class AdversarialTrainer(ReplicatedModel):
         self._compiled_loss = None
         if self.attack.active:
             names = getattr(self.classifier, "output_names", None) or ()
-            outputs = self._trial_outputs()
+            outputs = trial_outputs(self.classifier)
             self._compiled_loss = CompiledLoss(loss, loss_weights, outputs=outputs, output_names=names)
 
     def build_metrics(self) -> None:
         """Creates the variables of the compiled metrics and losses, which Keras would create in the first step."""
-        outputs = keras.tree.map_structure(lambda output: tf.zeros_like(output[:1]), self._trial_outputs())
+        outputs = keras.tree.map_structure(lambda output: tf.zeros_like(output[:1]), trial_outputs(self.classifier))
         loss = self._compiled_loss
         whole = loss is not None and loss.integer_labels is False
         labels = keras.tree.map_structure(
@@ -234,48 +227,22 @@ class AdversarialTrainer(ReplicatedModel):
         return self.classifier(images, training=training)
 
     def save(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
-        """Saves the classifier as a plain Keras model, which can be loaded without this package.
-
-        Args:
-            filepath: Path of the file.
-            overwrite: Whether to overwrite an existing file without asking.
-            **kwargs: Further arguments of `keras.Model.save`.
-        """
+        """Saves the classifier as `keras.Model.save` does. The file can be loaded without this package."""
         self.classifier.save(filepath, overwrite=overwrite, **kwargs)
 
     def export(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
-        """Exports the classifier as `keras.Model.export` does.
-
-        Args:
-            filepath: Path of the folder.
-            *args: Further arguments of `keras.Model.export`.
-            **kwargs: Further arguments of `keras.Model.export`.
-        """
+        """Exports the classifier as `keras.Model.export` does."""
         return self.classifier.export(filepath, *args, **kwargs)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        """Trains the classifier as `keras.Model.fit` does.
-
-        Args:
-            x: Images in [0, 1], or a data set of batches, in any form that Keras accepts.
-            y: Labels, unless `x` is a data set.
-            *args: Further arguments of `keras.Model.fit`.
-            **kwargs: Further arguments of `keras.Model.fit`.
-        """
+        """Trains the classifier as `keras.Model.fit` does, with the same arguments."""
         with explained():
-            return super().fit(self._with_first_batch_checked(x, y), y, *args, **kwargs)
+            return super().fit(self._checked_data(x, y), y, *args, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Attacks the images and measures the loss and the metrics, as `keras.Model.evaluate` does.
-
-        Args:
-            x: Images in [0, 1], or a data set of batches, in any form that Keras accepts.
-            y: Labels, unless `x` is a data set.
-            *args: Further arguments of `keras.Model.evaluate`.
-            **kwargs: Further arguments of `keras.Model.evaluate`.
-        """
+        """Measures loss and metrics under attack, with the same arguments as `keras.Model.evaluate`."""
         with explained():
-            return super().evaluate(self._with_first_batch_checked(x, y), y, *args, **kwargs)
+            return super().evaluate(self._checked_data(x, y), y, *args, **kwargs)
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one training step, as `keras.Model.train_on_batch` does."""
@@ -400,13 +367,7 @@ class AdversarialTrainer(ReplicatedModel):
         self.update_clean(batch, loss(batch.labels, outputs), loss.hits(batch.labels, outputs))
 
     def update_clean(self, batch: Batch, loss: tf.Tensor, correct: tf.Tensor) -> None:
-        """Updates `clean_loss` and `clean_accuracy`.
-
-        Args:
-            batch: Batch with the clean images.
-            loss: Loss of each clean image, (batch,).
-            correct: Whether each clean image is classified correctly, (batch,) bool.
-        """
+        """Updates `clean_loss` with the losses, (batch,), and `clean_accuracy` with the hits, (batch,) bool."""
         weights, counts = batch.sample_weight, None
         if weights is not None and not isinstance(weights, (dict, list, tuple)):
             weights = tf.reshape(tf.cast(weights, tf.float32), [-1])
@@ -424,37 +385,11 @@ class AdversarialTrainer(ReplicatedModel):
         count = tf.shape(keras.tree.flatten(images)[0])[0]
         return unbiased_statistics(self.classifier, count, passes=self.objective.passes, replicas=self.num_replicas)
 
-    def _trial_outputs(self) -> Any:
-        """Returns the outputs of the classifier for a few random images."""
-        random = np.random.default_rng(0)
-
-        def trial(shape: tuple[int | None, ...]) -> tf.Tensor:
-            sizes = [_TRIAL_IMAGES, *(size or _TRIAL_SIZE for size in shape[1:])]
-            return tf.constant(random.random(sizes, np.float32))
-
-        if not self.classifier.built:
-            raise UserError(
-                "The attack needs a classifier that is built. Received: a classifier that has not seen any input yet. "
-                "Call it on a batch of images first, or make its first layer a keras.Input."
-            )
-        return self.classifier(map_shapes(trial, input_shapes(self.classifier)), training=False)
-
-    def _with_first_batch_checked(self, data: Any, labels: Any) -> Any:
-        """Returns the data of `fit` or `evaluate` with checks added, because XLA drops the checks inside the step."""
+    def _checked_data(self, data: Any, labels: Any) -> Any:
+        """Returns the data of `fit` or `evaluate`. Checks the first batch if XLA drops the checks inside the step."""
         if not (self.attack.active and self.jit_compile):
             return data
-        if isinstance(data, tf.data.Dataset):
-
-            def check(index: tf.Tensor, *batch: Any) -> Any:
-                images, labels, _ = keras.utils.unpack_x_y_sample_weight(batch)
-                valid = tf.cond(index == 0, lambda: self._checked_images(images, labels), lambda: images_of(images))
-                with tf.control_dependencies([valid]):
-                    return keras.tree.map_structure(tf.identity, batch)
-
-            return data.enumerate().map(lambda index, batch: check(index, *batch))
-        if all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in keras.tree.flatten((data, labels))):
-            self._checked_images(*keras.tree.map_structure(lambda leaf: leaf[:_FIRST_IMAGES], (data, labels)))
-        return data
+        return with_first_batch_checked(data, labels, check=self._checked_images)
 
     def _checked_images(self, inputs: Any, labels: Any) -> tf.Tensor:
         """Checks that the images lie in [0, 1] and that the labels are classes; returns the images as float32."""

@@ -1,11 +1,12 @@
 """Unfreezing of layers in the middle of a training run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import keras
 
 from robust_tf.config.transfer import FrozenBatchNorm, TransferMode
-from robust_tf.training.optimizers import average_statistics, carry_over_optimizer_state
+from robust_tf.errors import UserError
+from robust_tf.training.optimizers import average_statistics
 from robust_tf.transfer.stages import freeze
 
 
@@ -76,3 +77,49 @@ class UnfreezeAtEpoch(keras.callbacks.Callback):
             self._unfreeze(self.model)
             # `compile` has just deleted the training function, which `fit` makes only once, before its first epoch.
             self.model.make_train_function()
+
+
+def carry_over_optimizer_state(old: keras.optimizers.Optimizer, new: keras.optimizers.Optimizer) -> None:
+    """Copies the state of the weights that both optimizers know. The state of the other weights stays fresh.
+
+    A built optimizer accepts no other weights, so unfreezing needs a new one. Momentum, Adam's moments, the step count,
+    the learning rate and the loss scale are copied.
+
+    Args:
+        old: Optimizer that was used so far.
+        new: Optimizer of the same class and name, built on the weights that will be trained.
+
+    Raises:
+        UserError: The classes or names differ, `new` is not built, or two weights share a name.
+    """
+    if not new.built:
+        raise UserError("The new optimizer must be built first: new.build(model.trainable_variables).")
+    states, fresh = _variables_by_name(old), _variables_by_name(new)
+    if _step_counts(states) != _step_counts(fresh):
+        raise UserError(
+            "The state of an optimizer can only be copied to an optimizer of the same class and name. Received: "
+            f"{type(old).__name__} {old.name!r} and {type(new).__name__} {new.name!r}. Create the new one with "
+            "type(old).from_config(old.get_config())."
+        )
+    for name, variable in fresh.items():
+        if name in states and states[name].shape == variable.shape:
+            variable.assign(states[name])
+
+
+def _variables_by_name(optimizer: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:
+    """Returns the optimizer's variables by "<optimizer>/<weight>_<slot>", no matter how the optimizer is wrapped."""
+    by_name: dict[str, keras.Variable] = {}
+    for variable in optimizer.variables:
+        name = "/".join(variable.path.split("/")[-2:])
+        if name in by_name:
+            raise UserError(
+                f"The weights of the model must have different names. Received: {name!r} twice. Rename one of the "
+                "layers."
+            )
+        by_name[name] = variable
+    return by_name
+
+
+def _step_counts(names: Iterable[str]) -> set[str]:
+    """Returns the names "<optimizer>/iteration": every optimizer has this variable, also in a LossScaleOptimizer."""
+    return {name for name in names if name.endswith("/iteration")}

@@ -236,7 +236,7 @@ def test_a_checkpoint_downloaded_by_hand_needs_no_connection(tmp_path, monkeypat
 def test_a_login_page_is_not_mistaken_for_a_checkpoint(tmp_path, hub) -> None:
     hub.commit = None
     message = refusal(lambda: fetch_published(NAME, cache_dir=tmp_path, endpoint=hub.endpoint))
-    assert hub.endpoint in message and "is not the hub" in message
+    assert hub.endpoint in message and "does not come from the hub" in message
     assert visible(tmp_path) == set()
 
 

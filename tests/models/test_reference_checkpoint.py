@@ -204,7 +204,7 @@ def test_setting_a_state_on_an_allowed_name_has_no_effect(tmp_path) -> None:
 @pytest.mark.parametrize("opcodes", [b"\x82\x01.", b"\x83\x01\x00.", b"Nr\xff\xff\xff\x7f."])
 def test_opcodes_that_bypass_the_table_or_fill_the_memory_are_refused(tmp_path, opcodes: bytes) -> None:
     message = refusal(write_zip_members(tmp_path / "x.pt", {"data.pkl": b"\x80\x02" + opcodes}))
-    assert "was not made by a pickler" in message
+    assert "must contain only operations that weights need" in message
 
 
 # Keys of a few bytes that describe a tuple whose hash would take years, or overflow the stack of the process.
@@ -220,7 +220,7 @@ ENDLESS = {
 @pytest.mark.parametrize("key", ENDLESS.values(), ids=ENDLESS)
 def test_endless_keys_are_never_hashed(tmp_path, key: bytes) -> None:
     message = refusal(write_zip_members(tmp_path / "x.pt", {"data.pkl": b"\x80\x04}" + key + b"Ns."}))
-    assert "must be texts or integers of 64 bits. Received: (" in message
+    assert "must be strings or 64-bit integers. Received: (" in message
     assert len(message) < 500
 
 

@@ -287,7 +287,7 @@ def test_a_weight_that_is_stored_twice_is_refused():
 def test_another_normalization_is_refused():
     wrapped = wrapped_state(small_state(), extra="")
     classifier = build_classifier("resnet8", 3, image_size=8, mean=MEAN, std=(0.229, 0.224, 0.226))
-    refused(classifier, wrapped, "Received: std=(0.229, 0.224, 0.225), in the classifier", "0.226)")
+    refused(classifier, wrapped, "Received: std=(0.229, 0.224, 0.225) in the checkpoint", "0.226)")
 
 
 def test_the_number_of_classes_needs_the_head():

@@ -20,12 +20,7 @@ from smallbn import (
 )
 
 from robust_tf.errors import UserError
-from robust_tf.training.optimizers import (
-    OPTIMIZERS,
-    PyTorchSGD,
-    build_optimizer,
-    carry_over_optimizer_state,
-)
+from robust_tf.training.optimizers import OPTIMIZERS, PyTorchSGD, build_optimizer
 
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -255,65 +250,6 @@ def test_multipliers_refuse_a_weight_without_a_stage():
     layer.build((None, 2))
     with pytest.raises(UserError, match="'encoder/kernel'"):
         build_optimizer("sgd", learning_rate=0.1, multipliers={"head": 2.0}).build(layer.trainable_weights)
-
-
-def dense(name: str) -> list[keras.Variable]:
-    layer = keras.layers.Dense(2, name=name)
-    layer.build((None, 2))
-    return layer.trainable_weights
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("scaled", [False, True])
-def test_state_of_common_weights_is_carried_over(name, scaled):
-    """The old weights continue as if nothing had happened, and the new ones start with a first step."""
-    head, backbone = dense("logits"), dense("stage1_fc")
-    gradients = [tf.constant([[0.1, -0.2], [0.3, 0.4]]), tf.constant([0.5, -0.6])]
-
-    def optimizer() -> keras.optimizers.Optimizer:
-        made = build_optimizer(name, learning_rate=0.1, weight_decay=0.01)
-        return keras.optimizers.LossScaleOptimizer(made, name="scaled") if scaled else made
-
-    scale = 2.0**14 if scaled else 1.0  # loss scale after one overflow, which halves the initial 2**15
-
-    used = optimizer()
-    if scaled:
-        used.apply([gradient * np.inf for gradient in gradients], head)
-    for _ in range(3):
-        used.apply([gradient * scale for gradient in gradients], head)
-    new = type(used).from_config(used.get_config())
-    new.build([*backbone, *head])
-    carry_over_optimizer_state(used, new)
-    assert int(new.iterations) == 3
-    if scaled:
-        assert float(new.dynamic_scale) == scale
-
-    start = [weight.numpy() for weight in (*backbone, *head)]
-    new.apply([gradient * scale for gradient in gradients * 2], [*backbone, *head])
-    together = [weight.numpy() for weight in (*backbone, *head)]
-    for weight, value in zip((*backbone, *head), start, strict=True):
-        weight.assign(value)
-    used.apply([gradient * scale for gradient in gradients], head)
-    fresh = build_optimizer(name, learning_rate=0.1, weight_decay=0.01)
-    fresh.apply(gradients, backbone)
-    for weight, value in zip((*backbone, *head), together, strict=True):
-        np.testing.assert_allclose(weight, value, rtol=1e-5, atol=1e-6, err_msg=weight.path)
-
-
-def test_state_is_carried_over_only_between_optimizers_of_the_same_class():
-    weights = dense("logits")
-    used = build_optimizer("sgd", learning_rate=0.1)
-    used.build(weights)
-    with pytest.raises(UserError, match="PyTorchSGD 'pytorch_sgd' and StagewiseAdam 'adam'"):
-        new = build_optimizer("adam", learning_rate=0.1)
-        new.build(weights)
-        carry_over_optimizer_state(used, new)
-    with pytest.raises(UserError, match="new.build"):
-        carry_over_optimizer_state(used, build_optimizer("sgd", learning_rate=0.1))
-    twice = build_optimizer("sgd", learning_rate=0.1)
-    twice.build(weights + dense("logits"))
-    with pytest.raises(UserError, match="'pytorch_sgd/logits_kernel_momentum'"):
-        carry_over_optimizer_state(used, twice)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ To add an objective:
    complete example.
 2. Add the fields that select and configure it to `Recipe` in `recipe.py`, with their checks in `__post_init__`.
 3. Build it in `build_objective`, below. `AdversarialTrainer(classifier, attack, recipe=Recipe(...))` then uses it.
-4. To offer it in `python -m robust_tf.train`, add flags to `robust_tf/config/job.py` and pass them on in `recipe_of`.
+4. To offer it in `python -m robust_tf.train`, add its name to `Objective` and its flags to `AdversarialConfig`, both in
+   `robust_tf/config/adversarial.py`, and pass them on in `job_recipe` in `robust_tf/job/building.py`.
 5. Test it in `tests/training/test_objectives.py`.
 """
 
