@@ -255,10 +255,12 @@ def test_the_first_batch_is_also_checked_with_xla():
     trainer.compile("sgd", CROSSENTROPY, jit_compile=True)
     for data in [(255 * images, labels), (tf.data.Dataset.from_tensor_slices((255 * images, labels)).batch(4), None)]:
         with pytest.raises(UserError, match="Images must be in .0, 1.. Received: values from"):
-            trainer.fit(*data, verbose=0)
+            trainer.fit(*data, shuffle=False, verbose=0)
     with pytest.raises(UserError, match="Received: labels from"):
         trainer.fit(images, labels + 1, verbose=0)
-    assert trainer.fit(tf.data.Dataset.from_tensor_slices((images, labels)).batch(4), verbose=0).history["loss"]
+    assert trainer.fit(tf.data.Dataset.from_tensor_slices((images, labels)).batch(4), shuffle=False, verbose=0).history[
+        "loss"
+    ]
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -270,7 +272,7 @@ def test_a_batch_larger_than_the_perturbation_is_refused(static):
     trainer.compile("sgd", CROSSENTROPY)
     dataset = tf.data.Dataset.from_tensor_slices((images, labels)).batch(8, drop_remainder=static)
     with pytest.raises(UserError, match="free_batch_size=4"):
-        trainer.fit(dataset, verbose=0)
+        trainer.fit(dataset, shuffle=False, verbose=0)
 
 
 @pytest.mark.parametrize(
