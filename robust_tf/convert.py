@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from robust_tf.environment import set_tensorflow_defaults
+from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_file, replaced_atomically
 from robust_tf.flags import flag, parse_flags
@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     """
     config, rest = parse_flags(ConvertConfig, argv, __doc__ or "")
     if rest:
-        raise UserError(f"Every argument must be a flag, --name=value. Received: {rest[0]!r}.")
-    set_tensorflow_defaults(onednn=False)
+        raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
+    start_tensorflow(onednn=False)
     if config.list:
         list_published()
     elif config.classifier:

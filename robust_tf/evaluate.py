@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the program: reads the flags, then writes evaluation.json and pictures and prints a table."""
     config, rest = parse_flags(EvaluateConfig, argv, __doc__ or "")
     if rest:
-        raise UserError(f"Everything is a flag, --name=value. Received: {rest[0]!r}.")
+        raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
     start_tensorflow()  # which takes seconds, so only after the flags have been checked
     from robust_tf.evaluation.run import run_evaluation
 

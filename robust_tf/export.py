@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the program: reads the flags, then publishes a version and prints its folder."""
     config, rest = parse_flags(ExportConfig, argv, __doc__ or "")
     if rest:
-        raise UserError(f"Everything is a flag, --name=value. Received: {rest[0]!r}.")
+        raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
     path = pathlib.Path(config.classifier)
     start_tensorflow()  # which takes seconds, so only after the flags have been checked
     from robust_tf.models import image_shape, pixel_warning, plain_classifier, read_model

@@ -7,6 +7,7 @@ the command line stays flat, however the records are nested.
 import dataclasses
 import fractions
 import functools
+import os
 import re
 import sys
 import textwrap
@@ -27,8 +28,8 @@ _HELP_WIDTH = 100
 _COMMON_FLAGS = """
 Flags of every program:
   --flagfile: File to read more flags from, one on each line.
-  --verbosity: Least severe messages of TensorFlow and other libraries to show. One of error, warning, info.
-    Default: error.
+  --verbosity: Least severe messages of TensorFlow and other libraries to show. One of error,
+      warning, info. Default: error.
   --help: Show this help."""
 
 
@@ -38,8 +39,8 @@ def flag(default: Any, help_text: str, **metadata: Any) -> Any:
     Args:
         default: Value of the flag when the user leaves it out.
         help_text: Text that `--help` prints, in whole sentences.
-        **metadata: `formerly` is an older name of the flag that still works, and `heading` a heading of its own in
-            `--help`; the rest is for the dataclass itself.
+        **metadata: `formerly` is an older name of the flag that still works, and `heading` replaces the heading of the
+            record in `--help`; the rest is for the dataclass itself.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
@@ -60,9 +61,9 @@ class FlatField:
 
     Attributes:
         name: Name of the flag, and of the field in its record.
-        kind: Type of its value; None may be allowed besides.
+        kind: Type of its value. None may be allowed in addition.
         default: Value when it is left out.
-        metadata: What `flag` was given.
+        metadata: Help text and further arguments of `flag`.
         records: Names of the fields that lead from the config to the record; empty for the config's own fields.
         heading: Heading of the flag in `--help`.
     """
@@ -94,7 +95,7 @@ def _flat_fields(config_class: Any) -> tuple[FlatField, ...]:
     found = tuple(_walk(config_class, records=(), heading="Flags"))
     names = [name for field in found for name in (field.name, field.metadata.get("formerly")) if name]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise TypeError(f"Each flag needs a name of its own. {config_class.__name__} has twice: {', '.join(repeated)}.")
+        raise TypeError(f"Flags must have different names. {config_class.__name__} has twice: {', '.join(repeated)}.")
     return found
 
 
@@ -150,7 +151,7 @@ def parse_flags(
         reason = str(error).removeprefix("ERROR:: ").rstrip(".")
         raise UserError(f"{reason}. Use --help for the list of flags.") from error
     if values["help"].value:
-        print(usage.strip() + "\n" + _help_of(fields) + "\n" + _COMMON_FLAGS)
+        _print_help(usage.strip() + "\n" + _help_of(fields) + "\n" + _COMMON_FLAGS)
         raise SystemExit(0)
     if values["verbosity"].present:
         _set_verbosity(values["verbosity"].value)
@@ -163,10 +164,11 @@ def parse_flags(
     return from_flat_values(config_class, parsed), positional
 
 
-def _set_verbosity(value: Any) -> None:
-    if value not in typing.get_args(Verbosity):
-        raise unknown_name("value of --verbosity", value, typing.get_args(Verbosity))
-    set_verbosity(value)
+def _print_help(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `--help | head` reads only the first lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def to_flag_file(config: Any) -> str:
@@ -212,6 +214,12 @@ class _NumberParser(flags.ArgumentParser[float]):
 
     def parse(self, argument: str | float) -> float:
         return parse_number(argument) if isinstance(argument, str) else float(argument)
+
+
+def _set_verbosity(value: Any) -> None:
+    if value not in typing.get_args(Verbosity):
+        raise unknown_name("value of --verbosity", value, typing.get_args(Verbosity))
+    set_verbosity(value)
 
 
 def _walk(config_class: type[Any], *, records: tuple[str, ...], heading: str) -> list[FlatField]:

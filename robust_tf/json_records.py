@@ -56,7 +56,7 @@ def to_json(value: Any) -> Any:
 def from_json(kind: type[Kind], content: Any, where: str = "") -> Kind:
     """Returns the dataclass in a JSON object.
 
-    Keys that are absent or null get the default of their field. Unknown keys go into `extra` of a `Record`; any other
+    Keys that are absent or null get the default of their field. A `Record` keeps unknown keys in `extra`; any other
     dataclass drops them.
 
     Args:
@@ -105,7 +105,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         str: isinstance(value, str),
         bool: isinstance(value, bool),
         int: is_number and isinstance(value, int) and value >= 0,
-        float: is_number and abs(value) <= sys.float_info.max,  # not so for NaN
+        float: is_number and abs(value) <= sys.float_info.max,  # false for NaN
     }
     if fits.get(kind) or origin is Literal and value in arguments:
         return value

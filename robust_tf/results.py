@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Self
 
 from robust_tf.config.data import AlphaBackground, Exif
-from robust_tf.config.job import JobConfig
+from robust_tf.config.job import JobConfig, JobKind
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
 from robust_tf.flags import flat_values, parse_flags
@@ -40,10 +40,10 @@ _OF_EVERY_FINISHED_JOB = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasuredAttack(Record):
-    """The attack under which the robust accuracy was measured. None stands for what the file does not say.
+    """The attack under which the robust accuracy was measured. A value that the file does not hold is None.
 
     Attributes:
-        name: Name of the attack, such as "PGD-20 (highest-loss iterate)". Older versions did not write it.
+        name: Name of the attack, such as "PGD-20 (highest-loss iterate)".
         norm: Norm of the perturbations, "linf" or "l2".
         epsilon: Radius of the ball, in [0, 1] pixel units.
         step_size: Length of a step, in the same norm and unit.
@@ -59,12 +59,12 @@ class MeasuredAttack(Record):
     @property
     def in_words(self) -> str:
         """The attack with its threat model, such as "PGD-20 (highest-loss iterate), l2 0.5"."""
-        # All versions that wrote no name ran this attack.
-        name = self.name or f"PGD{'' if self.steps is None else f'-{self.steps}'} (highest-loss iterate)"
+        # Versions that wrote no name always ran this attack.
+        name = self.name or f"PGD-{self.steps} (highest-loss iterate)"
         return name if self.epsilon is None else f"{name}, {self.norm or 'unknown norm'} {self.epsilon:.4g}"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the object as `json.dump` takes it, without the values that are unknown."""
+        """Returns the record as an object that `json.dump` takes, without the values that are unknown."""
         content = super().to_json().items()
         return {name: value for name, value in content if value is not None or name in self.extra}
 
@@ -74,9 +74,9 @@ class FeatureCache(Record):
     """How a job with `--features=cached` used the store of features.
 
     Attributes:
-        hits: Number of features that were read from the store.
-        misses: Number of features that were computed.
-        seconds: Time that this took.
+        hits: Number of rows of features (one image in one view) that were in the store.
+        misses: Number of rows that were computed.
+        seconds: Time until all features were there.
     """
 
     hits: int = 0
@@ -97,13 +97,6 @@ class Comparison(Record):
     clean_accuracy: PairedDifference | None = None
     mean_per_class_accuracy: PairedDifference | None = None
     robust_accuracy: PairedDifference | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the object as `json.dump` takes it; the mean per class is there only if it was compared."""
-        content = super().to_json()
-        if self.mean_per_class_accuracy is None:
-            del content["mean_per_class_accuracy"]
-        return content
 
 
 class Figure(NamedTuple):
@@ -135,8 +128,8 @@ class Figure(NamedTuple):
 class JobResults(Record):
     """The content of a `results.json`.
 
-    A finished job has a value for everything that applies to it. A file may hold less, for example because an older
-    version wrote it: what it does not say has the default below, where None stands for "unknown or does not apply".
+    The results of a finished job have every value that applies to it. A file may hold less, because an older version
+    wrote it or a user did. Its missing values get the defaults below, where None means "unknown or does not apply".
 
     Attributes:
         task: Kind of job, "pretrain" or "transfer".
@@ -159,11 +152,11 @@ class JobResults(Record):
         head_penalty: L2 penalty of the head, where it was chosen on the validation part.
         metric: The data set's usual metric, "accuracy" or "mean_per_class_accuracy".
         clean_accuracy: Share of the test images that are classified correctly, in [0, 1].
-        clean_accuracy_interval: Its 95 % Wilson interval.
+        clean_accuracy_interval: 95 % Wilson interval of the clean accuracy.
         mean_per_class_accuracy: Mean of the classes' clean accuracies, in [0, 1].
         robust_accuracy: Share of the test images that are classified correctly before and after the attack.
-        robust_accuracy_interval: Its 95 % Wilson interval.
-        robust_accuracy_attack: The attack; None if none was run.
+        robust_accuracy_interval: 95 % Wilson interval of the robust accuracy.
+        robust_accuracy_attack: Attack under which the robust accuracy was measured; None if none was run.
         num_train_images: Number of training images.
         num_validation_images: Number of validation images.
         num_test_images: Number of test images.
@@ -188,7 +181,7 @@ class JobResults(Record):
         comparison: Paired differences between this job and the baseline.
     """
 
-    task: Literal["pretrain", "transfer"] | None = None
+    task: JobKind | None = None
     dataset: str = ""
     classes: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
@@ -243,10 +236,10 @@ class JobResults(Record):
         Raises:
             UserError: The file cannot be read, or is not what a training job writes.
         """
-        if not path.exists():
-            return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except (OSError, ValueError, RecursionError) as error:
             raise _wrong(f"{type(error).__name__}: {error}", path) from error
         return cls.from_json(content, path)
@@ -297,7 +290,7 @@ class JobResults(Record):
         return Figure(name, f"accuracy under {attack}", attack, self.robust_accuracy, self.robust_accuracy_interval)
 
     def figures(self) -> list[Figure]:
-        """Returns the accuracies that a reader wants to see: the mean per class only where it is the usual metric."""
+        """Returns the accuracies to show: those that were measured, the mean per class only if it is the metric."""
         names: list[FigureName] = ["clean_accuracy"]
         if self.metric == "mean_per_class_accuracy":
             names.append("mean_per_class_accuracy")
@@ -306,11 +299,7 @@ class JobResults(Record):
         return [self.figure(name) for name in names]
 
     def by_source(self, alone: str) -> dict[str, "JobResults"]:
-        """Returns the rows of a table of figures: this job, and its baseline if it has one.
-
-        Args:
-            alone: Title of the row of a job without a baseline.
-        """
+        """Returns this job under the title `alone`, or this job and its baseline under the titles of their sources."""
         if self.baseline is None:
             return {alone: self}
         return {"from the robust source": self, "from the standard source": self.baseline}
@@ -332,7 +321,7 @@ class JobResults(Record):
         ]
 
     def check_image_size(self, image_size: int | None, path: pathlib.Path) -> None:
-        """Refuses to go with a classifier that takes images of another size.
+        """Refuses a classifier that takes images of another size, because it is from another job.
 
         Args:
             image_size: Side of the classifier's images in pixels; None if it takes any size.
@@ -370,9 +359,8 @@ class JobResults(Record):
         content = {name: value for name, value in content.items() if name != "format"}
         missing = [name for name in _ALSO_FLAGS if name not in content]
         if missing and content.get("flags") is not None:
-            config = _config_of(content["flags"], where)
-            values = flat_values(config)
-            content |= {name: values[name] for name in missing}
+            flags = _values_of(content["flags"], where)
+            content |= {name: flags[name] for name in missing}
         return content
 
 
@@ -388,8 +376,8 @@ def _check_format(content: Mapping[str, Any], path: pathlib.Path | str) -> None:
         )
 
 
-def _config_of(flags: Any, where: str) -> JobConfig:
-    """Returns the configuration that the flags in a file describe."""
+def _values_of(flags: Any, where: str) -> dict[str, Any]:
+    """Returns the values of all flags of a job by name, from its flags in a file."""
     name = f"{where}flags"
     if not isinstance(flags, list | tuple) or not all(isinstance(each, str) for each in flags):
         raise WrongValueError(f"{name}={flags!r}")
@@ -399,7 +387,7 @@ def _config_of(flags: Any, where: str) -> JobConfig:
         config, _ = parse_flags(JobConfig, ["train", *flags], announce_former_names=False)
     except UserError as error:
         raise WrongValueError(f"{name} that this version does not know: {error}") from error
-    return config
+    return flat_values(config)
 
 
 def _wrong(received: str, path: pathlib.Path | str) -> UserError:

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from robust_tf.environment import set_tensorflow_defaults
+from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import parse_flags
 from robust_tf.serving.server.serve_config import ServeConfig
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     config, rest = parse_flags(ServeConfig, argv, __doc__ or "")
     if rest:
         raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
-    set_tensorflow_defaults()
+    start_tensorflow()
     try:
         # TensorFlow takes seconds to import, which --help and a mistyped flag need not wait for.
         from robust_tf.serving.server.check import check

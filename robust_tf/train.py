@@ -2,7 +2,7 @@
 
     python -m robust_tf.train --flagfile=configs/quickstart.cfg [--workdir=W] [any flag]
 
-Started again with the same workdir, it goes on where it stopped.
+Run the same command again after an interruption, and the job continues from its last checkpoint.
 """
 
 import pathlib
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from robust_tf.config.job import JobConfig
-from robust_tf.environment import set_tensorflow_defaults
+from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import parse_flags
 
@@ -19,14 +19,11 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, and runs the job that they describe."""
     job, rest = parse_flags(JobConfig, argv, __doc__ or "")
     if rest:
-        raise UserError(f"Every argument must be a flag, --name=value. Received: {rest[0]!r}.")
-    set_tensorflow_defaults()
-    # Imported here because it brings TensorFlow, which --help and a mistake in the flags should not wait for.
-    from absl import logging
-
+        raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
+    # TensorFlow, and what imports it, comes only now: --help and a mistake in the flags need not wait for it.
+    start_tensorflow()
     from robust_tf.training.interruption import Interrupted, signals_raise
 
-    logging.set_verbosity(logging.ERROR)  # TFDS and TensorFlow log a lot that does not concern the user
     try:
         with signals_raise():
             run(job.with_flags(workdir=job.run.workdir or default_workdir(argv)))

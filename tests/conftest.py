@@ -98,6 +98,8 @@ def browser():
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,1400"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
+    with tempfile.TemporaryDirectory(prefix="browser-") as folder:  # for files that Chromium leaves behind
+        service = webdriver.ChromeService(driver, env={**os.environ, "TMPDIR": folder})
+        opened = webdriver.Chrome(options=options, service=service)
+        yield opened
+        opened.quit()

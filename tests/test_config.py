@@ -1,13 +1,16 @@
-"""Flags: every one is checked, written back and read again without a change."""
+"""Flags and records: every flag is checked, written to a file and read again without a change."""
 
+import dataclasses
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from robust_tf.config.attack import AttackConfig
 from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.errors import UserError
-from robust_tf.flags import flat_values, parse_number, to_flag_file, to_text
+from robust_tf.flags import flag, flat_fields, flat_values, parse_flags, parse_number, record, to_flag_file, to_text
 
 CACHED = ["--task=transfer", "--source=x.keras", "--features=cached"]
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.cfg"))
@@ -19,7 +22,7 @@ def config_of(tmp_path: pathlib.Path, *flags: str) -> JobConfig:
     return read_flag_file(path)
 
 
-def test_configs_are_there():
+def test_the_documented_configs_exist():
     assert {"quickstart", "fashion_mnist_l2", "pets", "imagenet_resnet50_l2_eps3"} <= {path.stem for path in CONFIGS}
 
 
@@ -32,7 +35,7 @@ def test_every_config_parses_and_is_documented(path, tmp_path):
     lines = path.read_text().splitlines()
     header = "\n".join(line for line in lines if line.startswith("#"))
     assert f"--flagfile=configs/{path.name}" in header  # the exact command
-    assert "not yet run" in header or "%" in header  # figures of a run, or the plain statement that there are none
+    assert "not yet run" in header or "%" in header  # the figures of a run, or a statement that there are none
     assert len(lines) <= 40
 
 
@@ -59,10 +62,24 @@ PRESETS = {
         "attack_step_size": 1.25 * 0.5,
         "random_start": True,
         "use_best": False,
+        "attack_mode": "training",
     },
-    "free": {"attack_steps": 1, "attack_step_size": 0.5, "random_start": False, "use_best": False, "free_replays": 4},
-    "epsilon_warmup": {"attack_steps": 7, "use_best": True, "epsilon_warmup_epochs": 6.0},
-    "none": {"attack_steps": 7, "attack_step_size": None, "random_start": False, "use_best": True},
+    "free": {
+        "attack_mode": "inference",
+        "attack_steps": 1,
+        "attack_step_size": 0.5,
+        "random_start": False,
+        "use_best": False,
+        "free_replays": 4,
+    },
+    "epsilon_warmup": {"attack_mode": "inference", "attack_steps": 7, "use_best": True, "epsilon_warmup_epochs": 6.0},
+    "none": {
+        "attack_mode": "inference",
+        "attack_steps": 7,
+        "attack_step_size": None,
+        "random_start": False,
+        "use_best": True,
+    },
 }
 GIVEN = {
     "fgsm": {"attack_step_size": 0.25, "random_start": False, "use_best": True, "alarm_every_epochs": 3},
@@ -73,7 +90,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("fast", PRESETS)
-def test_presets_fill_what_is_not_given_and_survive_a_flag_file(tmp_path, fast):
+def test_recipes_decide_the_flags_that_are_left_out(tmp_path, fast):
     common = {"epsilon": 0.5, "epochs": 12, "fast": fast}
     for given in ({}, GIVEN[fast]):
         config = JobConfig.from_flags(**common, **given)
@@ -90,7 +107,42 @@ def test_presets_fill_what_is_not_given_and_survive_a_flag_file(tmp_path, fast):
     assert typed == JobConfig.from_flags(**common)
 
 
-def test_trades_takes_the_last_iterate_unless_told_otherwise():
+@pytest.mark.parametrize("fast", PRESETS)
+def test_a_workdir_of_an_older_version_belongs_to_the_same_flag_file(tmp_path, fast):
+    """Its flags.cfg holds every value, those that the recipe decided and a former spelling included."""
+    flags = ["--epsilon=0.5", "--epochs=12", f"--fast={fast}"]
+    job = config_of(tmp_path, *flags)
+    decided = [f"--{name}={to_text(value)}" for name, value in PRESETS[fast].items() if value is not None]
+    older = config_of(tmp_path, *flags, *decided, "--plan_utilisation=0.35")
+    assert older.differences(job) == job.differences(older) == []
+    assert older.resolved() == job.resolved()
+    assert older.differences(job.with_flags(use_best=not job.adversarial.training_attack.use_best, fast="none"))
+
+
+def test_flags_written_by_a_program_are_not_announced_as_renamed(tmp_path, capsys):
+    config_of(tmp_path, "--dry_run", "--plan_devices=A100", "--plan_utilisation=0.5")
+    assert capsys.readouterr().err == ""
+    job, _ = parse_flags(JobConfig, ["train", "--dry_run", "--plan_devices=A100", "--plan_utilisation=0.5"])
+    assert job.plan.plan_utilization == 0.5
+    assert "--plan_utilisation is now called --plan_utilization" in capsys.readouterr().err
+
+
+def test_the_standard_twin_of_an_older_workdir_is_the_same_job():
+    """The twin keeps the attack flags that the recipe of its robust job decided."""
+    twin = JobConfig.from_flags(epsilon=0.5, epochs=12, fast="fgsm").standard_twin()
+    older = JobConfig.from_flags(
+        epochs=12,
+        eval_epsilon=0.5,
+        attack_steps=1,
+        attack_step_size=0.625,
+        random_start=True,
+        use_best=False,
+        attack_mode="inference",
+    )
+    assert older.differences(twin) == []
+
+
+def test_trades_uses_the_last_iterate_by_default():
     assert not JobConfig.from_flags(epsilon=1.0, objective="trades").adversarial.training_attack.use_best
     assert JobConfig.from_flags(epsilon=1.0, objective="trades_awp", use_best=True).adversarial.training_attack.use_best
     assert JobConfig.from_flags(epsilon=1.0, objective="awp").adversarial.training_attack.use_best
@@ -109,15 +161,15 @@ def test_trades_takes_the_last_iterate_unless_told_otherwise():
         ({"objective": "trades"}, 9),
         ({"objective": "awp"}, 9),
         ({"objective": "trades_awp"}, 11),
-        ({"objective": "awp", "awp_warmup_epochs": 5.0}, 8.5),  # half of the epochs
+        ({"objective": "awp", "awp_warmup_epochs": 5.0}, 8.5),  # in half of the epochs
     ],
 )
-def test_gradients_of_each_recipe(settings, gradients):
+def test_each_recipe_counts_its_gradients(settings, gradients):
     assert JobConfig.from_flags(**{"epsilon": 1.0, "epochs": 10, **settings}).gradients_per_image == gradients
 
 
-def test_validation_is_under_several_steps_and_the_whole_epsilon():
-    """Under the one step of training, what has overfitted to it looks best."""
+def test_validation_uses_several_steps_and_the_whole_epsilon():
+    """A network that has overfitted to a single-step attack looks best under that attack."""
     for fast in ("fgsm", "free"):
         attack = JobConfig.from_flags(epsilon=0.3, fast=fast).adversarial.validation_attack
         assert attack == AttackConfig(norm="l2", epsilon=0.3, step_size=2.5 * 0.3 / 3, steps=3)
@@ -136,7 +188,7 @@ def test_validation_is_under_several_steps_and_the_whole_epsilon():
         {"fast": "fgsm"},
     ],
 )
-def test_the_standard_twin_of_any_recipe_is_a_job(tmp_path, recipe):
+def test_the_standard_twin_of_any_recipe_is_a_valid_job(tmp_path, recipe):
     config = JobConfig.from_flags(epsilon=0.5, eval_epsilon=0.25, epochs=10, **recipe)
     twin = config.standard_twin()
     assert not twin.adversarial.training_attack.active
@@ -146,24 +198,74 @@ def test_the_standard_twin_of_any_recipe_is_a_job(tmp_path, recipe):
     assert read_flag_file(tmp_path / "flags.cfg") == twin
 
 
-def test_overrides_win(tmp_path):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    seed: int = flag(0, "A seed.")
+    steps: int = flag(1, "Steps.", formerly="step_count")
+
+
+def test_a_flag_that_occurs_twice_is_an_error_of_the_class():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Twice:
+        seed: int = flag(1, "Another seed.")
+        step_count: int = flag(1, "Another number of steps.")
+        inner: Inner = record(Inner, "Inner")
+
+    with pytest.raises(TypeError, match="Twice has twice: seed, step_count"):
+        flat_fields(Twice)
+
+
+def test_records_are_flattened_and_put_together_again():
+    names = [field.name for field in flat_fields(JobConfig)]
+    assert names[0] == "task" and len(names) > 80
+    job = JobConfig.from_flags(epsilon=0.5, dataset="pets", seed=3)
+    assert (job.adversarial.epsilon, job.data.dataset, job.run.seed) == (0.5, "pets", 3)
+    assert JobConfig.from_flags(**flat_values(job)) == job
+    assert job.with_flags(seed=4, dataset="digits").run.seed == 4
+    with pytest.raises(TypeError, match="JobConfig has no flag epsiln"):
+        JobConfig.from_flags(epsiln=1.0)
+
+
+def test_help_lists_every_flag_below_the_heading_of_its_record(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(JobConfig, ["train", "--help"], "Usage")
+    out = capsys.readouterr().out
+    assert all(f"  --{field.name}: " in out for field in flat_fields(JobConfig))
+    positions = [out.index(f"\n{heading}:\n") for heading in ("Job", "Data", "Optimization", "Plan")]
+    assert positions == sorted(positions)
+    assert out.index("\nData:\n") < out.index("  --cache_dir: ") < out.index("\nNetwork and transfer:\n")
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--epslon=1"], ["--norm=linf", "--epsilon=8"]])
+def test_help_and_wrong_flags_do_not_wait_for_tensorflow(arguments):
+    code = (
+        "import sys; from robust_tf import train\n"
+        "try: train.main(['train', *sys.argv[1:]])\n"
+        "except (SystemExit, ValueError): pass\n"
+        "assert not {'tensorflow', 'keras', 'numpy', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+def test_overrides_win_over_the_flag_file(tmp_path):
     (tmp_path / "job.cfg").write_text("--epsilon=1\n--epochs=3\n")
     config = read_flag_file(tmp_path / "job.cfg", ["--epsilon=0"])
     assert (config.adversarial.epsilon, config.optimization.epochs) == (0.0, 3)
 
 
 @pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.5", 0.5), ("1e-3", 1e-3), ("2", 2.0)])
-def test_numbers_and_fractions(text, value):
+def test_numbers_and_fractions_are_read(text, value):
     assert parse_number(text) == value
 
 
 @pytest.mark.parametrize("text", ["1/0", "two", "__import__('os')", "8/255/2"])
-def test_anything_else_is_no_number(text):
+def test_other_text_is_not_a_number(text):
     with pytest.raises(UserError, match="fraction such as 8/255"):
         parse_number(text)
 
 
-def test_attack_settings_default_to_the_usual_ones():
+def test_attacks_have_the_usual_step_sizes_by_default():
     config = JobConfig.from_flags(norm="linf", epsilon=8 / 255, attack_steps=10, eval_steps=50)
     assert config.adversarial.training_attack.step_size == pytest.approx(2.5 * 8 / 255 / 10)
     assert config.adversarial.evaluation_attack.epsilon == 8 / 255
@@ -171,7 +273,7 @@ def test_attack_settings_default_to_the_usual_ones():
     assert JobConfig.from_flags(epsilon=0.0, eval_epsilon=1.0).adversarial.evaluation_attack.epsilon == 1.0
 
 
-def test_differences_name_both_values_and_leave_out_what_is_no_part_of_the_job():
+def test_differences_have_both_values_and_skip_flags_that_do_not_change_the_job():
     first = JobConfig.from_flags(epsilon=1.0, workdir="a", export_dir="b")
     second = first.with_flags(epsilon=0.5, workdir="c", export_dir="d")
     assert first.differences(second) == ["--epsilon: 1.0 -> 0.5"]
@@ -182,8 +284,11 @@ def test_differences_name_both_values_and_leave_out_what_is_no_part_of_the_job()
     [
         (["--norm=l3"], "Received: 'l3'. Did you mean 'l2'"),
         (["--norm=linf", "--epsilon=8"], "Did you mean 8/255"),
-        (["--epsilon=-1"], "epsilon=-1"),
-        (["--epsilon=1", "--attack_step_size=0"], "step_size=0.0"),
+        (["--epsilon=-1"], "--epsilon=-1"),
+        (["--epsilon=1", "--attack_step_size=0"], "--attack_step_size=0.0"),
+        (["--epsilon=1", "--attack_steps=-1"], "--attack_steps must be 0 or more. Received: -1"),
+        (["--eval_epsilon=-1"], "--eval_epsilon=-1"),
+        (["--learning_rate_multipliers=stem=x"], "--learning_rate_multipliers: A number.*Received: 'x'"),
         (["--epsilon=x"], "Received: 'x'"),
         (["--epslon=1"], "Did you mean: epsilon"),
         (["--epochs=0"], "--epochs must be 1 or more. Received: 0"),
@@ -276,7 +381,7 @@ def test_differences_name_both_values_and_leave_out_what_is_no_part_of_the_job()
         ([*CACHED, "--features_cache_size_gb=0"], "Received: 0.0"),
     ],
 )
-def test_wrong_values_are_refused_by_value(tmp_path, flags, message):
+def test_wrong_values_are_named_in_the_message(tmp_path, flags, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(").replace("?", r"\?")):
         config_of(tmp_path, *flags)
 

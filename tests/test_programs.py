@@ -44,6 +44,12 @@ def test_help_needs_no_tensorflow(program):
     assert done.stderr == ""
 
 
+def test_help_can_be_cut_short():
+    command = f"{sys.executable} -m robust_tf.train --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.stdout.startswith("Trains a classifier") and done.stderr == ""
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_unknown_flag_is_named_without_tensorflow(program):
     done = run("-c", WITH_IMPORTS, program, "--no_such_flag=1")
@@ -82,7 +88,10 @@ def commands(classifier, data_dir, tmp_path):
     }
 
 
-@pytest.mark.parametrize("program", ["train", "evaluate", "visualize", "data", "convert", "export"])
+SLOW = [pytest.param(program, marks=pytest.mark.slow) for program in ("visualize", "data", "convert")]
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "export", *SLOW])
 def test_a_program_that_works_writes_nothing_to_stderr(program, commands):
     done = run("-m", f"robust_tf.{program}", *commands[program])
     assert (done.returncode, done.stderr) == (0, "")

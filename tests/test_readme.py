@@ -1,21 +1,29 @@
-"""What README shows is what runs."""
+"""README shows what runs."""
 
 import pathlib
 import re
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from robust_tf.attacks import pgd
 from robust_tf.config.evaluation import EvaluateConfig
 from robust_tf.config.job import JobConfig
+from robust_tf.config.visualization import VisualizeConfig
 from robust_tf.convert import ConvertConfig
+from robust_tf.export import ExportConfig
 from robust_tf.flags import parse_flags
+from robust_tf.predict import PredictConfig
+from robust_tf.serving.server.serve_config import ServeConfig
+from tests.test_structure import LEVEL
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
+# Keras 3.15 says this to everyone who fits a tf.data.Dataset.
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
 def test_the_example_on_an_own_model_runs(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     my_classifier = keras.Sequential(
@@ -40,20 +48,43 @@ def test_the_attack_of_the_readme_runs():
     assert eval(call, names).shape == images.shape
 
 
-def test_every_program_and_config_that_is_named_exists():
-    root = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = {
+    "train": JobConfig,
+    "evaluate": EvaluateConfig,
+    "visualize": VisualizeConfig,
+    "convert": ConvertConfig,
+    "export": ExportConfig,
+    "serve": ServeConfig,
+    "predict": PredictConfig,
+}
+
+
+def test_every_program_and_file_that_is_named_exists():
     programs = set(re.findall(r"python -m robust_tf\.(\w+)", README))
-    assert {"train", "evaluate", "visualize", "data", "convert", "export", "serve", "predict"} <= programs
-    package = root / "robust_tf"
+    assert set(CONFIGS) | {"data"} == programs
+    package = ROOT / "robust_tf"
     assert all((package / f"{name}.py").exists() or (package / name / "__main__.py").exists() for name in programs)
-    assert all((root / path).exists() for path in re.findall(r"\((?!http)([\w/.]+)\)", README))
-    assert all((root / path).exists() for path in re.findall(r"configs/\w+\.cfg", README))
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert len(links) > 10
+    assert [path for path in links if not (ROOT / path).exists()] == []
+    assert [path for path in re.findall(r"configs/\w+\.cfg", README) if not (ROOT / path).exists()] == []
 
 
-def test_the_commands_of_the_readme_have_flags_that_exist():
-    configs = {"train": JobConfig, "evaluate": EvaluateConfig, "convert": ConvertConfig}
-    commands = re.findall(r"^python -m robust_tf\.(\w+) (--.*?)(?:\s+#.*)?$", README, re.MULTILINE)
-    assert {program for program, _ in commands} == set(configs)
+def test_the_commands_of_the_readme_have_flags_that_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)  # --flagfile is relative
+    commands = re.findall(r"^(?:.* && )?python -m robust_tf\.(\w+) (--.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    assert {program for program, _ in commands} == set(CONFIGS)
     for program, arguments in commands:
-        if "--flagfile" not in arguments:
-            parse_flags(configs[program], [program, *arguments.split()])
+        parse_flags(CONFIGS[program], [program, *arguments.split()])
+
+
+def test_the_rooms_of_the_readme_are_those_of_the_package():
+    """In the order in which they may import each other."""
+    table = README.partition("## How it is built")[2].partition("\n## ")[0]
+    rows = [re.findall(r"`([\w/]+?)(?:/|\.py|)`", line) for line in table.splitlines() if line.startswith("| `")]
+    first = [row[0].partition("/")[0] for row in rows]
+    levels = [LEVEL[name] for name in first]
+    assert levels == sorted(levels)
+    named = {name for row in rows for name in row}
+    assert [name for name in LEVEL if name not in named] == []

@@ -22,13 +22,13 @@ from robust_tf.results import FORMAT, Comparison, FeatureCache, JobResults, Meas
 from robust_tf.statistics import Interval, PairedDifference
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_tf"
-# Fields of `DataConfig` that don't change the test images, or that a run decides for itself.
+# Fields of `DataConfig` that do not change the test images, and those that every program sets itself.
 OF_TRAINING = {"augmentation", "rand_augment", "mixing", "validation_fraction", "examples_per_class", "subset"}
 OF_THE_RUN = {"data_dir", "cache", "cache_dir"}
 
 
 def test_everything_that_decides_the_test_images_is_recorded_and_followed(monkeypatch, tmp_path):
-    """A new field of `DataConfig` has to be recorded too, or evaluation would measure on other images."""
+    """Otherwise a new field of `DataConfig` would make the evaluation measure on other images."""
     deciding = {field.name for field in dataclasses.fields(DataConfig)} - OF_TRAINING - OF_THE_RUN
     assert deciding <= {field.name for field in dataclasses.fields(JobResults)}
     asked = {}
@@ -308,7 +308,7 @@ def test_only_one_module_names_the_file():
     assert named == {PACKAGE / "results.py"}
 
 
-def nodes() -> Iterator[tuple[pathlib.Path, ast.AST]]:
+def nodes() -> Iterator[tuple[pathlib.Path, typing.Any]]:
     """Yields the syntax trees of the package, node by node."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "robust_tf"
 # Each layer may import itself and the layers below it.
 LAYERS = [
     {"train", "evaluate", "export", "convert", "serve", "predict", "visualize"},  # the programs
-    {"reporting"},
     {"job"},
+    {"reporting"},
     {"serving", "evaluation"},
     {"training"},
     {"transfer"},
@@ -25,7 +25,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Packages that are a public interface: `__all__` lists it.
 PUBLIC = ["attacks", "config", "data", "models", "training", "transfer"]
-MAX_LINES = 400
+MAX_LINES = 400  # without docstrings
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -93,9 +93,19 @@ def test_a_circle_is_found():
     assert circles(imports) == [["b", "c"], ["d"]]
 
 
+def lines_without_docstrings(source: str) -> int:
+    """Returns the number of lines of a module. Docstrings do not count, so that nobody shortens them to pass."""
+    count = len(source.splitlines())
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            count -= (docstring.end_lineno or docstring.lineno) - docstring.lineno + 1
+    return count
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_no_file_is_too_long(name):
-    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+    assert lines_without_docstrings(MODULES[name].read_text(encoding="utf-8")) <= MAX_LINES
 
 
 @pytest.mark.parametrize("package", PUBLIC)

@@ -1,4 +1,4 @@
-"""The job from flags to files, on the real digits with a small network."""
+"""The training program from flags to files, on the digits data set with a small network."""
 
 import dataclasses
 import html
@@ -52,13 +52,14 @@ SMALL = {
     "batch_size": 24,
     "learning_rate": 0.05,
     "log_every_steps": 1,
-    "alarm_every_epochs": 100,  # none: tests/training/test_alarms.py looks at them, and they take seconds to trace
+    # No checks for alarms, which take seconds to trace: tests/training/test_alarms.py tests them.
+    "alarm_every_epochs": 100,
 }
 
 
 @pytest.fixture
 def job(tmp_path, data_dir):
-    """Makes small jobs; each name is a workdir."""
+    """Makes small jobs; each name is a different workdir."""
 
     def make(name: str = "job", **changes) -> JobConfig:
         return JobConfig.from_flags(workdir=str(tmp_path / name), data_dir=str(data_dir), **{**SMALL, **changes})
@@ -68,7 +69,7 @@ def job(tmp_path, data_dir):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_dir) -> JobConfig:
-    """A small job that has been run, for the tests that only look at it."""
+    """A small job that has been run, for the tests that only inspect it."""
     config = JobConfig.from_flags(
         workdir=str(tmp_path_factory.mktemp("trained") / "job"), data_dir=str(data_dir), **SMALL
     )
@@ -79,7 +80,7 @@ def trained(tmp_path_factory, data_dir) -> JobConfig:
 
 @pytest.fixture
 def source_file(job, tmp_path):
-    """A flag file of a pretraining job."""
+    """The flag file of a pretraining job."""
     path = tmp_path / "source.cfg"
     path.write_text(to_flag_file(job().with_flags(workdir="")))
     return path
@@ -87,7 +88,7 @@ def source_file(job, tmp_path):
 
 @pytest.fixture
 def transfer(job, source_file):
-    """Makes transfer jobs from the source, to three other digits."""
+    """Makes jobs that transfer the source to three other digits."""
 
     def make(name: str = "transfer", **changes) -> JobConfig:
         settings = {
@@ -121,7 +122,7 @@ def events(config: JobConfig, part: str) -> EventAccumulator:
     return accumulator.Reload()
 
 
-def test_pretraining_leaves_the_promised_files(trained):
+def test_pretraining_writes_the_documented_files(trained):
     config = trained
     workdir = pathlib.Path(config.run.workdir)
     assert {path.name for path in workdir.iterdir()} == {
@@ -159,8 +160,8 @@ def test_pretraining_leaves_the_promised_files(trained):
     assert "--epsilon=0.5" in results["flags"]
 
 
-def test_classifier_is_plain_keras_and_the_one_that_was_measured(trained, data_dir, tmp_path):
-    """Loaded in safe mode where robust_tf cannot be imported, it has the accuracy that results.json says."""
+def test_the_saved_classifier_is_plain_keras_and_has_the_measured_accuracy(trained, data_dir, tmp_path):
+    """It is loaded in safe mode in a process that cannot import robust_tf."""
     config = trained
     task = load_task(
         DataConfig(dataset="digits", classes=(0, 1, 2), image_size=8, data_dir=str(data_dir)), batch_size=1000
@@ -178,7 +179,7 @@ def test_classifier_is_plain_keras_and_the_one_that_was_measured(trained, data_d
     assert float(printed) == pytest.approx(results_of(config)["clean_accuracy"])
 
 
-def test_tensorboard_holds_what_it_should(trained):
+def test_tensorboard_has_charts_pictures_flags_and_hyperparameters(trained):
     config = trained
     train_events, validation, test = (events(config, part) for part in ("train", "validation", "test"))
     figures = {"adversarial_loss", "adversarial_accuracy", "clean_loss", "clean_accuracy"}
@@ -191,12 +192,18 @@ def test_tensorboard_holds_what_it_should(trained):
     assert radii == [0.5] * 6
     shown = [train_events.Tensors(f"{group}/images_per_second") for group in ("step", "epoch")]
     rates = [float(tf.make_ndarray(event.tensor_proto)) for event in shown[1]]
-    assert [event.step for event in shown[0]] == [1, 2, 3, 4, 5]  # not known in the first step, which is traced
+    assert [event.step for event in shown[0]] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # the first step is traced, so its speed is not measured
     assert min(float(tf.make_ndarray(event.tensor_proto)) for event in shown[0]) > 0
     assert results_of(config)["images_per_second"] == pytest.approx(np.median(rates), abs=0.06)
     text = tf.make_ndarray(train_events.Tensors("flags")[0].tensor_proto)
     assert b"--epsilon=0.5" in text.item()
-    # One picture of the attack for each epoch: 8 images in 3 rows.
+    # There is one picture of the attack for each epoch, with 8 images in 3 rows.
     pictures = [tf.make_ndarray(event.tensor_proto) for event in validation.Tensors("attack")]
     assert len(pictures) == 2
     picture = tf.io.decode_png(pictures[-1][2]).numpy()
@@ -220,7 +227,7 @@ RECIPES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_each_recipe_trains_and_says_what_it_did(job, capsys, name):
+def test_each_recipe_trains_and_reports_what_it_did(job, capsys, name):
     settings = {"attack_steps": None} if name in ("fgsm", "free") else {}
     config = job(**{**settings, **RECIPES[name]})
     train.run(config)
@@ -233,11 +240,11 @@ def test_each_recipe_trains_and_says_what_it_did(job, capsys, name):
     assert "epoch 2/2" in out
     charts = events(config, "train")
     radii = [float(tf.make_ndarray(event.tensor_proto)) for event in charts.Tensors("step/epsilon")]
-    # After each of the three steps of two epochs: the radius of the next.
+    # The radius of the next step, after each of the three steps of two epochs.
     rising = [0.5 / 3, 1 / 3, 0.5, 0.5, 0.5, 0.5]
     assert radii == pytest.approx(rising if name == "epsilon_warmup" else [0.5] * 6)
     assert ("epsilon 0.5" in out) == (name == "epsilon_warmup")
-    # Clean figures of training where they cost nothing, of validation always.
+    # Training has clean figures only where they cost nothing; validation always has them.
     measured = name not in ("fgsm", "free")
     assert ("epoch/clean_accuracy" in charts.Tags()["tensors"]) == measured
     assert ("train clean" in out) == measured and "validation clean" in out
@@ -256,14 +263,14 @@ def test_each_recipe_trains_and_says_what_it_did(job, capsys, name):
         ({"objective": "trades_awp"}, ["TRADES with beta 6", "6 forward", "= 6 steps"]),
     ],
 )
-def test_the_plan_counts_what_a_recipe_does(job, capsys, settings, lines):
+def test_the_plan_counts_the_passes_of_a_recipe(job, capsys, settings, lines):
     train.run(job(dry_run=True, **settings))
     out = capsys.readouterr().out
     assert all(line in out for line in lines), out
 
 
 def interrupt(monkeypatch, *, where: str, epoch: int, after: int = 1) -> None:
-    """A signal comes in the given epoch, `after` steps of training or validation in, or when the epoch is saved."""
+    """Sends a signal in the given epoch, after some steps of training or validation, or when the epoch is saved."""
     method = getattr(SaveProgress, where)
 
     def and_a_signal(self, number, logs=None):
@@ -278,7 +285,7 @@ def interrupt(monkeypatch, *, where: str, epoch: int, after: int = 1) -> None:
 INTERRUPTIONS = [
     ("on_train_batch_end", 0, 1),
     ("on_train_batch_end", 2, 2),
-    ("on_train_batch_end", 1, 3),  # the last step of the epoch: only its validation is left
+    ("on_train_batch_end", 1, 3),  # the last step of the epoch, so only its validation is left
     ("on_test_batch_end", 1, 1),
     ("on_epoch_end", 1, 1),
 ]
@@ -294,7 +301,7 @@ INTERRUPTIONS = [
         ({"fast": "free", "attack_steps": None, "free_replays": 2, "epochs": 6}, INTERRUPTIONS[1:2]),
     ],
 )
-def test_an_interrupted_run_ends_as_the_uninterrupted_one(job, monkeypatch, capsys, changes, interruptions):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(job, monkeypatch, capsys, changes, interruptions):
     settings = {"epochs": 3, "deterministic": True, **changes}
     train.run(job("whole", **settings))
     for where, epoch, after in interruptions:
@@ -323,7 +330,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(job, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_the_uninterrupted_one():
+def test_a_killed_run_ends_like_an_uninterrupted_one():
     figures = kill.run(kills=3, seed=1, epochs=12)
     assert figures["different"] == []
     assert len(set(figures["states"]) - {""}) > 1  # killed at different steps
@@ -352,8 +359,8 @@ def test_the_state_is_saved_within_an_epoch(job, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_moving_average_is_what_is_measured_and_kept(job):
-    """Statistics of BatchNorm included; training itself goes on from the weights that are not averaged."""
+def test_the_moving_average_is_evaluated_and_saved(job):
+    """The average includes the statistics of BatchNorm. Training itself uses the weights that are not averaged."""
     config = job("average", ema_decay=0.9, select_by="last")
     train.run(config)
     arrays = Checkpoints(pathlib.Path(config.run.workdir) / "checkpoints").latest().arrays
@@ -367,12 +374,12 @@ def test_the_moving_average_is_what_is_measured_and_kept(job):
 
 
 @pytest.mark.slow
-def test_profile_of_some_steps(job):
+def test_profile_steps_are_recorded(job):
     train.run(job(epochs=1, profile_steps=(2, 3)))
     assert list((pathlib.Path(job().run.workdir) / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_workdir_of_another_job_is_refused_and_kept(trained):
+def test_the_workdir_of_another_job_is_refused_and_left_unchanged(trained):
     before = {path: path.read_bytes() for path in pathlib.Path(trained.run.workdir).rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"--epsilon: 0.5 -> 0.25; --epochs: 2 -> 3"):
         train.run(trained.with_flags(epsilon=0.25, epochs=3))
@@ -386,8 +393,8 @@ def test_a_finished_job_is_not_run_again(trained, capsys):
     assert (pathlib.Path(trained.run.workdir) / "classifier.keras").read_bytes() == first
 
 
-def test_a_finished_job_gets_the_report_that_it_lacks(trained, capsys):
-    """Also one of an older version: without predictions there is none, and not a word about that."""
+def test_a_finished_job_without_a_report_gets_one(trained, capsys):
+    """A job of an older version has no predictions, so it gets no report, and nothing is printed about that."""
     workdir = pathlib.Path(trained.run.workdir)
     report = (workdir / "report.html").read_bytes()
     (workdir / "report.html").unlink()
@@ -405,7 +412,7 @@ def test_a_finished_job_gets_the_report_that_it_lacks(trained, capsys):
     assert (workdir / "report.html").exists()
 
 
-def test_a_report_that_cannot_be_drawn_is_one_line(trained, monkeypatch, capsys):
+def test_a_report_that_cannot_be_drawn_is_a_warning_of_one_line(trained, monkeypatch, capsys):
     def fail(workdir):
         raise RuntimeError("no fonts\nat all")
 
@@ -423,8 +430,8 @@ def test_a_report_that_cannot_be_drawn_is_one_line(trained, monkeypatch, capsys)
     assert "clean accuracy" in out
 
 
-def test_the_comparison_with_a_baseline_that_was_finished_before(trained, tmp_path, capsys):
-    """The figures are compared image by image, on the page too; without predictions a line says why not."""
+def test_a_baseline_that_is_already_finished_is_compared(trained, tmp_path, capsys):
+    """The figures are compared image by image, on the page too. Without predictions, a line says why they are not."""
     workdir = tmp_path / "job"
     shutil.copytree(trained.run.workdir, workdir)
     shutil.copytree(trained.run.workdir, workdir / "baseline")
@@ -452,7 +459,7 @@ def test_the_comparison_with_a_baseline_that_was_finished_before(trained, tmp_pa
 
 
 def test_best_epoch_is_chosen_on_the_validation_part(job, monkeypatch):
-    """Whatever comes after the best epoch does not end up in the classifier."""
+    """Epochs after the best one do not affect the classifier."""
     values = iter([0.2, 0.9, 0.5])
     save = SaveProgress.on_epoch_end
     weights = []
@@ -471,7 +478,7 @@ def test_best_epoch_is_chosen_on_the_validation_part(job, monkeypatch):
 
 
 @pytest.mark.slow
-def test_transfer_with_its_baseline(transfer, tmp_path, capsys):
+def test_transfer_with_a_baseline(transfer, tmp_path, capsys):
     config = transfer(baseline=True, export_dir=str(tmp_path / "exports"), model_name="digits")
     train.run(config)
     results = results_of(config)
@@ -485,7 +492,7 @@ def test_transfer_with_its_baseline(transfer, tmp_path, capsys):
     for row in (results, results["baseline"]):
         low, high = row["clean_accuracy_interval"]
         assert f"{row['clean_accuracy']:.1%} ({low:.1%} to {high:.1%})" in out
-    # Fixed-feature: the backbone is bit-equal to its source, BatchNorm statistics included; the head is new.
+    # With fixed features the backbone is bit-equal to its source, including BatchNorm statistics, and the head is new.
     for folder, job_folder in (
         (robust_source, config.run.workdir),
         (standard_source, f"{config.run.workdir}/baseline"),
@@ -495,7 +502,7 @@ def test_transfer_with_its_baseline(transfer, tmp_path, capsys):
         assert before.keys() == after.keys()
         for path, weight in before.items():
             assert np.array_equal(weight, after[path]) == (not path.startswith("logits")), path
-    # Served as the next version, and the same command publishes the one after it.
+    # The classifier is published as version 1, and the same command publishes it as version 2.
     assert (tmp_path / "exports" / "digits" / "1" / "saved_model.pb").exists()
     assert f"--model_base_path={tmp_path / 'exports' / 'digits'}" in out
     train.run(config)
@@ -504,7 +511,7 @@ def test_transfer_with_its_baseline(transfer, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_transfer_of_the_packaged_classifiers(transfer, monkeypatch):
-    """Works without a connection, and the twin is found by its name."""
+    """It works without a connection, and the twin is found by its name."""
 
     def no_connection(*args, **kwargs):
         raise OSError("a connection was tried")
@@ -522,7 +529,7 @@ def test_transfer_of_the_packaged_classifiers(transfer, monkeypatch):
 
 @pytest.mark.slow
 def test_partial_transfer_with_moving_statistics(transfer):
-    """Weights through the stage stay bit-equal; with frozen_batchnorm=update their statistics do not."""
+    """Frozen weights stay bit-equal, while frozen_batchnorm=update changes their BatchNorm statistics."""
     config = transfer(transfer_mode="partial", freeze_through="stage2", frozen_batchnorm="update", epochs=1)
     train.run(config)
     source = weights_by_path(classifier_of(config.with_flags(workdir=config.run.workdir[:-8] + "source")))
@@ -549,7 +556,7 @@ def test_unfreezing_at_an_epoch_survives_an_interruption(transfer, monkeypatch):
 
 
 def test_transfer_from_a_checkpoint_of_the_reference(transfer, tmp_path):
-    """A checkpoint in the reference's layout; its own normalisation comes along, its backbone stays bit-equal."""
+    """The normalization in the checkpoint is kept, and the backbone stays bit-equal."""
     original = build_classifier("resnet8", 10, image_size=16, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     state = {f"module.model.{key}": value for key, value in to_reference_state(original).items()}
     state["module.normalizer.new_mean"] = np.array([0.1, 0.2, 0.3], np.float32).reshape(3, 1, 1)
@@ -564,13 +571,15 @@ def test_transfer_from_a_checkpoint_of_the_reference(transfer, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_by_xla_a_job_gives_the_same_figures(job, recwarn):
+def test_a_job_compiled_by_xla_gives_the_same_figures(job, recwarn):
     results = []
     for jit_compile in ("false", "true"):
         config = job(jit_compile, jit_compile=jit_compile, epochs=1)
         train.run(config)
         results.append(results_of(config))
-    assert not [warning for warning in recwarn if "jit_compile" in str(warning.message)]  # Keras did compile
+    assert not [
+        warning for warning in recwarn if "jit_compile" in str(warning.message)
+    ]  # Keras would warn if it did not compile
     assert results[0]["validation_value"] == pytest.approx(results[1]["validation_value"], abs=0.1)
     assert results[0]["clean_accuracy"] == pytest.approx(results[1]["clean_accuracy"], abs=0.05)
 
@@ -585,7 +594,7 @@ def test_mixed_precision_job(job, monkeypatch, capsys, precision):
     assert classifier.output.dtype == "float32"
     assert classifier.get_layer("stage1_block1_conv1").compute_dtype == precision.removeprefix("mixed_")
     assert classifier.get_layer("normalization").compute_dtype == "float32"
-    assert keras.config.dtype_policy().name == "float32"  # the next job starts afresh
+    assert keras.config.dtype_policy().name == "float32"  # the next job starts with the default again
 
 
 @pytest.mark.parametrize(
@@ -597,13 +606,13 @@ def test_mixed_precision_job(job, monkeypatch, capsys, precision):
     ],
 )
 def test_a_job_with_mixed_images(job, mixing, epsilon):
-    """Labels are shares of classes in training, attacked or not, and classes in evaluation."""
+    """Labels are shares of classes in training, with or without an attack, and classes in evaluation."""
     config = job(
         mixing=mixing, rand_augment=0.2, epsilon=epsilon, eval_epsilon=0.0, epochs=3, subset="", deterministic=True
     )
     train.run(config)
     results = results_of(config)
-    assert results["clean_accuracy"] > 0.5  # of three classes; the labels reach the loss
+    assert results["clean_accuracy"] > 0.5  # with three classes, so the labels reach the loss
     validation = events(config, "validation")
     figure = "epoch/adversarial_accuracy" if epsilon else "epoch/clean_accuracy"
     accuracies = [float(tf.make_ndarray(e.tensor_proto)) for e in validation.Tensors(figure)]
@@ -611,7 +620,7 @@ def test_a_job_with_mixed_images(job, mixing, epsilon):
 
 
 def image_folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Light and dark images, one of which is broken."""
+    """Writes light and dark images, one of which is broken, and returns its path."""
     rng = np.random.default_rng(0)
     for name, low in (("dark", 0), ("light", 128)):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -623,7 +632,7 @@ def image_folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return broken
 
 
-def test_a_broken_image_is_named_or_skipped_and_counted(job, tmp_path, capsys):
+def test_a_broken_image_is_named_or_it_is_skipped_and_counted(job, tmp_path, capsys):
     broken = image_folder(tmp_path)
     options = {"dataset": f"folder:{tmp_path / 'images'}", "classes": (), "examples_per_class": None, "epochs": 1}
     options |= {"cache_dir": str(tmp_path / "cache"), "augmentation": "none", "epsilon": 0.0}
@@ -637,20 +646,20 @@ def test_a_broken_image_is_named_or_skipped_and_counted(job, tmp_path, capsys):
     assert results["skipped_images"] == [str(broken)]
     assert results["num_train_images"] + results["num_validation_images"] + results["num_test_images"] == 59
     out = capsys.readouterr().out
-    assert f"Left out: 1 files that are not images: {notes}." in out
+    assert f"Left out: files that are not images (1): {notes}." in out
     assert f"Left out 1 images that cannot be decoded: {broken}" in out
     assert (results["exif"], results["alpha_background"], results["split_seed"]) == ("apply", "white", 3)
 
-    # The evaluation looks at the same images, and reads them in the same way.
+    # The evaluation uses the same images, and reads them in the same way.
     subject = load_subject(f"{job('goes_on').run.workdir}/classifier.keras")
     of_training = load_job_task(job("goes_on", **options))
     assert subject.task.preprocessing.decoding == of_training.preprocessing.decoding
     assert subject.task.preprocessing.decoding == decoding_from_results(JobResults.from_json(results))
-    assert subject.task.test_examples.part.paths == of_training.test_examples.part.paths
+    assert subject.task.test_examples.part.paths == of_training.test_examples.part.paths  # type: ignore[attr-defined]
     assert subject.task.num_test == results["num_test_images"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(job):
+def test_a_loss_that_is_not_a_number_stops_the_run(job):
     config = job(learning_rate=1e30, epochs=3)
     with pytest.raises(UserError, match=r"Received: loss=(nan|inf) in step \d+ of epoch \d"):
         train.run(config)
@@ -658,7 +667,7 @@ def test_a_loss_that_is_no_number_stops_the_run(job):
 
 
 def test_weights_that_break_in_the_last_step_of_an_epoch_are_not_saved(job, monkeypatch):
-    """The loss of a step is that before its update, so only the validation shows it."""
+    """A step reports the loss before its update, so only the validation shows such weights."""
     save = SaveProgress.on_epoch_end
 
     def save_and_watch_out(self, epoch, logs=None):
@@ -682,15 +691,17 @@ def test_weights_that_break_in_the_last_step_of_an_epoch_are_not_saved(job, monk
         ({"export_dir": "exports", "model_name": "a/b"}, "Received: 'a/b'"),
     ],
 )
-def test_a_mistake_found_before_training_leaves_the_workdir_to_the_corrected_command(job, mistake, message):
+def test_a_corrected_command_may_use_the_workdir_of_a_mistaken_one(job, mistake, message):
     with pytest.raises(UserError, match=message):
         train.run(job(**mistake))
     claim_workdir(job())
     assert read_flag_file(pathlib.Path(job().run.workdir) / "flags.cfg") == job().resolved()
 
 
-def test_a_source_with_the_workdir_of_its_transfer_is_refused(transfer, tmp_path):
-    with pytest.raises(UserError, match=f"--source={tmp_path / 'source.cfg'}, whose workdir is that of this job"):
+def test_a_source_that_would_use_the_workdir_of_its_transfer_is_refused(transfer, tmp_path):
+    with pytest.raises(
+        UserError, match=f"--source={tmp_path / 'source.cfg'}, whose job would use the workdir of this job"
+    ):
         train.run(transfer("source"))
 
 
@@ -721,8 +732,8 @@ def broken_file(tmp_path: pathlib.Path) -> str:
         ("nowhere.keras", "", "nowhere.keras"),
         (broken_file, "", r"broken\.keras \(13 bytes\).*damaged"),
         ("resnet50_l2_eps33", "", "Received: 'resnet50_l2_eps33'. Did you mean 'resnet50_l2_eps3'"),
-        ("some/folder/model.h5", "", "Received: some/folder/model.h5"),
-        ("model.ckpt", "", "Add --architecture"),
+        ("some/folder/model.h5", "", "Received: source=some/folder/model.h5"),
+        ("model.ckpt", "", "Received: source=model.ckpt. Name it by architecture"),
         ("missing.cfg", "", "missing.cfg"),
     ],
 )
@@ -734,7 +745,7 @@ def test_a_source_that_cannot_be_used_is_named(transfer, tmp_path, source, archi
 
 def test_a_source_that_does_not_fit_is_refused(transfer, trained):
     source = f"{trained.run.workdir}/classifier.keras"
-    with pytest.raises(UserError, match="is a resnet8. Received: --architecture=resnet20"):
+    with pytest.raises(UserError, match="has the architecture resnet8. Received: architecture=resnet20"):
         train.run(transfer("a", source=source, architecture="resnet20"))
     with pytest.raises(UserError, match="'stage9'.*stage3"):
         train.run(transfer("b", source=source, transfer_mode="partial", freeze_through="stage9"))
@@ -749,7 +760,7 @@ def test_a_workdir_that_cannot_be_written_is_named(job, tmp_path):
 
 
 @pytest.mark.parametrize("blocked", ["export_dir", "workdir", "twin"])
-def test_a_place_that_cannot_be_written_is_found_before_training(transfer, tmp_path, monkeypatch, capsys, blocked):
+def test_a_folder_that_cannot_be_written_is_refused_before_training(transfer, tmp_path, monkeypatch, capsys, blocked):
     monkeypatch.setattr(run, "run_job", lambda config: pytest.fail("training began"))
     (tmp_path / "afile").write_text("")
     changes = {
@@ -757,12 +768,12 @@ def test_a_place_that_cannot_be_written_is_found_before_training(transfer, tmp_p
         "workdir": {"workdir": str(tmp_path / "afile")},
         "twin": {"baseline": True},
     }[blocked]
-    (tmp_path / "source_eps0").write_text("")  # where the twin of the source would be
+    (tmp_path / "source_eps0").write_text("")  # the workdir of the twin of the source
     config = transfer().with_flags(**changes)
     flag = "--export_dir" if blocked == "export_dir" else "--workdir"
     with pytest.raises(UserError, match=f"{flag} needs a folder that can be made .* Received: .*Not a directory"):
         train.run(config)
-    train.run(config.with_flags(dry_run=True))  # its plan may be for another machine
+    train.run(config.with_flags(dry_run=True))  # the plan may be for another machine
     out = capsys.readouterr().out
     assert "dry run: nothing is trained" in out and "WARNING: on this machine the job could not" in out
 
@@ -786,13 +797,13 @@ def program(*arguments: str, **options) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--epsilon=8", "--norm=linf"], 2, "error: epsilon of the linf norm"),
+        (["--epsilon=8", "--norm=linf"], 2, "error: --epsilon of the linf norm"),
         (["--dataset=digit"], 2, "Did you mean 'digits'"),
         (["--epslon=1"], 2, "Did you mean: epsilon"),
         (["--task=pretrain", "configs/quickstart.cfg"], 2, "'configs/quickstart.cfg'"),
     ],
 )
-def test_the_program_says_what_is_wrong_without_a_traceback(tmp_path, arguments, code, message):
+def test_the_program_explains_a_mistake_without_a_traceback(tmp_path, arguments, code, message):
     process = program(f"--workdir={tmp_path / 'w'}", *arguments)
     out, _ = process.communicate()
     assert process.returncode == code
@@ -801,9 +812,9 @@ def test_the_program_says_what_is_wrong_without_a_traceback(tmp_path, arguments,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(job, tmp_path, number, code):
+def test_a_signal_saves_the_state_and_says_how_to_continue(job, tmp_path, number, code):
     (tmp_path / "job.cfg").write_text(to_flag_file(job(epochs=10_000)))
-    # A shell that starts the tests in the background lets its children ignore Ctrl-C.
+    # A shell that runs the tests in the background makes its children ignore Ctrl-C.
     listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     process = program(f"--flagfile={tmp_path / 'job.cfg'}", **listening)
     for line in process.stdout:
@@ -819,9 +830,9 @@ def test_a_signal_saves_and_says_how_to_go_on(job, tmp_path, number, code):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pets", "imagenet_resnet50_l2_eps3"])
 def test_the_large_configs_run_a_step_on_mocked_data(name, tmp_path, monkeypatch, mocked_tfds):
-    """Random images of the right kind, and a ResNet-50 that was not downloaded."""
+    """The images are random, and the ResNet-50 is untrained instead of downloaded."""
     overrides = [f"--workdir={tmp_path / name}", "--epochs=1", "--batch_size=4", "--eval_steps=1", "--nobaseline"]
-    overrides.append("--alarm_every_epochs=100")  # as above: a minute of tracing
+    overrides.append("--alarm_every_epochs=100")  # no check for alarms, which would take a minute to trace
     config = read_flag_file(
         ROOT / "configs" / f"{name}.cfg", [*overrides, "--export_dir=", "--validation_fraction=0.1"]
     )
@@ -834,13 +845,13 @@ def test_the_large_configs_run_a_step_on_mocked_data(name, tmp_path, monkeypatch
     results = results_of(config)
     assert (results["image_size"], results["resize_size"], results["num_test_images"]) == (224, 256, 5)
     assert len(results["class_names"]) == {"pets": 37, "imagenet_resnet50_l2_eps3": 1000}[name]
-    if name == "pets":  # raw pixels downstream, as in the paper's code
+    if name == "pets":  # transfer normalizes nothing, as in the paper's code
         assert classifier_of(config).get_layer("normalization").get_config()["mean"] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.slow
 def test_a_job_on_a_folder_of_images(job, tmp_path):
-    """The whole way with JPEG files, and the class names of the folders in results.json."""
+    """The images are JPEG files, and the class names in results.json are the names of the folders."""
     root = write_folder(tmp_path / "photos", {"train/cat": 12, "train/dog": 12, "test/cat": 3, "test/dog": 2})
     config = job(dataset=f"folder:{root}", classes=(), examples_per_class=None)
     train.run(config)

@@ -8,7 +8,8 @@ in `robust_tf.attacks.table`, how to add a norm in `robust_tf.attacks.threat_mod
 import robust_tf.keras_backend  # noqa: F401  # before Keras is imported
 from robust_tf.attacks.apgd import apgd
 from robust_tf.attacks.autoattack import VERSIONS, AutoAttackResult, attacks_of_version, autoattack
-from robust_tf.attacks.cascade import CascadeState, CompiledAttacks, cascade
+from robust_tf.attacks.cascade import CompiledAttacks, cascade
+from robust_tf.attacks.cascade_state import CascadeState
 from robust_tf.attacks.fab import fab
 from robust_tf.attacks.fgsm import fgsm
 from robust_tf.attacks.pgd import AttackResult, climb, pgd, run_pgd

@@ -24,7 +24,8 @@ from robust_tf.attacks.losses import (
     num_classes,
 )
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
-from robust_tf.attacks.threat_models import NORMS, AttackNorm, Geometry
+from robust_tf.attacks.threat_models import NORMS, Geometry
+from robust_tf.config.names import AttackNorm
 
 _MOMENTUM = 0.75  # weight of the new direction, alpha in algorithm 1
 _MOST_RISES = 0.75  # rho: a step size is halved if it raised the loss in at most this share of the steps

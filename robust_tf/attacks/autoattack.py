@@ -7,8 +7,8 @@ import numpy as np
 
 from robust_tf.attacks.cascade import cascade
 from robust_tf.attacks.losses import Model
-from robust_tf.attacks.threat_models import AttackNorm
 from robust_tf.attacks.warning_flags import issue
+from robust_tf.config.names import AttackNorm
 from robust_tf.errors import UserError, unknown_name
 
 # The attacks of each version, in their order.
@@ -29,6 +29,18 @@ class AutoAttackResult(NamedTuple):
         felled_by: For each image, the name of the attack that felled it, "clean" if the clean prediction is wrong, or
             "" if the image resists.
         warnings: Signs that the robust accuracy is too high: name of the flag to a sentence. Empty if there are none.
+
+    Example:
+        >>> import numpy as np
+        >>> from robust_tf.attacks import AutoAttackResult
+        >>> result = AutoAttackResult(
+        ...     images_adv=np.zeros((3, 8, 8, 3), np.float32),
+        ...     robust=np.array([True, False, True]),
+        ...     felled_by=("", "apgd-ce", ""),
+        ...     warnings={},
+        ... )
+        >>> print(f"robust accuracy {result.robust.mean():.1%}")
+        robust accuracy 66.7%
     """
 
     images_adv: np.ndarray

@@ -9,7 +9,8 @@ from robust_tf.attacks.checks import check_at_least, check_threat_model, checked
 from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting, select_images
 from robust_tf.attacks.losses import LOSSES, Model, is_correct, likeliest_targets, logits_of, num_classes, slope_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
-from robust_tf.attacks.threat_models import NORMS, AttackNorm, Geometry
+from robust_tf.attacks.threat_models import NORMS, Geometry
+from robust_tf.config.names import AttackNorm
 from robust_tf.errors import UserError
 
 _LARGEST_BIAS = 0.1  # alpha_max: largest weight of the clean image's projection in a step

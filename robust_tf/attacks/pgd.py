@@ -5,16 +5,14 @@ from typing import Any, Literal, NamedTuple
 
 import tensorflow as tf
 
+from robust_tf.attacks.ascent import ascend
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch, training_batch
 from robust_tf.attacks.loops import State, repeat, repeat_while_resisting
-from robust_tf.attacks.losses import LOSSES, Loss, Model, find_loss, is_correct, logits_of, margin_of, slope_of
+from robust_tf.attacks.losses import LOSSES, Model, find_loss, is_correct, logits_of, margin_of
 from robust_tf.attacks.outputs import outputs_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
-from robust_tf.attacks.threat_models import NORMS, PGD_NORMS, Geometry, Scale
+from robust_tf.attacks.threat_models import NORMS, PGD_NORMS, Scale
 from robust_tf.config.attack import AttackConfig, Norm
-
-# Below this margin iterates are compared by their margins, since rounding hides the differences of the cross-entropy.
-_TINY_MARGIN = 1e-5
 
 
 class AttackResult(NamedTuple):
@@ -25,6 +23,15 @@ class AttackResult(NamedTuple):
         start_loss: Loss at the start of the attack, (batch,) float32. Without a random start this is the loss of the
             clean images.
         start_correct: Whether the prediction at the start is the label, (batch,) bool.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from robust_tf.attacks import AttackConfig, AttackResult, run_pgd
+        >>> attack = AttackConfig(norm="linf", epsilon=0.1, step_size=0.05, steps=2)
+        >>> images, labels = tf.fill([1, 4, 4, 1], 0.45), tf.constant([0])
+        >>> result = run_pgd(lambda images: images[:, 0, 0] * [-1.0, 1.0], images, labels, attack=attack)
+        >>> isinstance(result, AttackResult), result.start_loss.shape
+        (True, TensorShape([1]))
     """
 
     images_adv: tf.Tensor
@@ -171,127 +178,6 @@ def climb(
         targeted=targeted,
     )
     return AttackResult(tf.stop_gradient(state["images_adv"]), state["start_loss"], state["start_correct"])
-
-
-def ascend(
-    model: Model,
-    images: tf.Tensor,
-    labels: tf.Tensor,
-    start: tf.Tensor,
-    *,
-    geometry: Geometry,
-    epsilon: Scale,
-    step_size: Scale,
-    steps: int,
-    loss: str | Loss = "ce",
-    correct_of: Callable[[Any, tf.Tensor], tf.Tensor] = is_correct,
-    coupled: bool = False,
-    margin_by: Callable[[Any, tf.Tensor], tf.Tensor] | None = None,
-    use_best: bool = True,
-    targeted: bool = False,
-    early_stop: bool = False,
-) -> State:
-    """Runs projected gradient ascent from a given start, without any checks.
-
-    Args:
-        model: Callable from images to logits (batch, classes), or to any outputs that `loss` and `correct_of` can read.
-        images: Clean images (batch, height, width, channels) float32, the center of the ball.
-        labels: Labels (batch,) int32: true classes, or target classes if `targeted`.
-        start: First iterate, (batch, height, width, channels) float32.
-        geometry: Geometry of the norm, one of `NORMS`.
-        epsilon: Radius of the ball, in [0, 1] pixel units.
-        step_size: Length of each step, in the same norm and unit.
-        steps: Number of gradient steps.
-        loss: Name in `LOSSES`, or a function like the ones there. A function may close over the whole batch, but then
-            not with `early_stop`.
-        correct_of: Function of (logits, labels) that returns whether each prediction is correct, (batch,) bool.
-        coupled: Whether the model mixes the images of a batch.
-        margin_by: Function of (logits, labels) that returns the margin of each image, (batch,). If the margins of two
-            iterates are so small that their losses differ only by rounding, the smaller margin is worse. By default
-            this is the margin of the logits for the cross-entropy; for other losses the losses are compared.
-        use_best: Whether to return each image's iterate of highest loss instead of the last one.
-        targeted: Whether to lower the loss instead of raising it.
-        early_stop: Whether an image stops at the first point where the prediction is wrong, or is the target if
-            `targeted`.
-
-    Returns:
-        A state with "images_adv"; with "start_loss" and "start_correct" (batch,), loss and correctness at the start;
-        and with "fallen" (batch,) bool, whether some iterate reached the goal. "fallen" needs `early_stop`.
-    """
-    ascent = -1.0 if targeted else 1.0  # a targeted attack descends the loss of the target class
-    loss_of = find_loss(loss) if isinstance(loss, str) else loss
-
-    if margin_by is None and loss_of is LOSSES["ce"]:
-        margin_by = margin_of
-
-    def margin(logits: Any, labels: tf.Tensor) -> tf.Tensor:
-        # Other losses do not lose the differences between tiny logits.
-        return tf.fill(tf.shape(labels), float("inf")) if margin_by is None else margin_by(logits, labels)
-
-    def is_worse(loss: tf.Tensor, margin: tf.Tensor, state: State) -> tf.Tensor:
-        # In float32 the cross-entropy of tiny logits is log(classes) plus rounding, but their margins still differ.
-        tiny = tf.maximum(tf.abs(margin), tf.abs(state["best_margin"])) < _TINY_MARGIN
-        # Strictly higher: of two equal iterates the earlier one is kept, as in the reference.
-        higher = ascent * loss > ascent * state["best_loss"]
-        return tf.where(tiny, ascent * margin < ascent * state["best_margin"], higher)
-
-    def step(i: tf.Tensor, state: State) -> State:
-        points, labels = state["points"], state["labels"]
-        slope = slope_of(
-            model,
-            points,
-            lambda logits: loss_of(logits, labels, labels),
-            labels,
-            correct_of=correct_of,
-            coupled=coupled,
-        )
-        first = tf.equal(i, 0)
-        new = {
-            **state,
-            "start_loss": tf.where(first, slope.loss, state["start_loss"]),
-            "start_correct": tf.where(first, slope.correct, state["start_correct"]),
-        }
-        if use_best:
-            margin_now = margin(slope.logits, labels)
-            improved = is_worse(slope.loss, margin_now, state)
-            new["best"] = tf.where(improved[:, None, None, None], points, state["best"])
-            new["best_loss"] = tf.where(improved, slope.loss, state["best_loss"])
-            new["best_margin"] = tf.where(improved, margin_now, state["best_margin"])
-        moved = points + geometry.step(ascent * slope.gradient, step_size)
-        new["points"] = geometry.project(moved, state["images"], epsilon)
-        if early_stop:
-            reached = slope.correct if targeted else ~slope.correct
-            new["fallen"] = state["fallen"] | reached
-            new["points"] = tf.where(new["fallen"][:, None, None, None], points, new["points"])
-            if use_best:  # the point that reached the goal counts, not an earlier one of higher loss
-                new["best"] = tf.where(new["fallen"][:, None, None, None], points, new["best"])
-        return new
-
-    zeros = tf.zeros(tf.shape(images)[:1])
-    state = {
-        "images": images,
-        "labels": labels,
-        "points": start,
-        "start_loss": zeros,
-        "start_correct": tf.zeros_like(zeros, tf.bool),
-        "fallen": tf.zeros_like(zeros, tf.bool),
-    }
-    if use_best:
-        worst = tf.fill(tf.shape(zeros), -ascent * float("inf"))
-        state |= {"best": start, "best_loss": worst, "best_margin": -worst}
-    state = (repeat_while_resisting if early_stop else repeat)(step, state, steps)
-    images_adv = state["points"]
-    fallen = state["fallen"]
-    if use_best or early_stop:
-        # The last iterate is a candidate, too, which takes one more forward pass.
-        logits = outputs_of(model, images_adv)
-        if early_stop:
-            fallen |= correct_of(logits, labels) == targeted
-        if use_best:
-            better = is_worse(loss_of(logits, labels, labels), margin(logits, labels), state)
-            last = (better & ~state["fallen"]) | (fallen & ~state["fallen"])
-            images_adv = tf.where(last[:, None, None, None], images_adv, state["best"])
-    return {**state, "images_adv": images_adv, "fallen": fallen}
 
 
 def pgd(

@@ -11,7 +11,8 @@ from robust_tf.attacks.checks import check_at_least, check_threat_model, checked
 from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting, select_images
 from robust_tf.attacks.losses import Model, is_correct, logits_of, margin_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in, uniform
-from robust_tf.attacks.threat_models import NORMS, AttackNorm, Scale
+from robust_tf.attacks.threat_models import NORMS, Scale
+from robust_tf.config.names import AttackNorm
 
 # The norms that the attack has patches for. The patches of a further norm belong in `_patch`, `_lengths` and
 # `_into_ball`, or into a proposal and a start like the ones of linf.

@@ -1,9 +1,10 @@
 """The attacks by name, each in its published settings.
 
-To add an attack, write a function with the arguments of `Attack` (as in `fgsm.py`, the shortest one) and enter it in
-`ATTACKS` below. Its entry says what the cascade, the progress bar and the warnings need to know, so no other file has
-to change: `robust_tf.evaluate --attack=<name>` offers it. The tests in `tests/attacks/test_cascade.py` go through this
-table; the properties of the function itself are tested in `tests/attacks/test_attacks.py`.
+To add an attack, write a function with the arguments of `Attack` (as in `fgsm.py`, the shortest one), enter it in
+`ATTACKS` below, and add its name to `ATTACK_NAMES` in `robust_tf/config/names.py`. The entry says what the cascade, the
+progress bar and the warnings need to know. `robust_tf.evaluate --attack=<name>` then offers the attack. The tests in
+`tests/attacks/test_cascade.py` go through this table. The properties of the function itself are tested in
+`tests/attacks/test_attacks.py`.
 """
 
 import dataclasses

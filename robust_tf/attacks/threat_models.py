@@ -4,26 +4,25 @@ A threat model is a norm and an epsilon together. All functions here take and re
 (batch, height, width, channels) and treat every image separately. Epsilon and the step size are in [0, 1] pixel units,
 either one number for all images or an array of shape (batch, 1, 1, 1).
 
-To add a norm, write its `Geometry`, enter it in `NORMS` at the end of this file, and add its name to `AttackNorm`.
-APGD (with the steps that it takes for every norm except l1), FAB, the cascade of attacks and `robust_tf.evaluate` then
-offer it. The other attacks refuse a norm until it is named in one more place:
+To add a norm, write its `Geometry`, enter it in `NORMS` at the end of this file, and add its name to `AttackNorm` in
+`robust_tf/config/names.py`. APGD (with the steps that it takes for every norm except l1), FAB, the cascade of attacks
+and `robust_tf.evaluate` then offer it. The other attacks refuse a norm until it is named in one more place:
 
-* PGD and FGSM, and with them training, take the norms of `robust_tf.config.attack.Norm`.
+* PGD and FGSM, and with them training, take the norms of `robust_tf.config.attack.Norm`. Of the training objectives
+  only free adversarial training (`training/objectives/free.py`) distinguishes the norms itself.
 * Square takes the norms of `SQUARE_NORMS` in `square.py`, because it needs patches that suit the norm.
+* The attack probe of an exported model takes the norms that are named in `serving/publish/probe.py`.
 
 `tests/attacks` runs its checks on every entry of `NORMS`; they need a radius for the new norm in their `EPSILONS`.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, TypeAlias, get_args
 
 import tensorflow as tf
 
 from robust_tf.attacks import seeds
 from robust_tf.config.attack import Norm
-
-# Every norm that some attack knows.
-AttackNorm: TypeAlias = Literal["linf", "l2", "l1"]
 
 _PER_IMAGE = (1, 2, 3)  # all axes except the batch
 

@@ -1,4 +1,4 @@
-"""What a job is told: frozen records, read from flags, that check themselves. Nothing here imports TensorFlow.
+"""The configuration of a job: frozen records that are read from flags and check themselves, without TensorFlow.
 
 `JobConfig` holds one record for each concern. To add a flag, add a field to the record that it belongs to; a rule that
 concerns one record stands in its `__post_init__`, and a rule across records stands in `robust_tf.config.job`.

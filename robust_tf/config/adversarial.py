@@ -5,7 +5,7 @@ import math
 from typing import Any, Literal
 
 from robust_tf.config.attack import AttackConfig, AttackMode, Norm
-from robust_tf.config.checks import check_choices, check_default, check_ranges
+from robust_tf.config.checks import check_choices, check_default, check_epsilon, check_ranges
 from robust_tf.errors import UserError
 from robust_tf.flags import flag
 
@@ -26,10 +26,15 @@ _RECIPE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdversarialConfig:
-    """What training and evaluation attack with, and which loss training minimizes. See `--help` for each field.
+    """The attacks of training and evaluation, and the loss that training minimizes. See `--help` for each field.
 
     A field whose value is None was left to the recipe that `fast` and `objective` choose; `resolved` fills it, and the
     properties return the values that training uses.
+
+    Example:
+        >>> adversarial = AdversarialConfig(norm="l2", epsilon=0.5, fast="fgsm")
+        >>> adversarial.training_attack.step_size, adversarial.network_mode
+        (0.625, 'training')
     """
 
     norm: Norm = flag("l2", "Norm of every attack of the job.")
@@ -48,7 +53,7 @@ class AdversarialConfig:
     )
     random_start: bool | None = flag(
         None,
-        "Start the attack of training at a random point of the ball, which the paper does not do. If it is left out, "
+        "Start the attack of training at a random point of the ball, unlike Salman et al. (2020). If it is left out, "
         "--fast decides, which normally means false.",
     )
     use_best: bool | None = flag(
@@ -59,9 +64,9 @@ class AdversarialConfig:
     attack_mode: AttackMode | None = flag(
         None,
         "Mode of the network during the attacks of training. With inference, BatchNorm uses its moving statistics, as "
-        "in the paper's code. With training, the network runs as it does in the update and the attack moves the "
-        "statistics too, as in the code of Wong et al. If it is left out, --fast decides, which normally means "
-        "inference.",
+        "in the code of Salman et al. (2020). With training, the network runs as it does in the update and the attack "
+        "moves the statistics too, as in the code of Wong et al. (2020). If it is left out, --fast decides, which "
+        "normally means inference.",
     )
     objective: Objective = flag(
         "adversarial",
@@ -104,12 +109,21 @@ class AdversarialConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_ranges(self, ("free_replays", "alarm_every_epochs"), lowest=1)
-        check_ranges(self, ("eval_steps",), lowest=0)
-        attack, _ = self.training_attack, self.evaluation_attack  # both check their values
+        check_ranges(self, ("attack_steps", "eval_steps"), lowest=0)
+        # Checked here as well as in the attacks, whose messages could only name their arguments.
+        for name in ("epsilon", "eval_epsilon"):
+            if getattr(self, name) is not None:
+                check_epsilon(self.norm, getattr(self, name), name=f"--{name}")
+        if self.epsilon > 0 and self.attack_step_size is not None and not self.attack_step_size > 0:
+            raise UserError(
+                f"--attack_step_size must be more than 0. Received: --attack_step_size={self.attack_step_size}. Leave "
+                "it out for the usual step size."
+            )
+        attack = self.training_attack
         if self.epsilon > 0 and attack.steps < 1:
             raise UserError(
                 f"An attack of --epsilon={self.epsilon:g} needs 1 step or more. Received: "
-                f"--attack_steps={attack.steps}. Standard training is --epsilon=0."
+                f"--attack_steps={attack.steps}. Use --epsilon=0 for standard training."
             )
         self._check_recipe(attack)
         if self.on_alarm != "warn" and not attack.active:

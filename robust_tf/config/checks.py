@@ -11,16 +11,22 @@ from robust_tf.errors import UserError, unknown_name
 from robust_tf.flags import to_text, without_none
 
 
-def check_epsilon(norm: str, epsilon: float) -> None:
-    """Refuses a radius that is negative, is not finite, or exceeds the pixel range under linf."""
+def check_epsilon(norm: str, epsilon: float, *, name: str = "epsilon") -> None:
+    """Refuses a radius that is negative, is not finite, or exceeds the pixel range under linf.
+
+    Args:
+        norm: Norm of the attack.
+        epsilon: Radius to check.
+        name: Name of the argument or flag, for the message.
+    """
     if not isinstance(epsilon, numbers.Real) and getattr(epsilon, "shape", None) != ():
-        raise UserError(f"epsilon must be one number, in [0, 1] pixel units. Received: epsilon={epsilon!r}.")
+        raise UserError(f"{name} must be one number, in [0, 1] pixel units. Received: {name}={epsilon!r}.")
     if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise UserError(f"epsilon must be 0 or more, in [0, 1] pixel units. Received: epsilon={epsilon}.")
+        raise UserError(f"{name} must be 0 or more, in [0, 1] pixel units. Received: {name}={epsilon}.")
     if norm == "linf" and epsilon > 1:
         raise UserError(
-            "epsilon of the linf norm must be in [0, 1], since pixels are. "
-            f"Received: epsilon={epsilon:g}. Did you mean {epsilon:g}/255?"
+            f"{name} of the linf norm must be in [0, 1], since pixels are. "
+            f"Received: {name}={epsilon:g}. Did you mean {epsilon:g}/255?"
         )
 
 

@@ -48,8 +48,8 @@ class EvaluateConfig:
     # Attacks
     attack: tuple[str, ...] = flag(
         ("autoattack",),
-        f"Attacks to run, separated by commas: {NO_ATTACK}, {', '.join(AUTOATTACK_VERSIONS)}, {', '.join(ATTACK_NAMES)}, "
-        "or a cascade of several such as apgd-ce+square.",
+        f"Attacks to run, separated by commas: {NO_ATTACK}, {', '.join(AUTOATTACK_VERSIONS)}, "
+        f"{', '.join(ATTACK_NAMES)}, or a cascade of several such as apgd-ce+square.",
     )
     norm: str = flag(
         "", f"Norm of the perturbations: {', '.join(NORM_NAMES)}. By default, the norm that was used in training."

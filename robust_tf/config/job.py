@@ -115,6 +115,15 @@ def read_flag_file(path: pathlib.Path, overrides: Sequence[str] = ()) -> JobConf
 
     Raises:
         UserError: The file is missing, names an unknown flag or holds a wrong value.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "job.cfg"
+        ...     _ = path.write_text("--norm=linf")
+        ...     job = read_flag_file(path, ["--epochs=3"])
+        >>> job.adversarial.norm, job.optimization.epochs
+        ('linf', 3)
     """
     if not path.is_file():
         raise UserError(f"There is no flag file {path}.")

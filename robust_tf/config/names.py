@@ -4,7 +4,11 @@ The code behind them is in `robust_tf.attacks`: `threat_models.NORMS`, `table.AT
 compares these tables with the names here.
 """
 
-NORM_NAMES = ("linf", "l2", "l1")
+from typing import Literal, TypeAlias, get_args
+
+# Every norm that some attack knows.
+AttackNorm: TypeAlias = Literal["linf", "l2", "l1"]
+NORM_NAMES: tuple[str, ...] = get_args(AttackNorm)
 
 ATTACK_NAMES = (
     "fgsm",

@@ -18,12 +18,17 @@ ClassWeight = Literal["none", "balanced"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
-    """The optimization of a job, and how it chooses the best epoch. See `--help` for each field."""
+    """The optimization of a job, and how it chooses the best epoch. See `--help` for each field.
+
+    Example:
+        >>> OptimizationConfig(learning_rate=0.1, batch_size=512, base_batch_size=256).peak_learning_rate
+        0.2
+    """
 
     epochs: int = flag(
         10,
-        "Number of passes over the training images. With --fast=free each replay of a batch counts as part of a pass, "
-        "so there are --free_replays times fewer.",
+        "Number of passes over the training images. With --fast=free each replay of a batch counts, so the number of "
+        "passes over the data is --free_replays times smaller.",
     )
     batch_size: int = flag(128, "Number of images in a training step, on all devices together.")
     optimizer: OptimizerName = flag(
@@ -121,7 +126,10 @@ class OptimizationConfig:
             stage, separator, factor = item.partition("=")
             if not separator:
                 raise UserError(f"--learning_rate_multipliers takes stage=factor pairs. Received: {item!r}.")
-            pairs[stage] = parse_number(factor)
+            try:
+                pairs[stage] = parse_number(factor)
+            except UserError as error:
+                raise UserError(f"--learning_rate_multipliers: {error}") from None
         return pairs
 
     @property

@@ -14,7 +14,12 @@ DistributionKind = Literal["none", "mirrored", "multi_worker", "tpu"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The run of a job: its seed, devices, checkpoints and outputs. See `--help` for each field."""
+    """The run of a job: its seed, devices, checkpoints and outputs. See `--help` for each field.
+
+    Example:
+        >>> RunConfig(workdir="runs/pets", export_dir="exports").served_name
+        'pets'
+    """
 
     workdir: str = flag(
         "",
@@ -90,7 +95,12 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """The plan of a job that is printed before it runs. See `--help` for each field."""
+    """The plan of a job that is printed before it runs. See `--help` for each field.
+
+    Example:
+        >>> PlanConfig(dry_run=True, plan_devices=("8xA100",), plan_price=2.5).plan_utilization
+        0.35
+    """
 
     dry_run: bool = flag(False, "Print the plan of the job and stop, without training.", identity=False)
     plan_devices: tuple[str, ...] = flag(

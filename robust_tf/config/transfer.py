@@ -18,7 +18,12 @@ TRANSFER_ONLY = ("transfer_mode", "hidden_layers", "normalization", "unfreeze_at
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferConfig:
-    """The network of a job: its architecture, and in transfer its source and head. See `--help` for each field."""
+    """The network of a job: its architecture, and in transfer its source and head. See `--help` for each field.
+
+    Example:
+        >>> TransferConfig(source="resnet50_l2_eps3", transfer_mode="partial", freeze_through="stage3").cached
+        False
+    """
 
     architecture: str = flag(
         "",
@@ -39,13 +44,13 @@ class TransferConfig:
     freeze_through: str = flag("", "Last frozen stage with --transfer_mode=partial, such as stage3.")
     frozen_batchnorm: FrozenBatchNorm = flag(
         "frozen",
-        "Whether frozen BatchNorm layers keep their statistics, or update them as the paper's code does.",
+        "Whether frozen BatchNorm layers keep their statistics, or update them as in the code of Salman et al. (2020).",
     )
     hidden_layers: int = flag(0, "Number of hidden ReLU layers in the new head.")
     normalization: Normalization = flag(
         "source",
-        "Which mean and standard deviation normalize the input in transfer: those of the source, or those of the data "
-        "set, as in the paper's code.",
+        "Which mean and standard deviation normalize the input in transfer: the values of the source, or "
+        "the values of the data set, as in the code of Salman et al. (2020).",
     )
     features: FeatureMode = flag(
         "live",

@@ -7,9 +7,12 @@ The public names are imported on first use, so that `python -m robust_tf.data --
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+from robust_tf.config.data import DataConfig
+
+if TYPE_CHECKING or "pdoc" in sys.modules:  # pdoc documents the names that a module holds
     from robust_tf.data.augmentations import AUGMENTATIONS
     from robust_tf.data.datasets import DATASETS, DatasetInfo, dataset_info
     from robust_tf.data.pipeline import TaskData, load_task
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
+    "DataConfig",
     "DatasetInfo",
     "TaskData",
     "dataset_info",

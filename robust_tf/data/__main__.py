@@ -10,14 +10,12 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from absl import logging
-
-from robust_tf.environment import set_tensorflow_defaults
+from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import flag, parse_flags
 
 if TYPE_CHECKING:
-    from robust_tf.data.dataset_check import Diagnosis
+    from robust_tf.data.dataset_check import CheckResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +45,8 @@ def main(argv: list[str]) -> int:
     flags, names = parse_flags(DataFlags, argv, usage=__doc__ or "")
 
     # Only now, so that `--help` and a wrong flag do not wait for TensorFlow.
-    set_tensorflow_defaults()
-    from robust_tf.data.dataset_check import diagnose
+    start_tensorflow()
+    from robust_tf.data.dataset_check import check_dataset
     from robust_tf.data.datasets import DATASETS
     from robust_tf.data.open_dataset import data_folder, open_dataset
 
@@ -59,32 +57,33 @@ def main(argv: list[str]) -> int:
         open_dataset(flags.prepare, data_dir)
         names = [flags.prepare]
     if not names:
-        _print_table((diagnose(name, data_dir, thorough=False) for name in DATASETS), width=max(map(len, DATASETS)) + 2)
+        _print_table(
+            (check_dataset(name, data_dir, thorough=False) for name in DATASETS), width=max(map(len, DATASETS)) + 2
+        )
         return 0
     ready = True
     for name in names:
-        diagnosis = diagnose(name, data_dir)
-        print(_text(diagnosis), flush=True)  # at once, since the next data set may take a while
-        ready = ready and diagnosis.state == "ready"
+        result = check_dataset(name, data_dir)
+        print(_text(result), flush=True)  # at once, since the next data set may take a while
+        ready = ready and result.state == "ready"
     return 0 if ready else 1
 
 
-def _print_table(diagnoses: "Iterable[Diagnosis]", *, width: int) -> None:
+def _print_table(results: "Iterable[CheckResult]", *, width: int) -> None:
     """Prints one line for each data set. `width` is that of the first column, in characters."""
     print(f"{'name':{width}}{'state':14}size")
-    for diagnosis in diagnoses:
-        print(f"{diagnosis.name:{width}}{diagnosis.state:14}{diagnosis.size}".rstrip(), flush=True)
+    for result in results:
+        print(f"{result.name:{width}}{result.state:14}{result.size}".rstrip(), flush=True)
     print("\nDetails and what to do: python -m robust_tf.data --check NAME ...")
 
 
-def _text(diagnosis: "Diagnosis") -> str:
+def _text(result: "CheckResult") -> str:
     from robust_tf.data.records import printable
 
-    lines = [f"{diagnosis.name}: {diagnosis.state}", *(f"    {fact}" for fact in diagnosis.facts if fact)]
-    return "\n".join(map(printable, [*lines, *(f"  - {line}" for line in diagnosis.advice)]))
+    lines = [f"{result.name}: {result.state}", *(f"    {fact}" for fact in result.facts if fact)]
+    return "\n".join(map(printable, [*lines, *(f"  - {line}" for line in result.advice)]))
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)  # TFDS warns about folders that do not exist yet
     with exit_on_user_error():
         sys.exit(main(sys.argv))

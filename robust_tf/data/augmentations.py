@@ -149,6 +149,6 @@ AUGMENTATIONS: dict[str, Callable[[Picture, int, tf.Tensor], tf.Tensor]] = {
     "none": _none,
     "shift": _shift,
     "shift_flip": _shift_flip,
-    "random_resized_crop": _random_resized_crop,  # transfer in the paper's code
-    "imagenet": _imagenet,  # pretraining in the paper's code: random crop, color jitter and lighting
+    "random_resized_crop": _random_resized_crop,  # transfer, as in Salman et al. 2020
+    "imagenet": _imagenet,  # pretraining, as in Salman et al. 2020: adds color jitter and lighting
 }

@@ -23,7 +23,7 @@ _REPAIR = "Convert, repair or remove them, or train with --skip_bad_images."
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagnosis:
+class CheckResult:
     """The result of checking a data set.
 
     Attributes:
@@ -41,7 +41,9 @@ class Diagnosis:
     size: str = ""
 
 
-def diagnose(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, thorough: bool = True) -> Diagnosis:
+def check_dataset(
+    name: str, data_dir: epath.Path | pathlib.Path | None = None, *, thorough: bool = True
+) -> CheckResult:
     """Checks a data set without downloading or changing anything.
 
     Args:
@@ -55,40 +57,40 @@ def diagnose(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, th
         UserError: If the name is unknown.
     """
     if name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX:
-        return _diagnose_folder(name, thorough=thorough)
+        return _check_folder(name, thorough=thorough)
     info, builder = dataset_info(name), builder_of(name, data_dir)
     if not builder.is_prepared():
         advice = ways_to_prepare(name, builder)
         size = f"download: {info.download_size}" if info.download_size else ""
-        return Diagnosis(name, "not prepared", tuple(_known_facts(info)), advice, size)
+        return CheckResult(name, "not prepared", tuple(_known_facts(info)), advice, size)
     faults = _missing_files(builder)
     if faults:
         advice = (*faults, f"Delete {builder.data_path}.", *ways_to_prepare(name, builder))
-        return Diagnosis(name, "faulty", (f"in {builder.data_path}",), advice)
+        return CheckResult(name, "faulty", (f"in {builder.data_path}",), advice)
     try:
         images = open_dataset(name, data_dir)
     except UserError as error:
-        return Diagnosis(name, "faulty", (f"in {builder.data_path}",), (str(error),))
+        return CheckResult(name, "faulty", (f"in {builder.data_path}",), (str(error),))
     size = _size(images.num_bytes)
     facts = [f"in {builder.data_path}, {size}", _counts(images), *_known_facts(info)[1:], *images.notes]
     faults = [*_differences(images, info), *(_label_faults(images, name) if thorough else ())]
-    return Diagnosis(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), size)
+    return CheckResult(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), size)
 
 
-def _diagnose_folder(name: str, *, thorough: bool) -> Diagnosis:
+def _check_folder(name: str, *, thorough: bool) -> CheckResult:
     try:
         images = open_dataset(name, skip_bad_images=True)  # to find all bad images, not only the first
     except (UserError, OSError) as error:
-        return Diagnosis(name, "faulty", (), (str(error),))
+        return CheckResult(name, "faulty", (), (str(error),))
     faults = [*_label_faults(images, name)]  # cheap for a folder, whose labels are names of folders
-    faults += _few(images.bad_images, f"cannot be read: {{}}. {_REPAIR}")
+    faults += _few(images.bad_images, "that cannot be read", _REPAIR)
     facts = [_size(images.num_bytes), _counts(images), *map(str, images.left_out)]
     if thorough:
         looks = {where: list(_looks(part)) for where, part in (("train", images.train), ("test", images.test))}
         broken = [look.name for part in looks.values() for look in part if not look.decodable]
-        faults += [*_few(broken, f"cannot be decoded: {{}}. {_REPAIR}"), *_in_both_parts(looks["train"], looks["test"])]
+        faults += [*_few(broken, "that cannot be decoded", _REPAIR), *_in_both_parts(looks["train"], looks["test"])]
         facts += _peculiarities([look for part in looks.values() for look in part])
-    return Diagnosis(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), facts[0])
+    return CheckResult(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), facts[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +131,15 @@ def _peculiarities(looks: Sequence[_Look]) -> list[str]:
     return [
         *_few(
             [look.name for look in looks if look.rotated],
-            "are stored rotated or mirrored (EXIF) and are used as they are stored: {}. --exif=apply turns them.",
+            "that are rotated or mirrored (EXIF), and are used as they are stored",
+            "--exif=apply turns them.",
         ),
         *_few(
             [look.name for look in looks if look.transparent],
-            "have transparent pixels: {}. The network sees the colors that are stored under them. "
+            "with transparent pixels, of which the network sees the stored colors",
             "--alpha_background=white or black puts the images on a background.",
         ),
-        *_few(namesakes, "or more differ only in their suffix and count as different images: {}."),
+        *_few(namesakes, "whose names differ only in the suffix", "They count as different images."),
     ]
 
 
@@ -170,8 +173,8 @@ def _differences(images: LabeledImages, info: DatasetInfo) -> Iterator[str]:
 
 def _missing_files(builder: tfds.core.DatasetBuilder) -> list[str]:
     paths = [epath.Path(path) for split in builder.info.splits.values() for path in split.filepaths]
-    missing = [path for path in paths if not path.is_file()]
-    return [f"{len(missing)} of its {len(paths)} files are missing, e.g. {missing[0]}."] if missing else []
+    missing = [str(path) for path in paths if not path.is_file()]
+    return [f"Files that are missing ({len(missing)} of {len(paths)}): {few(missing)}."] if missing else []
 
 
 def _label_faults(images: LabeledImages, name: str) -> Iterator[str]:
@@ -191,11 +194,12 @@ def _in_both_parts(train: Sequence[_Look], test: Sequence[_Look]) -> list[str]:
     """Returns a line about the test images whose bytes are equal to those of a training image."""
     of_digest = {look.digest: look.name for look in reversed(train)}
     pairs = [f"{look.name} = {of_digest[look.digest]}" for look in test if look.digest in of_digest]
-    return _few(pairs, "of the test part are also in the training part: {}. The measured accuracy would be too high.")
+    return _few(pairs, "of the test part that are also in the training part", "The accuracy would be too high.")
 
 
-def _few(names: Sequence[str], sentence: str) -> list[str]:
-    return [f"{len(names)} images " + sentence.format(few(names))] if names else []
+def _few(names: Sequence[str], kind: str, advice: str) -> list[str]:
+    """Returns one line about the images of a kind, or none if there are no such images."""
+    return [f"Images {kind} ({len(names)}): {few(names)}. {advice}"] if names else []
 
 
 def _size(num_bytes: int) -> str:

@@ -1,5 +1,7 @@
 """The table of data sets that have a name: what each one is, which of its splits are used, and where it comes from.
 
+"The paper" is Salman et al. 2020 (arXiv 2007.08489), with its code in microsoft/robust-models-transfer.
+
 To add a data set:
 
 1. If TensorFlow Datasets has it with the splits that you want, add a row to `DATASETS` below. Its `builder` is the name
@@ -27,7 +29,7 @@ _NO_LICENSE = "not stated; research use"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """One row of `DATASETS`. The defaults are the transfer recipe of Salman et al. 2020 (arXiv 2007.08489).
+    """One row of `DATASETS`. The defaults are the transfer recipe of the paper.
 
     Attributes:
         builder: Name in TFDS or of a builder in `robust_tf.data.builders`, with config and version. Empty for a folder

@@ -142,7 +142,7 @@ def _free_memory() -> int:
     try:
         lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):  # another operating system than Linux
+    except (OSError, StopIteration, ValueError):  # not on Linux
         return _FREE_MEMORY_UNKNOWN
 
 

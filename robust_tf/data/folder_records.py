@@ -15,7 +15,7 @@ from robust_tf.data.folder_scan import OUTSIDE_FOLDERS, FolderScan, ImageFile
 from robust_tf.data.records import LabeledImages, check_class_names, few, printable
 from robust_tf.errors import UserError
 
-# Names of the folder of a part, in upper or lower case.
+# Names of the folder of each part, in lower case.
 _PARTS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
@@ -117,13 +117,14 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
         test = _files(test_root, scan)
     if scan.bad and not skip_bad_images:
         first, reason = next(iter(scan.bad.items()))
+        more = f" and {len(scan.bad) - 1} more" if len(scan.bad) > 1 else ""
         raise UserError(
             "Images must be JPEG, PNG, GIF, BMP or WebP files that can be read. Received: "
-            f"{printable(first)} ({reason}) and {len(scan.bad) - 1} more. Convert or repair them, remove them, or "
+            f"{printable(first)} ({reason}){more}. Convert or repair them, remove them, or "
             "leave such images out with skip_bad_images=True (--skip_bad_images)."
         )
     if scan.without_images:
-        bad = f", and {len(scan.bad)} images in the whole data set that cannot be read" if scan.bad else ""
+        bad = f", and images in the data set that cannot be read ({len(scan.bad)})" if scan.bad else ""
         raise UserError(
             f"Every class needs images in its folder or a subfolder. Received: none in {few(scan.without_images)}{bad}."
         )

@@ -66,7 +66,7 @@ def jpeg_orientation(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def turned(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """Returns an image as a viewer shows it that applies the EXIF orientation.
+    """Turns and mirrors an image as its EXIF orientation says.
 
     Args:
         image: Image as it is stored, (height, width, channels).

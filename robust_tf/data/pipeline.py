@@ -58,8 +58,7 @@ class TaskData:
     Example:
         >>> import tempfile
         >>> import tensorflow as tf
-        >>> from robust_tf.config import DataConfig
-        >>> from robust_tf.data import load_task
+        >>> from robust_tf.data import DataConfig, load_task
         >>> image = tf.io.encode_png(tf.zeros((40, 50, 3), tf.uint8))
         >>> with tempfile.TemporaryDirectory() as root:
         ...     for name in ("train/cat/1", "train/cat/2", "train/dog/3", "test/cat/4", "test/dog/5"):
@@ -323,8 +322,7 @@ def load_task(
     Example:
         >>> import tempfile
         >>> import tensorflow as tf
-        >>> from robust_tf.config import DataConfig
-        >>> from robust_tf.data import load_task
+        >>> from robust_tf.data import DataConfig, load_task
         >>> image = tf.io.encode_png(tf.zeros((40, 50, 3), tf.uint8))
         >>> with tempfile.TemporaryDirectory() as root:
         ...     for number in range(10):

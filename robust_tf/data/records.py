@@ -45,7 +45,7 @@ class LeftOut:
     paths: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"Left out: {len(self.paths)} {self.what}: {few(self.paths)}."
+        return f"Left out: {self.what} ({len(self.paths)}): {few(self.paths)}."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def _breaks_a_line(char: str) -> bool:
 
 
 def check_class_names(names: Iterable[str], *, where: str) -> None:
-    """Checks that every class name is one line of text, because an exported model lists them in a file by line.
+    """Checks that every class name is one line of text, because an exported model lists them in a file, one per line.
 
     Args:
         names: Names of the classes.
@@ -128,9 +128,10 @@ def check_labels(labels: np.ndarray, part: Part, class_names: Sequence[str], *, 
     """
     wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
     if wrong.size:
+        more = f", and {wrong.size - 1} more" if wrong.size > 1 else ""
         raise UserError(
             f"Labels of {name} must be 0 to {len(class_names) - 1}, one number for each class. Received: label "
-            f"{labels[wrong[0]]} of {part.name(int(wrong[0]))}, and {wrong.size - 1} more like it."
+            f"{labels[wrong[0]]} of {part.name(int(wrong[0]))}{more}."
         )
 
 

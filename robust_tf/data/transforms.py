@@ -1,6 +1,7 @@
-"""The deterministic transforms from an encoded image to float32 pixels in [0, 1], as the paper's code evaluates images.
+"""The deterministic transforms from an encoded image to float32 pixels in [0, 1], which evaluation uses.
 
-All functions can run within a TensorFlow graph. Exported models use `decode` and `evaluation_transform`, too.
+They follow the code of Salman et al. 2020 (arXiv 2007.08489). All functions can run within a TensorFlow graph, and
+exported models use `decode` and `evaluation_transform`, too.
 """
 
 import dataclasses

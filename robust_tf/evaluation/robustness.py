@@ -83,7 +83,7 @@ def attack_epsilons(
     epsilons: Sequence[float],
     batch_size: int,
     seed: int,
-    randomised: bool,
+    randomized: bool,
     keep: Collection[int],
     state_file: StateFile,
     key: str,
@@ -99,7 +99,7 @@ def attack_epsilons(
         epsilons: Radii in [0, 1] pixel units, above 0 and in ascending order.
         batch_size: Number of images in a batch.
         seed: Seed for the attacks.
-        randomised: Whether the classifier is known to be random.
+        randomized: Whether the classifier is known to be random.
         keep: Ids of the images whose adversarial images the results keep.
         state_file: File for the state after each batch and for the results. Finished parts in it are not run again.
         key: Key of this classifier in the state file.
@@ -133,7 +133,7 @@ def attack_epsilons(
                 epsilon=epsilon,
                 batch_size=batch_size,
                 seed=seed,
-                randomised=randomised,
+                randomized=randomized,
                 keep=keep,
                 state_file=state_file,
                 key=part,
@@ -190,7 +190,7 @@ def _run(
     epsilon: float,
     batch_size: int,
     seed: int,
-    randomised: bool,
+    randomized: bool,
     keep: Collection[int],
     state_file: StateFile,
     key: str,
@@ -214,7 +214,7 @@ def _run(
         epsilon=epsilon,
         batch_size=batch_size,
         seed=seed,
-        randomized=randomised,
+        randomized=randomized,
         state=last,
         image_ids=images.ids.tolist(),
         keep=keep,

@@ -207,7 +207,7 @@ def attacked(
                 epsilons=epsilons,
                 batch_size=config.batch_size,
                 seed=config.seed,
-                randomised=name == "autoattack-rand",
+                randomized=name == "autoattack-rand",
                 keep=images.ids[examples].tolist(),
                 state_file=state_file,
                 key=subject.weights_sha256[:16],

@@ -114,10 +114,11 @@ def load_subject(
             dataset=dataset,
             classes=kept,
             image_size=classifier.input_shape[1] or job.image_size,
-            downscale=job.downscale,  # the classifier was made for such images, whatever the data
+            downscale=job.downscale,  # the classifier was trained on such images, and needs them for any data set
             exif=job.exif,
             alpha_background=job.alpha_background,
-            split_seed=job.split_seed if same_data else 0,  # or some of the training images would be among the others
+            # With another seed, some of its training images would be test images.
+            split_seed=job.split_seed if same_data else 0,
             skip_bad_images=same_data and job.skip_bad_images,
             data_dir=data_dir,
         ),

@@ -40,7 +40,7 @@ _ROLLBACK_FACTOR = 0.1  # on the learning rate, at each rollback
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Fit:
-    """What stays the same during a training.
+    """The objects that stay the same during a training.
 
     Attributes:
         job: Job that is run.

@@ -4,7 +4,7 @@ import pathlib
 
 import tensorflow as tf
 
-# What /proc/cpuinfo calls the instructions that multiply such numbers, on x86 and on ARM.
+# Names in /proc/cpuinfo of the instructions that multiply such numbers, on x86 and on ARM.
 _INSTRUCTIONS = {
     "mixed_bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
     "mixed_float16": {"avx512_fp16", "amx_fp16", "fphp", "asimdhp"},

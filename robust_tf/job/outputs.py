@@ -3,7 +3,6 @@
 import pathlib
 
 import keras
-from rich.table import Table
 
 from robust_tf.config.job import JobConfig
 from robust_tf.console import console, only_a_warning
@@ -75,8 +74,8 @@ def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None 
 
     Args:
         job: Job that is finished.
-        results: JobResults of the job.
-        baseline: JobResults of the same job from the standard source.
+        results: Results of the job.
+        baseline: Results of the same job from the standard source.
     """
     workdir = pathlib.Path(job.run.workdir)
     if baseline:
@@ -87,8 +86,7 @@ def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None 
             with only_a_warning(f"The report of {workdir}"):
                 write_report(workdir)
         results = compared
-    table: Table = closing_table(results)
-    console.print(table)
+    console.print(closing_table(results))
     for line in results.comparison_in_words():
         console.print(line, soft_wrap=True)
     if job.run.export_dir:

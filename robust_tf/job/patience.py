@@ -11,7 +11,7 @@ from robust_tf.training.checkpoint import TrainingProgress
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patience:
-    """When training ends early.
+    """The rule by which training ends early.
 
     Attributes:
         limit: Number of epochs without a better validation figure after which training ends; 0 never ends it early.
@@ -60,7 +60,7 @@ class StopEarly(keras.callbacks.Callback):
     """Ends `fit` after the epoch that exhausts the patience. It must come after the callback that saves the epoch.
 
     Args:
-        patience: When training ends early.
+        patience: Rule by which training ends early.
         progress: Progress of the training, which the callback that saves the epoch keeps up to date.
     """
 

@@ -101,8 +101,8 @@ def _source_classifier(job: JobConfig, distribution: Distribution) -> keras.Mode
         source = source_job(job)
         if pathlib.Path(source.run.workdir).resolve() == pathlib.Path(job.run.workdir).resolve():
             raise UserError(
-                f"The source's job needs its own workdir. Received: --source={path}, whose workdir is that of this "
-                f"job, {job.run.workdir}. Choose another --workdir."
+                f"The source's job needs its own workdir. Received: --source={path}, whose job would use the workdir "
+                f"of this job, {job.run.workdir}. Choose another --workdir."
             )
         run_job(source)
         path = str(classifier_path(source))

@@ -40,7 +40,11 @@ def release_workdir(workdir: pathlib.Path) -> None:
 
 
 def finished_results(workdir: pathlib.Path) -> JobResults | None:
-    """Returns the results of a workdir whose job is finished, or None."""
+    """Returns the results of a workdir whose job is finished, or None.
+
+    Raises:
+        UserError: There is a results.json that is not the one of a finished job.
+    """
     results = JobResults.read(workdir / FILE_NAME)
     if results is not None:
         results.check_finished(workdir / FILE_NAME)

@@ -11,6 +11,9 @@ from robust_tf.reporting.job_files import FinishedJob
 from robust_tf.results import BASELINE
 
 _PROGRAM = ["python", "-m"]
+BASELINE_NOTE = (
+    "The two classifiers come from the same job, except that the standard source was trained without an attack."
+)
 
 
 def title_of(job: FinishedJob) -> str:
@@ -20,7 +23,7 @@ def title_of(job: FinishedJob) -> str:
 
 def training_of(job: FinishedJob) -> str:
     """Returns a sentence about how the classifier was trained."""
-    config, results = job.config, job.results
+    config, num_images = job.config, f"{job.results.num_train_images:,}"
     attack = config.adversarial.training_attack
     if attack.active:
         recipe = {"fgsm": "single-step FGSM", "free": "free adversarial training"}.get(
@@ -33,9 +36,9 @@ def training_of(job: FinishedJob) -> str:
     else:
         how = "standard training, without an attack"
     if not config.is_transfer:
-        return f"Trained from scratch on {results.num_train_images:,} images: {how}."
+        return f"Trained from scratch on {num_images} images: {how}."
     return (
-        f"Transferred from {config.transfer.source} to {results.num_train_images:,} images "
+        f"Transferred from {config.transfer.source} to {num_images} images "
         f"({config.transfer.transfer_mode.replace('_', ' ')}, head {config.transfer.head}): {how}."
     )
 
@@ -117,8 +120,8 @@ def limitations_of(job: FinishedJob) -> list[str]:
     if attack := results.robust_accuracy_attack:
         limitations.append(
             "PGD is only one attack, and a stronger one may fool the classifier more often: measure the accuracy with "
-            f"AutoAttack before you rely on it. It covers perturbations up to {attack.norm} {attack.epsilon:.4g}, but "
-            "neither larger ones nor other changes of an image."
+            "AutoAttack before you rely on it. It covers perturbations up to "
+            f"{attack.epsilon:.4g} in the {attack.norm} norm, but neither larger ones nor other changes of an image."
         )
     else:
         limitations.append("No attack was run: small, deliberate changes of an image may change any prediction.")

@@ -181,6 +181,8 @@ def _largest_confusions(confusion: np.ndarray, names: Sequence[str], most: int =
     np.fill_diagonal(wrong, 0)
     pairs = [np.unravel_index(place, wrong.shape) for place in np.argsort(-wrong, axis=None, kind="stable")[:most]]
     texts = [
-        f"{names[row]} taken for {names[column]} ({wrong[row, column]})" for row, column in pairs if wrong[row, column]
+        f"{names[row]} classified as {names[column]} ({wrong[row, column]})"
+        for row, column in pairs
+        if wrong[row, column]
     ]
     return f"Most frequent mistakes: {', '.join(texts)}." if texts else "There are no mistakes."

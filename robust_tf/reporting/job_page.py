@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from robust_tf.reporting.facts import changed_flags, commands, limitations_of, title_of, training_of
+from robust_tf.reporting.facts import BASELINE_NOTE, changed_flags, commands, limitations_of, title_of, training_of
 from robust_tf.reporting.job_figures import class_accuracies
 from robust_tf.reporting.job_files import ExamplePicture, FinishedJob
 from robust_tf.results import JobResults
@@ -55,10 +55,11 @@ _OPEN_CLASSES = 12  # for more classes, the table is folded and the confusion ma
 # Between the ends of an interval, which stays in one piece on the second line of a narrow cell.
 _TO = "\u00a0to\u00a0"
 _KINDS = {
-    "resists": "Right, under the attack as well",
-    "falls": "Right, but wrong under the attack",
-    "wrong": "Wrong even without an attack",
+    "resists": "Classified correctly, even under the attack",
+    "falls": "Classified correctly, but not under the attack",
+    "wrong": "Misclassified even without an attack",
 }
+_KINDS_WITHOUT_ATTACK = {"resists": "Classified correctly", "wrong": "Misclassified"}
 
 
 def job_page(job: FinishedJob, figures: dict[str, tuple[str, str]]) -> str:
@@ -129,7 +130,8 @@ def _comparison(results: JobResults) -> str:
         for name, row in results.by_source(alone="").items()
     ]
     head = ["", *(figure.short_title for figure in figures)]
-    return _table(head, rows, numbers=True) + _list(results.comparison_in_words())
+    note = f'<p class="soft">{BASELINE_NOTE}</p>'
+    return note + _table(head, rows, numbers=True) + _list(results.comparison_in_words())
 
 
 def _figures(figures: dict[str, tuple[str, str]], num_classes: int) -> str:
@@ -150,12 +152,12 @@ def _examples(job: FinishedJob) -> str:
         parts.append(
             f'<p class="soft">Each row shows an image, the same image under {escape(attack.in_words)}, and the '
             "perturbation, magnified around gray. The examples were chosen to show many classes and many kinds of "
-            "mistakes: how many there are of a kind does not tell how frequent it is.</p>"
+            "mistakes, not to show how frequent each kind is.</p>"
         )
     for kind, title in _KINDS.items():
         chosen = [each for each in job.examples if each.kind == kind]
         if chosen:
-            title = title if job.attacked or kind == "wrong" else "Right"
+            title = title if job.attacked else _KINDS_WITHOUT_ATTACK.get(kind, title)
             pictures = "".join(_example(each, names, attacked=job.attacked) for each in chosen)
             parts.append(f'<h3>{title}</h3><div class="examples">{pictures}</div>')
     return "".join(parts)
@@ -208,7 +210,7 @@ def _training_facts(results: JobResults) -> list[tuple[str, Any]]:
     facts: list[tuple[str, Any]] = [
         ("parameters", f"{results.total_parameters:,}, of which {results.trainable_parameters:,} were trained"),
         ("epochs", f"{results.epochs}; epoch {results.best_epoch} was kept" if trained else "none"),
-        ("validation figure", _percent(results.validation_value)),
+        ("validation figure of the kept epoch", _percent(results.validation_value)),
         ("time for training", f"{results.seconds:,} s"),
         ("seed", results.seed),
     ]

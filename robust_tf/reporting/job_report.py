@@ -14,7 +14,9 @@ REPORT = "report.html"
 
 
 def write_report(workdir: pathlib.Path) -> None:
-    """Writes the report of a finished job. Without predictions.csv, which older versions did not write, there is none.
+    """Writes the report of a finished job.
+
+    A job without predictions.csv, which older versions did not write, gets no report.
 
     Args:
         workdir: Folder of the job.

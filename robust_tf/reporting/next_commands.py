@@ -13,11 +13,11 @@ _LARGEST_SAMPLE = 1000
 
 
 def next_commands(run: RunConfig, sample: bytes) -> list[str]:
-    """Returns the commands: TensorBoard, and after an export a server and a query of it.
+    """Returns the command that starts TensorBoard and, after an export, those that start and query a server.
 
     Args:
         run: Record of the run of a finished job.
-        sample: encoded test image to ask the server about; unused without an export.
+        sample: Encoded test image for the query. It is not used without an export.
     """
     commands = [shlex.join(["tensorboard", "--logdir", str(pathlib.Path(run.workdir).parent)])]
     if run.export_dir:

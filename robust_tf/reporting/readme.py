@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from robust_tf.data import dataset_info
-from robust_tf.reporting.facts import commands, limitations_of, title_of, training_of
+from robust_tf.reporting.facts import BASELINE_NOTE, commands, limitations_of, title_of, training_of
 from robust_tf.reporting.job_files import FinishedJob
 from robust_tf.results import FigureName
 from robust_tf.serving.publish.model_card import LICENSE_NOT_STATED
@@ -28,10 +28,14 @@ def readme(job: FinishedJob) -> str:
         _front_matter(job),
         f"# {title_of(job)}",
         f"An image classifier for {len(results.class_names)} classes. {training_of(job)} "
-        "[report.html](report.html) shows the figures, examples and every flag that was changed.",
+        "[report.html](report.html) has figures, example images and all flags that differ from their defaults.",
         "## Results",
         "\n".join(_figures_table(job)),
-        *(["\n".join(f"* {line}" for line in results.comparison_in_words())] if results.baseline else []),
+        *(
+            [BASELINE_NOTE, "\n".join(f"* {line}" for line in results.comparison_in_words())]
+            if results.baseline
+            else []
+        ),
         *(["## Warnings", "\n".join(f"* {text}" for text in results.alarms)] if results.alarms else []),
         "## Data",
         _data(job),
@@ -80,7 +84,7 @@ def _figures_table(job: FinishedJob) -> list[str]:
     table = [f"| {results.num_test_images:,} test images | {titles} |", "|---" * (len(figures) + 1) + "|"]
     for title, row in results.by_source(alone="this classifier").items():
         table.append(f"| {title} | {' | '.join(row.figure(figure.name).in_words for figure in figures)} |")
-    return [*table, "", "The brackets hold 95 % Wilson intervals."]
+    return [*table, "", "95 % Wilson confidence intervals are in brackets."]
 
 
 def _data(job: FinishedJob) -> str:

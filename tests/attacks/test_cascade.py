@@ -255,6 +255,7 @@ def test_a_sound_model_raises_no_flag():
     assert warnings_of(small_network()) == set()
 
 
+@pytest.mark.filterwarnings("ignore:The model has no gradient:robust_tf.errors.AttackWarning")
 def test_each_fault_raises_its_flag():
     network = small_network()
     assert warnings_of(small_network(3)) == {"few_classes"}

@@ -44,6 +44,7 @@ def linear_model(weight: np.ndarray):
 
 
 # The reference has the one-step cases only without use_best.
+@pytest.mark.filterwarnings("ignore:The images have values from:robust_tf.errors.AttackWarning")  # the cases "oob"
 @pytest.mark.parametrize(
     ("case", "use_best"), [(case, best) for case in CASES for best in (True, False) if not (best and "1step" in case)]
 )

@@ -8,7 +8,8 @@ import tensorflow as tf
 from small_models import best_score
 
 from robust_tf.attacks.square import SQUARE_NORMS
-from robust_tf.attacks.threat_models import NORMS, PGD_NORMS, AttackNorm
+from robust_tf.attacks.threat_models import NORMS, PGD_NORMS
+from robust_tf.config.names import AttackNorm
 
 EPSILONS = {"linf": 0.1, "l2": 0.6, "l1": 1.5}
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from robust_tf.data import DATASETS
 from robust_tf.data.__main__ import main
-from robust_tf.data.dataset_check import diagnose
+from robust_tf.data.dataset_check import check_dataset
 from robust_tf.data.datasets import DatasetInfo
 from robust_tf.errors import UserError
 from tests.data.images import encoded, jpeg, write, write_folder
@@ -18,18 +18,18 @@ WHOLE = {"train/cat": 8, "train/dog": 6, "test/cat": 3, "test/dog": 2}
 
 
 def test_a_prepared_data_set_is_ready(data_dir):
-    diagnosis = diagnose("digits", data_dir)
-    assert diagnosis.state == "ready" and not diagnosis.advice
-    assert f"in {data_dir / 'digits' / '1.0.0'}, 0." in diagnosis.facts[0]
-    assert diagnosis.facts[1] == "10 classes, 1,000 training and 797 test images"
-    assert "license: CC BY 4.0" in diagnosis.facts[2]
+    result = check_dataset("digits", data_dir)
+    assert result.state == "ready" and not result.advice
+    assert f"in {data_dir / 'digits' / '1.0.0'}, 0." in result.facts[0]
+    assert result.facts[1] == "10 classes, 1,000 training and 797 test images"
+    assert "license: CC BY 4.0" in result.facts[2]
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_data_set_that_is_not_prepared_says_what_to_do(name, tmp_path):
-    diagnosis = diagnose(name, tmp_path)
-    assert diagnosis.state == "not prepared"
-    advice = " ".join(diagnosis.advice)
+    result = check_dataset(name, tmp_path)
+    assert result.state == "not prepared"
+    advice = " ".join(result.advice)
     assert f"un python -m robust_tf.data --prepare={name} --data_dir={tmp_path}" in advice
     assert DATASETS[name].download_size in advice
     assert list(tmp_path.iterdir()) == []  # checking writes nothing
@@ -38,11 +38,9 @@ def test_every_data_set_that_is_not_prepared_says_what_to_do(name, tmp_path):
 def test_a_wrong_number_of_images_is_a_fault(data_dir, monkeypatch):
     row = DatasetInfo(builder="digits:1.0.0", num_classes=10, num_train=1000, num_test=800)
     monkeypatch.setitem(DATASETS, "digits", row)
-    diagnosis = diagnose("digits", data_dir)
-    assert diagnosis.state == "faulty"
-    assert diagnosis.advice == (
-        "There must be 800 test images. Received: 797. Delete the folder and prepare it again.",
-    )
+    result = check_dataset("digits", data_dir)
+    assert result.state == "faulty"
+    assert result.advice == ("There must be 800 test images. Received: 797. Delete the folder and prepare it again.",)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off"])
@@ -54,33 +52,31 @@ def test_missing_and_damaged_files_are_faults(data_dir, tmp_path, damage):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:5000])
-    diagnosis = diagnose("digits", tmp_path)
-    assert diagnosis.state == "faulty"
-    expected = f"1 of its 2 files are missing, e.g. {path}." if damage == "missing" else "The test part cannot be read"
-    assert diagnosis.advice[0].startswith(expected)
+    result = check_dataset("digits", tmp_path)
+    assert result.state == "faulty"
+    expected = f"Files that are missing (1 of 2): {path}." if damage == "missing" else "The test part cannot be read"
+    assert result.advice[0].startswith(expected)
 
 
 def test_a_folder_without_faults_is_ready(tmp_path):
-    diagnosis = diagnose(f"folder:{write_folder(tmp_path, WHOLE)}")
-    assert (diagnosis.state, diagnosis.advice) == ("ready", ())
-    assert diagnosis.facts[1] == "2 classes, 14 training and 5 test images"
+    result = check_dataset(f"folder:{write_folder(tmp_path, WHOLE)}")
+    assert (result.state, result.advice) == ("ready", ())
+    assert result.facts[1] == "2 classes, 14 training and 5 test images"
 
 
 def test_faults_of_a_folder_are_named(tmp_path):
     root = write_folder(tmp_path, WHOLE | {"train/emu": 3})
     write(root / "train/cat/003.jpg", b"no image")
     write(root / "test/dog/copy.jpg", jpeg(0))  # train/cat/000.jpg
-    diagnosis = diagnose(f"folder:{root}")
-    missing, broken, twice = diagnosis.advice
+    result = check_dataset(f"folder:{root}")
+    missing, broken, twice = result.advice
     assert "Convert, repair or remove them, or train with --skip_bad_images." in broken
-    assert diagnosis.state == "faulty"
+    assert result.state == "faulty"
     assert "none of emu" in missing
-    assert f"1 images cannot be decoded: {root}/train/cat/003.jpg" in broken
-    assert (
-        f"1 images of the test part are also in the training part: {root}/test/dog/copy.jpg = {root}/train/cat/000.jpg"
-        in twice
-    )
-    assert len(diagnose(f"folder:{root}", thorough=False).advice) == 1
+    assert f"Images that cannot be decoded (1): {root}/train/cat/003.jpg." in broken
+    assert "Images of the test part that are also in the training part (1): " in twice
+    assert f"{root}/test/dog/copy.jpg = {root}/train/cat/000.jpg." in twice
+    assert len(check_dataset(f"folder:{root}", thorough=False).advice) == 1
 
 
 def test_a_name_that_is_not_text_can_be_printed(tmp_path, capsys):
@@ -93,13 +89,13 @@ def test_many_faults_are_counted(tmp_path):
     root = write_folder(tmp_path, WHOLE)
     for index in range(5):
         write(root / f"train/cat/{index:03d}.jpg", b"no image")
-    assert "and 2 more" in diagnose(f"folder:{root}").advice[0]
+    assert "and 2 more" in check_dataset(f"folder:{root}").advice[0]
 
 
 def test_one_image_per_class_is_a_fault(tmp_path):
-    diagnosis = diagnose(f"folder:{write_folder(tmp_path, {'a': 1, 'b': 1})}")
-    assert diagnosis.state == "faulty"
-    (advice,) = diagnosis.advice
+    result = check_dataset(f"folder:{write_folder(tmp_path, {'a': 1, 'b': 1})}")
+    assert result.state == "faulty"
+    (advice,) = result.advice
     assert "training part" in advice and advice.endswith("Received: none of a, b. Add some images.")
 
 
@@ -108,10 +104,10 @@ def test_all_files_that_are_left_out_are_named(tmp_path):
     write(root / "train/cat/.DS_Store", "x")
     write(root / "train/cat/drawing.svg", "<svg/>")
     write(root / "train/dog/photo.heic", "x")
-    diagnosis = diagnose(f"folder:{root}")
-    assert f"Left out: 1 hidden and system files: {root}/train/cat/.DS_Store." in diagnosis.facts
-    assert diagnosis.advice == (
-        f"2 images cannot be read: {root}/train/cat/drawing.svg (unsupported image format), "
+    result = check_dataset(f"folder:{root}")
+    assert f"Left out: hidden and system files (1): {root}/train/cat/.DS_Store." in result.facts
+    assert result.advice == (
+        f"Images that cannot be read (2): {root}/train/cat/drawing.svg (unsupported image format), "
         f"{root}/train/dog/photo.heic (unsupported image format). "
         "Convert, repair or remove them, or train with --skip_bad_images.",
     )
@@ -127,11 +123,18 @@ def test_rotated_and_transparent_images_are_counted(tmp_path):
     write(root / "test/dog/clear.gif", encoded(picture.convert("RGB").quantize(2), "GIF", transparency=0))
     write(root / "test/dog/opaque.png", encoded(picture.convert("L"), "PNG"))
     write(root / "train/dog/001.png", encoded(picture.convert("RGB"), "PNG"))
-    diagnosis = diagnose(f"folder:{root}")
-    assert diagnosis.state == "ready"
-    rotated, transparent, namesakes = diagnosis.facts[2:]
-    assert rotated.startswith("1 images are stored rotated") and "train/cat/rotated. --exif=apply" in rotated
-    assert transparent.startswith("2 images have transparent pixels: ") and "--alpha_background" in transparent
+    result = check_dataset(f"folder:{root}")
+    assert result.state == "ready"
+    rotated, transparent, namesakes = result.facts[2:]
+    assert (
+        rotated.startswith("Images that are rotated or mirrored (EXIF), and are used as they are stored (1)")
+        and "train/cat/rotated. --exif=apply" in rotated
+    )
+    assert (
+        transparent.startswith("Images with transparent pixels, ")
+        and "(2): " in transparent
+        and "--alpha_background" in transparent
+    )
     assert f"{root}/train/dog/001.jpg = {root}/train/dog/001.png" in namesakes or "001.png = " in namesakes
 
 
@@ -157,9 +160,9 @@ def test_damaged_files_of_any_kind_raise_no_error(tmp_path):
     write(root / "test/dog/text.jpg", "no image")
     write(root / "test/dog/riff.webp", b"RIFF\xca")
     write(root / "test/dog/random.png", rng.bytes(500))
-    diagnosis = diagnose(f"folder:{root}")
-    assert "cannot be decoded" in diagnosis.advice[0]
-    assert diagnose(f"folder:{root}/train/cat/one.png").state == diagnose("folder:/nowhere").state == "faulty"
+    result = check_dataset(f"folder:{root}")
+    assert "that cannot be decoded" in result.advice[0]
+    assert check_dataset(f"folder:{root}/train/cat/one.png").state == check_dataset("folder:/nowhere").state == "faulty"
 
 
 def test_the_program_prints_and_exits_as_documented(data_dir, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import robust_tf.data
 from robust_tf.data import DATASETS, dataset_info
 from robust_tf.data.builders import OWN_BUILDERS
 from robust_tf.data.tfds_preparation import builder_of
@@ -12,6 +13,15 @@ from tests.tasks import make_task
 TWELVE = "aircraft birdsnap caltech101 caltech256 cifar10 cifar100 dtd flowers food pets cars sun397".split()
 FROM_TFDS = [name for name in DATASETS if builder_of(name).name not in OWN_BUILDERS]
 PER_CLASS = {"caltech101", "caltech256", "flowers", "pets"}
+
+
+def test_every_public_name_can_be_imported():
+    """The package imports them on first use."""
+    for name in robust_tf.data.__all__:
+        assert getattr(robust_tf.data, name) is not None
+        assert name in dir(robust_tf.data)
+    with pytest.raises(AttributeError, match="no attribute 'load'"):
+        robust_tf.data.load  # noqa: B018
 
 
 def test_the_table_has_the_twelve_tasks_of_the_paper_and_three_more():

@@ -25,7 +25,7 @@ def test_tfds_gets_the_address_of_a_bucket_unchanged(monkeypatch):
         raise Opened(str(data_dir))
 
     monkeypatch.setattr("robust_tf.data.open_dataset.open_tfds", opened)
-    with pytest.raises(Opened, match="^gs://bucket/tfds$"):  # pathlib would make gs:/bucket/tfds of it
+    with pytest.raises(Opened, match="^gs://bucket/tfds$"):  # pathlib would turn it into gs:/bucket/tfds
         load_job_task(JobConfig.from_flags(data_dir="gs://bucket/tfds"))
 
 

@@ -110,7 +110,7 @@ def test_resize_size_keeps_the_proportion_of_the_paper(mocked_tfds):
         ({"classes": (3, 3)}, r"Received: classes=\[3, 3\]"),
         ({"classes": (3,)}, r"two or more.*classes=\[3\]"),
         ({"augmentation": "flipp"}, "Received: 'flipp'"),
-        ({"validation_fraction": 1.5}, "Received: validation_fraction=1.5"),
+        ({"validation_fraction": 1.5}, "validation_fraction must be between 0 and 1. Received: 1.5"),
         ({"examples_per_class": 1000}, r"Received: examples_per_class=1000, and \d+ images of class 0"),
     ],
 )

@@ -9,7 +9,7 @@ from robust_tf.errors import UserError
 from tests.tasks import make_task
 
 
-class _Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Gray 4x4 images. `SPLITS` has the labels of each split."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -67,7 +67,7 @@ class SmallText(_Small):
         yield 0, {"text": "x", "kind": 0}
 
 
-class _SmallFloats(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _SmallFloats(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Gray 4x4 float32 images, each with one shade."""
 
     VERSION = tfds.core.Version("1.0.0")

@@ -187,9 +187,11 @@ def test_crop_windows_have_the_documented_distribution():
 
 @pytest.mark.parametrize(("size", "crop"), [((10, 1000), (10, 13)), ((1000, 10), (13, 10)), ((1, 1), (1, 1))])
 def test_a_thin_image_gets_the_central_crop_with_the_nearest_ratio(size, crop):
-    top, left, height, width = (int(v) for v in random_crop_window(*size, tf.constant([0, 0])))
+    image_height, image_width = size
+    window = random_crop_window(image_height, image_width, tf.constant([0, 0]))
+    top, left, height, width = (int(value) for value in window)
     assert (height, width) == crop
-    assert (top, left) == ((size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2)
+    assert (top, left) == ((image_height - crop[0]) // 2, (image_width - crop[1]) // 2)
 
 
 def jpeg(mode: str, **options) -> bytes:

@@ -1,4 +1,4 @@
-"""The warning that half precision is emulated."""
+"""The warning that the processor emulates half precision."""
 
 import pytest
 import tensorflow as tf
@@ -29,7 +29,7 @@ def warning(tmp_path):
     ("text", "precision"),
     [(AVX2, "mixed_bfloat16"), (AVX2, "mixed_float16"), (ZEN_4, "mixed_float16"), (CORTEX_A72, "mixed_bfloat16")],
 )
-def test_names_the_precision_and_the_way_out(warning, text, precision):
+def test_the_warning_has_the_precision_and_the_way_out(warning, text, precision):
     message = warning(precision, text)
     assert f"--precision={precision}" in message and "--precision=float32" in message
 
@@ -44,14 +44,14 @@ def test_names_the_precision_and_the_way_out(warning, text, precision):
         ("processor : 0\n", "mixed_bfloat16"),
     ],
 )
-def test_nothing_where_it_is_native_or_not_known(warning, text, precision):
+def test_there_is_no_warning_for_native_or_unknown_instructions(warning, text, precision):
     assert warning(precision, text) is None
 
 
-def test_nothing_without_a_description_of_the_processor(tmp_path):
+def test_there_is_no_warning_without_a_description_of_the_processor(tmp_path):
     assert emulation_warning("mixed_bfloat16", tmp_path / "none") is None
 
 
-def test_nothing_on_an_accelerator(warning, monkeypatch):
+def test_there_is_no_warning_on_an_accelerator(warning, monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [kind] if kind == "GPU" else [])
     assert warning("mixed_bfloat16", AVX2) is None

@@ -1,4 +1,4 @@
-"""Running out of memory: what the user is told, and what stays on the disk."""
+"""Running out of memory: the message, and what stays on the disk."""
 
 import pathlib
 
@@ -25,7 +25,7 @@ def classifier() -> keras.Model:
 @pytest.mark.parametrize(
     ("error", "reason"), [(EXHAUSTED, r"\(OOM when allocating tensor with shape\[96,8\]\)"), (MemoryError(), "Memory")]
 )
-def test_names_batch_size_estimate_and_ways_out(classifier, error, reason):
+def test_the_message_has_the_batch_size_an_estimate_and_ways_out(classifier, error, reason):
     with (
         pytest.raises(UserError, match=rf"Received: --batch_size=4096, .* about 6\.\d GB .*{reason}") as raised,
         out_of_memory_explained(JobConfig.from_flags(batch_size=4096), classifier),
@@ -36,7 +36,7 @@ def test_names_batch_size_estimate_and_ways_out(classifier, error, reason):
     assert "statistics" not in str(raised.value) and raised.value.__cause__ is error
 
 
-def test_leaves_other_errors_and_what_is_in_use_alone(classifier):
+def test_other_errors_pass_and_flags_in_use_are_not_suggested(classifier):
     with pytest.raises(KeyError), out_of_memory_explained(JobConfig(), classifier):
         raise KeyError
     with (
@@ -51,11 +51,11 @@ def test_leaves_other_errors_and_what_is_in_use_alone(classifier):
     ("settings", "way"),
     [
         ({"batch_size": 64, "accumulate_steps": 3}, "--batch_size=32 --accumulate_steps=6"),
-        ({"batch_size": 64, "distribution": "mirrored"}, None),  # where gradients aren't accumulated
+        ({"batch_size": 64, "distribution": "mirrored"}, None),  # where gradients are not accumulated
         ({"batch_size": 1}, None),
     ],
 )
-def test_the_way_out_with_parts_of_a_batch_is_one_that_the_flags_allow(classifier, settings, way):
+def test_accumulation_is_suggested_only_where_the_flags_allow_it(classifier, settings, way):
     config = JobConfig.from_flags(**settings)
     with pytest.raises(UserError) as raised, out_of_memory_explained(config, classifier):
         raise MemoryError
@@ -64,7 +64,7 @@ def test_the_way_out_with_parts_of_a_batch_is_one_that_the_flags_allow(classifie
 
 
 @pytest.mark.slow
-def test_the_last_checkpoint_stays_and_the_job_goes_on_from_it(tmp_path, data_dir, monkeypatch):
+def test_the_job_continues_from_the_last_checkpoint(tmp_path, data_dir, monkeypatch):
     config = JobConfig.from_flags(
         workdir=str(tmp_path / "job"),
         data_dir=str(data_dir),

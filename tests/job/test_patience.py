@@ -1,4 +1,4 @@
-"""Early stopping: when a run ends, what it says, and that a resumed run keeps the count."""
+"""Early stopping: when training ends, what it prints, and that a resumed training keeps the count."""
 
 import json
 import pathlib
@@ -21,19 +21,19 @@ from robust_tf.training.checkpoint import Checkpoints, TrainingProgress
         ({"patience": 3}, 0, -1, False),
         ({"patience": 3}, 3, 0, False),
         ({"patience": 3}, 4, 0, True),
-        ({"patience": 3}, 10, 0, False),  # the last epoch ends the run in any case
+        ({"patience": 3}, 10, 0, False),  # the last epoch ends the training anyway
         ({"patience": 1}, 2, 1, False),
         ({"patience": 1}, 3, 1, True),
-        ({"patience": 2, "fast": "free", "epsilon": 1.0, "epochs": 16}, 3, 0, True),  # of the 4 passes
+        ({"patience": 2, "fast": "free", "epsilon": 1.0, "epochs": 16}, 3, 0, True),  # of 4 passes over the data
         ({"patience": 2, "fast": "free", "epsilon": 1.0, "epochs": 16}, 4, 0, False),
     ],
 )
-def test_the_count(settings, epochs_done, best_epoch, expected):
+def test_patience_is_exhausted_after_enough_epochs_without_gain(settings, epochs_done, best_epoch, expected):
     progress = TrainingProgress(epochs_done=epochs_done, best_epoch=best_epoch)
     assert patience_of(JobConfig.from_flags(**settings)).is_exhausted(progress) == expected
 
 
-def test_the_count_begins_anew_when_the_network_is_unfrozen():
+def test_the_count_starts_again_when_the_network_is_unfrozen():
     patience = Patience(limit=2, num_epochs=10, unfreeze_at_epoch=5)
     assert not any(patience.is_exhausted(TrainingProgress(epochs_done=done, best_epoch=0)) for done in range(7))
     assert patience.is_exhausted(TrainingProgress(epochs_done=7, best_epoch=0))
@@ -42,7 +42,7 @@ def test_the_count_begins_anew_when_the_network_is_unfrozen():
 
 @pytest.fixture
 def job(tmp_path, data_dir, monkeypatch):
-    """Makes small jobs whose validation accuracies are those of a script, by epoch."""
+    """Makes small jobs whose validation accuracies are given, one for each epoch."""
 
     def make(accuracies, **changes) -> JobConfig:
         save = SaveProgress.on_epoch_end
@@ -70,7 +70,7 @@ def results_of(config: JobConfig) -> dict:
     return json.loads((pathlib.Path(config.run.workdir) / "results.json").read_text())
 
 
-def test_a_run_stops_and_says_why(job, capsys):
+def test_training_stops_early_and_says_why(job, capsys):
     config = job([0.2, 0.5, 0.4, 0.3, 0.9], class_weight="balanced")
     train.run(config)
     results = results_of(config)
@@ -80,8 +80,8 @@ def test_a_run_stops_and_says_why(job, capsys):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_the_count(job, monkeypatch):
-    """It was stopped by a signal while it saved the epoch that used the patience up: nothing is left to train."""
+def test_a_resumed_training_keeps_the_count(job, monkeypatch):
+    """A signal arrives while the epoch that exhausts the patience is saved, so nothing is left to train."""
     config = job([0.5, 0.4, 0.3, 0.9])
     save = SaveProgress._save
 
@@ -101,9 +101,9 @@ def test_a_resumed_run_keeps_the_count(job, monkeypatch):
     assert Checkpoints(pathlib.Path(config.run.workdir) / "checkpoints").latest().progress.epochs_done == 3
 
 
-def test_the_plan_says_so(job, capsys):
+def test_the_plan_mentions_patience_accumulation_and_class_weights(job, capsys):
     train.run(job([], dry_run=True, class_weight="balanced", accumulate_steps=4))
-    out = " ".join(capsys.readouterr().out.replace("│", " ").split())  # the table wraps its lines
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())  # the table wraps lines
     assert (
         "8 epochs x 2 = 16 steps of 30 images, an update of the weights every 4: 4 updates; fewer after 2 epochs" in out
     )

@@ -1,4 +1,4 @@
-"""The plans of `--dry_run`: work against hand counts, time against published speeds, memory against measured."""
+"""Plans of `--dry_run`: work against hand counts, time against published speeds, memory against measurements."""
 
 import json
 import pathlib
@@ -33,8 +33,8 @@ def forward_of(model: keras.Model, *, batch: int = 1) -> Work:
     return count_work(lambda x: model(x, training=False), tf.TensorSpec([batch, *model.input_shape[1:]])).total
 
 
-# G multiply-adds as torchvision's documentation gives them for its models, and 0.5559 for the ResNet-18 of CIFAR (0.56
-# in its authors' tables).
+# Multiply-adds in units of 1e9, from torchvision's documentation of its models. The ResNet-18 for CIFAR has 0.5559
+# (0.56 in its authors' tables).
 @pytest.mark.parametrize(
     ("architecture", "size", "giga"),
     [
@@ -46,11 +46,11 @@ def forward_of(model: keras.Model, *, batch: int = 1) -> Work:
         ("cifar_resnet18", 32, 0.56),
     ],
 )
-def test_forward_pass_is_the_published_count(architecture, size, giga):
+def test_the_forward_pass_has_the_published_count(architecture, size, giga):
     assert forward_of(network(architecture, size)).forward / 2e9 == pytest.approx(giga, abs=0.006)
 
 
-def test_counts_by_hand():
+def test_counts_equal_hand_counts():
     inputs = keras.Input((8, 8, 3))
     hidden = keras.layers.Conv2D(5, 3, strides=2, padding="same")(inputs)  # 4 x 4 x 5 outputs of 3 x 3 x 3
     hidden = keras.layers.DepthwiseConv2D(3, padding="same")(hidden)  # 4 x 4 x 5 outputs of 3 x 3
@@ -65,13 +65,13 @@ def test_counts_by_hand():
 
     work = count_work(gradients, tf.TensorSpec([2, 8, 8, 3])).total
     assert work.forward == work.weight_gradient == 2 * (conv + depthwise + dense)
-    assert work.input_gradient == 2 * (depthwise + dense)  # nobody asks for that of the images
+    assert work.input_gradient == 2 * (depthwise + dense)  # the gradient of the images is not needed
     # Each operation reads two tensors and writes one, of 4 bytes a value.
     values = (2 * 192 + 135 + 2 * 80) + (2 * 80 + 45 + 2 * 80) + (2 * 80 + 560 + 2 * 7)
     assert forward_of(model, batch=2).bytes_moved == 4 * values
 
 
-def test_a_loop_counts_as_often_as_it_turns():
+def test_a_loop_counts_once_for_each_turn():
     kernel = tf.ones([4, 4])
 
     def function(x):
@@ -81,7 +81,7 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert work.loops == (Loop(turns=5, turn=Work(forward=96.0, bytes_moved=4.0 * (12 + 16 + 12))),)
     assert work.total.flops == 5 * 96
     endless = lambda x: tf.while_loop(lambda x: tf.reduce_sum(x) < 5, lambda x: (x @ kernel,), (x,))[0]  # noqa: E731
-    with pytest.raises(ValueError, match="does not say how often it turns"):
+    with pytest.raises(ValueError, match="does not give the number of turns"):
         count_work(endless, tf.TensorSpec([3, 4]))
 
 
@@ -96,27 +96,29 @@ def work_of(config: JobConfig) -> JobWork:
     return job_work(config, classifier, task)
 
 
-def test_adversarial_step_is_attack_and_one_training_pass():
+def test_an_adversarial_step_is_the_attack_and_one_training_pass():
     work = work_of(digits())
     forward = work.forward.flops
     (attack,) = work.step.loops
     assert attack == Loop(turns=5, turn=work.attack_step)
     assert (attack.turn.forward, attack.turn.input_gradient, attack.turn.weight_gradient) == (forward, forward, 0)
-    # The last iterate (--use_best) and the training pass, whose first layer needs no gradient of the images.
+    # Outside the loop are the last iterate (--use_best) and the training pass, which needs no gradient of the images.
     outside = work.step.outside
     assert (outside.forward, outside.weight_gradient) == (2 * forward, forward)
     assert 0.9 * forward < outside.input_gradient < forward
     assert work_of(digits(use_best=False)).step.outside.forward == forward
 
 
-def test_standard_training_and_frozen_layers_take_less(tmp_path):
+def test_standard_training_and_frozen_layers_need_less_work(tmp_path):
     standard = work_of(digits(epsilon=0.0, eval_epsilon=1.0))
     assert standard.step.loops == () and 2.9 < standard.step.total.flops / standard.forward.flops < 3
     path = tmp_path / "source.cfg"
     path.write_text("--architecture=resnet8\n--norm=l2\n--epsilon=1\n")
     workdir = str(tmp_path / "job")
     head = work_of(digits(task="transfer", source=str(path), epsilon=0.0, workdir=workdir))
-    assert head.step.total.flops == pytest.approx(head.forward.flops, rel=0.01)  # nothing is differentiated below
+    assert head.step.total.flops == pytest.approx(
+        head.forward.flops, rel=0.01
+    )  # nothing below the head is differentiated
     assert head.gradient_bytes == 4 * (64 * 10 + 10)
 
 
@@ -148,7 +150,7 @@ def rows_of(config: JobConfig, work: JobWork = WORK, task: PlannedTask = TASK) -
     return dict(zip(*(list(column.cells) for column in table.columns), strict=True))
 
 
-def test_arithmetic_of_a_plan():
+def test_the_arithmetic_of_a_plan():
     config = digits(plan_devices=("2x4xA100",), batch_size=80, epochs=10, attack_steps=3, eval_steps=20, plan_price=3.0)
     config_rows = rows_of(config)
     compute = 10e9 * 80 / (8 * 156e12)  # 0.641 ms; memory: 2 x 10 MB x 80 / (8 x 1.555 TB/s) = 0.129 ms
@@ -167,7 +169,7 @@ def test_arithmetic_of_a_plan():
     assert config_rows["checkpoint"].startswith("100 MB weights + 100 MB optimizer = 200 MB")
 
 
-def test_what_does_not_fit_gets_the_ways_out():
+def test_a_job_that_does_not_fit_gets_ways_out():
     rows = rows_of(digits(plan_devices=("T4",), batch_size=256))
     # (16 GiB - 1 GiB - 300 MB) / 100 MB
     assert rows["memory verdict"].startswith("OUT OF MEMORY: 27 GB of 17.2 GB. At most 158 images fit on a device")
@@ -184,12 +186,12 @@ def test_what_does_not_fit_gets_the_ways_out():
         ("4x8xh100", 4, 8, "H100"),
         ("2xA100-80GB", 1, 2, "A100-80GB"),
         ("v4-8", 1, 4, "v4"),
-        ("v4-128", 16, 4, "v4"),  # the name counts cores, two on a chip
+        ("v4-128", 16, 4, "v4"),  # the name counts cores, and a chip has two
         ("v5e-8", 1, 8, "v5e"),
         ("v5e-16", 4, 4, "v5e"),
     ],
 )
-def test_grammar(text, hosts, per_host, device):
+def test_clusters_are_read(text, hosts, per_host, device):
     (cluster,) = parse_clusters([text])
     assert (cluster.hosts, cluster.per_host, cluster.device) == (hosts, per_host, DEVICES[device])
 
@@ -205,7 +207,7 @@ def test_grammar(text, hosts, per_host, device):
         ("v9-8", "Received: 'v9'"),
     ],
 )
-def test_grammar_refuses(text, message):
+def test_wrong_clusters_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         parse_clusters([text])
 
@@ -217,7 +219,7 @@ def test_grammar_refuses(text, message):
         ({"plan_devices": ("V100",), "precision": "mixed_bfloat16"}, "no units for this precision.*mixed_bfloat16"),
     ],
 )
-def test_plan_refuses(changes, message):
+def test_impossible_plans_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         rows_of(digits(**changes))
 
@@ -233,12 +235,12 @@ def test_plan_refuses(changes, message):
         ({"workdir": "gs://bucket/run"}, "Received: --workdir=gs://bucket/run"),
     ],
 )
-def test_flags_refuse(changes, message):
+def test_wrong_plan_flags_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         digits(**changes)
 
 
-def test_imagenet_is_planned_without_its_data(tmp_path):
+def test_imagenet_is_planned_without_its_images(tmp_path):
     config = read_flag_file(ROOT / "configs" / "imagenet_resnet50_l2_eps3.cfg", [f"--data_dir={tmp_path}"])
     task = planned_task(config)
     assert (task.num_train + task.num_validation, task.num_test) == (1_281_167, 50_000)
@@ -246,7 +248,7 @@ def test_imagenet_is_planned_without_its_data(tmp_path):
     assert task.steps_per_epoch == -(-task.num_train // 512)
 
 
-def test_planned_figures_are_those_of_the_data(data_dir):
+def test_the_planned_size_equals_the_size_of_the_data(data_dir):
     config = digits(data_dir=str(data_dir))
     planned, real = planned_task(config), load_job_task(config)
     for name in ("num_train", "num_validation", "num_test", "image_size", "augmentation", "steps_per_epoch"):
@@ -263,8 +265,8 @@ def test_dry_run_prints_a_plan_for_each_cluster(capsys, data_dir):
     assert keras.config.dtype_policy().name == "float32"
 
 
-# NVIDIA's own TensorFlow + XLA training of ResNet-50 v1.5 on one GPU, images/s: DeepLearningExamples,
-# TensorFlow/Classification/ConvNets/resnet50v1.5, "Training performance results".
+# Images per second of NVIDIA's training of ResNet-50 v1.5 on one GPU, with TensorFlow and XLA. Source:
+# DeepLearningExamples, TensorFlow/Classification/ConvNets/resnet50v1.5, "Training performance results".
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "precision", "batch_size", "published"),
@@ -285,7 +287,7 @@ def test_default_utilization_against_published_speeds(device, precision, batch_s
         plan_devices=(device,),
     )
     rows = rows_of(config, work_of(config), planned_task(config))
-    assert rows["memory verdict"].startswith("fits")  # as it did there
+    assert rows["memory verdict"].startswith("fits")  # as it did in their training
     predicted = float(rows["time of a step"].split()[-2].replace(",", ""))
     assert published / 2 < predicted < published * 1.5
 
@@ -307,7 +309,7 @@ trainer.compile(optimizer=build_optimizer("sgd", learning_rate=0.01), loss=Cross
 images = np.random.default_rng(0).uniform(size=(batch, size, size, 3)).astype("float32")
 data = tf.data.Dataset.from_tensors((images, np.zeros(batch, "int32"))).repeat(3)
 trainer.fit(data, verbose=0)
-# Not getrusage: there a process starts with the peak of the one that started it.
+# With getrusage, a process would start with the peak of its parent.
 print(json.dumps(int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024))
 """
 
@@ -316,7 +318,7 @@ print(json.dumps(int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status")
 @pytest.mark.parametrize(
     ("architecture", "size", "batch_size"), [("resnet20", 32, 512), ("resnet18", 64, 128), ("mobilenet_v2", 64, 128)]
 )
-def test_estimated_memory_is_right_within_its_factor(architecture, size, batch_size):
+def test_the_estimated_memory_is_right_within_its_factor(architecture, size, batch_size):
     arguments = [sys.executable, "-c", _MEASURE, architecture, str(size), str(batch_size)]
     measured = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
     classifier = network(architecture, size, num_classes=10)
@@ -335,5 +337,5 @@ def test_estimated_memory_is_right_within_its_factor(architecture, size, batch_s
         ({"base_batch_size": 256, "batch_size": 32, "accumulate_steps": 4}, "0.05, step, x 0.1 at no time within 10"),
     ],
 )
-def test_the_learning_rate_is_shown_with_the_drops_that_the_job_reaches(settings, shown):
+def test_the_plan_shows_the_drops_of_the_learning_rate_that_the_job_reaches(settings, shown):
     assert plan._learning_rate(OptimizationConfig(epochs=10, **settings)).startswith(f"learning rate {shown}")

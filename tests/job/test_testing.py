@@ -1,4 +1,4 @@
-"""The final figures of a job on a classifier whose answers are known."""
+"""The final evaluation of a job, with a classifier whose predictions are known."""
 
 import keras
 import numpy as np
@@ -11,7 +11,7 @@ from robust_tf.statistics import wilson_interval
 
 
 def brightness_classifier() -> keras.Model:
-    """Class 1 where the one pixel is brighter than 0.5."""
+    """Predicts class 1 where the single pixel is brighter than 0.5."""
     images = keras.Input((1, 1, 3))
     logits = keras.layers.Dense(2, name="logits")(keras.layers.Flatten()(images))
     classifier = keras.Model(images, logits)
@@ -32,7 +32,15 @@ def test_each_image_is_counted_under_its_id():
     assert outcomes.ids.tolist() == [10, 20, 30, 40, 50, 60, 70]
     assert outcomes.labels.tolist() == [0, 1, 0, 1, 1, 1, 0]
     assert outcomes.predictions.tolist() == [0, 1, 1, 1, 0, 1, 0]
-    assert outcomes.robust.tolist() == [False, True, False, True, False, False, True]  # 0.45 and 0.55 can be turned
+    assert outcomes.robust.tolist() == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]  # the attack can turn 0.45 and 0.55
     assert (evaluation.clean_accuracy, evaluation.robust_accuracy) == (5 / 7, 3 / 7)
     assert evaluation.robust_interval == wilson_interval(3, 7)
     assert evaluation.confusion.tolist() == [[2, 1], [1, 3]]

@@ -7,6 +7,7 @@ import argparse
 import base64
 import contextlib
 import json
+import os
 import pathlib
 import random
 import sys
@@ -35,7 +36,9 @@ _JSON = st.recursive(
 )
 _SIGNATURES = ["", "predict_pixels", "predict_uint8", "features", "classify", "attack_probe", "pair", "echo_string"]
 _SIGNATURES += ["echo_float32", "echo_int64", "echo_bool", "echo_half", "serving_default", "?", "__saved_model_init_op"]
-_LOCAL = (tempfile.gettempdir() + "/", sys.prefix + "/", str(pathlib.Path(__file__).parents[2]) + "/")
+# `tests/conftest.py` sets the variable to the folder that holds all temporary folders.
+_TEMPORARY = os.environ.get("PYTEST_DEBUG_TEMPROOT") or tempfile.gettempdir()
+_LOCAL = (_TEMPORARY + "/", sys.prefix + "/", str(pathlib.Path(__file__).parents[2]) + "/")
 _SECONDS = 120  # an answer that takes longer counts as a hang, even on a busy machine
 
 

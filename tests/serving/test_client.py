@@ -51,7 +51,7 @@ def test_numbers_are_transmitted_exactly(address, as_list):
     numbers = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     numbers[:4] = np.nan, np.inf, -np.inf, -0.0
     if as_list:
-        numbers = [float(number) for number in numbers]
+        numbers = [float(number) for number in numbers]  # type: ignore[assignment]
     with connect(address, model_name="echo") as client:
         (answer,) = client.predict({"x": numbers}, signature_name="echo_float32").values()
     np.testing.assert_array_equal(answer, np.asarray(numbers, np.float32))

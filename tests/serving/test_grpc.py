@@ -53,7 +53,7 @@ def refused(call, request, code, message):
 
 @pytest.mark.parametrize("choice", [{}, {"version": 123}, {"label": "stable"}])
 @pytest.mark.parametrize("outputs", [(), ("y",)])
-def test_predict(server, choice, outputs):
+def test_predict_names_the_version_and_signature_it_used(server, choice, outputs):
     reply = server.predict.Predict(predict_request(outputs=outputs, **choice))
     assert list(reply.outputs) == ["y"]
     assert list(reply.outputs["y"].float_val) == [3.0]
@@ -114,7 +114,7 @@ def test_single_value_fills_the_shape(server):
         ),
     ],
 )
-def test_predict_errors(server, request_, code, message):
+def test_bad_predict_requests_get_code_and_message(server, request_, code, message):
     refused(server.predict.Predict, request_, code, message)
 
 
@@ -123,7 +123,7 @@ def test_shapes_are_compared_with_the_signature(embedded):
     refused(embedded.predict.Predict, request, Code.INVALID_ARGUMENT, "expected [?,16,16,3], received [16, 16, 3]")
 
 
-def test_tensors_that_contradict_themselves(embedded):
+def test_tensors_that_contradict_themselves_are_refused(embedded):
     surplus = predict_request()
     surplus.inputs["x"].float_val[:] = [1.0, 2.0, 3.0]
     refused(embedded.predict.Predict, surplus, Code.INVALID_ARGUMENT, "tensor parsing error: x")
@@ -145,7 +145,7 @@ def test_long_messages_are_cut(server):
     assert len(raised.value.details()) == 1024 + len("...TRUNCATED")
 
 
-def test_classify(server):
+def test_classify_returns_classes_for_each_example(server):
     request = with_examples(
         classification_pb2.ClassificationRequest(), "half_plus_two", "classify_x_to_y", {"x": 2.0}, {"x": 20.0}
     )
@@ -157,7 +157,7 @@ def test_classify(server):
     assert [c.label for c in server.predict.Classify(both).result.classifications[0].classes] == ["cat", "cat"]
 
 
-def test_regress(server):
+def test_regress_returns_a_number_for_each_example(server):
     request = with_examples(regression_pb2.RegressionRequest(), "half_plus_two", "regress_x_to_y", {"x": 2.0})
     assert [r.value for r in server.predict.Regress(request).result.regressions] == [3.0]
     shared = regression_pb2.RegressionRequest()
@@ -179,12 +179,12 @@ def test_regress(server):
         ("classify_x_to_y", [{"y": 1.0}], "Feature: x (data type: float) is required"),
     ],
 )
-def test_classify_errors(server, signature, examples, message):
+def test_bad_classify_requests_get_code_and_message(server, signature, examples, message):
     request = with_examples(classification_pb2.ClassificationRequest(), "half_plus_two", signature, *examples)
     refused(server.predict.Classify, request, Code.INVALID_ARGUMENT, message)
 
 
-def test_multi_inference(server):
+def test_multi_inference_runs_several_signatures(server):
     request = inference_pb2.MultiInferenceRequest()
     for signature, method in [("classify_x_to_y", "classify"), ("regress_x_to_y2", "regress")]:
         task = request.tasks.add(method_name=f"tensorflow/serving/{method}")
@@ -204,7 +204,7 @@ def test_multi_inference(server):
     refused(server.predict.MultiInference, request, Code.INVALID_ARGUMENT, "at least one task")
 
 
-def test_status(server):
+def test_status_lists_the_versions(server):
     request = get_model_status_pb2.GetModelStatusRequest()
     refused(server.models.GetModelStatus, request, Code.INVALID_ARGUMENT, "Missing ModelSpec")
     request.model_spec.name = "half_plus_two"
@@ -216,7 +216,7 @@ def test_status(server):
     refused(server.models.GetModelStatus, request, Code.NOT_FOUND, "Could not find any versions of model foo")
 
 
-def test_metadata(server):
+def test_metadata_holds_the_signatures(server):
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
     refused(server.predict.GetModelMetadata, request, Code.INVALID_ARGUMENT, "Missing ModelSpec")
     request.model_spec.name = "half_plus_two"

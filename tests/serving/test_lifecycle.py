@@ -110,7 +110,12 @@ def test_version_that_replaces_another_during_a_look_leaves_no_gap(tmp_path, mon
     monkeypatch.setattr(folders, "version_folders", slow_look)
     unloaded = []
     close_unused = manager._close_unused
-    manager._close_unused = lambda leaving: (unloaded.append(manager.ready()), close_unused(leaving))
+
+    def note_and_close(leaving):
+        unloaded.append(manager.ready())
+        close_unused(leaving)
+
+    manager._close_unused = note_and_close  # not by monkeypatch, which `slow_look` undoes
     manager._update()
     assert [number for number, state, _ in manager.states("m") if state == "AVAILABLE"] == [2]
     assert unloaded == [True]  # when version 1 was unloaded, version 2 was already available
@@ -130,7 +135,7 @@ def test_version_is_loaded_when_it_has_been_copied_completely(base):
         until(lambda: answer(running) == [11.0])
 
 
-def test_configured_models_policies_and_labels(base, tmp_path):
+def test_server_follows_changes_of_models_policies_and_labels(base, tmp_path):
     for number, addend in [(2, 10.0), (3, 20.0)]:
         add_version(base, number, addend)
     path = tmp_path / "models.config"
@@ -416,7 +421,7 @@ def test_tls_file_needs_keys_and_certificates(tmp_path):
     with pytest.raises(UserError, match="ssl.config without them"):
         read_tls(path)
     path.write_text('server_key: "k" server_cert: "c" client_verify: true')
-    with pytest.raises(UserError, match="client_verify needs the custom_ca"):
+    with pytest.raises(UserError, match="client_verify needs a custom_ca"):
         read_tls(path)
 
 

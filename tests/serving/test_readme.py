@@ -160,7 +160,7 @@ def test_programs_accept_the_flags_in_the_readme():
     for name, config_class in [("predict", PredictConfig), ("serve", ServeConfig)]:
         asked = [line for line in lines if f"robust_tf.{name} " in line]
         assert asked
-        known = set(config_class.__dataclass_fields__) | {"check"}
+        known = set(config_class.__dataclass_fields__) | {"check"}  # type: ignore[attr-defined]
         assert {flag for line in asked for flag in re.findall(r"--(\w+)", line)} <= known
 
 

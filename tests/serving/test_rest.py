@@ -37,7 +37,7 @@ def echo(server, signature, body):
         ("", {"inputs": 3.0, "unknown": [[]]}, {"outputs": 3.5}),
     ],
 )
-def test_predict(server, path, body, expected):
+def test_predict_answers_in_the_form_of_the_request(server, path, body, expected):
     reply = ask(server, f"/v1/models/half_plus_two{path}:predict", body)
     assert reply.status_code == 200
     assert reply.headers["content-type"] == "application/json"
@@ -59,13 +59,13 @@ def test_predict(server, path, body, expected):
         ),
     ],
 )
-def test_classify_and_regress(server, method, body, expected):
+def test_classify_and_regress_return_results(server, method, body, expected):
     for path in ("", "/versions/123", "/labels/stable"):
         reply = ask(server, f"/v1/models/half_plus_two{path}:{method}", body)
         assert (reply.status_code, reply.json()) == (200, {"results": expected})
 
 
-def test_status(server):
+def test_status_lists_the_versions_and_ignores_labels(server):
     expected = {
         "model_version_status": [
             {"version": "123", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
@@ -76,7 +76,7 @@ def test_status(server):
         assert (reply.status_code, reply.json()) == (200, expected)
 
 
-def test_metadata(server):
+def test_metadata_holds_the_signatures(server):
     for path in ("", "/versions/123", "/labels/stable"):
         document = server.rest.get(f"/v1/models/half_plus_two{path}/metadata").json()
         assert document["model_spec"] == {"name": "half_plus_two", "signature_name": "", "version": "123"}
@@ -153,7 +153,7 @@ def test_metadata(server):
         ("/v1/models/half%5Fplus%5Ftwo/versions/124:predict", {"instances": [1]}, 404, "Specific(half_plus_two, 124)"),
     ],
 )
-def test_errors(server, path, body, status, message):
+def test_bad_requests_get_status_and_message(server, path, body, status, message):
     reply = ask(server, path, body)
     assert reply.status_code == status
     assert message in reply.json()["error"]
@@ -183,7 +183,7 @@ def test_names_are_unescaped_after_matching(server):
         ("DELETE", "/v1/models/half_plus_two", 400, "Malformed request: DELETE"),
     ],
 )
-def test_other_methods_and_paths(server, method, path, status, message):
+def test_other_methods_and_paths_get_status_and_message(server, method, path, status, message):
     reply = server.rest.request(method, path)
     assert reply.status_code == status
     assert message in reply.json()["error"]
@@ -257,7 +257,7 @@ def test_deep_nesting_is_an_error_rather_than_a_crash(embedded):
         ),
     ],
 )
-def test_json_values(server, signature, body, expected):
+def test_json_values_are_returned_unchanged(server, signature, body, expected):
     reply = echo(server, signature, body)
     assert (reply.status_code, reply.json()) == (200, expected)
 
@@ -278,7 +278,7 @@ def test_json_values(server, signature, body, expected):
         ("pair", {"instances": [{"a": 1, "b": "x"}, 5]}, 400, "Failed to process element: 1"),
     ],
 )
-def test_json_errors(server, signature, body, status, message):
+def test_bad_json_values_are_refused(server, signature, body, status, message):
     reply = echo(server, signature, body)
     assert reply.status_code == status
     assert message in reply.json()["error"]

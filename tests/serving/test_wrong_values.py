@@ -91,7 +91,7 @@ def test_wrong_values_over_grpc_are_refused_in_one_line(asked, signature):
             assert not unfit_for_clients(error.details()), error.details()
         else:
             assert signature in ("serving_default", "attack_probe")
-            assert value.shape == (1,)
+            assert value.shape == (1,)  # type: ignore[attr-defined]
 
 
 def test_classify_refuses_an_image_in_place_of_an_example(asked):
@@ -182,7 +182,7 @@ def test_python_errors_during_a_run_get_a_status_code(half_plus_two, batching, m
             def call(*args, error=error, **kwargs):
                 raise error
 
-            loaded = version.model._model if batching else version.model
+            loaded = version.model._model if batching else version.model  # type: ignore[attr-defined]
             monkeypatch.setattr(loaded, "_callable", lambda *args, call=call: call)
             with pytest.raises(grpc.RpcError) as raised:
                 running.predict.Predict(predict_request("m"), timeout=LIMIT)

@@ -1,1 +1,1 @@
-"""The plan of a job before it runs: its size, and its time and memory on accelerators that need not be here."""
+"""The plan of a job before it runs: its size, and its time and memory on accelerators that may be elsewhere."""

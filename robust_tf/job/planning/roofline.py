@@ -1,4 +1,4 @@
-"""The plan of a job on accelerators that need not be here: `--dry_run --plan_devices`, with the arithmetic shown.
+"""The plan of a job on accelerators that this machine need not have, with the arithmetic shown (`--plan_devices`).
 
 The work is counted on the traced training step. The time follows from a roofline (Williams et al. 2009): the operations
 of the convolutions and matrix products at the peak speed of the device, or the bytes that they move at the bandwidth of

@@ -33,10 +33,11 @@ def version_folders(base: pathlib.Path) -> dict[int, pathlib.Path]:
 
     Example:
         >>> import tempfile
-        >>> base = pathlib.Path(tempfile.mkdtemp())
-        >>> for name in ("1", "0002", "old"):
-        ...     (base / name).mkdir()
-        >>> sorted(version_folders(base))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     base = pathlib.Path(folder)
+        ...     for name in ("1", "0002", "old"):
+        ...         (base / name).mkdir()
+        ...     sorted(version_folders(base))
         [1, 2]
     """
     if not base.is_dir():

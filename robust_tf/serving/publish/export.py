@@ -78,6 +78,14 @@ def export_classifier(
     Raises:
         UserError: An argument is not valid, the version exists, the folder cannot be written, or the export does not
             give the same answers as the classifier.
+
+    Example:
+        >>> import tempfile
+        >>> images = keras.Input((8, 8, 3))
+        >>> classifier = keras.Model(images, keras.layers.Dense(2)(keras.layers.Flatten()(images)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_classifier(classifier, folder, "tiny", model_card={}, labels=["cat", "dog"]).name
+        '1'
     """
     original = original or classifier
     classifier = plain_classifier(classifier)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from robust_tf.attacks.ascent import ascend
 from robust_tf.attacks.losses import margin_of
-from robust_tf.attacks.pgd import ascend
 from robust_tf.attacks.threat_models import NORMS
 from robust_tf.errors import UserError, unknown_name
 

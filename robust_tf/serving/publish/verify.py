@@ -154,7 +154,7 @@ def _compare(
     pictures = model.run("preview", requests["preview"])["preview_image_bytes"]
     shown = np.stack([tf.io.decode_png(picture).numpy() for picture in pictures]).astype(np.float32) / 255.0
     _expect_close("preview", shown, decoded, 1.0 / 255.0)  # a PNG is rounded to 8 bits
-    if "attack_probe" in requests:  # the epsilon of the first sample is 0, so its answer is that of the clean image
+    if "attack_probe" in requests:  # its first epsilon is 0, which must give the answer for the clean image
         probed = model.run("attack_probe", requests["attack_probe"])["adversarial_probabilities"]
         _expect_close("attack_probe at epsilon 0", probed[:1], _softmax(from_bytes[:1]), tolerance)
 

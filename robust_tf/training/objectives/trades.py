@@ -10,8 +10,8 @@ import keras
 import tensorflow as tf
 
 from robust_tf.attacks import NORMS, AttackConfig
+from robust_tf.attacks.ascent import ascend
 from robust_tf.attacks.losses import Model, logits_of
-from robust_tf.attacks.pgd import ascend
 from robust_tf.attacks.threat_models import Scale
 from robust_tf.training.objectives.base import Batch, Objective, Outputs, Trainer
 
