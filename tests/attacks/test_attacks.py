@@ -320,7 +320,7 @@ def test_attacks_leave_the_statistics_of_batchnorm_unchanged():
         ({"model": lambda x: tf.fill([tf.shape(x)[0], 3], math.nan)}, "NaN for 2 of 2 images"),
         (
             {"model": lambda x: tf.where(tf.range(tf.shape(x)[0])[:, None] == 1, math.nan, tf.ones([1, 3]))},
-            "NaN for 1 of 2 images, the first is image 1",
+            "NaN for 1 of 2 images; the first is image 1",
         ),
         ({"model": lambda x: tf.reshape(x, (-1, 64))[:, :1], "labels": np.zeros(2, int)}, "2 classes or more"),
     ],

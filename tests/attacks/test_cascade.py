@@ -146,7 +146,7 @@ def test_nan_logits_are_refused_with_the_number_of_the_image(case):
             tf.reduce_all(x[:, :1, :1, 0] == images[7, 0, 0, 0], axis=(1, 2))[:, None], math.nan, network(x)
         )
 
-    with pytest.raises(UserError, match="NaN for 1 of 4 images, the first is image 107"):
+    with pytest.raises(UserError, match="NaN for 1 of 4 images; the first is image 107"):
         list(cascade(sick, images, labels, image_ids=np.arange(100, 124), **{**ARGUMENTS, "batch_size": 4}))
 
 
