@@ -125,7 +125,7 @@ def apgd(
         loss: Loss to raise: "ce" (cross-entropy), "margin" (best other logit minus the label's logit), or "dlr"
             (equation (6) of the paper, or (7) with targets).
         targets: Number of target classes. With 0 the attack raises the loss of the label. Otherwise it runs towards
-            each of the classes with the highest logits on the clean image. If the model has fewer, it takes all others.
+            each of the classes with the highest logits on the clean image, or all other classes if there are fewer.
         gradient_draws: Number of gradients that are averaged in each step. Use more than 1 if the model is random
             (Athalye et al. 2018, arXiv 1802.00420).
         early_stop: Whether an image stops at its first wrong prediction and leaves the batch, which is enough to

@@ -65,7 +65,7 @@ def fab(
         steps: Number of projections in each run.
         restarts: Number of runs. All after the first start at random points within epsilon / 2.
         targets: Number of target classes. The attack runs towards the boundary of each of the classes with the highest
-            logits on the clean image. If the model has fewer, it takes all others. With 0 each step goes towards the
+            logits on the clean image, or all other classes if there are fewer. With 0 each step goes towards the
             nearest of all boundaries, which takes one gradient for each class.
         early_stop: Whether an image stops at its first wrong prediction within epsilon and leaves the batch. This is
             enough to measure an accuracy, but does not find the nearest image.
