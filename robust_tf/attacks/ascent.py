@@ -67,7 +67,7 @@ def ascend(
         margin_by = margin_of
 
     def margin(logits: Any, labels: tf.Tensor) -> tf.Tensor:
-        # Rounding does not hide the differences between other losses: with an infinite margin only they are compared.
+        # For other losses rounding hides nothing. An infinite margin makes sure that only the losses are compared.
         return tf.fill(tf.shape(labels), float("inf")) if margin_by is None else margin_by(logits, labels)
 
     def is_worse(loss: tf.Tensor, margin: tf.Tensor, state: State) -> tf.Tensor:

@@ -26,8 +26,8 @@ class CascadeState:
             (num_images,) int.
         seconds: Time spent in each attack, in seconds.
         warnings: Signs that the robust accuracy is too high: a sentence for each flag. See `warning_flags`.
-        kept: Last adversarial image, (height, width, channels) float32, for each image id in `keep`. If an attack
-            felled the image, this is the adversarial image that felled it.
+        kept: Last adversarial image, (height, width, channels) float32, for each image id in `cascade`'s argument
+            `keep`. If an attack felled the image, this is the adversarial image that felled it.
 
     Example:
         >>> from robust_tf.attacks import CascadeState

@@ -63,7 +63,7 @@ def fab(
         epsilon: Largest distance that counts, in [0, 1] pixel units; a number or a scalar tensor. With `math.inf` every
             distance counts.
         steps: Number of projections in each run.
-        restarts: Number of runs. All after the first start at random points within epsilon / 2.
+        restarts: Number of runs. The first one starts at the image, the others at random points within epsilon / 2.
         targets: Number of target classes. The attack runs towards the boundary of each of the classes with the highest
             logits on the clean image, or all other classes if there are fewer. With 0 each step goes towards the
             nearest of all boundaries, which takes one gradient for each class.

@@ -216,8 +216,8 @@ def pgd(
         steps: Number of gradient steps.
         random_start: Whether to start at a random point of the ball (uniform for linf, on the sphere for l2) instead of
             at the images.
-        restarts: Number of runs. All after the first start at random points, and each image keeps its worst result: a
-            wrong prediction is worse than a correct one, and among equals the higher loss is worse.
+        restarts: Number of runs. All runs except the first start at random points, and each image keeps its worst
+            result: a wrong prediction is worse than a correct one, and among equals the higher loss is worse.
         loss: Loss to raise: "ce" (cross-entropy), "margin" (best other logit minus the label's logit) or "dlr" (margin
             divided by the difference between the highest and third highest logit; equation (6) of arXiv 2003.01690).
         use_best: Whether to return each image's iterate of highest loss, including the start, instead of the last

@@ -48,8 +48,8 @@ class NamedAttack:
     Attributes:
         run: Function to call.
         forward_passes: Number of forward passes for an image that resists to the end, for a model with ten classes. A
-            gradient counts as three. The progress bar estimates the remaining time from it. APGD in l1 takes another
-            number.
+            gradient counts as three. The progress bar estimates the remaining time from it. APGD in l1 makes a
+            different number.
         loss: Loss whose gradient the attack follows, a name of `LOSSES`; None if it follows no gradient.
         norms: Names of the norms that the attack supports.
         title: Name in tables and figures; by default the attack's name.

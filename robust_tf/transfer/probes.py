@@ -16,7 +16,7 @@ import numpy as np
 _LOGISTIC_PENALTIES = tuple(10.0**exponent for exponent in range(1, -7, -1))
 _RIDGE_PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -13, -1))
 _MAX_ITERATIONS = 1000
-# The search ends after this many penalties in a row whose solutions are worse on the validation part.
+# The search ends after this many penalties in a row whose solutions are no better on the validation part.
 _PATIENCE = 2
 # Number of multiplications in one pass over the features above which BLAS gains from more than one thread. Below it,
 # threads wait for one another longer than they compute, especially if other processes are busy.
@@ -61,8 +61,8 @@ def logistic_regression(
     """Fits a multinomial logistic regression: the mean cross-entropy plus penalty / 2 * |kernel|^2, by L-BFGS.
 
     The features are standardized. Strong penalties come first, and each solution is the starting point for the next
-    penalty. The search ends when two solutions in a row are worse on the validation part than an earlier one. Weaker
-    penalties, which take most of the iterations, would only fit the training part more closely.
+    penalty. The search ends when two solutions in a row are no better on the validation part than an earlier one.
+    Weaker penalties, which take most of the iterations, would only fit the training part more closely.
 
     Args:
         train: Features of the training images in each view, (num_train, feature_dim). All views are examples.

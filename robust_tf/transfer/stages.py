@@ -114,7 +114,7 @@ def freeze(
         raise unknown_name("behavior of frozen BatchNormalization", batchnorm, FROZEN_BATCHNORM)
     if (mode == "partial") != (through is not None):
         raise UserError(
-            "`through` names the last frozen stage and must be given for mode='partial' only. "
+            "`through` names the last frozen stage: mode='partial' needs it, and no other mode takes it. "
             f"Received: mode={mode!r}, through={through!r}."
         )
     quantized = [layer.name for layer in _without_nesting(classifier.layers) if layer.quantization_mode is not None]
