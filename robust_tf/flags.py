@@ -28,8 +28,8 @@ _HELP_WIDTH = 100
 _COMMON_FLAGS = """
 Flags of every program:
   --flagfile: File to read more flags from, one on each line.
-  --verbosity: Least severe messages of TensorFlow and other libraries to show. One of error,
-      warning, info. Default: error.
+  --verbosity: Lowest severity of the messages of TensorFlow and other libraries that are shown.
+      One of error, warning, info. Default: error.
   --help: Show this help."""
 
 
