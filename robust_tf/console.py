@@ -28,7 +28,7 @@ class _Remaining(ProgressColumn):
 
 
 def end_time(seconds: float | None) -> float | None:
-    """Returns the clock time in `seconds` from now, or None if that is unknown."""
+    """Returns the value of `time.perf_counter` in `seconds` from now, or None if `seconds` is None."""
     return None if seconds is None else time.perf_counter() + seconds
 
 
@@ -116,8 +116,8 @@ class Meter:
     def update(self, done: float, figures: str = "", *, total: float | None = None) -> None:
         """Moves the bar.
 
-        The first call tells where the work starts, which need not be 0: work that was interrupted goes on later. The
-        rate counts from there.
+        The first call says where the work starts, which is not 0 if interrupted work continues. The rate is measured
+        from there.
 
         Args:
             done: Units of work that are done.

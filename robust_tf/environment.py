@@ -59,7 +59,8 @@ def start_tensorflow(*, onednn: bool = True) -> None:
     """Imports TensorFlow for a program, without the messages that it prints while it loads.
 
     Some of these messages ignore TF_CPP_MIN_LOG_LEVEL, because they are printed before logging is set up. They report
-    that there is no GPU, or that a library was registered twice. Import other modules that need TensorFlow after this.
+    that there is no GPU, or that a library was registered twice. Call this before you import other modules that need
+    TensorFlow.
 
     Args:
         onednn: Passed to `set_tensorflow_defaults`.
@@ -74,7 +75,7 @@ def start_tensorflow(*, onednn: bool = True) -> None:
 
 @contextlib.contextmanager
 def _stderr_held_back() -> Iterator[None]:
-    """Keeps what is written to file descriptor 2, also by C++, and writes it only if the block raises an error."""
+    """Holds back what is written to file descriptor 2, even by C++, and shows it only if the block raises an error."""
     try:
         stderr = os.dup(2)
     except OSError:  # the program was started with stderr closed

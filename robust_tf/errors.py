@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 class UserError(ValueError):
     """An error in the input (a flag, file, image, checkpoint or request), not in the program.
 
-    The message says the rule, the value that was received and what to do about it. The command-line programs print it
+    The message states the rule, the value that was received and what to do about it. The command-line programs print it
     without a traceback and exit with code 2.
     """
 

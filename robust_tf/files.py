@@ -66,12 +66,12 @@ def check_output_folder(folder: pathlib.Path, flag: str) -> None:
         flag: Flag that chooses the folder, such as "--export_dir", for the message.
 
     Raises:
-        UserError: Names the folder and the reason.
+        UserError: The folder cannot be made or written to.
     """
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        # Permission bits do not tell about read-only disks, full disks and administrators, so try it.
+        # Permission bits say nothing about read-only disks, full disks and administrators, so try it.
         trial = pathlib.Path(tempfile.mkdtemp(prefix=".robust_tf-", dir=there))
         try:
             (trial / folder.relative_to(there)).mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def temporary_cache(reason: OSError, folder: pathlib.Path) -> pathlib.Path:
     The folder is removed when the process ends.
 
     Args:
-        reason: Error that the cache folder gave.
+        reason: Error from writing to the cache folder.
         folder: The cache folder, for the warning.
     """
     temporary = tempfile.mkdtemp(prefix="robust_tf-")

@@ -28,8 +28,8 @@ _HELP_WIDTH = 100
 _COMMON_FLAGS = """
 Flags of every program:
   --flagfile: File to read more flags from, one on each line.
-  --verbosity: Least severe messages of TensorFlow and other libraries to show. One of error,
-      warning, info. Default: error.
+  --verbosity: Lowest severity of the messages of TensorFlow and other libraries that are shown.
+      One of error, warning, info. Default: error.
   --help: Show this help."""
 
 
@@ -40,7 +40,7 @@ def flag(default: Any, help_text: str, **metadata: Any) -> Any:
         default: Value of the flag when the user leaves it out.
         help_text: Text that `--help` prints, in whole sentences.
         **metadata: `formerly` is an older name of the flag that still works, and `heading` replaces the heading of the
-            record in `--help`; the rest is for the dataclass itself.
+            record in `--help`. Anything else is for the dataclass itself, such as `identity` in `JobConfig`.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
@@ -61,7 +61,7 @@ class FlatField:
 
     Attributes:
         name: Name of the flag, and of the field in its record.
-        kind: Type of its value. None may be allowed in addition.
+        kind: Type of its value, without None.
         default: Value when it is left out.
         metadata: Help text and further arguments of `flag`.
         records: Names of the fields that lead from the config to the record; empty for the config's own fields.
@@ -127,7 +127,7 @@ def parse_flags(
             values itself.
         argv: Name of the program and its arguments.
         usage: Text that `--help` prints above the flags.
-        announce_former_names: Whether to say on stderr that a flag has been renamed; not for files that a program
+        announce_former_names: Whether to say on stderr that a flag has been renamed. False is for flags that a program
             wrote itself.
 
     Returns:
@@ -172,12 +172,12 @@ def _print_help(text: str) -> None:
 
 
 def to_flag_file(config: Any) -> str:
-    """Returns all flags of a config as a flag file that gives the same config; those without a value are left out."""
+    """Returns a flag file that gives the same config, with all flags except those without a value."""
     return "".join(f"--{name}={to_text(value)}\n" for name, value in flat_values(config).items() if _is_set(value))
 
 
 def to_text(value: Any) -> str:
-    """Returns a value as it is written behind a flag."""
+    """Returns a value as it is written after `--name=`."""
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -286,7 +286,7 @@ def _help_of(fields: Sequence[FlatField]) -> str:
         if _is_set(field.default):
             shown = f"{field.default:g}" if isinstance(field.default, float) else to_text(field.default)
             text += f" Default: {shown}."
-        # A long word such as a path stays whole: it may be there to copy.
+        # A long word such as a path stays whole, so that users can copy it.
         lines += textwrap.wrap(
             f"--{field.name}: {text}",
             _HELP_WIDTH,

@@ -32,7 +32,7 @@ class Record:
 
     @classmethod
     def completed(cls, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """Returns `content` as its keys are to be read. Classes override this to add keys or to drop some.
+        """Returns the content from which the fields are read. Classes override this to add or to drop keys.
 
         Args:
             content: The JSON object.
@@ -87,7 +87,7 @@ def from_json(kind: type[Kind], content: Any, where: str = "") -> Kind:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
-    """Returns a value, which is not None, as the type `kind`."""
+    """Returns a value other than None as the type `kind`."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(each for each in typing.get_args(kind) if each is not types.NoneType)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

@@ -26,11 +26,11 @@ FORMAT = 1
 BASELINE = "baseline"
 
 FigureName = Literal["clean_accuracy", "mean_per_class_accuracy", "robust_accuracy"]
-# Versions that did not write these keys listed them among the flags of the job.
+# Older versions did not write these keys, and listed their values only among the flags of the job.
 _ALSO_FLAGS = "dataset classes image_size downscale split_seed skip_bad_images exif alpha_background".split()
 # Flags on which absl acts at once: it prints a text and exits, or reads another file.
 _FLAGS_OF_ABSL = re.compile(r"--?(help|h|flagfile|undefok)(=|$)")
-# A finished job of any version has these.
+# The results of a finished job have these keys, whichever version wrote them.
 _OF_EVERY_FINISHED_JOB = (
     "task dataset architecture image_size metric clean_accuracy clean_accuracy_interval mean_per_class_accuracy "
     "num_train_images num_validation_images num_test_images validation_value trainable_parameters total_parameters "
@@ -76,7 +76,7 @@ class FeatureCache(Record):
     Attributes:
         hits: Number of rows of features (one image in one view) that were in the store.
         misses: Number of rows that were computed.
-        seconds: Time until all features were there.
+        seconds: Time until all features were available.
     """
 
     hits: int = 0
@@ -90,8 +90,8 @@ class Comparison(Record):
 
     Attributes:
         clean_accuracy: Difference between the clean accuracies.
-        mean_per_class_accuracy: The same for the mean-per-class accuracies, None when that is not the metric.
-        robust_accuracy: The same for the robust accuracies, None when one of the two was not attacked.
+        mean_per_class_accuracy: Difference between the mean-per-class accuracies; None if that is not the metric.
+        robust_accuracy: Difference between the robust accuracies; None if one of the two was not attacked.
     """
 
     clean_accuracy: PairedDifference | None = None
@@ -128,8 +128,8 @@ class Figure(NamedTuple):
 class JobResults(Record):
     """The content of a `results.json`.
 
-    The results of a finished job have every value that applies to it. A file may hold less, because an older version
-    wrote it or a user did. Its missing values get the defaults below, where None means "unknown or does not apply".
+    The results of a finished job have every value that applies to it. A file may hold fewer values if an older version
+    or a user wrote it. The missing values get the defaults below, where None means "unknown or does not apply".
 
     Attributes:
         task: Kind of job, "pretrain" or "transfer".
@@ -142,7 +142,7 @@ class JobResults(Record):
         downscale: Length in pixels to which the shorter side is reduced before everything else.
         exif: Whether the EXIF orientation is applied, as in the flag of this name.
         alpha_background: Color behind transparent pixels, as in the flag of this name.
-        split_seed: Seed that decides which images of a folder without a test part become one.
+        split_seed: Seed that chooses the test images of a folder without a test part.
         skip_bad_images: Whether images that cannot be decoded were left out.
         source: Classifier that a transfer started from, as in the flag of this name.
         transfer_mode: What a transfer trained, as in the flag of this name.
@@ -154,13 +154,13 @@ class JobResults(Record):
         clean_accuracy: Share of the test images that are classified correctly, in [0, 1].
         clean_accuracy_interval: 95 % Wilson interval of the clean accuracy.
         mean_per_class_accuracy: Mean of the classes' clean accuracies, in [0, 1].
-        robust_accuracy: Share of the test images that are classified correctly before and after the attack.
+        robust_accuracy: Share of the test images that are classified correctly both before and after the attack.
         robust_accuracy_interval: 95 % Wilson interval of the robust accuracy.
         robust_accuracy_attack: Attack under which the robust accuracy was measured; None if none was run.
         num_train_images: Number of training images.
         num_validation_images: Number of validation images.
         num_test_images: Number of test images.
-        skipped_images: Images that were left out, because they cannot be decoded.
+        skipped_images: Images that were left out because they cannot be decoded.
         objective: What training minimized, as in the flag of this name.
         fast: Fast training recipe, as in the flag of this name.
         epochs: Number of planned passes over the training images.
@@ -290,7 +290,7 @@ class JobResults(Record):
         return Figure(name, f"accuracy under {attack}", attack, self.robust_accuracy, self.robust_accuracy_interval)
 
     def figures(self) -> list[Figure]:
-        """Returns the accuracies to show: those that were measured, the mean per class only if it is the metric."""
+        """Returns the accuracies that were measured, but the mean-per-class accuracy only if it is the metric."""
         names: list[FigureName] = ["clean_accuracy"]
         if self.metric == "mean_per_class_accuracy":
             names.append("mean_per_class_accuracy")
@@ -310,8 +310,8 @@ class JobResults(Record):
             return []
         if self.comparison is None:
             return [
-                "There are no paired differences between the two sources: either one of the jobs has no "
-                "predictions.csv, because an older version ran it, or their test images differ."
+                "There are no paired differences between the two sources: either their test images differ, or one of "
+                "the jobs has no predictions.csv, because an older version ran it."
             ]
         differences = {name: getattr(self.comparison, name) for name in typing.get_args(FigureName)}
         return [
@@ -355,7 +355,7 @@ class JobResults(Record):
 
     @classmethod
     def completed(cls, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """Returns the object without its format number, and with values from its flags for keys that it lacks."""
+        """Returns the object without its format number. Keys that it lacks get their values from its flags."""
         content = {name: value for name, value in content.items() if name != "format"}
         missing = [name for name in _ALSO_FLAGS if name not in content]
         if missing and content.get("flags") is not None:
@@ -365,7 +365,7 @@ class JobResults(Record):
 
 
 def _check_format(content: Mapping[str, Any], path: pathlib.Path | str) -> None:
-    """Refuses a file of a newer format; files of older versions have no number."""
+    """Refuses a file in a newer format; files of older versions have no format number."""
     number = content.get("format", FORMAT)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise _wrong(f"format={number!r}", path)
@@ -392,6 +392,6 @@ def _values_of(flags: Any, where: str) -> dict[str, Any]:
 
 def _wrong(received: str, path: pathlib.Path | str) -> UserError:
     return UserError(
-        f"{path} is not what a training job writes. Received: {received}. Move the file to another folder, and give "
-        "what it said as flags (--dataset, --labels)."
+        f"{path} is not what a training job writes. Received: {received}. Move the file to another folder, and pass "
+        "its values as flags (--dataset, --labels)."
     )

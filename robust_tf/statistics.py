@@ -1,6 +1,6 @@
-"""Figures of classification with their uncertainty: shares, means over classes, differences between two classifiers.
+"""Accuracies with their uncertainty: shares, means over classes, and differences between two classifiers.
 
-Only NumPy is needed here. What is counted while a network runs is in `robust_tf.training.metrics`.
+Only NumPy is needed here. The metrics that are computed while a network runs are in `robust_tf.training.metrics`.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ def wilson_interval(hits: int, total: int) -> Interval:
     """Returns the 95 % confidence interval of a share, such as an accuracy.
 
     Args:
-        hits: Number of times that it happened.
-        total: Number of times that it could have happened, at least 1.
+        hits: Number of successes, such as correct predictions.
+        total: Number of trials, such as all predictions; at least 1.
 
     Returns:
         The lower and the upper end, in [0, 1].
@@ -84,9 +84,9 @@ class PairedDifference:
 def paired_difference(first: np.ndarray, second: np.ndarray) -> PairedDifference:
     """Returns the difference between two accuracies that were measured on the same images.
 
-    Only the images on which the classifiers differ count. The p-value comes from McNemar's exact test, and the
-    interval is Bonett and Price's adjusted Wald interval. Both hold for few images, and for classifiers that agree on
-    every image.
+    Only the images on which exactly one classifier is right count. The p-value comes from McNemar's exact test, and the
+    interval is Bonett and Price's adjusted Wald interval. Both are valid even for few images, and for classifiers that
+    agree on every image.
 
     Args:
         first: Whether the first classifier is right about each image, (count,) bool.
@@ -152,17 +152,17 @@ def paired_mean_per_class(first: np.ndarray, second: np.ndarray, labels: np.ndar
 
 
 def decides(compared: PairedDifference) -> bool:
-    """Returns whether the images tell which classifier is better: the interval and the p-value must both say so."""
+    """Returns whether the images show which classifier is better: the interval and the p-value must both say so."""
     low, high = compared.interval
     return not low <= 0 <= high and compared.p_value < 0.05
 
 
 def in_words(compared: PairedDifference) -> str:
-    """Returns a text such as "+5.8 points (95 % +1.2 to +10.4, p = 0.013)", with a note if it decides nothing."""
+    """Returns a text such as "+5.8 points (95 % +1.2 to +10.4, p = 0.013)", with a note if `decides` is false."""
     low, high = (f"{100 * end:+.1f}" for end in compared.interval)
     p_value = "p < 0.001" if compared.p_value < 0.001 else f"p = {compared.p_value:.2g}"
     text = f"{100 * compared.difference:+.1f} points (95 % {low} to {high}, {p_value})"
-    return text if decides(compared) else f"{text}: this run does not decide"
+    return text if decides(compared) else f"{text}: this run does not show which is better"
 
 
 def _clipped(center: float, half: float) -> Interval:

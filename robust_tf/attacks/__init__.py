@@ -1,8 +1,8 @@
 """Adversarial attacks on any callable from images in [0, 1] to logits.
 
-Start with `pgd` for adversarial examples and with `autoattack` for a robust accuracy that compares with published ones.
-`ATTACKS` holds every attack in its published settings, `NORMS` the geometry of every norm. How to add an attack is said
-in `robust_tf.attacks.table`, how to add a norm in `robust_tf.attacks.threat_models`.
+Start with `pgd` for adversarial examples, and with `autoattack` for a robust accuracy that you can compare with
+published ones. `ATTACKS` holds every attack with its published settings, and `NORMS` holds the geometry of every norm.
+`robust_tf.attacks.table` explains how to add an attack, and `robust_tf.attacks.threat_models` how to add a norm.
 """
 
 import robust_tf.keras_backend  # noqa: F401  # before Keras is imported

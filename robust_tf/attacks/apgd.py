@@ -73,7 +73,7 @@ def _schedule(norm: str, steps: int) -> _Schedule:
 
 
 def _checkpoints(steps: int) -> np.ndarray:
-    """Returns the windows of section 3.2 of 2003.01690: first 22 % of the steps, then 3 % shorter each, down to 6 %."""
+    """Returns the windows of section 3.2 of 2003.01690: 22 % of the steps, then 19 %, 16 % and so on, down to 6 %."""
     window, shortest, shorter = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
     windows = np.zeros(steps + 1, int)
     position = window
@@ -104,14 +104,14 @@ def apgd(
     early_stop: bool = False,
     seed: Seed = 0,
 ) -> tf.Tensor:
-    """Returns adversarial examples of APGD, a projected gradient ascent that needs no step size.
+    """Returns adversarial examples found by APGD, a projected gradient ascent that needs no step size.
 
     APGD maximizes loss(model(images_adv), labels) over images_adv in [0, 1] with ||images_adv - images|| <= epsilon,
     like `pgd`. It adds momentum, halves the step size of each image where progress stalls, and then goes back to the
     image's best point. For l1 it moves only the pixels with the largest gradients. AutoAttack runs it first.
 
-    The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call if
-    there are many batches.
+    The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call in
+    a `tf.function` if there are many batches.
 
     Args:
         model: Callable from images to logits (batch, classes). A Keras model runs in inference mode. Normalization
@@ -125,7 +125,7 @@ def apgd(
         loss: Loss to raise: "ce" (cross-entropy), "margin" (best other logit minus the label's logit), or "dlr"
             (equation (6) of the paper, or (7) with targets).
         targets: Number of target classes. With 0 the attack raises the loss of the label. Otherwise it runs towards
-            each of the classes with the highest logits on the clean image, at most towards all other classes.
+            each of the classes with the highest logits on the clean image, or all other classes if there are fewer.
         gradient_draws: Number of gradients that are averaged in each step. Use more than 1 if the model is random
             (Athalye et al. 2018, arXiv 1802.00420).
         early_stop: Whether an image stops at its first wrong prediction and leaves the batch, which is enough to
@@ -138,8 +138,8 @@ def apgd(
         loss is worse.
 
     Raises:
-        UserError: An argument is out of range, or the model does not return logits (but probabilities, for example). In
-            an eager call also: the images are not in [0, 1], or a label is not a class of the model.
+        UserError: An argument is out of range, or the model returns something other than logits, such as probabilities.
+            In an eager call also: the images are not in [0, 1], or a label is not a class of the model.
         InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
 
     Warns:

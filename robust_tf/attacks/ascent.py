@@ -43,8 +43,8 @@ def ascend(
         epsilon: Radius of the ball, in [0, 1] pixel units.
         step_size: Length of each step, in the same norm and unit.
         steps: Number of gradient steps.
-        loss: Name in `LOSSES`, or a function like the ones there. A function may close over the whole batch, but then
-            not with `early_stop`.
+        loss: Name in `LOSSES`, or a function like the ones there. A function that closes over the whole batch cannot be
+            used with `early_stop`.
         correct_of: Function of (logits, labels) that returns whether each prediction is correct, (batch,) bool.
         coupled: Whether the model mixes the images of a batch.
         margin_by: Function of (logits, labels) that returns the margin of each image, (batch,). If the margins of two
@@ -56,8 +56,9 @@ def ascend(
             `targeted`.
 
     Returns:
-        A state with "images_adv"; with "start_loss" and "start_correct" (batch,), loss and correctness at the start;
-        and with "fallen" (batch,) bool, whether some iterate reached the goal. "fallen" needs `early_stop`.
+        A state with the keys "images_adv", "start_loss" and "start_correct" (batch,), which are the loss and the
+        correctness at the start, and "fallen" (batch,) bool, which says whether some iterate reached the goal.
+        "fallen" is only meaningful with `early_stop`.
     """
     ascent = -1.0 if targeted else 1.0  # a targeted attack descends the loss of the target class
     loss_of = find_loss(loss) if isinstance(loss, str) else loss
@@ -66,7 +67,7 @@ def ascend(
         margin_by = margin_of
 
     def margin(logits: Any, labels: tf.Tensor) -> tf.Tensor:
-        # Other losses do not lose the differences between tiny logits.
+        # For other losses rounding hides nothing. An infinite margin makes sure that only the losses are compared.
         return tf.fill(tf.shape(labels), float("inf")) if margin_by is None else margin_by(logits, labels)
 
     def is_worse(loss: tf.Tensor, margin: tf.Tensor, state: State) -> tf.Tensor:
@@ -124,7 +125,7 @@ def ascend(
     images_adv = state["points"]
     fallen = state["fallen"]
     if use_best or early_stop:
-        # The last iterate is a candidate, too, which takes one more forward pass.
+        # The last iterate is a candidate too, which takes one more forward pass.
         logits = outputs_of(model, images_adv)
         if early_stop:
             fallen |= correct_of(logits, labels) == targeted

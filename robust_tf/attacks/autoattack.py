@@ -11,7 +11,7 @@ from robust_tf.attacks.warning_flags import issue
 from robust_tf.config.names import AttackNorm
 from robust_tf.errors import UserError, unknown_name
 
-# The attacks of each version, in their order.
+# The attacks of each version, in the order in which they run.
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce-x5", "apgd-dlr-x5", "fab-x5", "square", "apgd-t", "fab-t"),
@@ -28,7 +28,7 @@ class AutoAttackResult(NamedTuple):
         robust: Whether the prediction is correct on the clean image and under all attacks, (num_images,) bool.
         felled_by: For each image, the name of the attack that felled it, "clean" if the clean prediction is wrong, or
             "" if the image resists.
-        warnings: Signs that the robust accuracy is too high: name of the flag to a sentence. Empty if there are none.
+        warnings: Signs that the robust accuracy is too high: a sentence for each flag. Empty if there are none.
 
     Example:
         >>> import numpy as np
@@ -50,7 +50,7 @@ class AutoAttackResult(NamedTuple):
 
 
 def attacks_of_version(version: str, attacks: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Returns the names of the attacks that a version of AutoAttack runs, in their order.
+    """Returns the names of the attacks that a version of AutoAttack runs, in order.
 
     Args:
         version: "standard", "plus", "rand" or "custom".
@@ -87,7 +87,7 @@ def autoattack(
     batch_size: int = 128,
     seed: int = 0,
 ) -> AutoAttackResult:
-    """Measures the robustness of a model by AutoAttack, an ensemble of attacks without free parameters.
+    """Measures the robustness of a model with AutoAttack, an ensemble of attacks without free parameters.
 
     The attacks run one after the other, each on the images that still resist. An image counts as robust if the model
     is correct on the clean image and under every attack. The version "standard" is what RobustBench reports.
@@ -102,7 +102,7 @@ def autoattack(
         version: "standard" (APGD-CE, targeted APGD-DLR, targeted FAB and Square), "plus" (more restarts, and the
             untargeted attacks as well), "rand" (for random models, with averaged gradients), or "custom".
         attacks: Names in `ATTACKS`, for the version "custom" only.
-        batch_size: Largest number of images at once. The result does not depend on it.
+        batch_size: Largest number of images in a batch. The result does not depend on it.
         seed: Seed for all random numbers.
 
     Returns:
@@ -117,8 +117,8 @@ def autoattack(
     Source: Croce and Hein 2020, arXiv 2003.01690.
 
     Example:
-        A model that tells dark from bright images by their mean. The first two images can cross its threshold of 0.5
-        within epsilon, the third one cannot:
+        A model tells dark from bright images by their mean. The first two images can cross its threshold of 0.5 within
+        epsilon, but the third one cannot:
 
         >>> import numpy as np
         >>> import tensorflow as tf

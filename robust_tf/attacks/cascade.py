@@ -63,7 +63,7 @@ class CompiledAttacks:
             model = callable_in_graphs(self.model, first)
             outputs = logits_of(model, first)
             check_logits(outputs.numpy(), num_images=1)
-            # In a graph, a tf.numpy_function, for example, would have an unknown number of classes.
+            # Otherwise the output of, for example, a tf.numpy_function would have no static shape in graphs.
             self.model = with_classes(model, outputs.shape[-1])
             signature = [tf.TensorSpec([None, *images.shape[1:]], tf.float32)]
             function = tf.function(lambda x: logits_of(self.model, x), input_signature=signature, autograph=False)
@@ -136,23 +136,23 @@ def cascade(
     but not on the batch or on what ran before, so an interrupted run ends with the same result.
 
     Args:
-        model: Callable from images in [0, 1] to logits (batch, classes), or its `CompiledAttacks` for this norm, which
-            saves tracing again for another radius.
+        model: Callable from images in [0, 1] to logits (batch, classes), or its `CompiledAttacks` for this norm, so
+            that the attacks are not traced again for another radius.
         images: Float images (num_images, height, width, channels) in [0, 1].
         labels: Integer labels, (num_images,) or (num_images, 1).
         attacks: Names in `ATTACKS`, in the order in which they run.
         norm: Norm of the ball, "linf", "l2" or "l1".
         epsilon: Radius of the ball, in [0, 1] pixel units.
-        batch_size: Largest number of images at once.
+        batch_size: Largest number of images in a batch.
         seed: Seed for all random numbers.
         state: State of an interrupted run with the same arguments, from which to continue.
-        image_ids: Numbers of the images in their data set, (num_images,) integers, which the random numbers and `keep`
-            refer to. None means 0, 1, 2, ...
+        image_ids: Numbers of the images in their data set, (num_images,) integers. The random numbers depend on them,
+            and `keep` refers to them. None means 0, 1, 2, ...
         keep: Ids of the images whose last adversarial image the state keeps.
         randomized: Whether the model is known to be random; the warning about it is then left out.
 
     Yields:
-        The state after each batch of each attack. The last one is `done`. If `state` is already done, only that.
+        The state after each batch of each attack. The last one is `done`. If `state` is already done, only `state`.
 
     Raises:
         UserError: An argument is out of range, the state belongs to another run, or the model returns NaN.
@@ -205,7 +205,7 @@ def cascade(
         if state.done:
             yield state
     while not state.done:
-        # The running attack was given the images that still resist and those that it has felled so far.
+        # The images of the running attack are the ones that still resist and the ones that it has felled so far.
         given = np.array([i for i, felled in enumerate(state.felled_by) if felled in ("", state.running)], int)
         batch = given[state.images_done : state.images_done + batch_size]
         if batch.size:

@@ -16,8 +16,8 @@ class CascadeState:
     """The state of an evaluation, from which it can continue.
 
     Attributes:
-        run: What the state belongs to: attacks, norm, epsilon, seed, batch_size, num_images and a digest of images and
-            labels. `cascade` refuses a state of another run.
+        run: Run that the state belongs to: attacks, norm, epsilon, seed, batch_size, num_images and a digest of images
+            and labels. `cascade` refuses a state of another run.
         felled_by: For each image, the name of the attack that felled it, "clean", or "" while it resists.
         attack: Position of the running attack in ("clean", *attacks); past the end when the evaluation is done.
         images_done: Number of images that the running attack has finished.
@@ -25,9 +25,9 @@ class CascadeState:
         predictions: Predicted class for the last version of each image that was tried, clean or adversarial,
             (num_images,) int.
         seconds: Time spent in each attack, in seconds.
-        warnings: Signs that the robust accuracy is too high: name of the flag to a sentence. See `warning_flags`.
-        kept: Last adversarial image, (height, width, channels) float32, of each image id that was asked for. If an
-            attack felled the image, this is the one that did.
+        warnings: Signs that the robust accuracy is too high: a sentence for each flag. See `warning_flags`.
+        kept: Last adversarial image, (height, width, channels) float32, for each image id in `cascade`'s argument
+            `keep`. If an attack felled the image, this is the adversarial image that felled it.
 
     Example:
         >>> from robust_tf.attacks import CascadeState
@@ -100,7 +100,7 @@ class CascadeState:
             content: Dict of `to_json`, from a file.
 
         Raises:
-            UserError: The content is something else.
+            UserError: The content is not the state of a cascade.
         """
         try:
             kept = {

@@ -1,4 +1,4 @@
-"""Checks of what an attack is given: images, labels, radii and outputs that would lead to a wrong robust accuracy."""
+"""Checks that refuse images, labels, radii and model outputs that would lead to a wrong robust accuracy."""
 
 import numbers
 import re
@@ -28,7 +28,7 @@ from robust_tf.attacks.warning_flags import (
 from robust_tf.config.checks import check_epsilon
 from robust_tf.errors import UserError, unknown_name
 
-# Distance from [0, 1] that pixels may have. The reference clamps inside the model and also attacks images between -0.2
+# How far outside [0, 1] a pixel may lie. The reference clamps inside the model and also attacks images between -0.2
 # and 1.2. Images in another unit (0 to 255, -1 to 1, normalized by mean and deviation) go beyond this.
 PIXEL_TOLERANCE = 0.201
 
@@ -39,12 +39,12 @@ _PIXEL_WAY_OUT = "Divide 0-255 images by 255, and put the normalization inside t
 
 
 def check_threat_model(norm: str, epsilon: float | tf.Tensor, norms: Collection[str] = tuple(NORMS)) -> None:
-    """Refuses a norm that the attack does not know, and a radius out of range.
+    """Refuses a norm that the attack does not support, and a radius out of range.
 
     Args:
         norm: Name of the norm.
-        epsilon: Radius, in [0, 1] pixel units. In a graph a tensor has no value yet, and is not checked.
-        norms: Names of the norms that the attack knows.
+        epsilon: Radius, in [0, 1] pixel units. A symbolic tensor in a graph has no value yet and is not checked.
+        norms: Names of the norms that the attack supports.
 
     Raises:
         UserError: The norm is not in `norms`, or epsilon is not one number in its range.
@@ -58,7 +58,7 @@ def check_threat_model(norm: str, epsilon: float | tf.Tensor, norms: Collection[
 
 
 def check_at_least(lowest: int, **values: int) -> None:
-    """Refuses counts that are not integers or are below `lowest`; each is passed under its name."""
+    """Refuses counts, passed by name, that are not integers or are below `lowest`."""
     for name, value in values.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise UserError(f"{name} must be an integer of {lowest} or more. Received: {name}={value!r}.")
@@ -72,8 +72,8 @@ def checked_batch(
     """Checks the arguments of an attack and returns them in the form that it works with.
 
     In a graph, shapes, types and the last activation are checked when the graph is built, and the pixels when it runs.
-    In an eager call the values are checked, too, and the returned model knows its number of classes, so that the graph
-    of the attack knows it as well.
+    In an eager call the values are checked too, and the returned model has a static number of classes, even in the
+    graph that the attack builds.
 
     Args:
         model: Callable from images to logits (batch, classes).
@@ -135,7 +135,7 @@ def _checked_by_value(
 
 
 def _checked_in_graphs(model: Model, *, follows_gradients: bool) -> Model:
-    """Returns the same model with a check, when a graph is built, that its outputs are logits of classes."""
+    """Returns the same model with a check that its outputs are logits, which runs when a graph is built."""
 
     def logits(images: tf.Tensor) -> tf.Tensor:
         outputs = output_of(model, images)
@@ -205,7 +205,7 @@ def assert_pixels(images: tf.Tensor) -> tf.Tensor:
         if images.shape.num_elements() and not _are_pixels(low, high):
             raise _not_pixels(f"{low:g}", f"{high:g}")
         return images
-    # Every pixel is compared, because with NaN in a tensor its minimum depends on the device.
+    # Every pixel is compared, because the minimum of a tensor that contains NaN depends on the device.
     inside = tf.reduce_all((images >= -PIXEL_TOLERANCE) & (images <= 1.0 + PIXEL_TOLERANCE))
     low, high = (tf.cast(value, tf.float32) for value in (tf.reduce_min(images), tf.reduce_max(images)))
     data = [f"{_PIXEL_RULE} Received: values from", low, "to", high, f". {_PIXEL_WAY_OUT}"]
@@ -272,7 +272,7 @@ def check_logits(logits: np.ndarray, image_ids: np.ndarray | None = None, *, num
         if wrong.size:
             first = wrong[0] if image_ids is None else image_ids[wrong[0]]
             raise UserError(
-                f"The classifier returns {kind} for {wrong.size} of {len(logits)} images, the first is image {first}. "
+                f"The classifier returns {kind} for {wrong.size} of {len(logits)} images; the first is image {first}. "
                 "Check its weights (did the training diverge?) and its precision."
             )
 

@@ -45,14 +45,14 @@ def fab(
     early_stop: bool = False,
     seed: Seed = 0,
 ) -> tf.Tensor:
-    """Returns minimal adversarial examples of FAB: the nearest images found that the model gets wrong.
+    """Returns minimal adversarial examples found by FAB: the nearest images that the model gets wrong.
 
     FAB minimizes ||images_adv - images|| over images_adv in [0, 1] with a wrong prediction. In each step it projects
     onto the linearized decision boundary. It therefore measures how far away the boundary is, while the other attacks
     only find out whether it lies within epsilon. It needs no step size, and the scale of the logits does not matter.
 
-    The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call if
-    there are many batches.
+    The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call in
+    a `tf.function` if there are many batches.
 
     Args:
         model: Callable from images to logits (batch, classes). A Keras model runs in inference mode. Normalization
@@ -63,10 +63,10 @@ def fab(
         epsilon: Largest distance that counts, in [0, 1] pixel units; a number or a scalar tensor. With `math.inf` every
             distance counts.
         steps: Number of projections in each run.
-        restarts: Number of runs. All after the first start at random points within epsilon / 2.
+        restarts: Number of runs. The first one starts at the image, the others at random points within epsilon / 2.
         targets: Number of target classes. The attack runs towards the boundary of each of the classes with the highest
-            logits on the clean image, at most of all other classes. With 0 each step goes towards the nearest of all
-            boundaries, which takes one gradient for each class.
+            logits on the clean image, or all other classes if there are fewer. With 0 each step goes towards the
+            nearest of all boundaries, which takes one gradient for each class.
         early_stop: Whether an image stops at its first wrong prediction within epsilon and leaves the batch. This is
             enough to measure an accuracy, but does not find the nearest image.
         seed: Seed for the random starts: an integer, or (batch, 2) integers with a pair for each image.
@@ -76,8 +76,8 @@ def fab(
         found within epsilon, or if its clean prediction is already wrong.
 
     Raises:
-        UserError: An argument is out of range, or the model does not return logits (but probabilities, for example). In
-            an eager call also: the images are not in [0, 1], or a label is not a class of the model.
+        UserError: An argument is out of range, or the model returns something other than logits, such as probabilities.
+            In an eager call also: the images are not in [0, 1], or a label is not a class of the model.
         InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
 
     Warns:
@@ -191,7 +191,7 @@ def _nearest_boundary(model: Model, points: tf.Tensor, labels: tf.Tensor, geomet
 
     # One class after the other, because all gradients at once would take the memory of `classes` batches.
     def nearer(k: tf.Tensor, nearest: _Boundary) -> tuple[tf.Tensor, _Boundary]:
-        # Counting from the label on takes each image through all other classes.
+        # Counting on from its label takes each image through all other classes.
         new = _boundary_of(model, points, labels, (labels + k) % classes, geometry)
         better = new.distance < nearest.distance
         return k + 1, _Boundary(

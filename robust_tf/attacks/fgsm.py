@@ -36,8 +36,8 @@ def fgsm(
         images_adv (batch, height, width, channels) float32, in the ball and in [0, 1].
 
     Raises:
-        UserError: An argument is out of range, or the model does not return logits (but probabilities, for example). In
-            an eager call also: the images are not in [0, 1], or a label is not a class of the model.
+        UserError: An argument is out of range, or the model returns something other than logits, such as probabilities.
+            In an eager call also: the images are not in [0, 1], or a label is not a class of the model.
         InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
 
     Warns:

@@ -72,7 +72,7 @@ def repeat_while_resisting(step: Callable[[tf.Tensor, State], State], state: Sta
         i: tf.Tensor, rows: tf.Tensor, active: State, everything: State
     ) -> tuple[tf.Tensor, tf.Tensor, State, State]:
         new = step(i, active)
-        if "images_adv" in new:  # or the result would depend on the other images of the batch
+        if "images_adv" in new:  # otherwise the result would depend on the other images of the batch
             gone = active["fallen"][:, None, None, None]
             new["images_adv"] = tf.where(gone, active["images_adv"], new["images_adv"])
         active = new

@@ -13,11 +13,12 @@ from robust_tf.attacks.outputs import logits_of as logits_of
 from robust_tf.attacks.outputs import with_classes as with_classes
 from robust_tf.errors import AttackWarning, UserError, unknown_name
 
-# Upper end of the range that the slope of the loss at each image's logits is scaled to before it goes back through the
-# network; the result is scaled back. Without this, most input gradients would underflow in float16.
+# The gradient of the loss with respect to each image's logits is scaled so that its largest value is between half of
+# this number and this number. It then goes back through the network, and the result is scaled back. Without this, most
+# input gradients would underflow in float16.
 _LARGEST_SLOPE = 256.0
 
-# Below this log-odds, exp is continued by its tangent, because float32 rounds it to 0 from about -87 on.
+# Below this log-odds, exp is continued by its tangent, because float32 rounds it to 0 below about -87.
 _LOWEST_LOG_ODDS = -60.0
 
 NO_GRADIENT_MEANS = (
@@ -27,7 +28,7 @@ NO_GRADIENT_MEANS = (
 )
 
 
-# The way out gives the first class a logit of 0 and the second class the model's logit.
+# The suggested function gives the first class a logit of 0 and the second class the model's logit.
 ONE_LOGIT = (
     "A classifier must return logits (batch, classes) for 2 classes or more. Received: one output for each image. Turn "
     "it into two logits with lambda images: tf.pad(model(images), [[0, 0], [1, 0]]), without a sigmoid at the end."
@@ -62,17 +63,18 @@ def _without_class(logits: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
 def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """Returns TensorFlow's cross-entropy, corrected where the label's probability was rounded to 1.
 
-    From a margin of about 17 on, TensorFlow's loss is log(1) = 0, and so is the label's part of the gradient. A sure
-    classifier would then seem robust to every attack that climbs this loss. To first order in the probability of the
-    other classes, the loss equals the odds against the label, which do not round to 0 below a margin of about 87.
-    Beyond that the loss continues along a tangent, slightly below 0, so that even there points differ in their loss.
+    Above a margin of about 17, TensorFlow's loss is log(1) = 0, and the label's part of the gradient is 0 too. A very
+    confident classifier would then seem robust to every attack that climbs this loss. To first order in the probability
+    of the other classes, the loss equals the odds against the label, which do not round to 0 below a margin of about
+    87. Beyond that the loss continues along a tangent, slightly below 0, so that even there points differ in their
+    loss.
     """
     del targets
     if logits.shape[-1] == 1:
         raise UserError(ONE_LOGIT)
     loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
     others = tf.reduce_logsumexp(_without_class(logits, labels), axis=-1)
-    # Limited to 0, because exp could overflow above it: its gradient would be NaN even where this branch is not taken.
+    # Limited to 0, because above it exp could overflow, and the gradient would be NaN even if this branch is not taken.
     log_odds = tf.minimum(others - _of_class(logits, labels), 0.0)
     odds = tf.exp(tf.maximum(log_odds, _LOWEST_LOG_ODDS)) * (1.0 + tf.minimum(log_odds - _LOWEST_LOG_ODDS, 0.0))
     return tf.where(tf.equal(loss, 0.0), odds, loss)
@@ -181,7 +183,7 @@ def slope_of(
     correct_of: Callable[[Any, tf.Tensor], tf.Tensor] = is_correct,
     coupled: bool = False,
 ) -> Slope:
-    """Returns the loss of the model's logits and its gradient, which for each image does not depend on the batch.
+    """Returns the loss of the model's logits and its gradient at each image, which does not depend on the batch.
 
     Args:
         model: Callable from images to logits (batch, classes), or to any outputs that the two functions can read.
@@ -210,7 +212,7 @@ def slope_of(
         scale = tf.fill(tf.shape(scale), tf.reduce_min(scale))
     slopes = keras.tree.map_structure(lambda slope: _of_each_image(scale, slope) * slope, slopes)
     gradient = tape.gradient(outputs, points, output_gradients=slopes)
-    if gradient is None:  # attacks that need one stay where they are
+    if gradient is None:  # with a gradient of zero, attacks stay where they are
         if not (tf.executing_eagerly() or isinstance(model, CheckedModel)):  # otherwise it was checked before
             message = f"The model has no gradient with respect to its images. {NO_GRADIENT_MEANS}"
             warnings.warn(message, AttackWarning, stacklevel=2)
@@ -221,8 +223,8 @@ def slope_of(
 def _scale_of(slopes: list[tf.Tensor]) -> tf.Tensor:
     """Returns the power of two that brings each image's largest value into [128, 256], (batch,) float32.
 
-    Every image has its own scale: where the network is sure, the slope of the loss is 1e-7 or less, and float16 would
-    lose it under any scale that suits the other images. A power of two is exact in float32 and bfloat16.
+    Every image has its own scale: where the network is very confident, the slope of the loss is 1e-7 or less, and
+    float16 would lose it under any scale that suits the other images. A power of two is exact in float32 and bfloat16.
     """
     largest = [tf.reduce_max(tf.abs(slope), axis=list(range(1, _rank_of(slope)))) for slope in slopes]
     # The bits of the exponent alone are the next lower power of two. The maximum keeps the scale finite.
@@ -237,7 +239,7 @@ def _of_each_image(values: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
 
 
 def _rank_of(tensor: tf.Tensor) -> int:
-    # Outputs of unknown rank, as those of a tf.numpy_function, are logits.
+    # Outputs of unknown rank, such as the output of a tf.numpy_function, are logits.
     return 2 if tensor.shape.rank is None else tensor.shape.rank
 
 

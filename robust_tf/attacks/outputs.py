@@ -1,4 +1,4 @@
-"""Reads the output of any model as one tensor of logits, and says what is wrong where that is impossible."""
+"""Reads the output of any model as one tensor of logits, and explains what is wrong if that is impossible."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ def logits_of(model: Model, images: tf.Tensor) -> tf.Tensor:
 
 
 def outputs_of(model: Model, images: tf.Tensor) -> Any:
-    """Returns `logits_of`, or all outputs of a model that has several, in float32 and in the model's structure."""
+    """Returns the model's outputs in float32: one tensor of logits, or several tensors in the model's structure."""
     outputs = _raw_output(model, images)
     if isinstance(outputs, Mapping | list | tuple):
         return keras.tree.map_structure(lambda output: tf.cast(output, tf.float32), outputs)
@@ -37,7 +37,7 @@ def outputs_of(model: Model, images: tf.Tensor) -> Any:
 
 
 def output_of(model: Model, images: tf.Tensor) -> tf.Tensor:
-    """Returns `logits_of` in the precision of the model."""
+    """Returns the model's logits in the precision of the model."""
     return _one_output(_raw_output(model, images))
 
 
@@ -79,9 +79,9 @@ def _is_array(output: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class CheckedModel:
-    """A model whose outputs have been checked, and whose logits therefore have a known shape in graphs, too.
+    """A model whose outputs have been checked. Its logits have a static shape in graphs too.
 
-    Some callables, such as a tf.numpy_function, have no static shape there.
+    Without this, the outputs of some callables, such as a tf.numpy_function, have no static shape in a graph.
 
     Attributes:
         model: Callable from images to logits.
@@ -97,7 +97,7 @@ class CheckedModel:
 
 
 def with_classes(model: Model, count: int) -> CheckedModel:
-    """Returns the same model with logits of the known shape (batch, count), in graphs as well."""
+    """Returns the same model with logits of the static shape (batch, count), even in graphs."""
     return model if isinstance(model, CheckedModel) else CheckedModel(model, count)
 
 
@@ -135,8 +135,8 @@ def kind_of_probabilities(model: Model, outputs: tf.Tensor) -> str:
     """Returns how outputs became probabilities: "softmax", "sigmoid", or "" if they seem to be logits.
 
     Args:
-        model: Model that gave the outputs; the last activation of a Keras model is looked at.
-        outputs: Outputs (batch, classes). Eagerly their values are looked at, in a graph their last operation.
+        model: Model that returned the outputs. If it is a Keras model, its last activation is inspected.
+        outputs: Outputs (batch, classes). Eagerly their values are inspected, in a graph their last operation.
     """
     if tf.is_symbolic_tensor(outputs):
         op = outputs.op

@@ -1,4 +1,4 @@
-"""Projected gradient descent (Madry et al. 2018, arXiv 1706.06083), which follows the reference step by step."""
+"""Projected gradient descent (Madry et al. 2018, arXiv 1706.06083), following the reference step by step."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -130,8 +130,8 @@ def climb(
         seed: Seed for the random start, (2,) int32 or int64; None draws one from TensorFlow's global generator.
         coupled: Whether the model mixes the images of a batch, as BatchNorm in training mode does.
         margin: Function of the outputs that returns the margin of each image, (batch,). If the margins of two iterates
-            are so small that their losses differ only by rounding, the smaller margin is worse. None always compares
-            the losses.
+            are so small that their losses differ only by rounding, the smaller margin is worse. With None the losses
+            are always compared.
 
     Returns:
         The adversarial images, and the loss and the correctness at the start.
@@ -216,8 +216,8 @@ def pgd(
         steps: Number of gradient steps.
         random_start: Whether to start at a random point of the ball (uniform for linf, on the sphere for l2) instead of
             at the images.
-        restarts: Number of runs. All after the first start at random points, and each image keeps its worst result: a
-            wrong prediction is worse than a correct one, and among equals the higher loss is worse.
+        restarts: Number of runs. All runs except the first start at random points, and each image keeps its worst
+            result: a wrong prediction is worse than a correct one, and among equals the higher loss is worse.
         loss: Loss to raise: "ce" (cross-entropy), "margin" (best other logit minus the label's logit) or "dlr" (margin
             divided by the difference between the highest and third highest logit; equation (6) of arXiv 2003.01690).
         use_best: Whether to return each image's iterate of highest loss, including the start, instead of the last
@@ -232,8 +232,8 @@ def pgd(
         images_adv (batch, height, width, channels) float32, in the ball and in [0, 1].
 
     Raises:
-        UserError: An argument is out of range, or the model does not return logits (but probabilities, for example). In
-            an eager call also: the images are not in [0, 1], or a label is not a class of the model.
+        UserError: An argument is out of range, or the model returns something other than logits, such as probabilities.
+            In an eager call also: the images are not in [0, 1], or a label is not a class of the model.
         InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
 
     Warns:

@@ -1,7 +1,7 @@
 """Random numbers that depend on the image alone, not on the batch it comes in or on what ran before.
 
 Seeds have the shape (batch, 2) int32, with one pair for each image. The same seeds give the same numbers on every
-device. Compiled by XLA they give other numbers, because XLA has a different implementation of Philox (TensorFlow 2.21).
+device. Under XLA they give other numbers, because XLA has a different implementation of Philox (TensorFlow 2.21).
 """
 
 import zlib
@@ -47,8 +47,8 @@ def as_seeds(seed: Seed, batch: tf.Tensor) -> tf.Tensor:
 
 
 def fold_in(seeds: tf.Tensor, number: tf.Tensor | int) -> tf.Tensor:
-    """Returns new seeds for one part of the work, such as the restart or the target class of this number."""
-    return seeds + tf.stack([tf.cast(number, tf.int32) * 0x3C6EF35F, 0])  # wraps around, which does no harm
+    """Returns new seeds for one part of the work, such as the restart with this number."""
+    return seeds + tf.stack([tf.cast(number, tf.int32) * 0x3C6EF35F, 0])  # an overflow does no harm
 
 
 def uniform(seeds: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:

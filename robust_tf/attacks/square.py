@@ -14,8 +14,8 @@ from robust_tf.attacks.seeds import Seed, as_seeds, fold_in, uniform
 from robust_tf.attacks.threat_models import NORMS, Scale
 from robust_tf.config.names import AttackNorm
 
-# The norms that the attack has patches for. The patches of a further norm belong in `_patch`, `_lengths` and
-# `_into_ball`, or into a proposal and a start like the ones of linf.
+# The norms that the attack has patches for. To add patches for another norm, extend `_patch`, `_lengths` and
+# `_into_ball`, or write a proposal and a start like the ones for linf.
 SQUARE_NORMS = ("linf", "l2", "l1")
 
 _FIRST_SHARE = 0.8  # p: share of the image that the first squares cover
@@ -35,14 +35,14 @@ def square(
     early_stop: bool = True,
     seed: Seed = 0,
 ) -> tf.Tensor:
-    """Returns adversarial examples of the Square Attack, a random search that needs no gradients.
+    """Returns adversarial examples found by the Square Attack, a random search that needs no gradients.
 
     Square changes one square patch at a time and keeps the change if it lowers the margin, which is the label's logit
     minus the best other logit. Because it only asks for logits, it also attacks models that have no gradients or hide
     them. If it beats the gradient attacks, their gradients are probably masked.
 
-    The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call if
-    there are many batches.
+    The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call in
+    a `tf.function` if there are many batches.
 
     Args:
         model: Callable from images to logits (batch, classes). A Keras model runs in inference mode. Normalization
@@ -53,13 +53,13 @@ def square(
         epsilon: Radius of the ball, in [0, 1] pixel units; a number or a scalar tensor.
         queries: Number of patches tried for each image in each run. Their sizes do not depend on this number, as in
             AutoAttack.
-        restarts: Number of runs. Each image keeps the result of smallest margin.
+        restarts: Number of runs. Each image keeps the result with the smallest margin.
         early_stop: Whether an image stops at its first wrong prediction and leaves the batch.
         seed: Seed for the patches: an integer, or (batch, 2) integers with a pair for each image.
 
     Returns:
-        images_adv (batch, height, width, channels) float32, in the ball and in [0, 1]: the point of smallest margin
-        found for each image, including the image itself.
+        images_adv (batch, height, width, channels) float32, in the ball and in [0, 1]: the point with the
+        smallest margin found for each image, including the image itself.
 
     Raises:
         UserError: An argument is out of range, or the model does not return one number for each class. In an eager call
@@ -129,7 +129,7 @@ def square(
         "images": images,
         "labels": labels,
         "seeds": seeds,
-        # Drawn all at once, because a draw for each image in each query would take longer than a small network.
+        # Drawn all at once, because a draw for each image in each query would take longer than running a small network.
         "numbers": uniform(seeds, (restarts * queries, 5 + channels)),
         "points": images,
         "margin": margin,
@@ -184,7 +184,7 @@ def _linf_proposal(
 
 
 def _mountain(height: int, width: int, power: int) -> np.ndarray:
-    """Returns concentric rectangles in an array (height, width), the k-th of weight 1 / k^power (equation (2))."""
+    """Returns concentric rectangles in an array (height, width), the k-th with weight 1 / k^power (equation (2))."""
     result = np.zeros((height, width), np.float32)
     middle_row, middle_column = height // 2, width // 2
     for k in range(max(middle_row, middle_column) + 1):
@@ -196,7 +196,7 @@ def _mountain(height: int, width: int, power: int) -> np.ndarray:
 
 @functools.cache
 def _patch(size: int, norm: str) -> np.ndarray:
-    """Returns a patch of length 1: one half up and the other half down, with equal lengths (algorithm 3)."""
+    """Returns a patch of norm 1 with one half up and the other half down, both of the same norm (algorithm 3)."""
     power = 2 if norm == "l2" else 4
 
     def length(values: np.ndarray) -> float:
@@ -219,7 +219,7 @@ def _lengths(norm: str, values: tf.Tensor) -> tf.Tensor:
 
 
 def _into_ball(norm: str, images: tf.Tensor, perturbation: tf.Tensor, epsilon: Scale) -> tf.Tensor:
-    """Moves a perturbation to the sphere and clips to [0, 1] (l2), or projects it onto both (l1)."""
+    """Scales a perturbation to the sphere and clips to [0, 1] (l2), or projects it onto the ball within [0, 1] (l1)."""
     if norm == "l2":
         perturbation = epsilon * perturbation / (NORMS["l2"].length(perturbation) + 1e-12)
     return NORMS[norm].project(images + perturbation, images, epsilon)
@@ -230,7 +230,7 @@ _Proposal: TypeAlias = Callable[[tf.Tensor, tf.Tensor, Scale, tf.Tensor, tf.Tens
 
 
 def _patch_start(norm: str) -> _Start:
-    """Returns the start with a grid of patches, 5 in a row, each with a random sign for each channel."""
+    """Returns a start with a grid of patches, 5 in a row, each with a random sign for each channel."""
 
     def start(images: tf.Tensor, epsilon: Scale, seeds: tf.Tensor) -> tf.Tensor:
         _, height, width, channels = images.shape
@@ -249,8 +249,8 @@ def _patch_start(norm: str) -> _Start:
 def _patch_proposal(norm: str, sizes: np.ndarray) -> _Proposal:
     """Returns the proposal of algorithm 3.
 
-    It adds a patch in one square. The perturbation that this takes comes from a second square, which is cleared, and
-    from what is left of the ball.
+    It adds a patch in one square. To stay in the ball, the patch gets its length from a second square, which is
+    cleared, and from the part of epsilon that is not used yet.
     """
     distinct = np.unique(sizes)
     largest = distinct.max()

@@ -1,8 +1,8 @@
-"""The attacks by name, each in its published settings.
+"""The attacks by name, each with its published settings.
 
-To add an attack, write a function with the arguments of `Attack` (as in `fgsm.py`, the shortest one), enter it in
-`ATTACKS` below, and add its name to `ATTACK_NAMES` in `robust_tf/config/names.py`. The entry says what the cascade, the
-progress bar and the warnings need to know. `robust_tf.evaluate --attack=<name>` then offers the attack. The tests in
+To add an attack, write a function with the arguments of `Attack` (`fgsm.py` is the shortest example), add it to
+`ATTACKS` below, and add its name to `ATTACK_NAMES` in `robust_tf/config/names.py`. Its entry says what the cascade, the
+progress bar and the warnings need to know. `robust_tf.evaluate --attack=<name>` then runs the attack. The tests in
 `tests/attacks/test_cascade.py` go through this table. The properties of the function itself are tested in
 `tests/attacks/test_attacks.py`.
 """
@@ -48,9 +48,10 @@ class NamedAttack:
     Attributes:
         run: Function to call.
         forward_passes: Number of forward passes for an image that resists to the end, for a model with ten classes. A
-            gradient counts as three. The progress bar estimates the remaining time from it; APGD differs in l1.
+            gradient counts as three. The progress bar estimates the remaining time from it. APGD in l1 makes a
+            different number.
         loss: Loss whose gradient the attack follows, a name of `LOSSES`; None if it follows no gradient.
-        norms: Names of the norms that the attack knows.
+        norms: Names of the norms that the attack supports.
         title: Name in tables and figures; by default the attack's name.
 
     Example:
@@ -106,11 +107,11 @@ def _apgd_t(model: Model, images: tf.Tensor, labels: tf.Tensor, *, norm: Any, **
 _apgd = functools.partial(apgd, early_stop=True)
 _APGD_PASSES = 3 * 101  # 100 steps and the start
 
-# All of them stop for an image as soon as its prediction is wrong: a robust accuracy needs no more, though the loss may
-# then be lower than it could be.
+# The iterative attacks stop working on an image as soon as its prediction is wrong. A robust accuracy needs no more,
+# though the loss may then be lower than it could be.
 #
-# PGD counts an image as fallen when any of its iterates is wrong, and its title says so. The test of a training job
-# looks only at the iterate of highest loss, so its robust accuracy on the same images is never lower.
+# PGD counts an image as fallen if the prediction is wrong at any iterate, and its title says so. The final test of a
+# training job looks only at the iterate of highest loss, so its robust accuracy on the same images is never lower.
 ATTACKS: dict[str, NamedAttack] = {
     "fgsm": NamedAttack(run=fgsm, forward_passes=3, loss="ce", norms=PGD_NORMS),
     # MadryLab/robustness evaluates with 20 steps of 2.5 * epsilon / steps, from the images themselves.
@@ -134,7 +135,7 @@ ATTACKS: dict[str, NamedAttack] = {
     "apgd-t": NamedAttack(run=_apgd_t, forward_passes=9 * _APGD_PASSES, loss="dlr"),
     "fab-t": NamedAttack(run=functools.partial(fab, early_stop=True), forward_passes=9 * 100 * (3 + 1), loss="margin"),
     "square": NamedAttack(run=square, forward_passes=5000, loss=None, norms=SQUARE_NORMS),
-    # The further attacks of its versions "plus" and "rand".
+    # More attacks of AutoAttack, for its versions "plus" and "rand".
     "apgd-ce-x5": NamedAttack(run=functools.partial(_apgd, restarts=5), forward_passes=5 * _APGD_PASSES, loss="ce"),
     "apgd-dlr-x5": NamedAttack(
         run=functools.partial(_apgd, loss="dlr", restarts=5), forward_passes=5 * _APGD_PASSES, loss="dlr"
@@ -160,27 +161,27 @@ def title_of(names: str) -> str:
 
 
 def check_attacks(names: Sequence[str], norm: str) -> None:
-    """Refuses unknown attacks, attacks that do not know the norm, and duplicates.
+    """Refuses unknown attacks, attacks that do not support the norm, and duplicates.
 
     Args:
         names: Names of attacks.
-        norm: Norm that all of them have to know.
+        norm: Norm that all of them have to support.
 
     Raises:
-        UserError: A name is not in `ATTACKS` or occurs twice, or its attack does not know the norm.
+        UserError: A name is not in `ATTACKS` or occurs twice, or its attack does not support the norm.
 
     Example:
         >>> from robust_tf.attacks import check_attacks
         >>> check_attacks(["apgd-ce", "square"], "l1")
         >>> check_attacks(["pgd"], "l1")
         Traceback (most recent call last):
-        robust_tf.errors.UserError: The attack pgd has the norms linf and l2. Received: norm='l1'.
+        robust_tf.errors.UserError: The attack pgd supports the norms linf and l2. Received: norm='l1'.
     """
     for name in names:
         if name not in ATTACKS:
             raise unknown_name("attack", name, ATTACKS)
         known = [each for each in NORMS if each in ATTACKS[name].norms]
         if norm in NORMS and norm not in known:
-            raise UserError(f"The attack {name} has the norms {' and '.join(known)}. Received: norm={norm!r}.")
+            raise UserError(f"The attack {name} supports the norms {' and '.join(known)}. Received: norm={norm!r}.")
     if len(set(names)) < len(names):
-        raise UserError(f"Each attack can run once. Received: {', '.join(names)}.")
+        raise UserError(f"Each attack can run only once. Received: {', '.join(names)}.")

@@ -4,16 +4,16 @@ A threat model is a norm and an epsilon together. All functions here take and re
 (batch, height, width, channels) and treat every image separately. Epsilon and the step size are in [0, 1] pixel units,
 either one number for all images or an array of shape (batch, 1, 1, 1).
 
-To add a norm, write its `Geometry`, enter it in `NORMS` at the end of this file, and add its name to `AttackNorm` in
+To add a norm, write its `Geometry`, add it to `NORMS` at the end of this file, and add its name to `AttackNorm` in
 `robust_tf/config/names.py`. APGD (with the steps that it takes for every norm except l1), FAB, the cascade of attacks
-and `robust_tf.evaluate` then offer it. The other attacks refuse a norm until it is named in one more place:
+and `robust_tf.evaluate` then offer it. The other attacks refuse a norm until it is listed in one more place:
 
-* PGD and FGSM, and with them training, take the norms of `robust_tf.config.attack.Norm`. Of the training objectives
-  only free adversarial training (`training/objectives/free.py`) distinguishes the norms itself.
-* Square takes the norms of `SQUARE_NORMS` in `square.py`, because it needs patches that suit the norm.
-* The attack probe of an exported model takes the norms that are named in `serving/publish/probe.py`.
+* PGD and FGSM, and therefore training, take the norms in `robust_tf.config.attack.Norm`. The only training objective
+  with its own code for each norm is free adversarial training (`training/objectives/free.py`).
+* Square takes the norms in `SQUARE_NORMS` in `square.py`, because it needs patches that suit the norm.
+* The attack probe of an exported model takes the norms that are listed in `serving/publish/probe.py`.
 
-`tests/attacks` runs its checks on every entry of `NORMS`; they need a radius for the new norm in their `EPSILONS`.
+The tests in `tests/attacks` run on every entry of `NORMS`. Add a radius for the new norm to their `EPSILONS`.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def linf_norm(values: tf.Tensor) -> tf.Tensor:
 
 
 def _uniform(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Draws from [-1, 1]: for the whole batch at once with a seed (2,), for each image separately with (batch, 2)."""
+    """Draws from [-1, 1]: for the whole batch at once if the seed is (2,), for each image if it is (batch, 2)."""
     if seed.shape.rank == 1:
         return tf.random.stateless_uniform(tf.shape(images), seed=seed, minval=-1.0, maxval=1.0)
     return tf.reshape(2.0 * seeds.uniform(seed, tf.shape(images)[1:]) - 1.0, tf.shape(images))
@@ -84,8 +84,8 @@ def _l2_start(images: tf.Tensor, epsilon: Scale, seed: tf.Tensor) -> tf.Tensor:
 
 def _l2_step(gradient: tf.Tensor, step_size: Scale) -> tf.Tensor:
     # The reference adds 1e-10, which would shorten the steps along tiny gradients, and their squares would vanish in
-    # float32. Such gradients are therefore scaled up first. For all others the steps are shortened by less than 1e-4,
-    # and every bit is as in the reference.
+    # float32. Such gradients are therefore scaled up first. For all other gradients the result equals the reference
+    # bit by bit, and the 1e-10 shortens the step by less than 1e-4.
     largest = linf_norm(gradient)
     gradient = tf.where(largest < _TINY_GRADIENT, tf.math.divide_no_nan(gradient, largest), gradient)
     return step_size * gradient / (l2_norm(gradient) + 1e-10)
@@ -94,8 +94,9 @@ def _l2_step(gradient: tf.Tensor, step_size: Scale) -> tf.Tensor:
 def _l2_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> tf.Tensor:
     perturbation = images_adv - images
     length = l2_norm(perturbation)
-    # Points inside the ball stay where they are. Points outside are moved slightly further in than the radius, so that
-    # rounding cannot take them out again: by the first term for the sum below, by the second for norm and division.
+    # Points inside the ball stay where they are. Points outside are moved to slightly less than the radius, so that
+    # rounding cannot take them out again. The first term covers the rounding of the sum below, the second covers the
+    # rounding of the norm and the division.
     pixels = tf.cast(tf.reduce_prod(tf.shape(images)[1:]), tf.float32)
     radius = tf.maximum(epsilon - _ROUNDING * tf.sqrt(pixels) - 4e-7 * epsilon, 0.0)
     scale = tf.where(length > epsilon, radius / (length + 1e-7), 1.0)
@@ -142,7 +143,8 @@ def _l1_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> tf.
     _, _, high = tf.while_loop(lambda i, *_: i < 26, halve, (0, tf.zeros_like(high), high), maximum_iterations=26)
     moved = shrunk(tf.where(is_inside(tf.zeros_like(high)), 0.0, high))
     points = tf.clip_by_value(images + tf.sign(perturbation) * moved, 0.0, 1.0)
-    # In this norm rounding errors add up over all pixels, so a pixel that was rounded outwards goes back by one number.
+    # In this norm rounding errors add up over all pixels, so a pixel that was rounded outwards is moved back to the
+    # next float32 number.
     return tf.where(tf.abs(points - images) > moved, tf.math.nextafter(points, images), points)
 
 
@@ -165,7 +167,7 @@ class _Hyperplane(NamedTuple):
 def _hyperplane(points: tf.Tensor, normal: tf.Tensor, value: tf.Tensor) -> _Hyperplane:
     direction = -tf.where(value >= 0, 1.0, -1.0) * tf.sign(normal)
     room = tf.where(direction > 0, 1.0 - points, tf.where(direction < 0, points, 0.0))
-    scale = linf_norm(normal)  # or the squares of tiny gradients would be 0 in float32
+    scale = linf_norm(normal)  # without it, the squares of tiny gradients would be 0 in float32
     weight, needed = (tf.math.divide_no_nan(tf.abs(part), scale) for part in (normal, value))
     return _Hyperplane(direction, room, weight, needed)
 
@@ -258,13 +260,14 @@ class Geometry(NamedTuple):
 
 
 # Sources: linf and l2 follow MadryLab/robustness (attack_steps.py), as described in Engstrom et al. 2019; l1 follows
-# Croce and Hein 2021, arXiv 2103.01208; the moves to a hyperplane Croce and Hein 2020, arXiv 1907.02044, section 2.2.
+# Croce and Hein 2021, arXiv 2103.01208; the moves to a hyperplane follow Croce and Hein 2020, arXiv 1907.02044,
+# section 2.2.
 NORMS: dict[str, Geometry] = {
     "linf": Geometry(linf_norm, l1_norm, _linf_start, _linf_step, _linf_project, _linf_to_hyperplane),
     "l2": Geometry(l2_norm, l2_norm, _l2_start, _l2_step, _l2_project, _l2_to_hyperplane),
     "l1": Geometry(l1_norm, linf_norm, _l1_start, _l1_step, _l1_project, _l1_to_hyperplane),
 }
 
-# The norms in which the plain gradient step of PGD and FGSM is a good one. It is not for l1: there an attack has to
-# choose which pixels move.
+# The norms for which the plain gradient step of PGD and FGSM works well. It does not for l1, where an attack has to
+# choose which pixels to move.
 PGD_NORMS: tuple[str, ...] = get_args(Norm)

@@ -15,11 +15,11 @@ from robust_tf.attacks.losses import LOSSES, NO_GRADIENT_MEANS, Loss, likeliest_
 from robust_tf.attacks.outputs import Model, kind_of_probabilities, output_of
 from robust_tf.errors import AttackWarning
 
-# Share of the images above which it is suspicious that Square fells what gradient attacks have missed.
+# It is suspicious if Square fells more than this share of all images after gradient attacks have missed them.
 _SQUARE_TOLERANCE = 0.002
 # Distance between normalized outputs for the same images above which the model counts as random.
 _RANDOMNESS_TOLERANCE = 1e-4
-# Distance from [0, 1] that the rounding of a resize or of a float16 file explains.
+# How far outside [0, 1] rounding can take a pixel, in a resize or in a float16 file.
 _PIXEL_ROUNDING = 1e-3
 
 PROBABILITIES = (
@@ -41,7 +41,7 @@ def issue(sentences: Iterable[str], *, stacklevel: int) -> None:
 def find_warnings(
     model: Model, images: np.ndarray, labels: np.ndarray, *, losses: Collection[str], randomized: bool = False
 ) -> dict[str, str]:
-    """Looks for signs, before a model is attacked, that the attacks will overestimate its robustness.
+    """Looks for signs that attacks will overestimate the robustness of a model, before they run.
 
     Args:
         model: Callable from images to logits (batch, classes).
@@ -124,7 +124,7 @@ def mean_of_zero_gradients(
         images: Images (batch, height, width, channels) float32, in [0, 1].
         labels: Labels (batch,) int32.
         loss: Loss that the attack follows.
-        targeted: Whether the labels are targets. Then the images count whose prediction is not yet the target.
+        targeted: Whether the labels are target classes. Images whose prediction is not yet the target then count.
     """
 
     def loss_of(logits: tf.Tensor) -> tf.Tensor:
@@ -137,7 +137,7 @@ def mean_of_zero_gradients(
 
 def zero_gradient_sentence(share: float) -> str:
     """Returns the sentence of the flag "zero_gradients" for a share in [0, 1]."""
-    return f"The gradient is zero at {share:.1%} of the images looked at. {NO_GRADIENT_MEANS}"
+    return f"The gradient is zero at {share:.1%} of the images that were checked. {NO_GRADIENT_MEANS}"
 
 
 def pixel_flags(images: np.ndarray) -> dict[str, str]:
@@ -146,7 +146,8 @@ def pixel_flags(images: np.ndarray) -> dict[str, str]:
     flags = {}
     if low < -_PIXEL_ROUNDING or high > 1 + _PIXEL_ROUNDING:
         flags["outside_pixels"] = (
-            f"The images have values from {low:g} to {high:g}. Attacks clip them to [0, 1], even beyond epsilon."
+            f"The images have values from {low:g} to {high:g}. Attacks clip them to [0, 1], even if that changes a "
+            "pixel by more than epsilon."
         )
     if 0 < high <= 1.001 / 255:
         flags["dark_pixels"] = (
@@ -173,7 +174,7 @@ def square_beats_the_others(felled_by: Sequence[str]) -> dict[str, str]:
 
 
 def _distance(outputs: np.ndarray, again: np.ndarray) -> float:
-    """Returns the largest Euclidean distance between two outputs for an image, each scaled to length 1."""
+    """Returns the largest Euclidean distance between two outputs for the same image, each scaled to length 1."""
 
     def scaled(values: np.ndarray) -> np.ndarray:
         values = values.astype(np.float32)

@@ -1,7 +1,7 @@
 """The configuration of a job: frozen records that are read from flags and check themselves, without TensorFlow.
 
-`JobConfig` holds one record for each concern. To add a flag, add a field to the record that it belongs to; a rule that
-concerns one record stands in its `__post_init__`, and a rule across records stands in `robust_tf.config.job`.
+`JobConfig` holds one record for each topic. To add a flag, add a field to the record that it belongs to. A rule about
+the fields of one record goes into its `__post_init__`, and a rule across records goes into `robust_tf.config.job`.
 """
 
 from robust_tf.config.adversarial import AdversarialConfig

@@ -13,11 +13,11 @@ Objective = Literal["adversarial", "trades", "awp", "trades_awp"]
 Fast = Literal["none", "fgsm", "free", "epsilon_warmup"]
 OnAlarm = Literal["warn", "stop", "rollback"]
 
-# PGD steps of the validation attack where the attack of training has only one gradient step.
+# PGD steps of the validation attack if the attack of training has only one gradient step.
 _VALIDATION_STEPS = 3
-# Flags that have a value once the recipe has decided.
+# Flags whose values the recipe decides if they are left out.
 _DECIDED = ("attack_step_size", "attack_steps", "random_start", "use_best", "attack_mode")
-# Flags that say how training differs from standard training.
+# Flags that make training differ from standard training.
 _RECIPE = (
     *("objective", "trades_beta", "awp_gamma", "awp_warmup_epochs"),
     *("fast", "free_replays", "epsilon_warmup_epochs", "attack_mode"),
@@ -28,8 +28,8 @@ _RECIPE = (
 class AdversarialConfig:
     """The attacks of training and evaluation, and the loss that training minimizes. See `--help` for each field.
 
-    A field whose value is None was left to the recipe that `fast` and `objective` choose; `resolved` fills it, and the
-    properties return the values that training uses.
+    A field whose value is None is left to the recipe that `fast` and `objective` choose. `resolved` fills it in, and
+    the properties return the values that training uses.
 
     Example:
         >>> adversarial = AdversarialConfig(norm="l2", epsilon=0.5, fast="fgsm")
@@ -152,7 +152,7 @@ class AdversarialConfig:
             check_default(self, ("epsilon_warmup_epochs",), "--fast=epsilon_warmup")
         if (self.single_step and self.uses_trades) or (self.fast == "free" and self.uses_awp):
             raise UserError(
-                f"--fast={self.fast} is a recipe for the loss of adversarial images. Received: {self.recipe_flags}. "
+                f"--fast={self.fast} works only with the loss of adversarial images. Received: {self.recipe_flags}. "
                 "Use --objective=adversarial, or --fast=none."
             )
         if self.uses_trades and attack.random_start:
@@ -167,13 +167,13 @@ class AdversarialConfig:
             )
         if self.network_mode == "training" and (self.fast == "free" or self.uses_trades or not attack.active):
             raise UserError(
-                "--attack_mode=training is for attacks on the loss of adversarial images. Received: "
+                "--attack_mode=training works only for attacks on the loss of adversarial images. Received: "
                 f"--attack_mode=training with {self.recipe_flags} and --epsilon={self.epsilon:g}. Leave it out."
             )
         for name in ("random_start", "use_best"):
             if self.fast == "free" and getattr(attack, name):
                 raise UserError(
-                    "Free adversarial training continues from the perturbation of the step before, and uses each one. "
+                    "Free adversarial training starts from the perturbation of the previous step, and uses every one. "
                     f"Received: --{name} with --fast=free. Leave it out."
                 )
 
@@ -181,8 +181,7 @@ class AdversarialConfig:
     def _preset(self) -> dict[str, Any]:
         """Values of the flags that were left out.
 
-        An l2 attack that starts at random starts on the sphere: in so many dimensions, nearly all of the ball's volume
-        lies there.
+        A random start for l2 lies on the sphere, because in many dimensions nearly all of the ball's volume lies there.
         """
         usual = {"attack_steps": 7, "random_start": False, "use_best": not self.uses_trades, "attack_mode": "inference"}
         one_step = {"attack_steps": 1, "use_best": False}
@@ -204,7 +203,7 @@ class AdversarialConfig:
         return self._preset.get(name) if given is None else given
 
     def resolved(self, *, epochs: int) -> "AdversarialConfig":
-        """Returns the same record with every flag that the recipe decides.
+        """Returns a copy in which every flag that the recipe decides has its value.
 
         Args:
             epochs: Length of the training, in epochs.
@@ -213,13 +212,13 @@ class AdversarialConfig:
         return dataclasses.replace(self, **decided, epsilon_warmup_epochs=self.warmup_epochs(epochs=epochs))
 
     def warmup_epochs(self, *, epochs: int) -> float | None:
-        """Returns the number of epochs over which epsilon rises, or None where it does not rise."""
+        """Returns the number of epochs over which epsilon rises, or None if it does not rise."""
         if self.fast == "epsilon_warmup" and self.epsilon_warmup_epochs is None:
             return epochs / 2
         return self.epsilon_warmup_epochs
 
     def standard(self) -> "AdversarialConfig":
-        """Returns the record of standard training that is evaluated under the same attack."""
+        """Returns the record for standard training with an evaluation under the same attack."""
         defaults: dict[str, Any] = {name: getattr(AdversarialConfig, name) for name in _RECIPE}
         eval_epsilon = self.evaluation_attack.epsilon
         return dataclasses.replace(self, epsilon=0.0, eval_epsilon=eval_epsilon, on_alarm="warn", **defaults)
@@ -239,7 +238,7 @@ class AdversarialConfig:
 
     @property
     def validation_attack(self) -> AttackConfig:
-        """The attack after each epoch: the attack of training with the whole epsilon, or PGD if that has one step.
+        """The attack after each epoch: the training attack at full epsilon, or PGD if training uses a single step.
 
         A network that has overfitted to a single-step attack looks best under that very attack.
         """

@@ -70,7 +70,7 @@ def check_default(config: Any, names: Iterable[str], where: str) -> None:
     Args:
         config: Record with the flags.
         names: Names of flags that must have their defaults.
-        where: Flag and value that they are for, such as "--task=transfer".
+        where: Flag and value with which they have an effect, such as "--task=transfer".
     """
     for name in names:
         if getattr(config, name) != getattr(type(config), name):
@@ -78,7 +78,7 @@ def check_default(config: Any, names: Iterable[str], where: str) -> None:
 
 
 def check_local_folders(config: Any, names: Iterable[str]) -> None:
-    """Refuses folders in a store such as gs://."""
+    """Refuses flags that name a folder in a store such as gs://."""
     for name in names:
         if "://" in getattr(config, name):
             raise UserError(

@@ -19,14 +19,14 @@ class DataConfig:
 
     Example:
         >>> data = DataConfig(dataset="digits", classes=(5, 6, 7), image_size=16)
-        >>> data.augmentation  # "" takes the augmentation that the data set has in the table
+        >>> data.augmentation  # "" stands for the augmentation that the table lists for the data set
         ''
     """
 
     dataset: str = flag(
         "digits",
-        "Data set: a name of the table (an unknown name lists them), tfds:NAME[/config][:version], or folder:/path for "
-        "a folder of images.",
+        "Data set: a name from the table (an unknown name prints all names), tfds:NAME[/config][:version], or "
+        "folder:/path for a folder of images.",
     )
     data_dir: str = flag(
         "",
@@ -34,7 +34,7 @@ class DataConfig:
         identity=False,
     )
     classes: tuple[int, ...] = flag(
-        (), "Labels to keep, such as 5,6,7. They are numbered anew in this order. By default all are kept."
+        (), "Labels to keep, such as 5,6,7. They are renumbered in this order. By default all are kept."
     )
     image_size: int | None = flag(
         None,
@@ -55,9 +55,9 @@ class DataConfig:
     rand_augment: float = flag(
         0.0, "Magnitude of RandAugment on top of --augmentation, up to 1. 0 leaves RandAugment out."
     )
-    mixing: Mixing = flag("none", "How the images of a training batch are mixed with each other, and their labels too.")
+    mixing: Mixing = flag("none", "How the images of a training batch, and their labels, are mixed with each other.")
     downscale: int | None = flag(
-        None, "Length in pixels to which the shorter side of every image is reduced first. By default nothing is."
+        None, "Length in pixels to which the shorter side of every image is first reduced. By default it is not."
     )
     exif: Exif = flag(
         "ignore", "Whether JPEG images are rotated as their EXIF data says, which is what image viewers do."
@@ -100,7 +100,7 @@ class DataConfig:
             parse_amount(self.subset)
         if self.examples_per_class is not None and self.subset:
             raise UserError(
-                "--subset and --examples_per_class both choose the training images. Received: "
+                "--subset and --examples_per_class cannot be combined: both choose the training images. Received: "
                 f"--subset={self.subset} --examples_per_class={self.examples_per_class}."
             )
         check_local_folders(self, ("cache_dir",))

@@ -41,7 +41,7 @@ class EvaluateConfig:
     num_images: int | None = flag(
         None,
         f"Number of test images, drawn at random with --seed. 0 takes all. By default, {DEFAULT_NUM_IMAGES}, or all "
-        "if there are fewer.",
+        "images if there are fewer.",
     )
     batch_size: int = flag(128, "Number of images in a batch.")
     seed: int = flag(0, "Seed for the choice of test images, the attacks and the corruptions.")
@@ -84,7 +84,7 @@ class EvaluateConfig:
             raise unknown_name("value of --norm", self.norm, NORM_NAMES)
         if not self.attack or (NO_ATTACK in self.attack and len(self.attack) > 1):
             raise UserError(
-                f"--attack must be one or more names of attacks, or {NO_ATTACK} alone. Received: "
+                f"--attack must be the names of one or more attacks, or {NO_ATTACK} alone. Received: "
                 f"{','.join(self.attack) or 'no name'}."
             )
         for name in self.attack:

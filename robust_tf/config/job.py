@@ -1,7 +1,7 @@
 """A training job: the kind of job, its records, and the rules that concern more than one of them.
 
-The fields of these records are the flags: name, default and help text stand there and nowhere else. Everything inside
-the package takes a record or plain arguments, never flags.
+The fields of these records are the flags: the name, default and help text of a flag are defined there and nowhere else.
+Everything inside the package takes a record or plain arguments, never flags.
 """
 
 import dataclasses
@@ -56,11 +56,11 @@ class JobConfig:
 
     @classmethod
     def from_flags(cls, **flags: Any) -> "JobConfig":
-        """Builds a job from flags by name, in whichever record they are; the others take their defaults."""
+        """Builds a job from flags by name, whichever record they belong to; all other flags take their defaults."""
         return from_flat_values(cls, flags)
 
     def with_flags(self, **flags: Any) -> "JobConfig":
-        """Returns the same job with other values of some flags."""
+        """Returns the same job with other values for some flags."""
         return from_flat_values(JobConfig, {**flat_values(self), **flags})
 
     @property
@@ -79,7 +79,7 @@ class JobConfig:
         return self.adversarial.gradients_per_image(epochs=self.optimization.epochs)
 
     def resolved(self) -> "JobConfig":
-        """Returns the same job with every flag that the recipe of its adversarial training decides.
+        """Returns the same job, in which every flag that its recipe of adversarial training decides has its value.
 
         Two jobs that resolve to the same flags are the same job.
         """
@@ -235,7 +235,7 @@ def _check_devices(job: JobConfig) -> None:
     optimization, distribution = job.optimization, job.run.distribution
     if job.run.deterministic and optimization.jit_compile == "true":
         raise UserError(
-            "Keras compiles nothing by XLA under determinism. Received: --deterministic --jit_compile=true."
+            "Keras does not compile with XLA in deterministic mode. Received: --deterministic --jit_compile=true."
         )
     if distribution == "none":
         return

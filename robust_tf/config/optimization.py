@@ -134,7 +134,7 @@ class OptimizationConfig:
 
     @property
     def peak_learning_rate(self) -> float:
-        """The highest learning rate, scaled to the batch if `base_batch_size` asks for that.
+        """The highest learning rate, scaled to the batch size if `base_batch_size` is given.
 
         Source: Goyal et al. 2017, arXiv 1706.02677, the linear scaling rule.
         """

@@ -89,13 +89,13 @@ class RunConfig:
 
     @property
     def served_name(self) -> str:
-        """The name that the classifier is exported and queried under."""
+        """The name under which the classifier is exported and queried."""
         return self.model_name or pathlib.Path(self.workdir).name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """The plan of a job that is printed before it runs. See `--help` for each field.
+    """Whether and for which devices to print the plan of a job. See `--help` for each field.
 
     Example:
         >>> PlanConfig(dry_run=True, plan_devices=("8xA100",), plan_price=2.5).plan_utilization
@@ -111,7 +111,7 @@ class PlanConfig:
     )
     plan_utilization: float = flag(
         0.35,
-        "Share of the peak speed, or of the memory bandwidth, that --plan_devices assumes a job to reach.",
+        "Share of the peak speed, or of the memory bandwidth, that --plan_devices assumes a job reaches.",
         identity=False,
         formerly="plan_utilisation",
     )

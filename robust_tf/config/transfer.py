@@ -27,8 +27,8 @@ class TransferConfig:
 
     architecture: str = flag(
         "",
-        "Architecture of the network; an unknown name lists them. If it is left out, transfer takes the architecture "
-        "of the source, and pretraining takes resnet20.",
+        "Architecture of the network; an unknown name prints all names. If it is left out, transfer takes the "
+        "architecture of the source, and pretraining takes resnet20.",
     )
     source: str = flag(
         "none",
@@ -54,7 +54,7 @@ class TransferConfig:
     )
     features: FeatureMode = flag(
         "live",
-        "Whether the backbone runs in every step, or (cached, for --transfer_mode=fixed_feature) once for each view of "
+        "When the backbone runs. live: in every step. cached, for --transfer_mode=fixed_feature: once for each view of "
         "an image, so that the head trains on stored features.",
     )
     views: int = flag(
@@ -69,7 +69,7 @@ class TransferConfig:
         "best on the validation part.",
     )
     features_cache_size_gb: float = flag(
-        10.0, "Largest size of all stored features in GB; the oldest are deleted first.", identity=False
+        10.0, "Largest size of all stored features in GB. The least recently used are deleted first.", identity=False
     )
     unfreeze_at_epoch: int | None = flag(
         None, "Epoch, counted from 0, from which the whole network trains. By default the frozen layers stay frozen."

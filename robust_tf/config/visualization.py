@@ -14,7 +14,7 @@ from robust_tf.flags import flag
 class VisualizeConfig:
     """What to draw, for which classifiers and images, and where to write it."""
 
-    classifier: str = flag("", "Classifier to look into: the path of a .keras file or the name of a published model.")
+    classifier: str = flag("", "Classifier to visualize: the path of a .keras file or the name of a published model.")
     compare: str = flag("", "Second classifier with the same classes, drawn below the first.")
     kind: Literal["gradients", "inversion", "perturbations"] = flag("gradients", "Kind of picture to draw.")
     output: str = flag("", "PNG file to write. By default, <kind>.png next to the classifier.")

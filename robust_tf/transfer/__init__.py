@@ -1,6 +1,7 @@
 """Transfer of a trained backbone to another task: a new head, other images, and which stages train.
 
-Start with `replace_head`, which puts a new head on a classifier's backbone, and with `freeze`, which says what trains.
+Start with `replace_head`, which puts a new head on a classifier's backbone, and with `freeze`, which chooses the layers
+that train.
 """
 
 import robust_tf.keras_backend  # noqa: F401  # before Keras is imported

@@ -7,8 +7,8 @@ A store is a folder `<digest>/` with these files:
     validation.f32       the same for the validation part
     complete.json        number of rows and SHA-256 of each of these files; written last
 
-The digest is computed from key.json, so features of anything else, or of another format, are in another folder. Rows
-are only ever appended to a file, so its length tells where an interrupted run has to continue.
+The digest is computed from key.json, so features of other weights or images, or in another format, are in another
+folder. Rows are only ever appended to a file, so its length tells where an interrupted run has to continue.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class _File:
     Attributes:
         name: Name of the file.
         rows: Number of rows of the complete file.
-        batches_from: Function of a number of rows that returns the batches after them.
+        batches_from: Function of the number of rows to skip that returns the batches with the rows after them.
     """
 
     name: str
@@ -96,8 +96,8 @@ def stored_features(
     View 0 of a training image is the same as in evaluation. The other views are augmented as in training, with the
     task's seed. If a call is interrupted, the next one continues where it stopped.
 
-    If the folder cannot be written, it is still read if it holds all features. Otherwise a temporary folder takes its
-    place.
+    A folder that cannot be written to is still read if it holds all features. Otherwise a temporary folder is used
+    instead.
 
     Args:
         classifier: Classifier whose features, the outputs of `features_of`, are computed in inference mode.
@@ -137,14 +137,14 @@ def stored_features(
                 if not (is_not_writable(error) and os.path.exists(store / _COMPLETE)):
                     raise
             else:
-                # Also for an interrupted store, because others may have taken the room that it still needs.
+                # An interrupted store needs this too, because others may have taken the room that it still needs.
                 _make_room(store, row_bytes * sum(file.rows for file in files), max_bytes)
             if (store / _KEY).exists():
                 _check_key(store, key)
             else:
                 write_json(store / _KEY, key)
             with contextlib.suppress(OSError):  # it may belong to another user or be on a read-only disk
-                os.utime(store / _KEY)  # time of the last use, by which the oldest stores are deleted
+                os.utime(store / _KEY)  # time of the last use: the least recently used stores are deleted first
             computed = sum(_complete_file(store, file, row_bytes, compute, track) for file in files)
             _check_or_seal(store, files, row_bytes)
             return computed
@@ -177,7 +177,7 @@ def stored_features(
 
 
 def store_key(backbone: keras.Model, task: TaskData, views: int) -> dict[str, Any]:
-    """Returns everything that decides the features, as JSON values by name.
+    """Returns everything that the features depend on, as JSON values by name.
 
     Args:
         backbone: Model from images to features.
@@ -190,7 +190,7 @@ def store_key(backbone: keras.Model, task: TaskData, views: int) -> dict[str, An
     preprocessing: dict[str, Any] = dataclasses.asdict(task.preprocessing)
     for name in ("decoding", "highest_float"):
         if getattr(task.preprocessing, name) == getattr(type(task.preprocessing), name):
-            del preprocessing[name]  # keys of stores that are older than these settings do not have them
+            del preprocessing[name]  # stores that are older than these settings do not have them in their keys
     if views == 1:  # nothing is augmented
         preprocessing |= {"augmentation": None, "rand_augment": None}
     return {
@@ -255,7 +255,7 @@ def _complete_file(
 
 
 def _check_or_seal(store: pathlib.Path, files: list[_File], row_bytes: int) -> None:
-    """Checks a complete store against the digests that were noted when it was completed, or notes them now."""
+    """Checks a complete store against the digests that were written when it was completed, or writes them now."""
     sizes = {file.name: (store / file.name).stat().st_size if (store / file.name).exists() else 0 for file in files}
     wrong = [file.name for file in files if sizes[file.name] != file.rows * row_bytes]
     state = {file.name: {"rows": file.rows, "sha256": _sha256(store / file.name)} for file in files}

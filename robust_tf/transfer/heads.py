@@ -39,8 +39,8 @@ def replace_head(
         hidden_layers: Number of hidden layers before the logits, at least 0. Each is a Dense(feature_dim) with ReLU,
             called "head_hidden1", "head_hidden2", ...
         initializer: Initial weights. "pytorch" draws kernels and biases uniformly within 1 / sqrt(fan_in), like
-            PyTorch's Linear. "keras" draws Glorot-uniform kernels and sets the biases to zero. "zeros" starts with
-            logits of zero, and with hidden layers like "pytorch", because hidden layers of zeros would never learn.
+            PyTorch's Linear. "keras" draws Glorot-uniform kernels and sets the biases to zero. "zeros" sets the weights
+            of the logits to zero, but draws hidden layers like "pytorch", because zeros there would never learn.
         seed: Seed for the initial weights.
 
     Returns:
@@ -97,7 +97,7 @@ def with_normalization(classifier: keras.Model, mean: Sequence[float], std: Sequ
         The copy, which shares no weights with the classifier.
 
     Raises:
-        UserError: There is no layer "normalization", or `mean` and `std` are not three valid numbers each.
+        UserError: There is no layer "normalization", or `mean` or `std` is not three valid numbers.
 
     Example:
         >>> from robust_tf.models import build_classifier
@@ -109,7 +109,7 @@ def with_normalization(classifier: keras.Model, mean: Sequence[float], std: Sequ
     """
     if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
         raise UserError(
-            "`mean` and `std` must be one number for each of the three channels, and `std` more than 0. "
+            "`mean` and `std` must have one number for each of the three channels, and `std` must be more than 0. "
             f"Received: mean={tuple(mean)}, std={tuple(std)}."
         )
     _check_has_normalization(classifier)
@@ -152,8 +152,8 @@ def with_dtype_policy(classifier: keras.Model, policy: str) -> keras.Model:
     """Returns a copy of the classifier, with the same weights, that computes in another precision.
 
     The layers "normalization" and "logits" stay in float32, as in a new classifier. "mixed_float16" needs loss scaling.
-    Keras adds it to a model if the global policy (`keras.config.set_dtype_policy`) is "mixed_float16" when the model
-    that you compile is created.
+    Keras adds it to the model that you compile if the global policy (`keras.config.set_dtype_policy`) was
+    "mixed_float16" when you created that model.
 
     Args:
         classifier: Functional model, as `plain_classifier` returns it. Its quantized layers stay as they are.
@@ -185,7 +185,7 @@ def with_dtype_policy(classifier: keras.Model, policy: str) -> keras.Model:
 
 
 def _copy(classifier: keras.Model, changes: Callable[[keras.layers.Layer], dict[str, Any]]) -> keras.Model:
-    """Returns a copy with the same weights, frozen or not as before.
+    """Returns a copy with the same weights, of which the same ones are frozen.
 
     Args:
         classifier: Functional model.

@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-# Penalties relative to the scale of the features. Strong ones come first, and each solution starts the next one.
+# Penalties relative to the scale of the features. Strong ones come first, and each solution is the starting point for
+# the next penalty.
 _LOGISTIC_PENALTIES = tuple(10.0**exponent for exponent in range(1, -7, -1))
 _RIDGE_PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -13, -1))
 _MAX_ITERATIONS = 1000
-# The search ends after this many penalties in a row whose solutions are worse on the validation part.
+# The search ends after this many penalties in a row whose solutions are no better on the validation part.
 _PATIENCE = 2
 # Number of multiplications in one pass over the features above which BLAS gains from more than one thread. Below it,
 # threads wait for one another longer than they compute, especially if other processes are busy.
 _THREADED_PASS = 10**9
-# Number of rows that are in memory at once, where not all are needed together.
+# Number of rows that are read into memory at once, where not all of them are needed together.
 _ROWS = 8192
 # Logit of a class without training examples, so that it is never predicted.
 _NEVER = -100.0
@@ -59,9 +60,9 @@ def logistic_regression(
 ) -> LinearHead:
     """Fits a multinomial logistic regression: the mean cross-entropy plus penalty / 2 * |kernel|^2, by L-BFGS.
 
-    The features are standardized. Strong penalties come first, and each solution starts the next one. The search ends
-    when the validation part has preferred an earlier solution twice in a row. Weaker penalties, which take most of the
-    iterations, would only fit the training part more closely.
+    The features are standardized. Strong penalties come first, and each solution is the starting point for the next
+    penalty. The search ends when two solutions in a row are no better on the validation part than an earlier one.
+    Weaker penalties, which take most of the iterations, would only fit the training part more closely.
 
     Args:
         train: Features of the training images in each view, (num_train, feature_dim). All views are examples.
@@ -70,7 +71,7 @@ def logistic_regression(
         validation_labels: Labels of the validation images, (num_validation,) int.
         num_classes: Number of classes.
         metric: "accuracy" or "mean_per_class_accuracy", by which the penalty is chosen. The cross-entropy decides ties.
-        report: Function of the number of penalties tried and a text about the last one.
+        report: Function of the number of penalties that have been tried and a text about the search so far.
 
     Returns:
         The solution that is best on the validation part.
@@ -136,7 +137,7 @@ def ridge_regression(
         validation_labels: Labels of the validation images, (num_validation,) int.
         num_classes: Number of classes.
         metric: "accuracy" or "mean_per_class_accuracy", by which the penalty is chosen. The cross-entropy decides ties.
-        report: Function of the number of penalties tried and a text about the last one.
+        report: Function of the number of penalties that have been tried and a text about the search so far.
 
     Returns:
         The solution that is best on the validation part.
@@ -203,7 +204,7 @@ def _better(
     labels: np.ndarray,
     metric: str,
 ) -> tuple[tuple[float, float], LinearHead]:
-    """Returns the better one of the best solution so far and a new one; of two equals the more regularized one."""
+    """Returns the better of the best solution so far and a new one; in a tie, the more regularized one."""
     logits = validation @ kernel + bias
     value = metric_of(logits.argmax(axis=1), labels, metric)
     rank = (value, -cross_entropy(logits, labels))

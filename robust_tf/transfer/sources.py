@@ -19,7 +19,7 @@ _CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".best", ".lates
 
 
 def is_flag_file(source: str) -> bool:
-    """Returns whether a source is a flag file, whose job makes the classifier."""
+    """Returns whether a source is a flag file, whose job trains the classifier."""
     return pathlib.Path(source).suffix == ".cfg"
 
 
@@ -29,8 +29,8 @@ def load_source(source: str, *, architecture: str, image_size: int | None) -> ke
     Args:
         source: Path of a `.keras` file or of a checkpoint of the reference, or the name of a published model. A flag
             file is refused, because its job has to run first.
-        architecture: Architecture of the classifier. A checkpoint needs it, because the file does not say it. For other
-            sources "" accepts any.
+        architecture: Architecture of the classifier. It is needed for a checkpoint, because the file does not name it.
+            For other sources "" accepts any architecture.
         image_size: Height and width of the images for a checkpoint, in pixels. None means 224.
 
     Raises:
@@ -42,8 +42,8 @@ def load_source(source: str, *, architecture: str, image_size: int | None) -> ke
     elif path.suffix in _CHECKPOINT_SUFFIXES:
         if not architecture:
             raise UserError(
-                f"A checkpoint does not say which architecture it belongs to. Received: source={source}. Name it by "
-                f"architecture, one of {', '.join(ARCHITECTURES)}."
+                f"A checkpoint does not say which architecture it belongs to. Received: source={source}. Set "
+                f"architecture to one of {', '.join(ARCHITECTURES)}."
             )
         checkpoint = read_reference_checkpoint(path)
         classifier = classifier_from_checkpoint(checkpoint, architecture, image_size=image_size or 224)
@@ -82,6 +82,6 @@ def published_twin(source: str) -> str:
     if twin == source:
         raise UserError(
             "A baseline compares a robust source with its standard twin. "
-            f"Received: source={source}, which is the standard one. Choose a robust source, or leave out the baseline."
+            f"Received: source={source}, which is a standard model. Choose a robust source, or leave out the baseline."
         )
     return twin

@@ -76,7 +76,7 @@ def freeze(
     """Sets which layers of a classifier train, and freezes the others.
 
     Robust features are most useful when the backbone is kept: "fixed_feature" trains the head alone, "full_network"
-    trains everything, and "partial" lies between them. Whatever was frozen before is forgotten.
+    trains everything, and "partial" lies between them. Layers that were frozen before are unfrozen first.
 
     Call `freeze` before `compile`, because a compiled model continues to train the weights that it trained before.
     Call it again after loading a `.keras` file if you use `batchnorm="update"`, which the file does not hold.
@@ -114,7 +114,7 @@ def freeze(
         raise unknown_name("behavior of frozen BatchNormalization", batchnorm, FROZEN_BATCHNORM)
     if (mode == "partial") != (through is not None):
         raise UserError(
-            "`through` names the last frozen stage, and belongs to mode='partial' only. "
+            "`through` names the last frozen stage: mode='partial' needs it, and no other mode takes it. "
             f"Received: mode={mode!r}, through={through!r}."
         )
     quantized = [layer.name for layer in _without_nesting(classifier.layers) if layer.quantization_mode is not None]
@@ -151,7 +151,7 @@ def parameter_counts(classifier: keras.Model) -> tuple[int, int]:
         classifier: Any Keras model.
 
     Returns:
-        The two numbers. All parameters include the moving statistics of BatchNormalization.
+        The two numbers. The second one includes the moving statistics of BatchNormalization.
 
     Example:
         >>> from robust_tf.models import build_classifier
@@ -170,7 +170,7 @@ def parameter_counts(classifier: keras.Model) -> tuple[int, int]:
 
 
 def shortened(names: list[str]) -> str:
-    """Joins names for a message; of many names it shows the first and the last ones."""
+    """Joins names for a message; if there are many, it shows only the first and the last ones."""
     return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
 
 

@@ -1,4 +1,4 @@
-"""Small models for which the best attack is known, and models that are at fault."""
+"""Small models for which the best attack is known, and faulty models."""
 
 import numpy as np
 import tensorflow as tf

@@ -20,7 +20,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 def build_smallcnn() -> keras.Model:
-    """Returns convolution, ReLU, 8x8 mean and linear layer with the reference's weights."""
+    """Returns a convolution, ReLU, 8x8 mean pooling and a linear layer, with the reference's weights."""
     images = keras.Input((32, 32, 3), name="images")
     x = keras.ops.clip(images, 0, 1)
     x = keras.layers.Normalization(mean=MEAN, variance=np.square(STD), axis=-1)(x)
@@ -36,7 +36,7 @@ def build_smallcnn() -> keras.Model:
 
 
 def inputs() -> dict[str, np.ndarray]:
-    """Returns images in [0, 1] and images_oob partly outside of it, (8, 32, 32, 3), and labels and targets (8,)."""
+    """Returns images in [0, 1] and images_oob, partly out of bounds, (8, 32, 32, 3), and labels and targets (8,)."""
     rng = np.random.default_rng(7)
     images = np.clip(rng.uniform(-0.1, 1.1, (8, 3, 32, 32)), 0, 1).astype(np.float32)
     labels = rng.integers(0, 10, 8)

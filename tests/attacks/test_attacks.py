@@ -122,7 +122,7 @@ def test_fab_finds_the_nearest_image_across_a_linear_boundary(norm, targets):
         share = 0.99 if targets else 0.85
         others = [k for k in range(3) if k != label]
         assert all(best_score(weights[label] - weights[k], image, norm, share * length) > 0 for k in others)
-    # With a radius below the distance found an image is returned unchanged, with one above it makes no difference.
+    # A radius below the distance found leaves the image unchanged, and a radius above it makes no difference.
     radius = float(np.sort(found)[4])
     within = fab(model, images, labels, norm=norm, epsilon=radius * 1.0001, targets=targets).numpy()
     expected = np.where((found <= radius * 1.0001)[:, None, None, None], images_adv, images)
@@ -207,7 +207,7 @@ def test_early_stop_gives_the_same_verdicts():
 
     without = robust(False, steps=20)
     assert 0.1 < without.mean() < 0.9
-    # Without an early stop a run may come back to a correct prediction, so it fells no more images.
+    # Without an early stop a run may come back to a correct prediction, so an early stop never fells fewer images.
     assert np.all(robust(True, steps=20) <= without)
     assert np.mean(robust(True, steps=20) != without) < 0.1
 
@@ -229,7 +229,7 @@ def test_square_works_on_a_model_without_gradients():
 @NO_GRADIENT
 @pytest.mark.parametrize("attack", [apgd, fab, square, fgsm, functools.partial(pgd, steps=2)])
 def test_a_black_box_is_attacked(attack):
-    """Code that the graph calls has no gradient, and its output has no known shape."""
+    """Python code that a graph calls has no gradient, and its output has no static shape."""
     network = small_network()
     images, labels = small_batch(network)
 
@@ -320,7 +320,7 @@ def test_attacks_leave_the_statistics_of_batchnorm_unchanged():
         ({"model": lambda x: tf.fill([tf.shape(x)[0], 3], math.nan)}, "NaN for 2 of 2 images"),
         (
             {"model": lambda x: tf.where(tf.range(tf.shape(x)[0])[:, None] == 1, math.nan, tf.ones([1, 3]))},
-            "NaN for 1 of 2 images, the first is image 1",
+            "NaN for 1 of 2 images; the first is image 1",
         ),
         ({"model": lambda x: tf.reshape(x, (-1, 64))[:, :1], "labels": np.zeros(2, int)}, "2 classes or more"),
     ],

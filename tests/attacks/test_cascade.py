@@ -146,7 +146,7 @@ def test_nan_logits_are_refused_with_the_number_of_the_image(case):
             tf.reduce_all(x[:, :1, :1, 0] == images[7, 0, 0, 0], axis=(1, 2))[:, None], math.nan, network(x)
         )
 
-    with pytest.raises(UserError, match="NaN for 1 of 4 images, the first is image 107"):
+    with pytest.raises(UserError, match="NaN for 1 of 4 images; the first is image 107"):
         list(cascade(sick, images, labels, image_ids=np.arange(100, 124), **{**ARGUMENTS, "batch_size": 4}))
 
 
@@ -173,7 +173,7 @@ def test_a_state_whose_parts_do_not_fit_is_refused(case, part):
 
 
 @pytest.mark.parametrize("content", [None, [], {}, {"run": {}}, {"felled_by": 3, "kept": {}}, "clean"])
-def test_content_that_is_no_state_is_refused(content):
+def test_content_that_is_not_a_state_is_refused(content):
     with pytest.raises(UserError, match="not the state of a cascade"):
         CascadeState.from_json(content)
 
@@ -196,7 +196,7 @@ def test_the_versions_have_the_published_attacks():
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_makes_the_forward_passes_that_the_table_says(name):
-    """The passes are counted on a model that nothing fells; with its gradient a forward pass counts as three."""
+    """The passes are counted on a model that resists every attack; a pass with its gradient counts as three."""
     forward = [0]
 
     def count() -> None:

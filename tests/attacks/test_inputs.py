@@ -202,7 +202,7 @@ def test_a_training_batch_must_have_images_of_rank_4():
     assert images.shape == (4, 8, 8, 1) and labels.shape == (4,)
 
 
-# --- sure classifiers and tiny gradients ---
+# --- confident classifiers and tiny gradients ---
 
 SCALES = [1.0, 10.0, 100.0, 1e4, 1e-8, 1e-12]
 
@@ -273,7 +273,7 @@ def test_a_step_along_a_tiny_gradient_has_its_full_length():
     assert np.all(NORMS["l2"].step(tf.zeros((1, 4, 4, 3)), 0.5) == 0)
 
 
-def test_a_sure_classifier_has_a_gradient_in_float16():
+def test_a_confident_classifier_has_a_gradient_in_float16():
     weights = np.stack([np.ones((4, 4, 1)), -np.ones((4, 4, 1))]).astype(np.float32)
     labels = tf.zeros(1, tf.int32)
     for scale in (1.0, 5.0, 40.0):

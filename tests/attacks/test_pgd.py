@@ -252,7 +252,7 @@ def test_the_attack_is_as_strong_in_mixed_precision_as_in_float32(policy):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_images_with_a_sure_prediction_keep_their_gradient_in_mixed_precision(policy):
+def test_images_with_a_confident_prediction_keep_their_gradient_in_mixed_precision(policy):
     """Float16 would lose such a small slope under any scale that suits the other images."""
     directions = {}
     for name in ("float32", policy):

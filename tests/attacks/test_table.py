@@ -17,7 +17,7 @@ def test_the_table_names_the_norms_that_each_attack_takes(name, norm):
         ATTACKS[name](None, None, None, norm=norm, epsilon=-1.0, seed=0)
     assert ("epsilon=-1" in str(raised.value)) == (norm in ATTACKS[name].norms)
     if norm in NORMS and norm not in ATTACKS[name].norms:
-        with pytest.raises(UserError, match=f"attack {name} has the norms linf and l2. Received: norm='{norm}'"):
+        with pytest.raises(UserError, match=f"attack {name} supports the norms linf and l2. Received: norm='{norm}'"):
             check_attacks([name], norm)
     else:
         check_attacks([name], norm)

@@ -58,7 +58,7 @@ def test_rounding_does_not_add_up_over_a_large_image(norm, epsilon, value):
 
 
 def test_l1_projection_is_the_nearest_point():
-    """By the optimality condition of a convex problem no point of the set lies on the other side of the projection."""
+    """Seen from the projection, no point of a convex set may lie in the direction of the point that was projected."""
     images, points = images_and_points()
     projected = NORMS["l1"].project(points, images, 1.5).numpy().astype(np.float64)
     np.testing.assert_allclose(np.abs(projected - images).sum(axis=(1, 2, 3)), 1.5, atol=1e-4)

@@ -22,7 +22,7 @@ def test_each_figure_that_was_compared_has_a_line():
     assert results.comparison_in_words() == [
         "clean accuracy, robust minus standard source: +5.8 points (95 % +1.2 to +10.4, p = 0.013)",
         "mean-per-class accuracy, robust minus standard source: +2.0 points (95 % -1.0 to +5.0, p = 0.2): this run "
-        "does not decide",
+        "does not show which is better",
         "accuracy under PGD-20 (highest-loss iterate), l2 0.5, robust minus standard source: +13.0 points (95 % +8.0 "
         "to +18.0, p < 0.001)",
     ]

@@ -79,7 +79,7 @@ def test_whatever_changes_the_features_makes_another_store(stored, task, classif
     assert stored(dataclasses.replace(task, preprocessing=resized)).hits == 0
     assert stored(dataclasses.replace(task, fingerprint="other images")).hits == 0
     assert stored(dataclasses.replace(task, seed=5), views=2).hits == 0
-    # The head has no influence on the features, and for one view neither have the seed and the augmentation.
+    # The head has no influence on the features, and for one view neither do the seed and the augmentation.
     classifier.get_layer("logits").set_weights([w + 1 for w in classifier.get_layer("logits").get_weights()])
     augmented = dataclasses.replace(task.preprocessing, augmentation="shift_flip")
     assert stored(dataclasses.replace(task, seed=5, preprocessing=augmented)).computed == 0

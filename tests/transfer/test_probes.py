@@ -45,7 +45,7 @@ def test_ridge_regression_equals_scikit_learns(monkeypatch):
     scale = both.var(axis=0).mean()
     targets = 2.0 * np.eye(3)[np.tile(labels, 2)] - 1.0
     theirs = Ridge(alpha=penalty * scale * len(both)).fit(both, targets)
-    factor = (head.kernel * theirs.coef_.T).sum() / (theirs.coef_**2).sum()  # all our weights have one more factor
+    factor = (head.kernel * theirs.coef_.T).sum() / (theirs.coef_**2).sum()  # our weights are all scaled by one factor
     np.testing.assert_allclose(head.kernel, factor * theirs.coef_.T, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(head.bias, factor * theirs.intercept_, rtol=1e-3, atol=1e-3)
     logits = validation @ head.kernel + head.bias
