@@ -91,7 +91,7 @@ def test_thresholds(changes, count):
 
 @pytest.fixture
 def job(tmp_path, data_dir, monkeypatch):
-    """Makes small jobs whose measurements are replaced by given ones, and by FINE ones after these."""
+    """Makes small jobs whose measurements are replaced by the given ones and, after these, by FINE."""
 
     def make(*script: Reading, **changes) -> JobConfig:
         readings = iter(script)
@@ -209,7 +209,7 @@ def test_rollback_repeats_the_epoch_with_a_lower_learning_rate(job, tmp_path, ca
 
 
 def fake_fit(monkeypatch, *, alarm_from_epoch: int) -> list[int]:
-    """Replaces training by attempts that end with an alarm in this epoch (from 1); returns their rollbacks."""
+    """Replaces training by attempts that end with an alarm in this epoch, counted from 1; returns their rollbacks."""
     tries: list[int] = []
 
     def train_once(fit):

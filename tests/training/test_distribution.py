@@ -92,7 +92,7 @@ def test_two_workers_give_the_same_weights_as_one_even_if_one_is_killed(single, 
         for worker in workers:
             worker.kill()
     assert "Restarting (restart 1 of at most 3)" in out[1 - victim]
-    assert "Going on after" in out[0]
+    assert "Continuing after" in out[0]
     assert_equal_jobs(single, workdir)
     assert "clean accuracy" in out[0] and "clean accuracy" not in out[1]  # only the chief prints the table
 
