@@ -117,7 +117,7 @@ def fit_classifier(
 
 
 def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
-    """Trains from the latest checkpoint to the end or to an alarm; returns the progress and whether an alarm ended it."""
+    """Trains from the latest checkpoint to the end or an alarm; returns the progress and whether an alarm ended it."""
     job, task, checkpoints, distribution = fit.job, fit.task, fit.checkpoints, fit.distribution
     state = _state_of_chief(checkpoints.latest, distribution)
     progress = state.progress if state else TrainingProgress()

@@ -38,8 +38,8 @@ def out_of_memory_explained(job: JobConfig, classifier: keras.Model) -> Iterator
         # The first line of TensorFlow's message names the tensor; a page of allocator statistics follows.
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(
-            f"Out of memory in training. Received: --batch_size={optimization.batch_size}, for which this job needs "
-            f"an estimated {estimate / 1024**3:.1f} GB ({reason}). The last checkpoint is kept. Ways out: "
+            f"Out of memory in training. Received: --batch_size={optimization.batch_size}, for which this job is "
+            f"estimated to need about {estimate / 1024**3:.1f} GB ({reason}). The last checkpoint is kept. Ways out: "
             f"{', '.join(ways)}; in a new --workdir."
         ) from error
 

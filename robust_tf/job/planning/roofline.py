@@ -207,8 +207,8 @@ def _step_rows(work: JobWork) -> dict[str, str]:
         )
     passes = work.step.outside.forward / work.forward.flops
     rows["outside the attack" if rows else "training pass"] = (
-        f"{_parts(work.step.outside)}, {passes:.3g} forward passes of them, = "
-        f"{_si(work.step.outside.flops, 'FLOP')} an image"
+        f"{_parts(work.step.outside)} = {_si(work.step.outside.flops, 'FLOP')} an image, including {passes:.3g} "
+        "forward passes"
     )
     return rows
 
