@@ -732,8 +732,8 @@ def broken_file(tmp_path: pathlib.Path) -> str:
         ("nowhere.keras", "", "nowhere.keras"),
         (broken_file, "", r"broken\.keras \(13 bytes\).*damaged"),
         ("resnet50_l2_eps33", "", "Received: 'resnet50_l2_eps33'. Did you mean 'resnet50_l2_eps3'"),
-        ("some/folder/model.h5", "", "Received: some/folder/model.h5"),
-        ("model.ckpt", "", "Add --architecture"),
+        ("some/folder/model.h5", "", "Received: source=some/folder/model.h5"),
+        ("model.ckpt", "", "Received: source=model.ckpt. Name it by architecture"),
         ("missing.cfg", "", "missing.cfg"),
     ],
 )
@@ -745,7 +745,7 @@ def test_a_source_that_cannot_be_used_is_named(transfer, tmp_path, source, archi
 
 def test_a_source_that_does_not_fit_is_refused(transfer, trained):
     source = f"{trained.run.workdir}/classifier.keras"
-    with pytest.raises(UserError, match="is a resnet8. Received: --architecture=resnet20"):
+    with pytest.raises(UserError, match="has the architecture resnet8. Received: architecture=resnet20"):
         train.run(transfer("a", source=source, architecture="resnet20"))
     with pytest.raises(UserError, match="'stage9'.*stage3"):
         train.run(transfer("b", source=source, transfer_mode="partial", freeze_through="stage9"))

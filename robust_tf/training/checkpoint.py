@@ -264,7 +264,7 @@ def _write(path: pathlib.Path, progress: TrainingProgress, arrays: dict[str, np.
 def _read(path: pathlib.Path) -> State:
     """Reads a whole file and verifies it."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             _check_format(path, archive)
             arrays = {name: archive[name] for name in archive.files if name != "format"}
         text, digest = str(arrays.pop("progress")), str(arrays.pop("sha256"))
@@ -290,7 +290,7 @@ def _check_format(path: pathlib.Path, archive: Any) -> None:
 def _read_progress(path: pathlib.Path) -> TrainingProgress:
     """Reads the progress alone, without the variables."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             _check_format(path, archive)
             return TrainingProgress(**json.loads(str(archive["progress"])))
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -110,9 +110,12 @@ def test_version_that_replaces_another_during_a_look_leaves_no_gap(tmp_path, mon
     monkeypatch.setattr(folders, "version_folders", slow_look)
     unloaded = []
     close_unused = manager._close_unused
-    monkeypatch.setattr(
-        manager, "_close_unused", lambda leaving: (unloaded.append(manager.ready()), close_unused(leaving))
-    )
+
+    def note_and_close(leaving):
+        unloaded.append(manager.ready())
+        close_unused(leaving)
+
+    manager._close_unused = note_and_close  # not by monkeypatch, which `slow_look` undoes
     manager._update()
     assert [number for number, state, _ in manager.states("m") if state == "AVAILABLE"] == [2]
     assert unloaded == [True]  # when version 1 was unloaded, version 2 was already available
