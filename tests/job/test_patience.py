@@ -108,7 +108,7 @@ def test_the_plan_mentions_patience_accumulation_and_class_weights(job, capsys):
         "8 epochs x 2 = 16 steps of 30 images, an update of the weights every 4: 4 updates; fewer after 2 epochs" in out
     )
     assert "3 classes, weighted in the loss" in out
-    assert "rate learning rate 0.05, step, x 0.1 at no time within 8 epochs" in out
+    assert "rate learning rate 0.05, step, x 0.1 never within 8 epochs" in out
 
 
 @pytest.mark.parametrize(

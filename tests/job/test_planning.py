@@ -336,9 +336,9 @@ def test_the_estimated_memory_is_right_within_its_factor(architecture, size, bat
         ({"lr_schedule": "cosine", "warmup_epochs": 2.0}, "0.1, cosine, rises from 0 for 2 epochs"),
         ({"lr_step_epochs": 2}, "0.1, step, x 0.1 after epochs 2, 4, 6, 8"),
         ({"lr_step_epochs": 1, "lr_decay": 0.9}, "0.1, step, x 0.9 after epochs 1, 2, 3, 4, ..."),
-        ({"lr_step_epochs": 10}, "0.1, step, x 0.1 at no time within 10 epochs"),
+        ({"lr_step_epochs": 10}, "0.1, step, x 0.1 never within 10 epochs"),
         ({"lr_schedule": "piecewise", "lr_milestones": (6, 30)}, "0.1, piecewise, x 0.1 after epochs 6"),
-        ({"base_batch_size": 256, "batch_size": 32, "accumulate_steps": 4}, "0.05, step, x 0.1 at no time within 10"),
+        ({"base_batch_size": 256, "batch_size": 32, "accumulate_steps": 4}, "0.05, step, x 0.1 never within 10"),
     ],
 )
 def test_the_plan_shows_the_drops_of_the_learning_rate_that_the_job_reaches(settings, shown):

@@ -103,7 +103,7 @@ _RULES: dict[str, _Rule] = {
 
 
 def _kind(node: Any) -> str:
-    """Returns the field of `Work` to which an operation counts.
+    """Returns the field of `Work` that an operation counts towards.
 
     For outputs = images @ weights, the gradient of the images is gradient @ weights^T, and the gradient of the weights
     is images^T @ gradient.

@@ -62,7 +62,7 @@ class JobWork:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.compute_copy_bytes
 
     def evaluation(self, attack_steps: int) -> Work:
-        """Returns the work of evaluating one image: the attack, and a forward pass each of its last iterate and result.
+        """Returns the work of evaluating one image: the attack, and forward passes for its last iterate and its result.
 
         Args:
             attack_steps: Number of steps of the attack. 0 leaves it out.

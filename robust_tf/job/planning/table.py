@@ -144,7 +144,7 @@ def _learning_rate(optimization: OptimizationConfig) -> str:
             drops = tuple(range(optimization.lr_step_epochs, epochs, optimization.lr_step_epochs))
         within = [str(epoch) for epoch in drops if epoch < epochs]
         shown = within if len(within) <= 4 else [*within[:4], "..."]
-        after = f"after epochs {', '.join(shown)}" if within else f"at no time within {epochs} epochs"
+        after = f"after epochs {', '.join(shown)}" if within else f"never within {epochs} epochs"
         parts.append(f"x {optimization.lr_decay:g} {after}")
     if optimization.warmup_epochs:
         parts.append(f"rises from 0 for {optimization.warmup_epochs:g} epochs")
