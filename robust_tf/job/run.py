@@ -26,7 +26,7 @@ from robust_tf.transfer import sources
 
 
 def run_job(job: JobConfig) -> JobResults:
-    """Runs one job, from its configuration to results.json. If the job is finished already, only reads its results.
+    """Runs one job, from its configuration to results.json. If the job is finished already, its results are read.
 
     Raises:
         UserError: Something is wrong with the flags, the data or the files. Files that were written before are kept.

@@ -31,7 +31,7 @@ def source_job(job: JobConfig) -> JobConfig:
 
 
 def twin_job(job: JobConfig) -> JobConfig:
-    """Returns the standard twin of a source that is a flag file."""
+    """Returns the standard twin of a source that is a flag file: the same job, trained without an attack."""
     robust = source_job(job)
     return robust.standard_twin().with_flags(workdir=f"{robust.run.workdir}_eps0")
 
