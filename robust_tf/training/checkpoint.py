@@ -264,6 +264,7 @@ def _write(path: pathlib.Path, progress: TrainingProgress, arrays: dict[str, np.
 def _read(path: pathlib.Path) -> State:
     """Reads a whole file and verifies it."""
     try:
+        # Opened here, because NumPy does not close a file that turns out to be damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             _check_format(path, archive)
             arrays = {name: archive[name] for name in archive.files if name != "format"}
