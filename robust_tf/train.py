@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     job, rest = parse_flags(JobConfig, argv, __doc__ or "")
     if rest:
         raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
-    # TensorFlow, and what imports it, comes only now: --help and a mistake in the flags need not wait for it.
+    # TensorFlow is imported only now, so that --help and error messages about flags do not have to wait for it.
     start_tensorflow()
     from robust_tf.training.interruption import Interrupted, signals_raise
 
@@ -72,7 +72,7 @@ def plan(job: JobConfig) -> None:
 
 
 def default_workdir(argv: Sequence[str]) -> str:
-    """Returns runs/<name of the flag file>."""
+    """Returns runs/<name of the flag file>, or runs/train without one."""
     arguments = [arg.lstrip("-").partition("=") for arg in argv]
     following = [*argv[1:], ""]  # absl also accepts "--flagfile FILE"
     flag_files = [

@@ -315,7 +315,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(job, monkeypatch, cap
         done = (epoch + 1, 0) if where == "on_epoch_end" else (epoch, 3 if where == "on_test_batch_end" else after)
         assert f"{done[0]} of 3 epochs are saved" in out and f"and {done[1]} steps of the next one" in out
         train.run(job(name, **settings))
-        assert "Going on after" in capsys.readouterr().out
+        assert "Continuing after" in capsys.readouterr().out
         whole, parts = classifier_of(job("whole")), classifier_of(job(name))
         for ours, theirs in zip(parts.weights, whole.weights, strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg=f"{name} {ours.path}")

@@ -1,6 +1,7 @@
-"""A training job from its records to its results: the application around the library in `robust_tf.training`.
+"""A training job, from its configuration to its results: the application around the library in `robust_tf.training`.
 
-`run` has the order of a job. `task` and `building` make what it trains, `fitting` and `head_fitting` train it,
-`testing` evaluates it, and `outputs` writes and prints the results. `sources` and `workdir` know its files, and
-`planning` is what `--dry_run` prints.
+`run` runs the steps of a job in order: `task` and `building` create the data and the classifier, `fitting` and
+`head_fitting` train it, `testing` evaluates it, and `results` and `outputs` collect, write and print the results.
+`sources` loads the source of a transfer, `workdir` checks the folders, and `planning` makes the plan that `--dry_run`
+prints.
 """

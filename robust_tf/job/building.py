@@ -1,4 +1,4 @@
-"""What a job trains and how: a new or an adapted classifier, its loss, its optimizer and its recipe."""
+"""The parts of a job's training: a new or adapted classifier, the loss, the optimizer and the recipe."""
 
 import math
 
@@ -22,7 +22,7 @@ DEFAULT_ARCHITECTURE = "resnet20"
 
 
 def new_classifier(job: JobConfig, task: TaskSummary) -> keras.Model:
-    """Builds an untrained classifier that normalizes its input as the data set's row of the table says."""
+    """Builds an untrained classifier that normalizes images with the mean and standard deviation of the data set."""
     info = dataset_info(job.data.dataset)
     classifier = build_classifier(
         job.transfer.architecture or DEFAULT_ARCHITECTURE,
@@ -36,7 +36,7 @@ def new_classifier(job: JobConfig, task: TaskSummary) -> keras.Model:
 
 
 def adapted_classifier(source: keras.Model, job: JobConfig, task: TaskSummary) -> keras.Model:
-    """Turns the source of a transfer into a classifier of the task.
+    """Turns the source of a transfer into a classifier for the task.
 
     The image size, normalization and precision follow the job, the head is new, and the layers that transfer keeps are
     frozen.
@@ -75,8 +75,8 @@ def job_optimizer(
     """Builds the optimizer of a job, with its schedule.
 
     Args:
-        optimization: Record of the optimization.
-        steps_per_epoch: Number of updates of the weights in an epoch; see `optimizer_steps_per_epoch`.
+        optimization: Settings of the optimization.
+        steps_per_epoch: Number of updates of the weights in an epoch, see `optimizer_steps_per_epoch`.
         factor: Factor on the learning rate.
     """
     return build_optimizer(
@@ -95,9 +95,9 @@ def job_recipe(adversarial: AdversarialConfig, optimization: OptimizationConfig,
     """Builds the recipe of a job's adversarial training.
 
     Args:
-        adversarial: Record of the adversarial training.
-        optimization: Record of the optimization.
-        steps_per_epoch: Number of updates of the weights in an epoch; see `optimizer_steps_per_epoch`.
+        adversarial: Settings of the adversarial training.
+        optimization: Settings of the optimization.
+        steps_per_epoch: Number of updates of the weights in an epoch, see `optimizer_steps_per_epoch`.
     """
     free = adversarial.fast == "free"
     warmup_epochs = adversarial.warmup_epochs(epochs=optimization.epochs)
@@ -116,8 +116,8 @@ def optimizer_steps_per_epoch(optimization: OptimizationConfig, *, replays: int,
     """Returns the number of updates of the weights in one of `optimization.epochs`.
 
     Args:
-        optimization: Record of the optimization.
-        replays: Number of optimizer steps on each batch, which free adversarial training makes more than 1.
+        optimization: Settings of the optimization.
+        replays: Number of optimizer steps on each batch, more than 1 in free adversarial training.
         batches: Number of batches in one pass over the training images.
     """
     data_epochs = math.ceil(optimization.epochs / replays)

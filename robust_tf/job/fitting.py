@@ -1,4 +1,4 @@
-"""One training from a classifier to its best weights: compile, continue where it stopped, fit."""
+"""Training of a classifier to its best weights: compiles it, restores the last checkpoint, and fits."""
 
 import dataclasses
 import functools
@@ -75,8 +75,8 @@ def fit_classifier(
 ) -> TrainingProgress:
     """Trains the classifier in place and leaves it with the weights of the best epoch.
 
-    What `workdir` already holds of the training is not repeated. An epoch that raised an alarm is never the best one,
-    unless `on_alarm` only warns.
+    Training that `workdir` already holds is not repeated. An epoch that raised an alarm is never the best one, unless
+    `on_alarm` only warns.
 
     Args:
         job: Job to run.
@@ -87,7 +87,7 @@ def fit_classifier(
 
     Raises:
         UserError: The first epoch raised an alarm after every rollback.
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: Ctrl-C or SIGTERM was received. The state has been saved.
     """
     fit = _Fit(job=job, classifier=classifier, task=task, workdir=workdir, distribution=distribution)
     checkpoints, patience = fit.checkpoints, patience_of(job)
@@ -103,7 +103,7 @@ def fit_classifier(
     if progress.best_epoch < 0:
         raise UserError(
             f"The first epoch raised an alarm in {progress.rollbacks + 1} tries. Received: {progress.alarms[-1]} Use "
-            "--on_alarm=warn to train on in spite of it, in a new --workdir."
+            "--on_alarm=warn to continue despite alarms, in a new --workdir."
         )
     if patience.is_exhausted(progress):
         console.print(patience.explanation(progress))
@@ -117,7 +117,7 @@ def fit_classifier(
 
 
 def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
-    """Trains from the latest checkpoint to the last epoch, or to the first one that raises an alarm (then True)."""
+    """Trains from the latest checkpoint to the end or an alarm; returns the progress and whether an alarm ended it."""
     job, task, checkpoints, distribution = fit.job, fit.task, fit.checkpoints, fit.distribution
     state = _state_of_chief(checkpoints.latest, distribution)
     progress = state.progress if state else TrainingProgress()
@@ -127,7 +127,9 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
         trainer, compile_with = _compiled_trainer(fit, rollbacks=progress.rollbacks)
     if state:
         state.assign_to(trainer.state)
-        console.print(f"Going on after {_position(progress, task.steps_per_epoch, job.data_epochs)} in {fit.workdir}.")
+        console.print(
+            f"Continuing after {_position(progress, task.steps_per_epoch, job.data_epochs)} in {fit.workdir}."
+        )
     elif job.adversarial.on_alarm == "rollback":  # even the first epoch may have to be thrown away
         start = named_arrays(trainer.state)
         distribution.on_chief(lambda: checkpoints.save(progress, start))
@@ -172,7 +174,7 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
 
 
 def _freeze_as_before(fit: _Fit, progress: TrainingProgress) -> bool:
-    """Freezes the layers as they were where the training continues; returns whether it had unfrozen all."""
+    """Freezes the layers as they were where training continues. Returns whether all had been unfrozen by then."""
     transfer = fit.job.transfer
     unfreeze_at = transfer.unfreeze_at_epoch
     # If any step of an epoch is done, its unfreezing is done too.
@@ -180,7 +182,7 @@ def _freeze_as_before(fit: _Fit, progress: TrainingProgress) -> bool:
     if unfrozen:
         freeze(fit.classifier, mode="full_network")  # the saved state of the optimizer covers the whole network
     elif unfreeze_at is not None and progress.rollbacks:
-        # The rollback may have gone from after the unfreezing to before it.
+        # The unfreezing may have come after the state to which the rollback went.
         freeze(
             fit.classifier,
             mode=transfer.transfer_mode,
@@ -237,7 +239,7 @@ def _run_epochs(
     *,
     until: int,
 ) -> None:
-    """Trains from `progress` to the epoch `until`, which is the next one where `progress` is in the middle of one."""
+    """Trains from `progress` until `until` epochs are done. From within an epoch, it can only finish that epoch."""
     epoch, first_step = progress.epochs_done, progress.steps_done
     if epoch == until:
         return
@@ -267,7 +269,7 @@ def _finish_epoch(
     callbacks: keras.callbacks.CallbackList,
     epoch: int,
 ) -> None:
-    """Does what `fit` does after the last step of an epoch, for a run that was interrupted between the two."""
+    """Does what `fit` does after the last step of an epoch, for a run that was interrupted at that point."""
     callbacks.on_train_begin()
     callbacks.on_epoch_begin(epoch)
     logs = trainer.get_metrics_result()
@@ -320,7 +322,7 @@ def _callbacks(
 
 
 def _state_of_chief(read: Callable[[], State | None], distribution: Distribution) -> State | None:
-    """Returns what the chief reads, in every process.
+    """Returns the state that the chief reads, in every process.
 
     The processes need not see the same disk, and one of them might find a file damaged that another can read.
     """
@@ -337,7 +339,7 @@ def _state_of_chief(read: Callable[[], State | None], distribution: Distribution
 
 
 def _selecting_metric(select_by: SelectBy, metric: str, *, attacked: bool) -> str | None:
-    """Returns the name in Keras's logs of the validation figure that chooses the epoch; None keeps the last epoch."""
+    """Returns the name of the logged validation figure that selects the best epoch. None keeps the last epoch."""
     if select_by == "last":
         return None
     if select_by == "accuracy":

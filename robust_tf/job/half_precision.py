@@ -4,7 +4,7 @@ import pathlib
 
 import tensorflow as tf
 
-# Names in /proc/cpuinfo of the instructions that multiply such numbers, on x86 and on ARM.
+# Instructions that multiply such numbers on x86 and ARM, as /proc/cpuinfo names them.
 _INSTRUCTIONS = {
     "mixed_bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
     "mixed_float16": {"avx512_fp16", "amx_fp16", "fphp", "asimdhp"},
@@ -16,7 +16,7 @@ def emulation_warning(precision: str, cpu_info: pathlib.Path = pathlib.Path("/pr
 
     Args:
         precision: Value of `--precision`.
-        cpu_info: Linux's description of the processors; without that file there is no warning.
+        cpu_info: Linux's description of the processors. Without that file there is no warning.
     """
     if precision not in _INSTRUCTIONS or any(tf.config.list_physical_devices(kind) for kind in ("GPU", "TPU")):
         return None

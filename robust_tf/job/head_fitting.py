@@ -34,11 +34,11 @@ class HeadFit:
     """The result of fitting a head on stored features.
 
     Attributes:
-        progress: Progress of the training; `epochs_done` is 0 for a head that is solved for instead of trained.
-        cache_hits: Number of rows of features that were stored already.
+        progress: Progress of the training; `epochs_done` is 0 for a probe, which is not trained in epochs.
+        cache_hits: Number of rows of features that had been stored before.
         cache_misses: Number of rows of features that had to be computed.
-        feature_seconds: Seconds until all features were there.
-        penalty: Regularization that a probe chose; None for SGD.
+        feature_seconds: Seconds that it took to load and compute all features.
+        penalty: Regularization that a probe chose. None for SGD.
     """
 
     progress: TrainingProgress
@@ -49,7 +49,7 @@ class HeadFit:
 
 
 def fit_head(job: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path) -> HeadFit:
-    """Gives the classifier the best head on the features of its backbone, which stays as it is.
+    """Fits the head of a classifier to the features of its backbone, which is not changed.
 
     Args:
         job: Job to run.
@@ -58,7 +58,7 @@ def fit_head(job: JobConfig, classifier: keras.Model, task: TaskData, workdir: p
         workdir: Folder of the job.
 
     Raises:
-        UserError: The features can't be stored, or the loss is no longer a number.
+        UserError: The features can't be stored, or the loss is no longer finite.
     """
     transfer = job.transfer
     start = time.perf_counter()
@@ -99,7 +99,7 @@ def fit_head(job: JobConfig, classifier: keras.Model, task: TaskData, workdir: p
 
 
 def _train(job: JobConfig, classifier: keras.Model, features: Features, task: TaskData) -> TrainingProgress:
-    """Trains the head as the flags say; each epoch sees every image once, in a view that is drawn for it."""
+    """Trains the head by gradient descent. Each epoch sees every image once, in a view that is drawn at random."""
     optimization, patience = job.optimization, patience_of(job)
     head = _copy_of_head(classifier)
     optimizer = job_optimizer(
@@ -144,10 +144,10 @@ def _train(job: JobConfig, classifier: keras.Model, features: Features, task: Ta
 def _steps(
     head: keras.Model, optimizer: keras.optimizers.Optimizer, loss: CrossEntropy, batch_size: int
 ) -> tuple[Any, Any]:
-    """Returns two graph functions.
+    """Returns two graph functions of rows of features, one for training and one for prediction.
 
-    The first takes the training steps over some rows, and returns the sum of the losses and the number of hits; the
-    second returns the logits of rows.
+    The first trains on the rows batch by batch and returns the sum of the losses and the number of hits. The second
+    returns the logits.
     """
     dim = head.input_shape[-1]
     rows = tf.TensorSpec([None, dim], tf.float32)
@@ -207,7 +207,7 @@ def _head_layers(classifier: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _copy_of_head(classifier: keras.Model) -> keras.Model:
-    """Returns a copy of the layers after "features" as a model; a layer in two models would have no single input."""
+    """Returns a model with copies of the layers after "features", since a layer in two models has no single input."""
     outputs = inputs = keras.Input(classifier.get_layer("features").output.shape[1:], name="features")
     for layer in _head_layers(classifier):
         copy = type(layer).from_config(layer.get_config())

@@ -1,4 +1,4 @@
-"""Advice instead of a traceback for a training that does not fit into memory."""
+"""Advice instead of a traceback when training does not fit into memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from robust_tf.job.planning.table import estimated_bytes
 
 @contextlib.contextmanager
 def out_of_memory_explained(job: JobConfig, classifier: keras.Model) -> Iterator[None]:
-    """Turns running out of memory, of an accelerator or of the machine, into a UserError within the block.
+    """Returns a context that turns an out-of-memory error, on an accelerator or on the host, into a UserError.
 
-    The message gives an estimate of what the job needs, and the flags that need less. Nothing is written, so the last
-    checkpoint stays. Linux may also kill the process (code 137), which cannot be caught.
+    The message estimates the memory that the job needs, and suggests flags that reduce it. Nothing is written, so the
+    last checkpoint stays. Linux may also kill the process (exit code 137), which cannot be caught.
 
     Args:
         job: Job that is run.
@@ -38,14 +38,14 @@ def out_of_memory_explained(job: JobConfig, classifier: keras.Model) -> Iterator
         # The first line of TensorFlow's message names the tensor; a page of allocator statistics follows.
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(
-            f"Out of memory in training. Received: --batch_size={optimization.batch_size}, for which this job needs "
-            f"about {estimate / 1024**3:.1f} GB by estimate ({reason}). The last checkpoint is kept. Ways out: "
+            f"Out of memory in training. Received: --batch_size={optimization.batch_size}, for which this job is "
+            f"estimated to need about {estimate / 1024**3:.1f} GB ({reason}). The last checkpoint is kept. Ways out: "
             f"{', '.join(ways)}; in a new --workdir."
         ) from error
 
 
 def _batch_in_parts(optimization: OptimizationConfig, distribution: DistributionKind) -> list[str]:
-    """Returns flags that give the same updates on batches half as large; none where they are not allowed."""
+    """Returns the flags that give the same updates with half the batch size, if the job allows them."""
     if distribution != "none" or optimization.batch_size % 2:
         return []
     batch_size, steps = optimization.batch_size // 2, 2 * optimization.accumulate_steps

@@ -1,4 +1,4 @@
-"""What a finished job writes and prints: its files, its table, its export, and the commands that may come next."""
+"""What a finished job writes and prints: its files, its table, its export, and the commands to run next."""
 
 import pathlib
 
@@ -70,12 +70,12 @@ def write_missing_report(workdir: pathlib.Path) -> None:
 
 
 def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None = None) -> None:
-    """Prints the results of a job, publishes its classifier if that is asked for, and prints the next commands.
+    """Prints the results of a job, publishes its classifier if `export_dir` is set, and prints the next commands.
 
     Args:
         job: Job that is finished.
         results: Results of the job.
-        baseline: Results of the same job from the standard source.
+        baseline: Results of the same job with the standard source, or None if there is no baseline.
     """
     workdir = pathlib.Path(job.run.workdir)
     if baseline:
@@ -95,7 +95,7 @@ def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None 
 
 
 def print_next_commands(job: JobConfig) -> None:
-    """Prints the commands that usually follow, ready to copy."""
+    """Prints the commands that a user may want to run next, ready to copy."""
     sample = load_job_task(job).sample() if job.run.export_dir else b""
     console.print("Next:", *(f"  {command}" for command in next_commands(job.run, sample)), sep="\n")
 

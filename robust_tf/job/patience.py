@@ -1,4 +1,4 @@
-"""Early stopping: training ends when the validation figure that chooses the epoch has not improved for some epochs."""
+"""Early stopping: training ends when the validation figure that selects the epoch has not improved for some epochs."""
 
 import dataclasses
 from typing import Any

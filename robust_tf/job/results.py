@@ -40,9 +40,9 @@ def job_results(
         config: Configuration of the job.
         task: Data of the job.
         classifier: The trained classifier.
-        evaluation: Its evaluation on the test images.
+        evaluation: Evaluation of the classifier on the test images.
         progress: Progress of the training at its end.
-        head_fit: How the head was fitted, for a job with `--features=cached`.
+        head_fit: Result of fitting the head, for a job with `--features=cached`.
     """
     trainable, total = parameter_counts(classifier)
     data, transfer, adversarial = config.data, config.transfer, config.adversarial
@@ -97,10 +97,10 @@ def job_results(
 
 
 def measured_attack(attack: AttackConfig) -> MeasuredAttack | None:
-    """Returns the attack of the final figures as results.json names it, or None if it moves no image.
+    """Returns the attack of the final evaluation as results.json describes it, or None without an attack.
 
-    The name says which iterate is kept: `robust_tf.evaluate` counts an image as fallen when any iterate of PGD is
-    misclassified, so its figure can be lower.
+    The name says which iterate is kept, because `robust_tf.evaluate` counts an image as misclassified if any iterate of
+    PGD is. Its figure can therefore be lower.
     """
     if not attack.active:
         return None
@@ -119,14 +119,14 @@ def with_baseline(results: JobResults, baseline: JobResults, workdir: pathlib.Pa
     Args:
         results: Results of the job.
         baseline: Results of its baseline.
-        workdir: Folder of the job. The baseline's is the subfolder baseline/ of it.
+        workdir: Folder of the job. The folder of the baseline is its subfolder baseline/.
     """
     compared = compare_outcomes(read_outcomes(workdir), read_outcomes(workdir / BASELINE), metric=results.metric)
     return dataclasses.replace(results, baseline=baseline, comparison=compared)
 
 
 def closing_table(results: JobResults) -> Table:
-    """Returns the table of the figures on the test images, in one row, or in two if there is a baseline."""
+    """Returns the table of the figures on the test images, with one row, or two if there is a baseline."""
     table = Table(
         title=f"{results.dataset}: {results.num_test_images} test images", title_justify="left", box=box.SIMPLE
     )

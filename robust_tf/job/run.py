@@ -1,4 +1,4 @@
-"""One job from its records to results.json, with the jobs that it depends on: its source and its baseline."""
+"""Runs a job, from its configuration to results.json, and the jobs that it depends on: its source and its baseline."""
 
 import pathlib
 
@@ -26,10 +26,10 @@ from robust_tf.transfer import sources
 
 
 def run_job(job: JobConfig) -> JobResults:
-    """Runs one job, from its records to results.json; a finished job is only read.
+    """Runs one job, from its configuration to results.json. If the job is finished already, its results are read.
 
     Raises:
-        UserError: The flags, the data or the files are at fault. What was written before is kept.
+        UserError: Something is wrong with the flags, the data or the files. Files that were written before are kept.
     """
     workdir = pathlib.Path(job.run.workdir)
     distribution = start_distribution(job.run.distribution)
@@ -62,7 +62,7 @@ def run_job(job: JobConfig) -> JobResults:
         progress = state.progress if state else TrainingProgress()
         console.print(
             f"Interrupted. {progress.epochs_done} of {job.data_epochs} epochs are saved in {workdir}, and "
-            f"{progress.steps_done} steps of the next one; the same command goes on there."
+            f"{progress.steps_done} steps of the next one; the same command continues there."
         )
         raise SystemExit(interruption.exit_code) from None
     finally:
@@ -70,7 +70,7 @@ def run_job(job: JobConfig) -> JobResults:
 
 
 def run_baseline(job: JobConfig) -> JobResults:
-    """Runs the same job from the standard twin of its source, in the sub-folder baseline/ of its workdir."""
+    """Runs the same job with the standard twin of its source, in the subfolder baseline/ of its workdir."""
     if source_is_job(job):
         twin = twin_job(job)
         run_job(twin)
@@ -82,7 +82,7 @@ def run_baseline(job: JobConfig) -> JobResults:
 
 
 def build_job(job: JobConfig) -> tuple[keras.Model, TaskData]:
-    """Returns the classifier of a job, with the right layers frozen, and its data; runs the source's job if needed."""
+    """Returns the classifier of a job, with the right layers frozen, and its data. Runs the source's job if needed."""
     distribution = start_distribution(job.run.distribution)
     source = _source_classifier(job, distribution) if job.is_transfer else None
     with distribution.chief_first():  # it prepares the data set where all workers see the same disk
@@ -132,7 +132,7 @@ def _fit(
 
 
 def _test(job: JobConfig, classifier: keras.Model, task: TaskData, distribution: Distribution) -> Evaluation:
-    """Evaluates on the test part, which nothing else in a job looks at."""
+    """Evaluates on the test part, which no other part of a job uses."""
     return evaluate_classifier(
         classifier,
         distribution.test_data(task),

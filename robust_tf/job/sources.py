@@ -31,7 +31,7 @@ def source_job(job: JobConfig) -> JobConfig:
 
 
 def twin_job(job: JobConfig) -> JobConfig:
-    """Returns the standard twin of a source that is a flag file."""
+    """Returns the standard twin of a source that is a flag file: the same job, trained without an attack."""
     robust = source_job(job)
     return robust.standard_twin().with_flags(workdir=f"{robust.run.workdir}_eps0")
 
@@ -42,12 +42,12 @@ def classifier_path(job: JobConfig) -> pathlib.Path:
 
 
 def open_source(path: str, transfer: TransferConfig, *, image_size: int | None) -> keras.Model:
-    """Loads a source that is there, or that can be downloaded, and prints a warning about its pixels if there is one.
+    """Loads a source from a file or a download. Prints a warning if it seems to expect pixels from 0 to 255.
 
     Args:
         path: Path of a file, or name of a published model.
-        transfer: Record of the transfer.
-        image_size: Image size for a checkpoint, which does not contain it.
+        transfer: Settings of the transfer.
+        image_size: Image size for a checkpoint, since checkpoints do not store it.
     """
     source = sources.load_source(path, architecture=transfer.architecture, image_size=image_size)
     if warning := pixel_warning(source):

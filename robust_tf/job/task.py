@@ -1,4 +1,4 @@
-"""The data of a job: what it loads, and whether the job is long enough for its flags."""
+"""The data of a job, and checks that need it: the radius of the attack and the length of the job."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from robust_tf.training.distribution import Distribution
 
 
 class TaskSummary(Protocol):
-    """What a plan needs to know of a task; `TaskData` has all of it."""
+    """The facts about a task that a plan needs. `TaskData` has all of them."""
 
     @property
     def num_train(self) -> int:
@@ -33,7 +33,7 @@ class TaskSummary(Protocol):
 
     @property
     def image_size(self) -> int:
-        """Side of the images in pixels."""
+        """Height and width of the images, in pixels."""
 
     @property
     def augmentation(self) -> str:
@@ -51,11 +51,12 @@ def load_job_task(
 
     Args:
         job: Job to load the data of.
-        image_size: Image size of the source, which counts when the flags give none.
-        distribution: Distribution of the job; None is one device.
+        image_size: Image size of the source, used if the flags give none.
+        distribution: Distribution of the job. None means one device.
 
     Raises:
-        UserError: The data is at fault, or an L2 radius is larger than any distance between two images.
+        UserError: The data cannot be used, the job is too short for its flags, or an L2 radius is larger than any
+            distance between two images.
     """
     task = load_task(
         dataclasses.replace(job.data, image_size=job.data.image_size or image_size),
@@ -81,7 +82,7 @@ def check_steps(job: JobConfig, steps_per_epoch: int) -> None:
     optimizer_steps, accumulated = steps * job.adversarial.replays, job.optimization.accumulate_steps
     if accumulated > optimizer_steps:
         raise UserError(
-            f"The weights would never move: the job has {optimizer_steps} steps in all. Received: "
+            f"The weights would never be updated: the job has {optimizer_steps} steps in all. Received: "
             f"--accumulate_steps={accumulated}."
         )
     profiled = job.run.profile_steps

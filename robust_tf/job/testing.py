@@ -31,7 +31,7 @@ class Evaluation:
 
     @property
     def confusion(self) -> np.ndarray:
-        """(num_classes, num_classes) int64, clean images: rows are true classes, columns predictions."""
+        """Confusion matrix of the clean images, (num_classes, num_classes) int64, with the true classes in rows."""
         return self.outcomes.confusion(self.num_classes)
 
     @property
@@ -80,13 +80,13 @@ def evaluate_classifier(
     An image counts as robust if it is classified correctly both before and after the attack.
 
     Args:
-        classifier: Function from images in [0, 1] to logits.
+        classifier: Classifier that maps images in [0, 1] to logits.
         dataset: Batches of images (batch, height, width, channels) float32 and labels (batch,) int.
-        attack: Attack of the evaluation; with epsilon 0 there is no robust accuracy.
+        attack: Attack of the evaluation. With epsilon 0 there is no robust accuracy.
         ids: Ids of the images in the order of `dataset`, (num_images,) int64.
-        strategy: Strategy of the job. With several replicas, `dataset` is a distributed one whose batches also have
-            weights (batch,), and images of weight 0 only fill a batch. Every process returns the outcomes of all
-            images, but examples from its own share only.
+        strategy: Strategy of the job. With several replicas, `dataset` is a distributed data set whose batches
+            also have weights (batch,), and images of weight 0 only fill a batch. Every process returns the outcomes of
+            all images, but only examples from its own share.
     """
     replicas: Any = strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
 

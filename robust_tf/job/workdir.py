@@ -1,4 +1,4 @@
-"""The folders of a job: who may write to them, and what is there already."""
+"""The folders of a job: checks that it may write to them, and reads what they already hold."""
 
 import pathlib
 
@@ -17,7 +17,8 @@ def claim_workdir(job: JobConfig) -> None:
     """Writes flags.cfg into the workdir of a job, or checks that the one there describes the same job.
 
     Raises:
-        UserError: The workdir belongs to another job (the message lists the flags that differ), or can't be written.
+        UserError: The workdir belongs to another job (the message lists the flags that differ), or can't be written
+            to.
     """
     path = pathlib.Path(job.run.workdir) / FLAGS
     if path.exists():
@@ -29,12 +30,12 @@ def claim_workdir(job: JobConfig) -> None:
             )
         return
     with replaced_atomically(path) as temporary:
-        # With the values that the recipe decides: a later version of the recipe may decide otherwise.
+        # With the values that the recipe sets, because a later version may set others.
         temporary.write_text(to_flag_file(job.resolved()), encoding="utf-8")
 
 
 def release_workdir(workdir: pathlib.Path) -> None:
-    """Gives up a workdir that holds nothing but flags.cfg, so that a corrected command may use it."""
+    """Deletes flags.cfg from a workdir that holds nothing else, so that a corrected command can use the workdir."""
     if [path.name for path in workdir.iterdir()] == [FLAGS]:
         (workdir / FLAGS).unlink()
 
@@ -43,7 +44,7 @@ def finished_results(workdir: pathlib.Path) -> JobResults | None:
     """Returns the results of a workdir whose job is finished, or None.
 
     Raises:
-        UserError: There is a results.json that is not the one of a finished job.
+        UserError: There is a results.json, but it does not belong to a finished job.
     """
     results = JobResults.read(workdir / FILE_NAME)
     if results is not None:
@@ -58,10 +59,10 @@ def check_export(job: JobConfig) -> None:
 
 
 def check_outputs(job: JobConfig) -> None:
-    """Refuses folders that can't be written, before the training whose results belong there.
+    """Refuses folders that can't be written to, before training starts.
 
     Raises:
-        UserError: A folder can't be written; the message names its flag.
+        UserError: A folder can't be written to. The message names its flag.
     """
     workdirs = [pathlib.Path(job.run.workdir)]
     if job.transfer.baseline and source_is_job(job):

@@ -1,5 +1,8 @@
 """Architectures, classifier files, and the exchange of weights with PyTorch checkpoints.
 
+In these modules "the reference" is the PyTorch code whose checkpoints are read: MadryLab's library robustness and the
+code of Salman et al. 2020 (arXiv 2007.08489), which builds on it.
+
 To add an architecture, see `robust_tf.models.architectures`.
 """
 

@@ -14,7 +14,7 @@ from robust_tf.models.plain import image_shape, plain_classifier
 
 
 def save_classifier(classifier: keras.Model, path: pathlib.Path) -> None:
-    """Writes a classifier as a `.keras` file. An older file is replaced when the new one is complete.
+    """Writes a classifier as a `.keras` file. An older file is replaced only when the new one is complete.
 
     Args:
         classifier: Classifier to save.
@@ -33,7 +33,7 @@ def save_classifier(classifier: keras.Model, path: pathlib.Path) -> None:
         (None, 2)
     """
     with replaced_atomically(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        # By way of a folder: Keras would build the archive in memory, which takes twice the size of the weights.
+        # Saved to a folder first, because Keras would build the archive in memory, at twice the size of the weights.
         with saved_without_copies(classifier):
             classifier.save(folder, zipped=False)
         with zipfile.ZipFile(temporary, "w") as archive:

@@ -1,4 +1,4 @@
-"""Handling of weights of hundreds of megabytes with one copy in memory, where TensorFlow and Keras make up to three."""
+"""Building and saving of large weights with one copy in memory, where TensorFlow and Keras make up to three."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 
 def untouched_zeros(shape: Sequence[int]) -> np.ndarray:
-    """Returns float32 zeros, for `tensor_over`, that take no memory until something is written to them.
+    """Returns float32 zeros for `tensor_over`. They take no memory until something is written to them.
 
     Args:
         shape: Shape of the array.
@@ -32,7 +32,7 @@ def tensor_over(array: np.ndarray) -> tf.Tensor:
 
 
 class UntouchedZeros(keras.initializers.Initializer):
-    """Initializes weights that are about to be replaced with zeros that take no memory.
+    """Initializer of zeros that take no memory, for weights that are about to be replaced.
 
     Args:
         instead_of: Initializer that these weights would normally have.

@@ -21,7 +21,7 @@ _WITHOUT_VALUES = contextvars.ContextVar("without_values", default=False)
 
 
 def without_initial_values(build: Callable[[], keras.Model]) -> keras.Model:
-    """Builds a network with zeros that take no memory, whose weights a checkpoint is about to replace.
+    """Builds a network whose weights a checkpoint will replace. They start as zeros that take no memory.
 
     To draw a random kernel, TensorFlow makes two copies of it and does not release the memory. The configuration of the
     layers is the same as with initial values.

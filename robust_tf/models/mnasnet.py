@@ -38,7 +38,7 @@ def mnasnet1_0(x: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def reference_module(layer: str) -> str:
-    """Returns the reference's module for a layer. The reference numbers all modules, with activations.
+    """Returns the reference's module for a layer. The reference numbers all modules, including activations.
 
     Args:
         layer: Name of a layer with weights.

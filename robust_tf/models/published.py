@@ -242,7 +242,8 @@ def _exclusive(folder: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     """Returns a context in which only one process at a time works on the files of a model. Other processes wait.
 
     Yields:
-        The folder to write to. If the cache folder is not writable, a warning is printed and it is a temporary folder.
+        The folder to write to. If the cache folder is not writable, this is a temporary folder, and a warning is
+        printed.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -318,7 +319,7 @@ def _download(path: pathlib.Path, model: PublishedModel, endpoint: str | None) -
 
 
 def _may_pass(error: Exception) -> bool:
-    """Returns whether a new attempt may succeed, unlike with a missing file, a full disk, or the hub's offline mode."""
+    """Returns whether trying again may help, unlike with a missing file, a full disk, or the hub's offline mode."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in {408, 429, 500, 502, 503, 504}
     return not isinstance(error, OfflineModeIsEnabled) and getattr(error, "errno", None) is None

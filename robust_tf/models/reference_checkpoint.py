@@ -98,7 +98,7 @@ def read_reference_checkpoint(path: str | pathlib.Path) -> ReferenceCheckpoint:
 
 
 def _with_file(message: str, path: pathlib.Path) -> str:
-    """Adds the name of the file to a message. A message that the content of the file has made long is shortened."""
+    """Adds the name of the file to a message. A message that is long, because it quotes the file, is shortened."""
     name = str(path) if len(str(path)) <= 300 else f"...{str(path)[-297:]}"
     room = _LONGEST_MESSAGE - len(name)
     return f"{message if len(message) <= room else message[: room - 3] + '...'} File: {name}."
@@ -115,7 +115,7 @@ def without_wrappers(key: str) -> str:
 
 
 def _read(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
-    """Returns the weights, the stored ones of `epoch`, `nat_prec1` and `adv_prec1`, and the name of the format."""
+    """Returns the weights, whichever of `epoch`, `nat_prec1` and `adv_prec1` are stored, and the name of the format."""
     start = file.read(9)
     file.seek(0)
     if is_safetensors(start):

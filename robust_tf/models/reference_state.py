@@ -49,7 +49,7 @@ class _Slot:
         return array.reshape(*area, self.groups * members, outputs // self.groups)
 
     def fill(self, array: np.ndarray) -> None:
-        """Assigns an array of the reference to the variable, with only one copy, because kernels may have 400 MB."""
+        """Assigns an array of the reference to the variable, with only one copy, because kernels may take 400 MB."""
         values = self.from_reference(array)  # still a view, and of the stored type
         # Assigning the array itself would make two more copies, and after a partial update TensorFlow would copy the
         # variable at every read.

@@ -33,7 +33,7 @@ _MAX_DIMENSIONS = 32
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Returns whether a file is a `.safetensors` file: it starts with a length, unlike PyTorch's files, and then JSON.
+    """Returns whether a file is a `.safetensors` file. Unlike PyTorch's files, it starts with a length and then JSON.
 
     Args:
         start: First nine bytes of the file.

@@ -1,8 +1,8 @@
-"""Reading of files of `torch.save` without PyTorch, and without running any code in them.
+"""Reading of files that `torch.save` wrote, without PyTorch and without running any code in them.
 
 Such a file consists of a pickle, which `torch_pickle` reads, and raw numbers. A tensor becomes an array only on
 request. The array is a view of the memory-mapped file, whose memory the system can reclaim at any time; `let_go` makes
-it do so at once. Whatever the file claims, no more numbers are read or copied than it has bytes.
+it do so at once. Whatever the file claims, no more bytes of numbers are read or copied than it contains.
 """
 
 import math
@@ -76,8 +76,8 @@ class TorchFile:
             self._uncopied -= view.nbytes
             if self._uncopied < 0:
                 raise UserError(
-                    "The tensors of a checkpoint that must be copied, because they are stored in another order, must "
-                    f"not be larger than the file in total. Received: {tensor}."
+                    "The tensors that must be copied, because they are stored in another order, must not be larger in "
+                    f"total than the file. Received: {tensor}."
                 )
         return np.asarray(view, order="C")
 
@@ -101,7 +101,7 @@ class TorchFile:
 
 
 class _ArchiveSource:
-    """Wraps a file for `zipfile`, which reads the whole directory of an archive at once, and limits its size."""
+    """Wraps a file for `zipfile` and limits the size of the archive's directory, which `zipfile` reads at once."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
@@ -217,7 +217,7 @@ def let_go(array: np.ndarray) -> None:
         array: Array from `TorchFile.array`.
     """
     base: Any = array
-    while isinstance(base, memoryview) or hasattr(base, "base"):  # an array, or what `as_strided` puts between
+    while isinstance(base, memoryview) or hasattr(base, "base"):  # an array, or the wrapper of `as_strided`
         base = base.obj if isinstance(base, memoryview) else base.base
     if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         base.madvise(mmap.MADV_DONTNEED)

@@ -18,7 +18,7 @@ import numpy as np
 
 from robust_tf.errors import UserError
 
-# Longest pickle in bytes. The largest networks with their optimizers have about a megabyte.
+# Longest pickle in bytes. The pickles of the largest networks with their optimizers have about a megabyte.
 LONGEST = 2**24
 # The budget of a file in bytes; the cost of an operation in addition to the object that it makes; and the cost of a
 # tensor, including its later array. The budget allows 600,000 operations, which take a few seconds and about as much
@@ -93,7 +93,7 @@ class Storage:
     Attributes:
         key: Name of the storage in the file.
         type: NumPy's code of the type of the numbers, or "bfloat16".
-        count: How many numbers there are.
+        count: Number of elements.
     """
 
     key: str
@@ -357,7 +357,7 @@ _CONSTANTS = {
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 }
-# Functions of the machine and the operation's argument, by the names that `pickletools` gives the operations.
+# What each operation does, by its name in `pickletools`: a function of the machine and the operation's argument.
 _ACTIONS: dict[str, Callable[[Unpickler, Any], Any]] = {
     "PROTO": lambda _machine, _: None,
     "FRAME": lambda _machine, _: None,

@@ -40,7 +40,7 @@ def vgg16_bn(x: keras.KerasTensor) -> keras.KerasTensor:
 
 
 def reference_module(layer: str) -> str:
-    """Returns the reference's module for a layer. The reference numbers all modules, with activations and pooling.
+    """Returns the reference's module for a layer. The reference numbers all modules, including activations and pooling.
 
     Args:
         layer: Name of a layer with weights.

@@ -111,7 +111,7 @@ def _value(value: Any) -> str:
 
 
 def limitations_of(job: FinishedJob) -> list[str]:
-    """Returns sentences about what the figures do not tell."""
+    """Returns sentences about what the figures do not show."""
     results = job.results
     limitations = [
         f"These figures come from {results.num_test_images:,} test images of {results.dataset} and from one run (seed "

@@ -1,4 +1,4 @@
-"""The files of a job from which its report is made. The job writes them, and the report can be made at any time."""
+"""The files of a job from which its report is made. Since the job keeps them, the report can be made at any time."""
 
 import csv
 import dataclasses
@@ -19,13 +19,13 @@ FIGURES = "figures"
 _HISTORY = "history.csv"
 _EXAMPLES = pathlib.Path(FIGURES) / "examples"
 _EXAMPLE_COLUMNS = ("file", "kind", "label", "prediction", "prediction_under_attack", "magnified")
-# Least and most pixels of the longer side of a picture.
+# Smallest and largest longer side of a picture, in pixels.
 _SMALLEST, _LARGEST = 96, 160
 
 
 @dataclasses.dataclass(frozen=True)
 class ExamplePicture:
-    """A picture on disk: a test image, and after an attack the adversarial image and the perturbation beside it.
+    """A picture on disk: a test image and, if it was attacked, the adversarial image and the perturbation beside it.
 
     Attributes:
         path: Path of the PNG file.

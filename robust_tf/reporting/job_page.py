@@ -63,7 +63,7 @@ _KINDS_WITHOUT_ATTACK = {"resists": "Classified correctly", "wrong": "Misclassif
 
 
 def job_page(job: FinishedJob, figures: dict[str, tuple[str, str]]) -> str:
-    """Returns the whole page.
+    """Returns the page as HTML.
 
     Args:
         job: The finished job.

@@ -16,7 +16,7 @@ def next_commands(run: RunConfig, sample: bytes) -> list[str]:
     """Returns the command that starts TensorBoard and, after an export, those that start and query a server.
 
     Args:
-        run: Record of the run of a finished job.
+        run: Run settings of a finished job.
         sample: Encoded test image for the query. It is not used without an export.
     """
     commands = [shlex.join(["tensorboard", "--logdir", str(pathlib.Path(run.workdir).parent)])]
@@ -30,7 +30,7 @@ def next_commands(run: RunConfig, sample: bytes) -> list[str]:
 
 
 def _query(name: str, sample: bytes) -> str:
-    """Returns a command that asks the server about a test image, which is part of the command if it is small."""
+    """Returns a command that sends a test image to the server. A small image is part of the command itself."""
     if len(sample) > _LARGEST_SAMPLE:
         predict = ["python", "-m", "robust_tf.predict", "--server=http://localhost:8501", f"--model_name={name}"]
         return shlex.join([*predict, "IMAGE_OR_FOLDER"])

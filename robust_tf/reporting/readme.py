@@ -22,7 +22,7 @@ _HUB_METRICS: dict[FigureName, str] = {
 
 
 def readme(job: FinishedJob) -> str:
-    """Returns the whole file."""
+    """Returns the content of README.md."""
     results = job.results
     parts = [
         _front_matter(job),

@@ -1,4 +1,4 @@
-"""Alarms: signs, measured on a few held-out images, that adversarial training no longer makes the network robust.
+"""Alarms: signs that adversarial training no longer makes the network robust, measured on a few held-out images.
 
 * Catastrophic overfitting: the network withstands one large step (FGSM) but not several small ones (PGD). Source: Wong
   et al. 2020, arXiv 2001.03994; Andriushchenko and Flammarion 2020, arXiv 2007.02617.
@@ -23,10 +23,10 @@ NUM_IMAGES = 64
 PGD_STEPS = 10
 SQUARE_QUERIES = 50
 
-# Overfitting: the accuracy under PGD is less than half of the accuracy under FGSM, and the difference is larger than 64
-# images show by chance.
+# Overfitting: the accuracy under PGD is at most half of the accuracy under FGSM, and the difference is too large to be
+# chance with 64 images.
 _OVERFITTING_GAP = 0.2
-# With useful gradients PGD is much stronger than Square with few queries. This is a difference of six images out of 64.
+# With useful gradients, PGD is much stronger than Square with few queries. A gap of 0.1 is about six images out of 64.
 _MASKING_GAP = 0.1
 _ZERO_GRADIENTS = 0.1
 
@@ -95,8 +95,8 @@ class Alarms(keras.callbacks.Callback):
         attack: Attack of the training. Its norm and epsilon are used here.
         every_epochs: Number of epochs between two checks.
         history: List to which every warning is appended.
-        agree: Function that takes whether this process has found an alarm and returns whether any process of the job
-            has.
+        agree: Function that is told whether this process has found an alarm and returns whether any process of the job
+            has found one.
     """
 
     def __init__(

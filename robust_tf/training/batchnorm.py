@@ -17,8 +17,8 @@ def unbiased_statistics(
     always behave as in Keras.
 
     Args:
-        model: Model whose BatchNormalization layers are meant, including those in nested models.
-        batch_size: Number of images of this replica, a scalar int32.
+        model: Model with the BatchNormalization layers, including those in nested models.
+        batch_size: Number of images on this replica, a scalar int32.
         passes: Number of forward passes in training mode within the context.
         replicas: Number of replicas that share the statistics of a synchronized layer.
     """
@@ -30,10 +30,10 @@ def unbiased_statistics(
 
 
 def prepare_batchnorm(model: keras.Model, *, synchronized: bool) -> None:
-    """Sets whether BatchNorm layers in training use the statistics of the whole batch or of the replica's share.
+    """Sets whether BatchNorm layers train with the statistics of the whole batch or of each replica's share.
 
     Args:
-        model: Model whose BatchNormalization layers are meant, including those in nested models.
+        model: Model with the BatchNormalization layers, including those in nested models.
         synchronized: True for the statistics of the whole batch.
     """
     for layer in flat_layers(model):
@@ -73,7 +73,7 @@ def _positions(layer: keras.layers.Layer) -> int | None:
 def _make_unbiased(
     layer: keras.layers.BatchNormalization, variance_before: tf.Tensor, batch_size: tf.Tensor, passes: int
 ) -> None:
-    """Replaces the biased batch variances in the moving variance by the unbiased ones, n / (n - 1) times the size."""
+    """Replaces the biased batch variances in the moving variance with unbiased ones, n / (n - 1) times as large."""
     count = tf.cast(batch_size * _positions(layer), tf.float32)
     kept = layer.momentum**passes * variance_before
     followed = layer.moving_variance - kept

@@ -61,8 +61,8 @@ class SaveProgress(keras.callbacks.Callback):
     Args:
         checkpoints: Folder to save to.
         progress: Progress of the run so far. The callback keeps it up to date.
-        select_by: Name in the logs of the figure that selects the best epoch, the higher the better. With None the
-            latest epoch is always the best.
+        select_by: Name of the logged figure that selects the best epoch; higher is better. With None the latest epoch
+            is always the best.
         every_steps: Number of steps between two saves within an epoch. None turns these saves off.
         every_minutes: Minutes between two saves within an epoch. 0 turns these saves off.
         pending: The signal that has been received, if any. After the current step the state is saved and `Interrupted`
@@ -174,8 +174,8 @@ class SaveProgress(keras.callbacks.Callback):
 class StopOnNaN(keras.callbacks.Callback):
     """Stops the run with a `UserError` at the first loss that is NaN or infinite, before anything is saved.
 
-    The loss of a step is measured before its update. An update that breaks the weights in the last step of an epoch
-    shows in the validation.
+    The loss of a step is measured before its update. If the update of the last step of an epoch breaks the weights,
+    the validation loss shows it.
     """
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

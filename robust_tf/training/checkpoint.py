@@ -6,8 +6,8 @@ The folder `checkpoints/` of a workdir holds two kinds of files:
   and the newest one from the end of an epoch. If a file is damaged, the run continues from the one before it.
 * `best_epoch0002.npz`: the weights of the best epoch. It is kept as long as a state names that epoch as its best.
 
-Each file is a plain NumPy archive with the format number of the file, all variables in order under their numbers and
-names, the progress as JSON, and a SHA-256 of the variables and the progress.
+Each file is a plain NumPy archive with a format number, all variables in order under their numbers and names, the
+progress as JSON, and a SHA-256 of the variables and the progress.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ from robust_tf.console import console
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
 
-# Raise it whenever older versions could no longer read the files, and refuse or convert the files of older formats.
+# Raise it whenever older versions can no longer read the files. Files of older formats must then be refused or
+# converted.
 FORMAT = 1
 
 _KEPT_STATES = 2
@@ -40,7 +41,7 @@ class TrainingProgress:
         epochs_done: Number of finished epochs.
         steps_done: Number of finished steps in the current epoch. It equals the steps of an epoch when only the
             validation is left.
-        best_epoch: The epoch, counted from 0, with the best weights so far, or -1.
+        best_epoch: The epoch, counted from 0, with the best weights so far; -1 if there is none.
         best_value: Validation figure of the best epoch.
         best_loss: Validation loss of the best epoch, which decides between equal figures.
         seconds: Training time so far.
@@ -156,7 +157,7 @@ class Checkpoints:
             try:
                 state = _read(path)
             except UnknownFormat:
-                raise  # the file is in order and must not be deleted
+                raise  # the file is intact and must not be deleted
             except UserError as error:
                 damage.append(str(error))
                 continue
@@ -278,7 +279,7 @@ def _read(path: pathlib.Path) -> State:
 
 
 def _check_format(path: pathlib.Path, archive: Any) -> None:
-    """Refuses a file of another format. Files from before there was a format number have format 1."""
+    """Refuses a file of another format. A file without a format number has format 1."""
     found = int(archive["format"]) if "format" in archive.files else 1
     if found != FORMAT:
         raise UnknownFormat(

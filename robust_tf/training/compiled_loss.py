@@ -1,4 +1,4 @@
-"""The loss that a trainer was compiled with, as a function of each image: the function that the attack maximizes."""
+"""The loss that a trainer was compiled with, for each image separately: the function that the attack maximizes."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -86,12 +86,12 @@ class CompiledLoss:
 
     @property
     def counts_hits(self) -> bool:
-        """Whether predictions can be right or wrong, because there is exactly one output and it holds class scores."""
+        """Whether predictions can be right or wrong: there is exactly one output, and it holds class scores."""
         return len(self._losses) == 1 and next(iter(self._scores.values())) is not None
 
     @property
     def integer_labels(self) -> bool | None:
-        """Whether the labels are integer classes, or None if the loss does not tell."""
+        """Whether the labels are integer classes, or None if that does not follow from the loss."""
         kinds = {_takes_integers(loss) for loss in self._losses.values()}
         return kinds.pop() if len(kinds) == 1 else None
 
@@ -267,7 +267,7 @@ def _is_binary(loss: Any) -> bool:
 
 
 def _is_softmax_crossentropy(loss: Any) -> bool:
-    """Returns whether a loss equals the cross-entropy of integer labels in `robust_tf.attacks`, as in the reference."""
+    """Returns whether a loss is the plain softmax cross-entropy, so that LOSSES["ce"] can compute it instead."""
     if type(loss) is CrossEntropy:
         return loss.class_weights is None
     plain = type(loss) is keras.losses.SparseCategoricalCrossentropy and loss.dtype == "float32"
@@ -275,7 +275,7 @@ def _is_softmax_crossentropy(loss: Any) -> bool:
 
 
 def _expected_scores(loss: Any) -> Scores | None:
-    """Returns what a loss expects the outputs to be, or None if it does not tell."""
+    """Returns whether a loss expects logits or probabilities, or None if that is unknown."""
     if isinstance(loss, str):
         return "probabilities"
     from_logits = getattr(loss, "from_logits", None)
@@ -285,7 +285,7 @@ def _expected_scores(loss: Any) -> Scores | None:
 
 
 def _checked_scores(loss: Any, output: Any, name: str) -> Scores | None:
-    """Returns what the scores of an output are, or None if it does not hold scores of mutually exclusive classes.
+    """Returns whether an output holds logits or probabilities, or None if it has no mutually exclusive classes.
 
     Raises:
         UserError: The scores are not what the loss expects.

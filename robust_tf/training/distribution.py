@@ -23,7 +23,7 @@ from robust_tf.errors import UserError
 Result = TypeVar("Result")
 
 _RESTARTS = "ROBUST_TF_RESTARTS"  # environment variable that tells a restarted process the number of restarts so far
-# The errors of a collective operation when another process is gone.
+# Errors that a collective operation raises when another process is gone.
 PEER_LOST = (
     tf.errors.UnavailableError,
     tf.errors.AbortedError,
@@ -156,7 +156,7 @@ class Distribution:
 
     @contextlib.contextmanager
     def chief_first(self) -> Iterator[None]:
-        """Returns a context whose block runs in the chief first and then, unless it has failed there, in the others."""
+        """Returns a context whose block runs in the chief first, and then in the others unless the chief failed."""
         if not self.is_chief and self.any(False):
             raise UserError("The chief (worker 0) has stopped. See its output for the reason.")
         failed = True
@@ -234,14 +234,14 @@ def start_distribution(kind: DistributionKind) -> Distribution:
 
 
 def restart_process(error: Exception, *, most: int) -> None:
-    """Replaces this process by a new one that runs the same command. Use it when another worker was lost.
+    """Replaces this process with a new one that runs the same command. Use it when another worker was lost.
 
     Args:
-        error: Error that revealed the loss.
+        error: Error that showed that a worker was lost.
         most: Highest number of restarts.
 
     Raises:
-        UserError: The process has already been restarted that often.
+        UserError: The process has already been restarted that many times.
     """
     restarts = int(os.environ.get(_RESTARTS, "0"))
     if restarts >= most:
@@ -257,7 +257,7 @@ def restart_process(error: Exception, *, most: int) -> None:
 
 
 class _Cluster:
-    """The number of this process and the number of all processes, as given by TF_CONFIG."""
+    """The index of this process and the number of processes, as given by TF_CONFIG."""
 
     def __init__(self, task_id: int, num_workers: int) -> None:
         self.task_id, self.num_workers = task_id, num_workers

@@ -42,7 +42,7 @@ def input_shapes(model: keras.Model) -> Any:
 
 
 def map_shapes(function: Callable[[Shape], Any], shapes: Any) -> Any:
-    """Applies a function to each shape of a structure of shapes.
+    """Applies a function to each shape in a structure of shapes.
 
     Args:
         function: Function of one shape.

@@ -59,7 +59,7 @@ class CrossEntropy(keras.losses.Loss):
         super().__init__(name=name, **kwargs)
         self.class_weights = None if class_weights is None else tuple(map(float, class_weights))
 
-    from_logits = True  # the name of the attribute in Keras's own losses
+    from_logits = True  # named as in Keras's own losses
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Returns the loss of each image, (batch,).

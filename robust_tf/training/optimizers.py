@@ -25,8 +25,8 @@ class _StatisticsAverages:
 class _StagewiseOptimizer(keras.optimizers.Optimizer):
     """Base class of the optimizers of this module: adds weight decay, learning rates by stage, and moving averages.
 
-    `update_step` of a subclass starts with `_adjusted`. Keras's own weight decay stays off (`self.weight_decay` is
-    None), because it does not know the stages and is always decoupled from the gradient.
+    `update_step` of a subclass starts with `_adjusted` and ends with `_follow`. Keras's own weight decay stays off
+    (`self.weight_decay` is None), because it does not know the stages and is always decoupled from the gradient.
     """
 
     decoupled_weight_decay = False
@@ -108,8 +108,8 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
     def _get_current_learning_rate(self) -> Any:
         """Returns the learning rate of the next update.
 
-        Keras calls its schedules with the number of batches. While gradients are accumulated, that is larger than the
-        number of updates, which is used here.
+        Keras calls its schedules with the number of batches, which is larger than the number of updates while gradients
+        are accumulated. Here the schedule gets the number of updates.
         """
         if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
             return self._learning_rate(self.iterations)
@@ -346,11 +346,11 @@ def build_optimizer(
 
 
 def average_statistics(optimizer: keras.optimizers.Optimizer, classifier: keras.Model) -> None:
-    """Makes an optimizer that averages the weights average BatchNorm's statistics, too. A second call has no effect.
+    """Adds BatchNorm's statistics to the moving averages of an optimizer. A second call has no effect.
 
     Args:
         optimizer: Built optimizer, possibly inside a LossScaleOptimizer. One that keeps no averages is not changed.
-        classifier: Network with the BatchNormalization layers. Frozen layers count as well.
+        classifier: Network with the BatchNormalization layers. Frozen layers are included.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if isinstance(optimizer, _StagewiseOptimizer):

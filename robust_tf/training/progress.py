@@ -18,7 +18,7 @@ class ProgressBar(keras.callbacks.Callback):
         batch_size: Number of images in a step.
         epochs: Number of epochs of the whole training.
         adversarial: Whether the compiled metrics are measured on adversarial images.
-        epsilon: Function that returns the current radius of the attack, to be shown if it changes in training.
+        epsilon: Function that returns the current radius of the attack. None if the radius does not change in training.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ProgressBar(keras.callbacks.Callback):
         self._traced = False
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Starts to measure the speed of the epoch."""
+        """Starts measuring the speed of the epoch."""
         if self._bar is not None and self._task is None:
             self._first_epoch = epoch
             self._task = self._bar.add_task("", total=self._total, rate="", ends=None, figures="")
@@ -64,7 +64,7 @@ class ProgressBar(keras.callbacks.Callback):
         now = time.perf_counter()
         images = min((batch + 1) * self._batch_size, self._num_images)
         if not self._traced and images < self._num_images:
-            # The first step of a run traces the graph, so its time does not tell the speed.
+            # The first step of a run traces the graph, so its time says nothing about the speed.
             self._start, self._images_before_start = now, images
         else:
             self.images_per_second = (images - self._images_before_start) / (now - self._start)
@@ -107,7 +107,7 @@ class ProgressBar(keras.callbacks.Callback):
         self.close()
 
     def close(self) -> None:
-        """Removes the bar. Call it after a `fit` that was interrupted; otherwise `fit` has called it."""
+        """Removes the bar. `fit` does so when it ends; call this method after a `fit` that was interrupted."""
         if self._bar is not None:
             self._bar.stop()
 

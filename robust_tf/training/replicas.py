@@ -54,7 +54,7 @@ class ReplicatedModel(keras.Model):
         return function
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        # With several workers Keras would fail here, because it tries to average a batch over them. The step is not
+        # With several workers Keras would fail here, because it tries to average a batch over them. This build is not
         # needed: all variables exist already.
         if self.num_replicas == 1:
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)

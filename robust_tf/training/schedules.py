@@ -106,10 +106,10 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def build_schedule(optimization: OptimizationConfig, steps_per_epoch: float, *, factor: float = 1.0) -> Schedule:
-    """Builds the schedule that a record of the optimization describes.
+    """Builds the learning-rate schedule of a job.
 
     Args:
-        optimization: Record of the optimization.
+        optimization: Settings of the optimization.
         steps_per_epoch: Number of updates of the weights in one of `optimization.epochs`.
         factor: Factor on the learning rate.
     """

@@ -18,7 +18,7 @@ matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-# Names in the charts by the names in Keras's logs. With an attack, `loss` and `accuracy` are measured on adversarial
+# Names in the charts, by the names in Keras's logs. With an attack, `loss` and `accuracy` are measured on adversarial
 # images.
 _ADVERSARIAL_NAMES = {"loss": "adversarial_loss", "accuracy": "adversarial_accuracy"}
 _STANDARD_NAMES = {"loss": "clean_loss", "accuracy": "clean_accuracy"}
@@ -146,7 +146,7 @@ class ProfileSteps(keras.callbacks.Callback):
 
 
 def _tiled(rows: list[np.ndarray], *, smallest: int = 64) -> np.ndarray:
-    """Returns one picture (height, width, 3) with rows of images. Small images are enlarged by a whole factor."""
+    """Returns one picture (height, width, 3) with rows of images. Small images are enlarged by an integer factor."""
     factor = max(1, smallest // rows[0].shape[1])
     tiles = np.stack(rows).repeat(factor, axis=2).repeat(factor, axis=3)  # (row, column, height, width, 3)
     tiles = np.pad(tiles, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1.0)
@@ -161,7 +161,7 @@ def write_config(folder: pathlib.Path, flag_file: str) -> None:
         folder: Folder of the logs.
         flag_file: Content of the flag file.
     """
-    indented = "\n".join(f"    {line}" for line in flag_file.splitlines())  # Markdown for preformatted
+    indented = "\n".join(f"    {line}" for line in flag_file.splitlines())  # preformatted text in Markdown
     with tf.summary.create_file_writer(str(folder / "train")).as_default():
         tf.summary.text("flags", indented, step=0)
 

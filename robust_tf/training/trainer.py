@@ -49,9 +49,9 @@ class AdversarialTrainer(ReplicatedModel):
             (batch, num_classes) or to any other outputs that the compiled loss takes. Normalization of the images
             belongs inside the model. It may have several outputs, and further inputs that are not images.
         attack: Attack on the batches of `fit` and `evaluate`. An attack with epsilon 0 means standard training.
-        recipe: Choice of another objective than Madry's, and its parameters.
+        recipe: Objective other than Madry's, with its parameters.
         validation_attack: Attack on the batches of `evaluate`, by default `attack`.
-        seed: Seed of the random starting points of the attack. The number of the step is mixed in.
+        seed: Seed for the random starting points of the attack. It is combined with the number of the step.
         unbiased_batchnorm: Whether the moving variance of BatchNorm follows the unbiased variance of the batch, as in
             PyTorch, instead of the biased one, as in Keras. Layers whose input size is unknown when the model is built
             always behave as in Keras.
@@ -105,7 +105,7 @@ class AdversarialTrainer(ReplicatedModel):
         in_float16 = any(layer.compute_dtype == "float16" for layer in flat_layers(classifier))
         super().__init__(name="adversarial_trainer", dtype="mixed_float16" if in_float16 else None, autocast=False)
         if recipe != Recipe() and not attack.active:
-            raise UserError(f"A recipe of adversarial training needs an attack. Received: {attack}, {recipe}.")
+            raise UserError(f"A recipe for adversarial training needs an attack. Received: {attack}, {recipe}.")
         if validation_attack is not None and validation_attack.active != attack.active:
             raise UserError(
                 "Either both training and validation have an attack, or neither has one. "
@@ -147,7 +147,7 @@ class AdversarialTrainer(ReplicatedModel):
 
     @property
     def compiled_loss(self) -> CompiledLoss:
-        """The compiled loss as a function of each image, which the attack maximizes."""
+        """The compiled loss of each image separately, which the attack maximizes."""
         if self._compiled_loss is None:
             raise UserError(
                 "The attack maximizes the compiled loss. Received: a trainer that is not compiled. Compile it first."
@@ -372,9 +372,8 @@ class AdversarialTrainer(ReplicatedModel):
         if weights is not None and not isinstance(weights, (dict, list, tuple)):
             weights = tf.reshape(tf.cast(weights, tf.float32), [-1])
             loss *= weights  # Keras, too, multiplies by the weights and divides by the number of images
-            counts = tf.cast(
-                weights != 0, tf.float32
-            )  # with several replicas, images that fill up a batch have weight 0
+            # With several replicas, images that only fill a batch have weight 0.
+            counts = tf.cast(weights != 0, tf.float32)
         self._clean_loss.update_state(loss)
         if self.compiled_loss.counts_hits:
             self._clean_accuracy.update_state(correct, counts)

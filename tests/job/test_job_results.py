@@ -1,4 +1,4 @@
-"""The record of a finished job, and the table and lines that the program prints last."""
+"""The results of a finished job, and the table and lines that the program prints last."""
 
 import pytest
 from rich.console import Console

@@ -94,7 +94,7 @@ def test_a_resumed_training_keeps_the_count(job, monkeypatch):
         patched.setattr(SaveProgress, "_save", save_and_stop)
         with pytest.raises(SystemExit):
             train.run(config)
-    monkeypatch.setattr("robust_tf.job.fitting._run_epochs", lambda *args, **options: pytest.fail("goes on"))
+    monkeypatch.setattr("robust_tf.job.fitting._run_epochs", lambda *args, **options: pytest.fail("continues"))
     train.run(config)
     results = results_of(config)
     assert (results["stopped_early"], results["epochs_done"], results["best_epoch"]) == (True, 3, 1)
@@ -108,13 +108,13 @@ def test_the_plan_mentions_patience_accumulation_and_class_weights(job, capsys):
         "8 epochs x 2 = 16 steps of 30 images, an update of the weights every 4: 4 updates; fewer after 2 epochs" in out
     )
     assert "3 classes, weighted in the loss" in out
-    assert "rate learning rate 0.05, step, x 0.1 at no time within 8 epochs" in out
+    assert "rate learning rate 0.05, step, x 0.1 never within 8 epochs" in out
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"accumulate_steps": 21}, "never move: the job has 20 steps in all. Received: --accumulate_steps=21"),
+        ({"accumulate_steps": 21}, "never be updated: the job has 20 steps in all. Received: --accumulate_steps=21"),
         ({"profile_steps": (21, 30)}, "within the 20 steps of the job. Received: --profile_steps=21,30"),
     ],
 )

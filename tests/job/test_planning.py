@@ -71,17 +71,17 @@ def test_counts_equal_hand_counts():
     assert forward_of(model, batch=2).bytes_moved == 4 * values
 
 
-def test_a_loop_counts_once_for_each_turn():
+def test_a_loop_counts_once_for_each_iteration():
     kernel = tf.ones([4, 4])
 
     def function(x):
         return tf.while_loop(lambda i, x: i < 5, lambda i, x: (i + 1, x @ kernel), (0, x), maximum_iterations=5)[1]
 
     work = count_work(function, tf.TensorSpec([3, 4]))
-    assert work.loops == (Loop(turns=5, turn=Work(forward=96.0, bytes_moved=4.0 * (12 + 16 + 12))),)
+    assert work.loops == (Loop(iterations=5, iteration=Work(forward=96.0, bytes_moved=4.0 * (12 + 16 + 12))),)
     assert work.total.flops == 5 * 96
     endless = lambda x: tf.while_loop(lambda x: tf.reduce_sum(x) < 5, lambda x: (x @ kernel,), (x,))[0]  # noqa: E731
-    with pytest.raises(ValueError, match="does not give the number of turns"):
+    with pytest.raises(ValueError, match="does not give the number of iterations"):
         count_work(endless, tf.TensorSpec([3, 4]))
 
 
@@ -100,8 +100,12 @@ def test_an_adversarial_step_is_the_attack_and_one_training_pass():
     work = work_of(digits())
     forward = work.forward.flops
     (attack,) = work.step.loops
-    assert attack == Loop(turns=5, turn=work.attack_step)
-    assert (attack.turn.forward, attack.turn.input_gradient, attack.turn.weight_gradient) == (forward, forward, 0)
+    assert attack == Loop(iterations=5, iteration=work.attack_step)
+    assert (attack.iteration.forward, attack.iteration.input_gradient, attack.iteration.weight_gradient) == (
+        forward,
+        forward,
+        0,
+    )
     # Outside the loop are the last iterate (--use_best) and the training pass, which needs no gradient of the images.
     outside = work.step.outside
     assert (outside.forward, outside.weight_gradient) == (2 * forward, forward)
@@ -134,7 +138,7 @@ TASK = PlannedTask(
 ONE = Work(forward=1e9, bytes_moved=1e6)
 WORK = JobWork(
     forward=ONE,
-    step=GraphWork(loops=(Loop(turns=3, turn=ONE * 2),), outside=ONE * 4),
+    step=GraphWork(loops=(Loop(iterations=3, iteration=ONE * 2),), outside=ONE * 4),
     attack_step=ONE * 2,
     weight_bytes=100_000_000,
     gradient_bytes=100_000_000,
@@ -215,7 +219,7 @@ def test_wrong_clusters_are_refused(text, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"plan_devices": ("3xA100",)}, "--batch_size=64, which 3 does not divide"),
+        ({"plan_devices": ("3xA100",)}, "--batch_size=64, which is not a multiple of 3"),
         ({"plan_devices": ("V100",), "precision": "mixed_bfloat16"}, "no units for this precision.*mixed_bfloat16"),
     ],
 )
@@ -332,9 +336,9 @@ def test_the_estimated_memory_is_right_within_its_factor(architecture, size, bat
         ({"lr_schedule": "cosine", "warmup_epochs": 2.0}, "0.1, cosine, rises from 0 for 2 epochs"),
         ({"lr_step_epochs": 2}, "0.1, step, x 0.1 after epochs 2, 4, 6, 8"),
         ({"lr_step_epochs": 1, "lr_decay": 0.9}, "0.1, step, x 0.9 after epochs 1, 2, 3, 4, ..."),
-        ({"lr_step_epochs": 10}, "0.1, step, x 0.1 at no time within 10 epochs"),
+        ({"lr_step_epochs": 10}, "0.1, step, x 0.1 never within 10 epochs"),
         ({"lr_schedule": "piecewise", "lr_milestones": (6, 30)}, "0.1, piecewise, x 0.1 after epochs 6"),
-        ({"base_batch_size": 256, "batch_size": 32, "accumulate_steps": 4}, "0.05, step, x 0.1 at no time within 10"),
+        ({"base_batch_size": 256, "batch_size": 32, "accumulate_steps": 4}, "0.05, step, x 0.1 never within 10"),
     ],
 )
 def test_the_plan_shows_the_drops_of_the_learning_rate_that_the_job_reaches(settings, shown):

@@ -126,7 +126,7 @@ def test_pixels_are_clipped_and_normalized():
 
 
 def test_the_clip_passes_gradients_at_its_bounds_but_not_beyond():
-    """PGD moves along the bounds 0 and 1. Unlike in the reference, a gradient of 0 there would stop it."""
+    """PGD moves along the bounds 0 and 1. A gradient of 0 there would stop it."""
     classifier = build("resnet8", image_size=4)
     ends = keras.Model(classifier.input, classifier.get_layer("normalization").output)
     levels = tf.constant([-0.1, 0.0, 0.5, 1.0, 1.1])
@@ -140,7 +140,7 @@ def test_the_clip_passes_gradients_at_its_bounds_but_not_beyond():
 
 @pytest.mark.slow
 def test_saved_classifiers_load_without_this_package(tmp_path: pathlib.Path):
-    """In safe mode, in a separate process. These two architectures contain all unusual layers."""
+    """Loads in safe mode, in a separate process. These two architectures contain all unusual layers."""
     images = np.random.default_rng(0).random((2, 32, 32, 3)).astype(np.float32)
     np.save(tmp_path / "images.npy", images)
     classifiers = [build("resnet8"), build("shufflenet_v2_x1_0")]

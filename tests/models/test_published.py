@@ -342,7 +342,7 @@ def test_packaged_models_need_no_download(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_the_packaged_classifiers_have_the_accuracies_of_the_table() -> None:
-    """On 100 test images the clean accuracy is near the table's, and only the robust one withstands PGD."""
+    """On 100 test images the clean accuracy is near the table's, and only the robust classifier withstands PGD."""
     with np.load(FIXTURES / "fashion_mnist.npz") as fixture:
         images, labels = np.repeat(fixture["images"][..., None] / np.float32(255), 3, axis=-1), fixture["labels"]
     for name, at_least, at_most in (

@@ -1,4 +1,4 @@
-"""Alarms are raised for a failed adversarial training, are not raised for a good one, and have consequences."""
+"""Alarms are raised if adversarial training fails, and only then, and have the consequences that were chosen."""
 
 import json
 import pathlib
@@ -91,7 +91,7 @@ def test_thresholds(changes, count):
 
 @pytest.fixture
 def job(tmp_path, data_dir, monkeypatch):
-    """Makes small jobs whose measurements are replaced by given ones, and by FINE ones after these."""
+    """Makes small jobs whose measurements are replaced by the given ones and, after these, by FINE."""
 
     def make(*script: Reading, **changes) -> JobConfig:
         readings = iter(script)
@@ -187,7 +187,7 @@ def test_stop_ends_the_training_and_keeps_the_epoch_before(job, capsys):
 
 @pytest.mark.slow
 def test_rollback_repeats_the_epoch_with_a_lower_learning_rate(job, tmp_path, capsys):
-    """Here the rollback also goes back to before the unfreezing, which happens again in the second attempt."""
+    """This rollback also undoes the unfreezing, which happens again in the second attempt."""
     source = build_classifier("resnet8", 3, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
     source.save(tmp_path / "source.keras")
     config = job(FINE, OVERFITTED, FINE, on_alarm="rollback", epochs=2).with_flags(
@@ -209,7 +209,7 @@ def test_rollback_repeats_the_epoch_with_a_lower_learning_rate(job, tmp_path, ca
 
 
 def fake_fit(monkeypatch, *, alarm_from_epoch: int) -> list[int]:
-    """Replaces training by attempts that end with an alarm in this epoch (from 1); returns their rollbacks."""
+    """Replaces training by attempts that end with an alarm in this epoch, counted from 1; returns their rollbacks."""
     tries: list[int] = []
 
     def train_once(fit):

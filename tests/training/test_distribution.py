@@ -79,7 +79,7 @@ def test_two_devices_use_the_same_weight_perturbation(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1], ids=["chief", "worker"])
 def test_two_workers_give_the_same_weights_as_one_even_if_one_is_killed(single, victim):
-    """The other one notices, restarts by itself, and waits until the killed one has been started again."""
+    """The other worker notices, restarts by itself, and waits until the killed one has been started again."""
     workdir, ports = single.with_name(f"workers{victim}"), free_ports(2)
     workers = [start_worker(index, ports, workdir, f"--epochs={EPOCHS}") for index in (0, 1)]
     try:
@@ -92,7 +92,7 @@ def test_two_workers_give_the_same_weights_as_one_even_if_one_is_killed(single, 
         for worker in workers:
             worker.kill()
     assert "Restarting (restart 1 of at most 3)" in out[1 - victim]
-    assert "Going on after" in out[0]
+    assert "Continuing after" in out[0]
     assert_equal_jobs(single, workdir)
     assert "clean accuracy" in out[0] and "clean accuracy" not in out[1]  # only the chief prints the table
 
@@ -121,7 +121,7 @@ def test_shares_count_every_image_once(data_dir, kind):
 
 @pytest.mark.parametrize(("workers", "replicas"), [(1, 2), (2, 1), (2, 2), (3, 1)])
 def test_the_ids_are_in_the_order_of_the_results(data_dir, workers, replicas):
-    """As in `strategy.gather`: step by step the batches of all replicas, the first worker's first."""
+    """As in `strategy.gather`: step by step, the batches of all replicas, starting with those of the first worker."""
     options = {"batch_size": 12, "image_size": 8, "classes": (0, 1, 2), "data_dir": data_dir, "num_workers": workers}
     tasks = [make_task("digits", worker=worker, **options) for worker in range(workers)]
     shares = [iter(task.test_share(replicas=replicas).as_numpy_iterator()) for task in tasks]

@@ -47,7 +47,7 @@ def test_drop_is_exact_far_into_a_long_training():
 
 @pytest.mark.parametrize(
     ("epochs", "batches", "accumulated"),
-    # The quotient of step and steps per epoch lies below the epoch, or the product of epoch and steps above the step.
+    # Here step / steps_per_epoch rounds to below the epoch, or epoch * steps_per_epoch rounds to above the step.
     [(15, 13, 3), (27, 13, 3), (27, 7, 3), (15, 25, 3)],
 )
 def test_drop_is_exact_with_a_fraction_of_steps_per_epoch(epochs, batches, accumulated):
@@ -59,7 +59,7 @@ def test_drop_is_exact_with_a_fraction_of_steps_per_epoch(epochs, batches, accum
         np.testing.assert_allclose([schedule(drop - 1), schedule(drop)], [1.0, 0.1], rtol=1e-5)
 
 
-def test_survives_serialisation():
+def test_survives_serialization():
     schedule = Schedule("piecewise", learning_rate=0.4, steps_per_epoch=10, epochs=15, milestones=(3, 6))
     config = keras.optimizers.schedules.serialize(schedule)
     restored = keras.optimizers.schedules.deserialize(config)

@@ -116,7 +116,7 @@ def dense(name: str) -> list[keras.Variable]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("scaled", [False, True])
 def test_state_of_common_weights_is_carried_over(name, scaled):
-    """The old weights continue as if nothing had happened, and the new ones start with a first step."""
+    """The old weights continue as if nothing had happened, and the new ones start with their first step."""
     head, backbone = dense("logits"), dense("stage1_fc")
     gradients = [tf.constant([[0.1, -0.2], [0.3, 0.4]]), tf.constant([0.5, -0.6])]
 

@@ -1,1 +1,1 @@
-"""The plan of a job before it runs: its size, and its time and memory on accelerators that may be elsewhere."""
+"""The plan of a job before it runs: its size, and its time and memory on accelerators that need not be present."""

@@ -1,4 +1,4 @@
-"""The accelerators that a job can be planned on: the DEVICES table, and the grammar of `--plan_devices`.
+"""The accelerators that a job can be planned for: the DEVICES table, and the syntax of `--plan_devices`.
 
 To add an accelerator, add a row to DEVICES.
 """
@@ -27,9 +27,9 @@ class Device:
         link: Bytes/s that a device sends to the others of its host (a TPU: of its slice), in one direction.
         network: Bytes/s that a host sends to other hosts, in one direction, in the maker's reference system; a rented
             machine may have far less. None where the links are the only connection.
-        per_host: Number of devices of a host in a TPU slice of several hosts.
-        single_host: Size of the largest TPU slice that is one host.
-        slice_unit: Amount by which each device counts in the name of a TPU slice; 0 for a device that is not a TPU.
+        per_host: Number of devices of each host in a TPU slice with several hosts.
+        single_host: Number of devices in the largest TPU slice with a single host.
+        slice_unit: Amount that each device adds to the number in the name of a TPU slice; 0 for other devices.
         source: Source of these numbers.
     """
 
@@ -190,7 +190,7 @@ class Cluster:
     """Several equal hosts with equal devices.
 
     Attributes:
-        name: Name as it was written behind `--plan_devices`.
+        name: Name as given in `--plan_devices`.
         device_name: Key of DEVICES.
         hosts: Number of hosts.
         per_host: Number of devices of each host.

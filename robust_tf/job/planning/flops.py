@@ -1,7 +1,7 @@
 """The work of a function, counted on its traced graph: multiply-adds of convolutions and matrix products.
 
 Everything else (BatchNorm, activations, the arithmetic of the attack itself) is less than a hundredth of that in the
-networks of this package, and is not counted. The body of a loop counts once for each turn.
+networks of this package, and is not counted. The body of a loop counts once for each iteration.
 """
 
 import dataclasses
@@ -44,10 +44,10 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
-    """A loop of a graph: the number of its turns, and the work of one turn."""
+    """A loop of a graph: the number of its iterations, and the work of one of them."""
 
-    turns: int
-    turn: Work
+    iterations: int
+    iteration: Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,11 @@ class GraphWork:
 
     @property
     def total(self) -> Work:
-        """Work of all turns of the loops and of everything outside them."""
-        return sum((loop.turn * loop.turns for loop in self.loops), self.outside)
+        """Work of all iterations of the loops and of everything outside them."""
+        return sum((loop.iteration * loop.iterations for loop in self.loops), self.outside)
 
     def __mul__(self, factor: float) -> "GraphWork":
-        loops = tuple(Loop(turns=loop.turns, turn=loop.turn * factor) for loop in self.loops)
+        loops = tuple(Loop(iterations=loop.iterations, iteration=loop.iteration * factor) for loop in self.loops)
         return GraphWork(loops=loops, outside=self.outside * factor)
 
 
@@ -71,11 +71,11 @@ def count_work(function: Callable[..., Any], *arguments: tf.TensorSpec) -> Graph
     """Traces a function, without running it, and counts its work.
 
     Args:
-        function: Function of tensors; what it calls may hold variables.
+        function: Function of tensors. It may use variables.
         *arguments: Shapes and dtypes of its arguments, with no dimension left open.
 
     Raises:
-        ValueError: The graph does not give the number of turns of a loop, or a shape is unknown.
+        ValueError: The graph does not give the number of iterations of a loop, or a shape is unknown.
     """
     graph = tf.function(function, autograph=False).get_concrete_function(*arguments).graph
     graph_def = graph.as_graph_def(add_shapes=True)
@@ -103,7 +103,7 @@ _RULES: dict[str, _Rule] = {
 
 
 def _kind(node: Any) -> str:
-    """Returns the field of `Work` that an operation counts for.
+    """Returns the field of `Work` that an operation counts towards.
 
     For outputs = images @ weights, the gradient of the images is gradient @ weights^T, and the gradient of the weights
     is images^T @ gradient.
@@ -137,7 +137,7 @@ def _count(
             )
             if node.op in ("While", "StatelessWhile"):
                 if inside.total.flops:
-                    loops.append(Loop(turns=_turns(node, by_name), turn=inside.total))
+                    loops.append(Loop(iterations=_iterations(node, by_name), iteration=inside.total))
             else:
                 loops += inside.loops
                 outside += inside.outside
@@ -173,13 +173,15 @@ def _operation(node: Any, inputs: list[Shape], shapes: dict[str, list[Shape]]) -
     return Work(**{_kind(node): flops}, bytes_moved=values * float(tf.as_dtype(node.attr["T"].type).size))
 
 
-def _turns(node: Any, by_name: dict[str, Any]) -> int:
+def _iterations(node: Any, by_name: dict[str, Any]) -> int:
     # tf.while_loop's second input is its maximum_iterations, -1 for none.
     source = by_name.get(node.input[1].split(":")[0])
-    turns = int(tf.make_ndarray(source.attr["value"].tensor)) if source is not None and source.op == "Const" else -1
-    if turns < 0:
-        raise ValueError(f"The graph does not give the number of turns of the loop {node.name}.")
-    return turns
+    iterations = (
+        int(tf.make_ndarray(source.attr["value"].tensor)) if source is not None and source.op == "Const" else -1
+    )
+    if iterations < 0:
+        raise ValueError(f"The graph does not give the number of iterations of the loop {node.name}.")
+    return iterations
 
 
 def _shapes(attribute: Any) -> list[Shape]:

@@ -1,4 +1,4 @@
-"""`--dry_run`: the plan of a job. Other jobs and downloads that it depends on are neither run nor fetched."""
+"""The plan of a job for `--dry_run`. Jobs that it depends on are not run, and published models are not downloaded."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from robust_tf.models import PUBLISHED
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedTask:
-    """The size of a task whose data need not be there. See `TaskSummary` for the attributes."""
+    """The size of a task whose data need not be present. See `TaskSummary` for the attributes."""
 
     num_train: int
     num_validation: int
@@ -46,7 +46,7 @@ def print_plan(job: JobConfig) -> None:
 
 
 def planned_job(job: JobConfig) -> tuple[keras.Model, TaskSummary]:
-    """Returns a classifier with the layers of the job, the right ones frozen, and the size of its data."""
+    """Returns a classifier with the layers of the job, frozen as in the job, and the size of its data."""
     planned = job
     if source_is_job(job):
         source = source_job(job)
@@ -66,11 +66,11 @@ def planned_job(job: JobConfig) -> tuple[keras.Model, TaskSummary]:
 
 
 def planned_task(job: JobConfig, *, image_size: int | None = None) -> TaskSummary:
-    """Returns the size of a job's data as the DATASETS table gives it, or from the data where that is not enough.
+    """Returns the size of a job's data from the DATASETS table, or from the data itself where that is not enough.
 
     Args:
         job: Job to plan.
-        image_size: Image size of the source, which counts when the flags give none.
+        image_size: Image size of the source, used if the flags give none.
     """
     data, info = job.data, dataset_info(job.data.dataset)
     chosen_by_content = data.classes or data.examples_per_class or data.subset or data.skip_bad_images
@@ -92,7 +92,7 @@ def planned_task(job: JobConfig, *, image_size: int | None = None) -> TaskSummar
 
 
 def _task_summary(job: JobConfig, *, image_size: int | None = None) -> TaskSummary:
-    """Returns the data of a job; a plan for other devices is content with its size."""
+    """Returns the data of a job, or just its size for a plan for other devices."""
     if job.plan.plan_devices:
         return planned_task(job, image_size=image_size)
     return load_job_task(job, image_size=image_size)

@@ -44,7 +44,7 @@ class JobWork:
         gradient_bytes: Bytes of the gradients of the trainable weights.
         optimizer_bytes: Bytes of the optimizer's variables.
         compute_copy_bytes: Bytes of the copy of the weights in the lower precision of `--precision`.
-        image_bytes: Bytes that one image of the batch takes in training.
+        image_bytes: Bytes that training needs for one image of the batch.
     """
 
     forward: Work
@@ -62,10 +62,10 @@ class JobWork:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.compute_copy_bytes
 
     def evaluation(self, attack_steps: int) -> Work:
-        """Returns the work of evaluating one image: the attack, and forward passes of its last iterate and its result.
+        """Returns the work of evaluating one image: the attack, and forward passes for its last iterate and its result.
 
         Args:
-            attack_steps: Number of steps of the attack; 0 leaves it out.
+            attack_steps: Number of steps of the attack. 0 leaves it out.
         """
         if attack_steps and self.attack_step is not None:
             return self.attack_step * attack_steps + self.forward * 2
@@ -97,7 +97,7 @@ def job_work(job: JobConfig, classifier: keras.Model, task: TaskSummary) -> JobW
     attack_step = None
     if attack.active:
         attacked = count_work(lambda x, y: run_pgd(classifier, x, y, attack=attack).images_adv, images, labels)
-        attack_step = attacked.loops[0].turn * share
+        attack_step = attacked.loops[0].iteration * share
     weight_bytes = _bytes_of(classifier.variables)
     return JobWork(
         forward=count_work(lambda x: classifier(x, training=False), images).total * share,
@@ -130,12 +130,12 @@ def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Clust
     if peak is None:
         raise UserError(
             f"{cluster.device_name} has no units for this precision. Received: --precision={precision} "
-            f"--plan_devices={cluster.name}. Choose another of float32, mixed_bfloat16 and mixed_float16."
+            f"--plan_devices={cluster.name}. Choose another one: float32, mixed_bfloat16 or mixed_float16."
         )
     if batch_size % count:
         raise UserError(
             f"The {count} devices of {cluster.name} share every batch equally. Received: "
-            f"--batch_size={batch_size}, which {count} does not divide."
+            f"--batch_size={batch_size}, which is not a multiple of {count}."
         )
     attack = job.adversarial.training_attack
     attack_steps = attack.steps if attack.active else 0
@@ -201,11 +201,14 @@ def _step_rows(work: JobWork) -> dict[str, str]:
     rows = {}
     for number, loop in enumerate(work.step.loops):
         name = "attack" if number == 0 else f"loop {number + 1}"
-        rows[name] = f"{loop.turns} x {_parts(loop.turn)} = {_si(loop.turn.flops * loop.turns, 'FLOP')} an image"
+        rows[name] = (
+            f"{loop.iterations} x {_parts(loop.iteration)} = "
+            f"{_si(loop.iteration.flops * loop.iterations, 'FLOP')} an image"
+        )
     passes = work.step.outside.forward / work.forward.flops
     rows["outside the attack" if rows else "training pass"] = (
-        f"{_parts(work.step.outside)}, {passes:.3g} forward passes of them, = "
-        f"{_si(work.step.outside.flops, 'FLOP')} an image"
+        f"{_parts(work.step.outside)} = {_si(work.step.outside.flops, 'FLOP')} an image, including {passes:.3g} "
+        "forward passes"
     )
     return rows
 

@@ -78,7 +78,7 @@ def estimated_bytes(job: JobConfig, classifier: keras.Model) -> int:
 
 
 def activation_bytes(classifier: keras.Model, precision: str) -> float:
-    """Estimates the bytes that one image of a batch takes in training on a CPU.
+    """Estimates the bytes that training on a CPU needs for one image of a batch.
 
     The estimate is a multiple of the outputs of all layers. Not all outputs are kept for the backward pass, but
     gradients and the operations' workspaces take memory as well.
@@ -92,11 +92,11 @@ def activation_bytes(classifier: keras.Model, precision: str) -> float:
 
 
 def fused_activation_bytes(classifier: keras.Model, precision: str) -> float:
-    """Estimates the same on an accelerator, where XLA fuses the operations between two convolutions.
+    """Estimates the same for an accelerator, where XLA fuses the operations between two convolutions.
 
     The inputs of convolutions, dense layers and BatchNorm are kept for the backward pass; the largest output and its
-    gradient come on top. Where layers are frozen, this is an upper bound. By this estimate, the batches with which
-    NVIDIA trains ResNet-50 on 16 GB (128 images in float32, 256 in float16) fit, and not many more.
+    gradient are added. Where layers are frozen, this is an upper bound. By this estimate, the batches with
+    which NVIDIA trains ResNet-50 on 16 GB (128 images in float32, 256 in float16) just fit.
 
     Args:
         classifier: Classifier that is trained.
@@ -144,7 +144,7 @@ def _learning_rate(optimization: OptimizationConfig) -> str:
             drops = tuple(range(optimization.lr_step_epochs, epochs, optimization.lr_step_epochs))
         within = [str(epoch) for epoch in drops if epoch < epochs]
         shown = within if len(within) <= 4 else [*within[:4], "..."]
-        after = f"after epochs {', '.join(shown)}" if within else f"at no time within {epochs} epochs"
+        after = f"after epochs {', '.join(shown)}" if within else f"never within {epochs} epochs"
         parts.append(f"x {optimization.lr_decay:g} {after}")
     if optimization.warmup_epochs:
         parts.append(f"rises from 0 for {optimization.warmup_epochs:g} epochs")

@@ -104,8 +104,8 @@ def weight_perturbation(weight: tf.Tensor, gradient: tf.Tensor, gamma: Scale) ->
     """Returns the perturbation of one kernel, in the direction of the gradient and `gamma` times as long as the kernel.
 
     This is one step of gradient ascent, projected as in equation (10) of the paper; lengths are L2 norms. A gradient
-    that is zero or not finite gives a perturbation of zero. (Loss scaling produces gradients that are not finite, and
-    skips their steps.)
+    that is zero or not finite gives a perturbation of zero. (Loss scaling can produce such gradients, and skips
+    their steps.)
 
     Args:
         weight: Kernel, float32.

@@ -88,7 +88,7 @@ class Objective:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The variables that keep their values from one step to the next, and belong into a checkpoint."""
+        """The variables that keep their values from one step to the next and belong in a checkpoint."""
         return []
 
     def inputs(self, trainer: Trainer, batch: Batch) -> Any:

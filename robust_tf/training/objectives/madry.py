@@ -25,8 +25,8 @@ class AdversarialLoss(Objective):
     def __init__(self, *, attack_mode: AttackMode, attack_passes: int, random_start: bool) -> None:
         self._training = attack_mode == "training"
         self.passes = 1 + (attack_passes if self._training else 0)
-        # Without a random start the first forward pass of the attack is on the clean images. In training mode it does
-        # not tell how the network does on them, because the clean metrics are defined for inference mode.
+        # Without a random start the first forward pass of the attack is on the clean images. In training mode it
+        # does not give the clean metrics, which are defined for inference mode.
         self.knows_clean_figures = not (self._training or random_start)
 
     def inputs(self, trainer: Trainer, batch: Batch) -> tf.Tensor:

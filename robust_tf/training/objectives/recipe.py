@@ -1,4 +1,4 @@
-"""The objective that a training step minimizes, as one frozen record."""
+"""The objective that a training step minimizes, as one frozen dataclass."""
 
 import dataclasses
 import math
@@ -21,8 +21,7 @@ class Recipe:
         awp_gamma: Size of the adversarial weight perturbation relative to the weights, at least 0. None leaves it out.
         awp_warmup_steps: Number of optimizer steps before the first weight perturbation.
         epsilon_warmup_steps: Number of optimizer steps over which epsilon and the step size rise linearly from 0.
-        free_replays: Number of optimizer steps on each batch in free adversarial training. 0 means that training is
-            not free.
+        free_replays: Number of optimizer steps on each batch in free adversarial training. 0 turns it off.
         free_batch_size: Size of the largest batch in free adversarial training, which must be known beforehand.
         attack_mode: Mode of the network in the attack. "inference": BatchNorm uses its moving statistics and Dropout
             is off, as in MadryLab/robustness. "training": the network runs as it does in the update, and the attack's

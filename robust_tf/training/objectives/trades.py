@@ -15,7 +15,7 @@ from robust_tf.attacks.losses import Model, logits_of
 from robust_tf.attacks.threat_models import Scale
 from robust_tf.training.objectives.base import Batch, Objective, Outputs, Trainer
 
-# Standard deviation of the initial noise of the attack. At the clean image itself the divergence has no gradient.
+# Standard deviation of the initial noise of the attack. At the clean image itself the gradient of the divergence is 0.
 _TRADES_START = 0.001
 
 
@@ -113,7 +113,7 @@ def ascend_divergence(
     Args:
         model: Callable that maps images in [0, 1] to outputs. A Keras model runs in inference mode.
         images: Images (batch, height, width, channels), float32 in [0, 1].
-        attack: Threat model and search, with an epsilon above 0.
+        attack: Attack with an epsilon above 0.
         seed: Seed of the noise, (2,) integers.
         strength: Factor on epsilon and on the step size.
         class_logits: Function that maps the outputs to logits (batch, num_classes). By default, the outputs are the
