@@ -4,8 +4,8 @@
 
 The recipes are trained one after the other, each by `robust_tf.train` in a new process. Then `robust_tf.evaluate`
 attacks each of them. After an interruption, the same command continues where it stopped, and recipes that are finished
-are not run again. The seconds are those of the training steps alone, at the median speed of the epochs, without
-validation and without the first step, which is traced. `--quick --dataset=digits` takes minutes.
+are not run again. The seconds count the training steps only, at the median speed of the epochs, without
+validation and without the first step, in which the graph is traced. `--quick --dataset=digits` takes minutes.
 """
 
 import argparse
@@ -114,9 +114,9 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"{results['architecture']} on {results['dataset']}, {results['num_train_images']} training images, "
         f"{autoattack['norm']} {autoattack['epsilon']:.4g}. Gradients: forward and backward passes for each training "
-        "image in the whole training. Intervals: 95 % (Wilson).",
+        "image over the whole training. Intervals: 95 % (Wilson).",
         "",
-        f"| recipe | training steps, s | of {next(iter(rows))} | gradients | best epoch "
+        f"| recipe | training steps, s | ratio to {next(iter(rows))} | gradients | best epoch "
         f"| clean accuracy ({results['num_test_images']} images) "
         f"| AutoAttack accuracy ({autoattack['num_images']} images) | alarms |",
         "|---|---|---|---|---|---|---|---|",
