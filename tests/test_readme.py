@@ -79,8 +79,8 @@ def test_the_commands_of_the_readme_have_flags_that_exist(monkeypatch):
         parse_flags(CONFIGS[program], [program, *arguments.split()])
 
 
-def test_the_modules_of_the_readme_are_those_of_the_package():
-    """They are listed in the order in which they may import each other."""
+def test_the_rooms_of_the_readme_are_those_of_the_package():
+    """In the order in which they may import each other."""
     table = README.partition("## How it is built")[2].partition("\n## ")[0]
     rows = [re.findall(r"`([\w/]+?)(?:/|\.py|)`", line) for line in table.splitlines() if line.startswith("| `")]
     first = [row[0].partition("/")[0] for row in rows]

@@ -52,7 +52,7 @@ LINF = (8 / 255, 2 / 255)  # epsilon and step size, for every shape
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A kind of training step. With 0 attack steps, it is a standard training step."""
+    """A kind of training step. With 0 steps of the attack it is a standard training step."""
 
     steps: int
     norm: str = "l2"

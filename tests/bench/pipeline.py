@@ -4,7 +4,7 @@
 
 Both read JPEG files of 500x375 pixels and return random 224-pixel crops, flipped at random, as float32 in [0, 1] in
 batches of 64. They take turns in one run. The worker processes pass their batches on in shared memory, as PyTorch's
-DataLoader does. With --memory, the program also shows how the memory of a process grows while it reads 20,000 images.
+DataLoader does. With --memory, the program also shows how a process grows that reads 20,000 images.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def _pipeline(folder: pathlib.Path, *, epochs: int, augmentation: str) -> Any:
 
     data = DataConfig(dataset=f"folder:{folder}", image_size=SIZE, augmentation=augmentation, cache="none")
     task = load_task(data, batch_size=BATCH)
-    return task.train(first_epoch=0, epochs=2 * epochs)  # validation images make each epoch a little shorter
+    return task.train(first_epoch=0, epochs=2 * epochs)  # what is held out leaves a little less in each
 
 
 def _consume(dataset: Any, batches: int) -> None:
@@ -198,7 +198,7 @@ def _batch_in(memory: shared_memory.SharedMemory, slot: int) -> np.ndarray:
 
 
 def _write_images(folder: pathlib.Path) -> int:
-    """Writes enlarged parts of scikit-learn's photographs as files of 2 classes, and returns their size in bytes."""
+    """Parts of scikit-learn's photographs, enlarged and flipped differently, as 2 classes of files; their size."""
     from sklearn.datasets import load_sample_images
 
     rng = random.Random(0)

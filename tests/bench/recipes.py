@@ -4,8 +4,8 @@
 
 The recipes are trained one after the other, each by `robust_tf.train` in a new process. Then `robust_tf.evaluate`
 attacks each of them. After an interruption, the same command continues where it stopped, and recipes that are finished
-are not run again. The seconds count the training steps only, at the median speed of the epochs, without
-validation and without the first step, in which the graph is traced. `--quick --dataset=digits` takes minutes.
+are not run again. The seconds are those of the training steps alone, at the median speed of the epochs, without
+validation and without the first step, which is traced. `--quick --dataset=digits` takes minutes.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m tests.bench.serving [--quick]
 
-The server runs in another process. The latency is measured with one request at a time and batches of 1; all kinds of
-requests take turns. The throughput is measured with 32 clients in threads, with and without batching.
+The server runs in another process. The latency is measured with one request at a time and batches of 1; all ways to ask
+take turns. The throughput is measured with 32 clients in threads, with and without batching.
 """
 
 from robust_tf.environment import set_tensorflow_defaults
@@ -59,7 +59,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _server(version: pathlib.Path, *flags: str) -> Iterator[tuple[str, str]]:
-    """Runs a server in another process, and yields its addresses for REST and gRPC."""
+    """A server in another process. Yields its addresses for REST and gRPC."""
     rest, grpc = free_port(), free_port()
     command = [sys.executable, "-m", "robust_tf.serve", "--model_name=m", f"--model_base_path={version.parent}"]
     command += [f"--rest_api_port={rest}", f"--port={grpc}", *flags]
