@@ -27,15 +27,15 @@ class PredictConfig:
         "http://localhost:8501",
         "Address of the server: http://host:port, https://host:port, grpc://host:port or grpcs://host:port (TLS).",
     )
-    model_name: str = flag("", "Name of the model. Default: the only model of a `robust_tf.serve`.")
-    version: int | None = flag(None, "Version of the model. Default: the latest.")
+    model_name: str = flag("", "Name of the model. By default, the only model of a `robust_tf.serve`.")
+    version: int | None = flag(None, "Version of the model. By default, the latest.")
     label: str = flag("", "Label of the version, instead of its number.")
     top: int = flag(3, "Number of classes to print for each image. The server returns at most 5.")
     batch_size: int = flag(16, "Number of images in each request.")
     concurrency: int = flag(4, "Number of concurrent requests.")
     timeout_seconds: float = flag(60.0, "Longest time in seconds that a request may take.")
     retry_seconds: float = flag(
-        RETRY_SECONDS, "Longest time in seconds to keep repeating a request while the server is busy. 0 never repeats."
+        RETRY_SECONDS, "Longest time in seconds to keep repeating a request while the server is busy. 0 tries once."
     )
     token: str = flag("", "Token for a proxy, sent as `Authorization: Bearer`. Over gRPC, it needs grpcs://.")
     ca_file: str = flag("", "PEM file of the authority that signed the server's certificate (https://, grpcs://).")

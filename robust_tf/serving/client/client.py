@@ -1,8 +1,10 @@
 """Connects to a server, over REST or gRPC.
 
-with connect("http://localhost:8501", model_name="pets") as client:
-    for prediction in client.classify([open("cat.jpg", "rb").read()]):
-        print(prediction[0].label, prediction[0].probability)
+For example, to classify a picture:
+
+    with connect("http://localhost:8501", model_name="pets") as client:
+        for prediction in client.classify([open("cat.jpg", "rb").read()]):
+            print(prediction[0].label, prediction[0].probability)
 """
 
 from robust_tf.errors import UserError
