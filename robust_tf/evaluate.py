@@ -3,7 +3,7 @@
     python -m robust_tf.evaluate --classifier=runs/robust/classifier.keras --attack=autoattack --epsilon=0,0.25,0.5,1
 
 Several epsilons give a robustness curve. If the program is stopped or killed, the same command continues where it
-was and ends with the same evaluation.json. You can add attacks, epsilons and corruptions to a finished evaluation.
+stopped and ends with the same evaluation.json. You can add attacks, epsilons and corruptions to a finished evaluation.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python -m robust_tf.export --classifier=W/classifier.keras --export_dir=E --model_name=pets
 
-writes `E/pets/1`, or the next free version number. The version appears only after it has been checked. The names of the
-classes, the data set and the accuracies come from the `results.json` that the training job wrote next to its
+This writes `E/pets/1`, or the next free version number. The version appears only after it has been checked. The names
+of the classes, the data set and the accuracies come from the `results.json` that the training job wrote next to its
 classifier; flags take precedence over it.
 """
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     results = JobResults.read(path.with_name(FILE_NAME)) or JobResults()
     if results.downscale is not None:
         raise UserError(
-            "A served model takes images as they are, while this classifier was trained on images whose size was "
+            "A served model takes images as they are, but this classifier was trained on images whose size was "
             f"reduced first. Received: {path}, trained with --downscale={results.downscale}. Train it without this "
             "flag."
         )

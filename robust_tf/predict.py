@@ -2,7 +2,7 @@
 
     python -m robust_tf.predict --server=http://localhost:8501 --model_name=pets cat.jpg photos/
 
-prints the most probable classes of each image. Folders are searched for images. TensorFlow is needed only for gRPC.
+This prints the most probable classes of each image. Folders are searched for images. Only gRPC needs TensorFlow.
 """
 
 import collections
@@ -27,15 +27,15 @@ class PredictConfig:
         "http://localhost:8501",
         "Address of the server: http://host:port, https://host:port, grpc://host:port or grpcs://host:port (TLS).",
     )
-    model_name: str = flag("", "Name of the model. Default: the only model of a `robust_tf.serve`.")
-    version: int | None = flag(None, "Version of the model. Default: the latest.")
+    model_name: str = flag("", "Name of the model. By default, the only model of a `robust_tf.serve`.")
+    version: int | None = flag(None, "Version of the model. By default, the latest.")
     label: str = flag("", "Label of the version, instead of its number.")
     top: int = flag(3, "Number of classes to print for each image. The server returns at most 5.")
-    batch_size: int = flag(16, "Number of images in a request.")
-    concurrency: int = flag(4, "Number of requests at the same time.")
+    batch_size: int = flag(16, "Number of images in each request.")
+    concurrency: int = flag(4, "Number of concurrent requests.")
     timeout_seconds: float = flag(60.0, "Longest time in seconds that a request may take.")
     retry_seconds: float = flag(
-        RETRY_SECONDS, "Longest time in seconds to keep repeating a request while the server is busy. 0 never repeats."
+        RETRY_SECONDS, "Longest time in seconds to keep repeating a request while the server is busy. 0 tries once."
     )
     token: str = flag("", "Token for a proxy, sent as `Authorization: Bearer`. Over gRPC, it needs grpcs://.")
     ca_file: str = flag("", "PEM file of the authority that signed the server's certificate (https://, grpcs://).")
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Answers:
-    """Reads pictures when they are needed, and joins the answers with the pictures that cannot be read."""
+    """Reads pictures when they are needed, and merges the answers with the pictures that cannot be read."""
 
     def __init__(self, entries: Sequence[tuple[pathlib.Path, str]]) -> None:
         self._entries = entries
@@ -138,5 +138,5 @@ def _as_json(path: pathlib.Path, result: list[Guess] | str, top: int) -> str:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a name may not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file name may not be valid text
         sys.exit(main(sys.argv))

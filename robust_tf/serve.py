@@ -4,7 +4,7 @@
 
 Then open http://localhost:8501/ in a browser. With --check, the program only checks the files, folders, versions and
 labels that the flags name, and exits with 1 if something is wrong. The flags are those of `tensorflow_model_server`,
-which is the server for production.
+the server for production.
 """
 
 import logging

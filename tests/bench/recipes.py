@@ -114,9 +114,9 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"{results['architecture']} on {results['dataset']}, {results['num_train_images']} training images, "
         f"{autoattack['norm']} {autoattack['epsilon']:.4g}. Gradients: forward and backward passes for each training "
-        "image in the whole training. Intervals: 95 % (Wilson).",
+        "image over the whole training. Intervals: 95 % (Wilson).",
         "",
-        f"| recipe | training steps, s | of {next(iter(rows))} | gradients | best epoch "
+        f"| recipe | training steps, s | ratio to {next(iter(rows))} | gradients | best epoch "
         f"| clean accuracy ({results['num_test_images']} images) "
         f"| AutoAttack accuracy ({autoattack['num_images']} images) | alarms |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Fixtures of the serving tests: models on disk, which are made once, and servers in this process."""
+"""Fixtures of the serving tests: models on disk, made once, and servers in this process."""
 
 import contextlib
 import dataclasses
@@ -28,11 +28,11 @@ from tests.serving.models import (
     write_config,
 )
 
-LIMIT = 120  # seconds for what takes a moment, even on a machine with ten times the work that it can do
+LIMIT = 120  # seconds to wait for something that takes a moment; enough even on a heavily overloaded machine
 
 
 def free_port() -> int:
-    """Returns a port that nobody uses."""
+    """Returns a free port."""
     # Below the range of outgoing connections, one of which could take the port before the caller does.
     while True:
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randint(10_000, 30_000))) as found:
@@ -105,7 +105,7 @@ def clients_of(url: str, target: str, server: Server | None = None) -> Iterator[
 
 
 def accepts_connections(port: int) -> bool:
-    """Returns whether somebody listens on a port."""
+    """Returns whether a server listens on a port."""
     try:
         socket.create_connection(("127.0.0.1", port)).close()
     except ConnectionRefusedError:
@@ -129,7 +129,7 @@ def running_server(**flags) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def tensorflow_serving(flags: dict[str, str]) -> Iterator[Running]:
-    """Gives the real server that the environment names, or runs one if it is installed."""
+    """Yields the TensorFlow Serving that the environment names, or runs one if it is installed."""
     url, target = os.environ.get("TF_SERVING_REST_URL"), os.environ.get("TF_SERVING_GRPC_TARGET")
     if url and target:
         with clients_of(url, target) as running:

@@ -1,4 +1,4 @@
-"""Sends damaged and senseless requests. Each must get a client error or an answer, and none may harm the server.
+"""Sends damaged and nonsensical requests. Each must get a client error or an answer, and none may harm the server.
 
 python -m tests.serving.fuzz --requests=10000
 """
@@ -149,18 +149,18 @@ def _twisted(rng: random.Random, value: object, odd: object) -> object:
 
 
 def unfit_for_clients(message: str) -> str:
-    """Returns what is wrong with an error message: several lines, a traceback or a path of this machine; else ""."""
+    """Returns what is wrong with an error message (several lines, a traceback, a path of this machine), or ""."""
     if message.splitlines() not in ([message], []):
         return "more than one line"
     if "Traceback" in message:
-        return "a trace of Python"
+        return "a Python traceback"
     return next((f"the path {place}" for place in _LOCAL if place in message), "")
 
 
 def run(rest_url: str, grpc_target: str, *, requests: int, seed: int) -> dict:
     """Sends requests over both transports, and returns figures and the requests that got a wrong answer.
 
-    Hypothesis makes the random choices, so that it can search for the shortest such request.
+    Hypothesis makes the random choices, so that it can search for the shortest request that fails.
 
     Args:
         rest_url: URL of the server for REST.

@@ -2,8 +2,8 @@
 
     python -m tests.serving.load --seconds=600 --clients=16 --swap_every=20
 
-starts `python -m robust_tf.serve` on a model whose versions answer with their own number, replaces the versions one
-after another, and checks that each answer is right for its version. It prints figures as JSON, and exits with 1 if
+This starts `python -m robust_tf.serve` on a model whose versions answer with their own number, replaces the versions
+one after another, and checks that each answer is right for its version. It prints figures as JSON, and exits with 1 if
 anything failed.
 """
 

@@ -2,7 +2,7 @@ r"""Small SavedModels for the tests: half_plus_two, as in TensorFlow Serving's o
 
     python -m tests.serving.models FOLDER
 
-writes all three and their config files, for any server. With these variables, the tests ask that server too:
+This writes all three and their config files, for any server. With these two variables, the tests use that server, too:
 
     tensorflow_model_server --port=8500 --rest_api_port=8501 --model_config_file=FOLDER/models.config \
       --monitoring_config_file=FOLDER/monitoring.config

@@ -243,7 +243,7 @@ def scripted():
 
 
 @pytest.mark.usefixtures("clock")
-def test_only_refusals_for_lack_of_room_are_retried(scripted):
+def test_only_refusals_by_a_busy_server_are_retried(scripted):
     with connect(scripted, model_name="a b", label="x", token="secret") as client:
         _Script.statuses[:] = [503, 429, 502, 503, 429, 200]
         assert client.signatures == {}

@@ -25,7 +25,7 @@ def test_server_reads_the_config_files():
     (pets,) = model_settings(read_model_config(SERVING / "config" / "models.config"))
     assert (pets.name, str(pets.base_path)) == ("pets", "/models/pets")
     assert pets.labels == {"stable": 1, "canary": 1}
-    assert set(pets.labels.values()) <= set(pets.specific)  # any other policy would unload them some day
+    assert set(pets.labels.values()) <= set(pets.specific)  # any other policy would unload them sooner or later
     assert read_batching(SERVING / "config" / "batching.config").max_batch_size == 32
     assert read_monitoring(SERVING / "config" / "monitoring.config") == "/monitoring/prometheus/metrics"
 

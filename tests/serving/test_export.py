@@ -48,7 +48,7 @@ def tiny():
     return keras.Model(images, keras.layers.Dense(2, name="logits")(features), name="tiny")
 
 
-def test_signatures_have_fixed_names_and_types_and_a_free_batch(model):
+def test_signatures_have_fixed_names_and_types_and_any_batch_size(model):
     described = {
         name: tuple(
             {key: (info.dtype, info.tensor_shape.dim[0].size) for key, info in part.items()}
@@ -125,7 +125,7 @@ with tf.compat.v1.Session(graph=tf.Graph()) as session:
     meta = tf.compat.v1.saved_model.loader.load(session, ["serve"], {str(exported)!r})
     definition = meta.signature_def["predict_pixels"]
     from tensorflow.core.protobuf import config_pb2
-    # Feeds as C++ does, where Python does not compare the shapes first.
+    # Feeds the input as C++ does; Python would compare the shapes first.
     call = session._make_callable_from_options(config_pb2.CallableOptions(
         feed=[definition.inputs["images"].name], fetch=[definition.outputs["logits"].name]))
     for shape in [(16, 16, 3), (1, 17, 16, 3), (1, 1, 16, 16, 3)]:
@@ -270,7 +270,7 @@ def test_bad_arguments_publish_nothing(tiny, tmp_path, arguments, message):
     assert not list(tmp_path.rglob("saved_model.pb"))
 
 
-def test_classifier_of_free_image_size_is_refused(tmp_path):
+def test_classifier_of_variable_image_size_is_refused(tmp_path):
     images = keras.Input((None, None, 3), name="images")
     free = keras.Model(images, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(images)))
     with pytest.raises(UserError, match=r"input shape \(None, None, None, 3\)"):
@@ -292,7 +292,7 @@ def test_diverged_classifier_is_not_published(tiny, tmp_path):
 
 
 def test_export_that_the_session_cannot_restore_is_not_published(tiny, tmp_path, monkeypatch):
-    """Saves Keras variables instead of TensorFlow's, which only Python finds again."""
+    """Saves Keras variables, which only Python can find again, instead of TensorFlow's."""
     save = tf.saved_model.save
 
     def save_badly(module, path, signatures):

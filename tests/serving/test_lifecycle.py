@@ -94,8 +94,8 @@ def test_request_keeps_its_version_loaded(tmp_path):
         until(lambda: states(running) == {1: "END"})
 
 
-def test_version_that_replaces_another_during_a_look_leaves_no_gap(tmp_path, monkeypatch):
-    """The list of the folder still shows the old version alone, which is gone by the time its entry is examined."""
+def test_version_that_replaces_another_during_a_scan_leaves_no_gap(tmp_path, monkeypatch):
+    """The folder's listing shows only the old version, which is gone by the time its entry is examined."""
     save_half_plus_two(tmp_path / "1")
     manager = ModelManager(LoadedModel, poll_seconds=0)
     manager.configure([ModelSettings(name="m", base_path=tmp_path)])
@@ -115,14 +115,14 @@ def test_version_that_replaces_another_during_a_look_leaves_no_gap(tmp_path, mon
         unloaded.append(manager.ready())
         close_unused(leaving)
 
-    manager._close_unused = note_and_close  # not by monkeypatch, which `slow_look` undoes
+    manager._close_unused = note_and_close  # without monkeypatch, because `slow_look` undoes its patches
     manager._update()
     assert [number for number, state, _ in manager.states("m") if state == "AVAILABLE"] == [2]
     assert unloaded == [True]  # when version 1 was unloaded, version 2 was already available
     manager.stop()
 
 
-def test_version_is_loaded_when_it_has_been_copied_completely(base):
+def test_version_is_loaded_only_when_it_is_copied_completely(base):
     add_version(base, 2, 10.0)
     whole = base.parent / "whole"
     (base / "2").rename(whole)

@@ -1,4 +1,4 @@
-"""Tests of nginx with the shipped configuration, in front of the embedded server and of servers that record."""
+"""Tests of nginx with the shipped configuration, in front of the embedded server or a server that records requests."""
 
 import contextlib
 import http.server
@@ -35,7 +35,7 @@ def proxy(embedded, tmp_path_factory):
 
 @pytest.fixture
 def limited(tmp_path):
-    """A proxy without a server behind it, which allows the burst and hardly any rate."""
+    """A proxy without a server behind it, which passes a burst of requests and then hardly any."""
     nobody = f"127.0.0.1:{free_port()}"
     replaced = [("tensorflow-serving:8501", nobody), ("tensorflow-serving:8500", nobody), SLOWLY]
     with running_nginx(tmp_path, *replaced) as running:
@@ -152,7 +152,7 @@ def test_large_grpc_request_is_resource_exhausted(proxy):
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
         request = predict_pb2.PredictRequest()
         request.inputs["x"].tensor_content = bytes(48 * 2**20 + 1)
-        # The client tells by these words that it need not retry.
+        # The client recognizes by these words that a retry is pointless.
         assert failure(stub.Predict, request) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "The request is too large")
 
 

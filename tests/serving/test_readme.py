@@ -128,7 +128,7 @@ def test_nginx_starts_with_the_files_that_readme_creates(prepared):
     check = [*as_nginx, tool("nginx"), "-t", "-c", str(config), "-p", str(writable), "-e", str(writable / "error.log")]
     run = subprocess.run(check, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert run.returncode == 0, run.stderr
-    # The settings in .env are those that compose asks for.
+    # .env holds the settings that compose.yaml asks for.
     compose = [tool("docker-compose"), "config", "--quiet"]
     subprocess.run(compose, cwd=folder / "serving", timeout=LIMIT, check=True)
 

@@ -38,7 +38,7 @@ class Clients:
         self._threads.shutdown()
 
     def see(self, label, version):
-        """Allows the answers of a version as well, and waits until both transports have given one."""
+        """Also allows the answers of another version, and waits until both transports have given one."""
         self.allowed[label].add(ANSWERS[version])
         until(lambda: all(self.last.get((ask.__name__, label)) == ANSWERS[version] for ask in (self._rest, self._grpc)))
 

@@ -81,7 +81,7 @@ class Client(abc.ABC):
         """Runs a signature of the model.
 
         Args:
-            inputs: An array, or anything that NumPy turns into one, for each input. Strings are passed as bytes. The
+            inputs: For each input, an array or anything that NumPy converts to one. Strings are passed as bytes. The
                 first dimension is the batch.
             signature_name: One of `signatures`.
 
@@ -156,7 +156,7 @@ class Client(abc.ABC):
         """Classifies any number of images, several batches at a time.
 
         Args:
-            images: Encoded images. They are taken from the iterable only as fast as the server answers.
+            images: Encoded images. They are read from the iterable only as fast as the server answers.
             batch_size: Number of images in a request.
             concurrency: Number of requests at the same time.
 
@@ -165,7 +165,7 @@ class Client(abc.ABC):
             refused this image.
 
         Raises:
-            ServerError: The server cannot be reached, or the model is not there.
+            ServerError: The server cannot be reached, or does not have the model.
         """
 
         def answer(batch: list[bytes]) -> list[list[Guess] | ServerError]:
@@ -185,7 +185,7 @@ class Client(abc.ABC):
 
 
 def trust_authority(ca_file: str) -> ssl.SSLContext:
-    """Returns a TLS context that trusts the certificates of a PEM file.
+    """Returns a TLS context that trusts the certificates in a PEM file.
 
     Args:
         ca_file: Path of the file.

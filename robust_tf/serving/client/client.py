@@ -1,8 +1,10 @@
 """Connects to a server, over REST or gRPC.
 
-with connect("http://localhost:8501", model_name="pets") as client:
-    for prediction in client.classify([open("cat.jpg", "rb").read()]):
-        print(prediction[0].label, prediction[0].probability)
+For example, to classify a picture:
+
+    with connect("http://localhost:8501", model_name="pets") as client:
+        for prediction in client.classify([open("cat.jpg", "rb").read()]):
+            print(prediction[0].label, prediction[0].probability)
 """
 
 from robust_tf.errors import UserError
@@ -32,13 +34,13 @@ def connect(
         timeout_seconds: Longest time that a request may take, in seconds.
         token: Token for a proxy in front of the server, sent as "Authorization: Bearer ...". gRPC sends it over TLS
             only.
-        ca_file: PEM file of the authority that signed the server's certificate, if this machine does not know it.
+        ca_file: PEM file of the authority that signed the server's certificate, if this machine does not trust it.
         retry_seconds: Longest time, in seconds, to keep repeating a request that the server refuses because it is busy
-            (RESOURCE_EXHAUSTED or UNAVAILABLE, over REST 429 or 503). 0 tries once.
+            (RESOURCE_EXHAUSTED or UNAVAILABLE, or 429 or 503 over REST). 0 tries once.
 
     Raises:
         UserError: The address or a combination of arguments is not valid, or the model must be named.
-        ServerError: The server cannot be asked which models it has.
+        ServerError: The server does not say which models it has.
 
     Example:
         >>> client = connect("http://localhost:8501", model_name="pets")
@@ -65,7 +67,7 @@ def connect(
     if scheme in ("grpc", "grpcs"):
         if not model_name:
             raise UserError("Over gRPC, the model must be named. Received: model_name=''.")
-        # The protos of gRPC import TensorFlow, which REST can do without.
+        # The protos of gRPC import TensorFlow, which REST does not need.
         from robust_tf.serving.client.grpc_client import GrpcClient
 
         return GrpcClient(

@@ -23,23 +23,27 @@ from robust_tf.serving.client.retries import Retries, seconds_after
 from robust_tf.serving.wire.names import DEFAULT_SIGNATURE, INIT_SIGNATURE
 
 _NO_LIMIT = -1  # by default, gRPC refuses replies over 4 MB
-_TOO_LARGE = re.compile("larger than|too large")  # as gRPC says it, and as the proxy in serving/nginx does
-_NOT_REACHED = ("failed to connect", "DNS resolution failed", "name resolution")  # as gRPC says that nobody answers
+_TOO_LARGE = re.compile("larger than|too large")  # the wording of gRPC, and of the proxy in serving/nginx
+_NOT_REACHED = (
+    "failed to connect",
+    "DNS resolution failed",
+    "name resolution",
+)  # the wording of gRPC when nobody answers
 
 
 class GrpcClient(Client):
     """A `Client` that speaks gRPC.
 
     Args:
-        target: "host:port" or "unix:path".
+        target: Address of the server, "host:port" or "unix:path".
         model_name: Name of the model.
         version: Number of the version. None uses the latest.
         label: Label of the version, instead of its number.
         timeout_seconds: Longest time that a request may take, in seconds.
         secure: Whether to use TLS.
         token: Token to send with each call as "authorization: Bearer ...", or "". It is sent over TLS only.
-        ca_file: PEM file of the authority behind the server's certificate, or "" for the authorities that gRPC knows.
-        retries: How requests are repeated.
+        ca_file: PEM file of the authority that signed the server's certificate, or "" for those that gRPC trusts.
+        retries: Repeats the requests that a busy server refuses.
     """
 
     def __init__(
@@ -122,7 +126,7 @@ class GrpcClient(Client):
 def _server_error(error: Any) -> ServerError:
     code, details = error.code().name, error.details() or ""
     if code == "RESOURCE_EXHAUSTED" and _TOO_LARGE.search(details) and "too many" not in details:
-        code = "INVALID_ARGUMENT"  # as over REST: sending the request again would not make it smaller
+        code = "INVALID_ARGUMENT"  # as over REST, because a retry would not make the request smaller
     reached = code != "UNAVAILABLE" or not any(words in details for words in _NOT_REACHED)
     headers = {key: value for key, value in [*(error.initial_metadata() or ()), *(error.trailing_metadata() or ())]}
     return ServerError(code, details, reached=reached, retry_after=seconds_after(headers.get("retry-after")))
@@ -131,7 +135,9 @@ def _server_error(error: Any) -> ServerError:
 def _credentials(token: str, ca_file: str) -> grpc.ChannelCredentials:
     authority = None
     if ca_file:
-        trust_authority(ca_file)  # for its error: gRPC would only say that no server can be reached
+        trust_authority(
+            ca_file
+        )  # raises an error that names the file; gRPC would only say that no server can be reached
         authority = pathlib.Path(ca_file).read_bytes()
     credentials = grpc.ssl_channel_credentials(authority)
     if not token:

@@ -1,4 +1,4 @@
-"""Finds the pictures in folders. The first bytes of a file tell whether it is one, not its suffix."""
+"""Finds the pictures in folders. A file is recognized by its first bytes, not by its suffix."""
 
 import dataclasses
 import pathlib
@@ -37,8 +37,8 @@ def find_pictures(names: Sequence[str]) -> Pictures:
     """Finds the pictures among files and folders.
 
     Args:
-        names: Paths of files and folders. Folders are searched with their subfolders. A file counts as a picture
-            whatever its content, because the server will report it if it is not.
+        names: Paths of files and folders. Folders are searched with their subfolders. A file that is named
+            directly counts as a picture; the server will report it if it is not one.
 
     Raises:
         UserError: A path does not exist, or there is no picture at all.
@@ -87,7 +87,7 @@ def _look_at(path: pathlib.Path, should_be_one: bool, found: Pictures) -> None:
         found.entries.append((path, f"can't be read: {error.strerror}"))
         return
     if beginning.startswith(_BEGINNINGS) or (beginning[:4], beginning[8:]) == (b"RIFF", b"WEBP"):
-        # Texts may start with "BM" too.
+        # A text may start with "BM", too.
         if beginning.startswith(b"BM") and not should_be_one:
             found.others += 1
         else:

@@ -23,15 +23,15 @@ class RestClient(Client):
     """A `Client` that speaks REST.
 
     Args:
-        server: "http://host:port" or "https://host:port".
+        server: Address of the server, "http://host:port" or "https://host:port".
         model_name: Name of the model, or "" for the only model of a `robust_tf.serve`.
         version: Number of the version. None uses the latest.
         label: Label of the version, instead of its number.
         timeout_seconds: Longest time that a request may take, in seconds.
         token: Token to send as "Authorization: Bearer ...", or "".
-        ca_file: PEM file of the authority behind the server's certificate, or "" for the authorities that this machine
-            knows.
-        retries: How requests are repeated.
+        ca_file: PEM file of the authority that signed the server's certificate, or "" for those that this machine
+            trusts.
+        retries: Repeats the requests that a busy server refuses.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ def _from_json(value: Any, dtype: str) -> np.ndarray:
 
 
 def _object_array(value: Any) -> np.ndarray:
-    """Returns nested lists of strings as an array of objects; NumPy would make fixed-width text of them."""
+    """Returns nested lists of strings as an array of objects. NumPy alone would make an array of fixed-width text."""
     shape = []
     inner = value
     while isinstance(inner, list):

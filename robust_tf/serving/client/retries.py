@@ -14,7 +14,7 @@ from robust_tf.serving.client.base import ServerError
 RETRY_SECONDS = 120.0
 
 _LOG = logging.getLogger(__name__)
-_TRIES_TO_REACH = 4  # if no server has ever answered, the address may be wrong, and the user should learn it soon
+_TRIES_TO_REACH = 4  # if no server has ever answered, the address may be wrong, and the user should hear of it soon
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
 _SECONDS_BETWEEN_WARNINGS = 5.0  # several threads may be waiting at the same time
 
@@ -62,7 +62,7 @@ class Retries:
             raise error
         pause: float = min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
         if error.retry_after is not None:
-            # A little later than the server asks, so that clients refused together do not come back together.
+            # A little later than the server asks, so that clients that were refused together do not return together.
             pause = error.retry_after + pause
         if pause > left or (not self._reached and attempt >= _TRIES_TO_REACH):
             raise error
@@ -75,7 +75,7 @@ class Retries:
 
 
 def seconds_after(header: str | None) -> float | None:
-    """Returns the seconds that a Retry-After header asks for, or None if it names no time.
+    """Returns the number of seconds that a Retry-After header asks for, or None if it names no time.
 
     Args:
         header: The header's value, a number of seconds or a date, or None if the reply has no such header.

@@ -18,7 +18,7 @@ class Absence(NamedTuple):
 
     Attributes:
         reason: The reason and the way out, in whole sentences.
-        final: Whether no version can ever appear there, so that a server need not wait.
+        final: Whether no version can ever appear there, so that waiting is pointless.
     """
 
     reason: str

@@ -33,4 +33,4 @@ class ServedModel(Protocol):
         """Runs one signature; see `LoadedModel.run`."""
 
     def close(self) -> None:
-        """Frees the model. Nothing may be running."""
+        """Frees the model. No request may be using it."""

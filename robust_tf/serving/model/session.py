@@ -1,8 +1,8 @@
 """Loads and runs a SavedModel in a Session, as TensorFlow Serving does.
 
-`tf.saved_model.load` would hide two problems. It restores some exports that TensorFlow Serving cannot serve, because
-only Python finds their variables again: a Session fails on them, too. And it passes a tensor of a wrong rank on to
-kernels that abort the process: here, names, types and shapes are compared with the signature before anything runs.
+`tf.saved_model.load` would hide two problems. It restores some exports whose variables only Python can find, on which
+TensorFlow Serving fails; a Session fails on them, too. And it passes a tensor of the wrong rank on to kernels that
+abort the process. Here, names, types and shapes are compared with the signature before anything runs.
 """
 
 import contextlib
@@ -95,8 +95,8 @@ class LoadedModel:
         except tf.errors.OpError as error:
             raise from_tensorflow(error, self.path) from error
         except UnicodeDecodeError as error:
-            # TensorFlow's message quotes bytes of the request that are not text. Python failed to decode it, and its
-            # status code is lost.
+            # TensorFlow's message quotes bytes of the request that are not text. Python could not decode the message,
+            # and the status code is lost.
             message = error.object.decode("utf-8", "backslashreplace")
             raise invalid(_kernel_message(message, self.path)) from error
         except (ArithmeticError, TypeError, ValueError) as error:
@@ -130,14 +130,14 @@ class LoadedModel:
         return inputs, _checked_outputs(definition, outputs)
 
     def close(self) -> None:
-        """Frees the weights. Nothing may be running."""
+        """Frees the weights. No request may be using them."""
         self._callables.clear()
         self._session.close()
 
     def _callable(self, signature_name: str, outputs: tuple[str, ...]) -> Any:
         """Returns the call that runs a signature for these outputs.
 
-        Calls are kept, because preparing one takes longer than running it.
+        Calls are cached, because preparing one takes longer than running it.
         """
         key = signature_name, outputs
         with self._lock:
@@ -154,7 +154,7 @@ class LoadedModel:
 
 @contextlib.contextmanager
 def _without_deprecation_warning() -> Iterator[None]:
-    """Silences TensorFlow's advice to use another loader, one that would hide what TensorFlow Serving refuses."""
+    """Silences TensorFlow's advice to use another loader, which would accept what TensorFlow Serving refuses."""
     logger = tf.get_logger()
     level = logger.level
     logger.setLevel("ERROR")
@@ -168,8 +168,8 @@ def from_tensorflow(error: tf.errors.OpError, path: pathlib.Path | None = None) 
     """Returns an error of TensorFlow as a `ServingError` with the kernel's message only.
 
     Args:
-        error: Error of TensorFlow. What its message says about nodes and stacks is left out.
-        path: Folder of the version. The message names it "model/version".
+        error: Error of TensorFlow. The parts of its message about nodes and stacks are left out.
+        path: Folder of the version, which the message calls "model/version".
     """
     return ServingError(code_name(error.error_code), _kernel_message(error.message or type(error).__name__, path))
 
@@ -192,7 +192,7 @@ def _kernel_message(message: str, path: pathlib.Path | None) -> str:
 
 
 def _as_array(value: Any) -> np.ndarray:
-    """Returns an output as an array. A scalar string is bytes, and NumPy would cut zeros off its end."""
+    """Returns an output as an array. A scalar string is bytes, from which NumPy would strip trailing zeros."""
     return np.array(value, dtype=object) if isinstance(value, bytes) else np.asarray(value)
 
 

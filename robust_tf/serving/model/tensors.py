@@ -1,4 +1,4 @@
-"""Conversions between the tensors and examples of the protocol and arrays."""
+"""Converts the tensors and examples of the protocol to arrays, and arrays to tensors."""
 
 import math
 
@@ -9,7 +9,7 @@ from tensorflow_serving.apis import input_pb2
 
 from robust_tf.serving.model.status import invalid
 
-# A request may declare a huge shape and hold a single value, which is then repeated to fill it.
+# A request may declare a huge shape and hold a single value, which is then repeated to fill the shape.
 _MAX_REPEATED_BYTES = 1 << 28
 
 _VALUE_FIELDS = {

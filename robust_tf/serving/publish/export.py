@@ -1,4 +1,4 @@
-"""Publishes a classifier as a verified version in a folder that TensorFlow Serving watches, or not at all."""
+"""Publishes a classifier as a verified version in a folder that TensorFlow Serving watches."""
 
 import contextlib
 import dataclasses
@@ -59,8 +59,8 @@ def export_classifier(
         classifier: Any Keras model that `plain_classifier` accepts, for images (batch, size, size, 3) in [0, 1].
         export_dir: Folder of all models.
         model_name: Name of the model in requests and of its folder. It must not contain "/" or ":".
-        model_card: Facts to publish as `model_card.json`, such as data, metric, accuracies and license. What the
-            classifier itself shows (sizes, classes, pixel range, versions) is added.
+        model_card: Facts to publish as `model_card.json`, such as data, metric, accuracies and license. Sizes,
+            classes, pixel range and versions are added.
         labels: Names of the classes in the order of the logits. None names them "0", "1", ...
         version: Number of the version, at least 1. None takes the next free number.
         resize_size: Length to which the shorter side of an encoded image is resized before the center crop. None
@@ -108,8 +108,8 @@ def export_classifier(
     requests = sample_requests(image_size, attack_probe)
     with _staging_folder(base, world_readable) as staging:
         module = tf.Module()
-        # The tf.Variables, rather than the Keras model or its Keras variables: those would be stored twice, or
-        # TensorFlow Serving's loader would not find them again.
+        # The tf.Variables, rather than the Keras model or its Keras variables, which would be stored twice or which
+        # TensorFlow Serving's loader would not find.
         module.weights = [weight.value for weight in served.weights]
         tf.saved_model.save(module, str(staging), signatures=signatures)
         (staging / "assets").mkdir(exist_ok=True)
@@ -214,7 +214,7 @@ def _check_version(base: pathlib.Path, version: int) -> None:
 
 @contextlib.contextmanager
 def _staging_folder(base: pathlib.Path, world_readable: bool) -> Iterator[pathlib.Path]:
-    """Creates a folder beside the versions for the block. Its name is not a number, so servers ignore it."""
+    """Creates a folder beside the versions during the block. Its name is not a number, so servers ignore it."""
     staging = base / f".export-{uuid.uuid4().hex[:12]}"
     try:
         missing = [folder for folder in (base, *base.parents) if not folder.exists()]
@@ -251,7 +251,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _remove_abandoned(base: pathlib.Path) -> None:
-    """Removes the folders of exporters that were killed, which are those that nobody has locked."""
+    """Removes the folders of exporters that were killed. No process holds a lock on them."""
     for folder in base.glob(".export-*"):
         # The folder of another process may be gone by now, or so new that it is not locked yet.
         with contextlib.suppress(OSError):

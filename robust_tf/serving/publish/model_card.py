@@ -29,7 +29,7 @@ def card_from_results(results: JobResults, *, license_name: str = "") -> dict[st
     """Returns the facts for the model card: data, metric, accuracies and license.
 
     Args:
-        results: Results of the job. Facts that they do not hold are None.
+        results: Results of the job. Facts that are missing there become None.
         license_name: License of the classifier; "" means that it is not stated.
     """
     facts = {name: to_json(getattr(results, name)) for name in _CARD_KEYS}
@@ -38,16 +38,16 @@ def card_from_results(results: JobResults, *, license_name: str = "") -> dict[st
 
 
 def decoding_from_results(results: JobResults) -> Decoding:
-    """Returns how encoded images were read in training."""
+    """Returns how encoded images were decoded in training."""
     return Decoding(exif=results.exif, alpha_background=results.alpha_background)
 
 
 def probe_from_results(results: JobResults, *, norm: str = "", steps: int = 20) -> AttackProbe:
-    """Returns the attack to serve.
+    """Returns the attack to serve as the signature `attack_probe`.
 
     Args:
-        results: Results of the job. The radius under which it was evaluated goes with its norm only.
-        norm: Norm of the attack, "linf" or "l2"; "" takes the one under which the classifier was evaluated.
+        results: Results of the job. The radius of its evaluation is used only if `norm` is the norm of that evaluation.
+        norm: Norm of the attack, "linf" or "l2"; "" takes the norm of the job's evaluation.
         steps: Number of gradient steps.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The attack inside the served graph, which tests whether an image keeps its label within an epsilon."""
+"""The attack in the served graph. It tests whether an image keeps its label within an epsilon."""
 
 import dataclasses
 import math
@@ -63,7 +63,7 @@ def run_probe(
     *,
     probe: AttackProbe,
 ) -> ProbeResult:
-    """Attacks each image with PGD and its own epsilon, and keeps the point of smallest margin, start included.
+    """Attacks each image with PGD and its own epsilon, and keeps the point of smallest margin, including the start.
 
     Args:
         logits_of: Function from images, (batch, height, width, 3) float32 in [0, 1], to logits, (batch, classes)

@@ -1,4 +1,4 @@
-"""The functions that TensorFlow Serving calls: one signature for each way of asking a classifier.
+"""The functions that TensorFlow Serving calls: one signature for each kind of request.
 
 TensorFlow Serving compares the names of inputs with the signature, but not their shapes. A request without the batch
 dimension can therefore abort the whole server process inside a kernel. Every signature starts with `tf.ensure_shape`,
@@ -16,7 +16,7 @@ from robust_tf.serving.publish.probe import AttackProbe, run_probe
 
 TOP_K = 5  # largest number of class names in a reply
 
-# An image file of a few kilobytes can fill the server's memory when it is decoded and resized.
+# Without limits, an image file of a few kilobytes could fill the server's memory when it is decoded and resized.
 _MAX_PIXELS = 50_000_000
 _MAX_SIDE_RATIO = 20
 

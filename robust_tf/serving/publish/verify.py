@@ -1,4 +1,4 @@
-"""Checks before publishing that an export, run as TensorFlow Serving does, answers like the classifier."""
+"""Checks, before an export is published, that it answers like the classifier when TensorFlow Serving runs it."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ from robust_tf.serving.publish.probe import AttackProbe
 from robust_tf.serving.publish.signatures import decode_images
 
 # How far a served number may differ from `classifier.predict`, relative to the largest expected number (at least 1).
-# The graph optimizer fuses layers, which changes the rounding, most of all in half precision.
+# The graph optimizer fuses layers, which changes the rounding, especially in half precision.
 _TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
 
 
 def sample_requests(image_size: int, attack_probe: AttackProbe | None) -> dict[str, dict[str, np.ndarray]]:
-    """Returns a request of two images for each signature that Predict can run. They also serve as warm-up.
+    """Returns a request of two images for each signature that Predict can run. The requests also serve as warm-up.
 
     Args:
         image_size: Side of the classifier's images.
@@ -162,11 +162,11 @@ def _compare(
 def _compare_probabilities(
     model: LoadedModel, classifier: keras.Model, original: keras.Model, request: Mapping[str, np.ndarray]
 ) -> None:
-    """Compares the served probabilities with those of the original model, whatever kind of output it has."""
+    """Compares the served probabilities with those of the original model, which may return logits or probabilities."""
     answer = model.run("predict_pixels", request)
     outputs = outputs_of(original, request["images"]).numpy().astype(np.float32)
     if outputs.shape[1] == 1:
-        # A single output is a logit if it is served unchanged. Else it is a probability, and its sigmoid was removed.
+        # A single output is a logit if it is served unchanged, else it is a probability whose sigmoid was removed.
         is_logit = np.allclose(outputs[:, 0], answer["logits"][:, 1], rtol=1e-3, atol=1e-3)
         of_class_1 = tf.sigmoid(outputs).numpy() if is_logit else outputs
         expected = np.concatenate([1.0 - of_class_1, of_class_1], axis=1)

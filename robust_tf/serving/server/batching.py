@@ -17,7 +17,7 @@ from robust_tf.serving.model.session import LoadedModel, from_tensorflow
 from robust_tf.serving.model.status import ServingError, invalid
 from robust_tf.serving.server.config_files import Batching
 
-_MAX_QUEUES = 64  # each shape of a row has a queue, and a model may accept any number of shapes
+_MAX_QUEUES = 64  # each row shape has its own queue, and a model may accept any number of shapes
 
 
 class BatchedModel:
@@ -83,13 +83,14 @@ class BatchedModel:
                 values = queue.run(*inputs.values(), deadline=deadline)
                 return {name: values[name] for name in wanted}
             except tf.errors.OpError as error:
-                # An error of the Python function that runs the batch. Alone, each request gets its own answer.
+                # An error in the Python function that runs the batch is ignored here: below, each request runs alone
+                # and gets its own answer.
                 if not isinstance(error, tf.errors.UnknownError) and "Traceback" not in (error.message or ""):
                     raise from_tensorflow(error, self.path) from error
         return self._model.run(signature_name, inputs, wanted, timeout_ms=_milliseconds_until(deadline))
 
     def close(self) -> None:
-        """Ends the queues and frees the model. Nothing may be running."""
+        """Ends the queues and frees the model. No request may be using it."""
         for queue in self._queues.values():
             queue.close()
         self._model.close()
@@ -147,8 +148,8 @@ class _Queue:
             outputs: list[tf.Tensor] = tf.numpy_function(run_batch, tensors, types)
             return outputs
 
-        # A batch occupies a thread of this Session while it waits for the model's Session. If both shared their
-        # threads, the model could find none.
+        # A batch occupies a thread of this Session while it waits for the model's Session. If both Sessions shared
+        # their threads, there might be none left for the model.
         config = tf.compat.v1.ConfigProto(
             use_per_session_threads=True, inter_op_parallelism_threads=batching.num_batch_threads + 1
         )
@@ -163,7 +164,7 @@ class _Queue:
 
         Args:
             *arrays: The inputs in the signature's order.
-            deadline: When the request must end, on the clock of `time.monotonic`.
+            deadline: Time by which the request must end, on the clock of `time.monotonic`.
         """
         deadlines = np.full(len(arrays[0]), deadline)
         return dict(zip(self._names, self._call(deadlines, *arrays), strict=True))

@@ -24,7 +24,7 @@ class Report:
         self.failed = False
 
     def note(self, line: str) -> None:
-        """Adds a line about something that is right."""
+        """Adds a line about something that is in order."""
         self.lines.append(line)
 
     def fault(self, line: str) -> None:

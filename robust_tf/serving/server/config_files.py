@@ -56,7 +56,7 @@ class Batching:
         batch_timeout_micros: Longest time that the first request of a batch waits for others, in microseconds.
         max_enqueued_batches: Number of batches that may wait. Further requests are refused with UNAVAILABLE.
         num_batch_threads: Number of batches that run at the same time.
-        allowed_batch_sizes: Sizes that a batch is padded to, the next larger one each time. Empty for no padding.
+        allowed_batch_sizes: Sizes to which batches are padded; each takes the next larger one. Empty for no padding.
         enable_large_batch_splitting: Whether a request that is larger than a batch runs in parts.
         max_execution_batch_size: Largest number of rows in a batch if large requests are split. 0 for
             `max_batch_size`.
@@ -122,7 +122,7 @@ class Tls:
 
 
 def models_to_serve(config: ServeConfig) -> list[ModelSettings]:
-    """Returns the models that the flags name. The config file is read again at each call.
+    """Returns the models that the flags name. The config file is read anew at each call.
 
     Raises:
         UserError: The config file cannot be read, or what it says is not valid.
@@ -194,7 +194,7 @@ def read_batching(path: pathlib.Path) -> Batching:
     if message.pad_variable_length_inputs:
         raise UserError(
             "pad_variable_length_inputs is not supported: requests whose rows differ in shape go into different "
-            f"batches. Received: {path} with it."
+            f"batches. Received: {path} with this field."
         )
     values: dict[str, Any] = {
         field.name: getattr(message, field.name).value
@@ -205,7 +205,7 @@ def read_batching(path: pathlib.Path) -> Batching:
 
 
 def read_monitoring(path: pathlib.Path) -> str | None:
-    """Reads the file of `--monitoring_config_file`: the path that Prometheus scrapes, or None if it is not enabled."""
+    """Reads the file of `--monitoring_config_file`. Returns the path that Prometheus scrapes, or None."""
     message: Any = _parse(path, _MESSAGE_CLASSES["MonitoringConfig"](), "tensorflow.serving.MonitoringConfig")
     return (message.prometheus_config.path or _PROMETHEUS_PATH) if message.prometheus_config.enable else None
 
@@ -234,11 +234,11 @@ def read_tls(path: pathlib.Path) -> Tls:
 def _check_pem(tls: Tls) -> None:
     """Checks keys and certificates, because gRPC would only report that it cannot open its port."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    # Python reads a key only from a file. Nobody else can read this one.
+    # Python reads keys only from files. No other user can read this one.
     with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:
         pem.write(f"{tls.server_key}\n{tls.server_cert}\n")
         pem.flush()
-        context.load_cert_chain(pem.name, password="")  # otherwise OpenSSL would ask for it on the terminal
+        context.load_cert_chain(pem.name, password="")  # without it, OpenSSL would ask for the password on the terminal
     if tls.custom_ca:
         context.load_verify_locations(cadata=tls.custom_ca)
 

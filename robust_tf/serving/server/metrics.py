@@ -1,4 +1,4 @@
-"""Counters and histograms with the names of TensorFlow Serving, in the text format of Prometheus."""
+"""Counters and histograms with TensorFlow Serving's names, in the text format of Prometheus."""
 
 import bisect
 import threading
@@ -33,7 +33,7 @@ class Metrics:
             self._counts[model_name, status] += 1
 
     def observe(self, model_name: str, method: str, entrypoint: str, *, microseconds: float) -> None:
-        """Records the time of a successful request.
+        """Records the time that a successful request took.
 
         Args:
             model_name: Name of the model.

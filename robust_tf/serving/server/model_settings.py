@@ -11,8 +11,8 @@ class LabelFinding(NamedTuple):
 
     Attributes:
         label: The label.
-        text: What is wrong and the way out.
-        due: Whether requests fail now or after the next export, rather than after several exports.
+        text: What is wrong, and what to do.
+        due: Whether requests fail now or after the next export, and not only after several exports.
         absent: Whether the version is not in the folder.
     """
 
@@ -30,8 +30,8 @@ class ModelSettings:
         name: Name of the model in requests.
         base_path: Folder that holds the versions.
         latest: Number of versions to serve, the highest first. 0 serves all.
-        specific: Versions to serve instead. Empty to serve what `latest` says.
-        labels: Numbers of versions by label.
+        specific: Numbers of the versions to serve, instead of the latest ones. Empty to use `latest`.
+        labels: Number of the version that each label points to.
     """
 
     name: str

@@ -14,7 +14,7 @@ def _page() -> tuple[bytes, dict[str, str]]:
     html = importlib.resources.files("robust_tf.serving.server").joinpath("page.html").read_bytes()
     script = re.search(rb"<script>(.*)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script[1] if script else b"").digest()).decode()
-    # The browser runs no other script than the one in the page, and lets it ask this server only.
+    # The browser runs only the script in the page, and lets it contact only this server.
     policy = (
         "default-src 'none'; connect-src 'self'; img-src data: blob:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

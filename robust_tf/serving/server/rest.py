@@ -41,7 +41,7 @@ class RestApp:
 
     Args:
         service: The models.
-        workers: Threads in which the models run.
+        workers: Pool of threads in which the models run.
         timeout_ms: Longest time of one run of a model in milliseconds.
         max_body_bytes: Size above which a body is refused with 413, whether as sent or uncompressed.
         metrics_path: Path that Prometheus reads, or None.
@@ -85,7 +85,7 @@ class RestApp:
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        # The raw path with its query, because TensorFlow Serving matches names before it unescapes them.
+        # The raw path and query, because TensorFlow Serving matches names before it unescapes them.
         path = request.scope.get("raw_path", request.url.path.encode()).decode("latin-1")
         if request.scope["query_string"]:
             path += "?" + request.scope["query_string"].decode("latin-1")

@@ -18,7 +18,7 @@ def predict_reply(outputs: Mapping[str, np.ndarray], *, by_row: bool) -> bytes:
 
     Args:
         outputs: An array for each output, by name.
-        by_row: Whether the request listed its inputs by row, so that the reply must do so with its outputs.
+        by_row: Whether the request listed its inputs by row. The reply then lists its outputs by row, too.
 
     Raises:
         ServingError: The outputs cannot be listed by row, or have a type that JSON cannot carry (INVALID_ARGUMENT).

@@ -7,7 +7,7 @@ from robust_tf.errors import UserError
 from robust_tf.flags import flag
 from robust_tf.serving.model.folders import check_local
 
-# Enough requests at the same time to fill a batch. TensorFlow's own threads spread the work of the model.
+# Enough concurrent requests to fill a batch. The model itself runs in TensorFlow's own threads.
 _THREADS = max(32, 4 * (os.cpu_count() or 1))
 
 
@@ -15,7 +15,7 @@ _THREADS = max(32, 4 * (os.cpu_count() or 1))
 class ServeConfig:
     """The flags of `python -m robust_tf.serve`.
 
-    They are those of `tensorflow_model_server`. The last four exist only here.
+    They are the flags of `tensorflow_model_server`, and four more at the end that exist only here.
     """
 
     port: int = flag(8500, "Port for gRPC. 0 opens none.")
@@ -33,7 +33,7 @@ class ServeConfig:
         "", "Text file with a ModelServerConfig, for several models, version policies or labels."
     )
     model_config_file_poll_wait_seconds: float = flag(
-        0.0, "Interval in seconds at which to read this file again. 0 reads it once."
+        0.0, "Interval in seconds at which to read --model_config_file again. 0 reads it once."
     )
     file_system_poll_wait_seconds: float = flag(
         1.0, "Interval in seconds at which to look for new versions. 0 looks only at the start."
@@ -52,11 +52,11 @@ class ServeConfig:
         0, "Number of operations to run at the same time. 0 lets TensorFlow choose."
     )
     enable_profiler: bool = flag(
-        False, "No effect: accepted because command lines of tensorflow_model_server may contain it."
+        False, "No effect. Accepted because command lines of tensorflow_model_server may contain it."
     )
     bind_address: str = flag("127.0.0.1", "Address of both ports. 0.0.0.0 lets other machines connect.")
     max_request_bytes: int = flag(100 * 2**20, "Size in bytes above which a request is refused.")
-    shutdown_grace_seconds: float = flag(30.0, "Time in seconds that running requests get to finish after SIGTERM.")
+    shutdown_grace_seconds: float = flag(30.0, "Time in seconds that running requests have to finish after SIGTERM.")
     check: bool = flag(
         False, "Check the files, folders, versions and labels that the flags name, without serving anything."
     )
@@ -90,7 +90,7 @@ class ServeConfig:
 
     @property
     def host(self) -> str:
-        """The address as it is written before a port."""
+        """The address as it is written before a port, with brackets if it is IPv6."""
         return f"[{self.bind_address}]" if ":" in self.bind_address else self.bind_address
 
     def addresses(self) -> str:

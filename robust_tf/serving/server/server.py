@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Server:
-    """One embedded server. It takes its ports when it is created, and loads the models in `start`.
+    """One embedded server. It reserves its ports when it is created, and loads the models in `start`.
 
     Args:
         config: The flags.
@@ -79,7 +79,7 @@ class Server:
                 log_level="warning",
                 access_log=False,
                 ws="none",
-                timeout_keep_alive=75,  # longer than clients and proxies keep idle connections: they close first
+                timeout_keep_alive=75,  # longer than clients and proxies keep idle connections, so they close first
                 server_header=False,
                 timeout_graceful_shutdown=max(1, int(config.shutdown_grace_seconds)),
             )
@@ -89,7 +89,7 @@ class Server:
         """Loads the models, then opens the ports. Waits until every model has a version.
 
         Returns:
-            Whether the server is now serving. False if it was asked to stop before.
+            Whether the server is now serving. False if it was asked to stop first.
 
         Raises:
             UserError: A version cannot be loaded, no version can ever appear, or a label has no version.
@@ -215,7 +215,7 @@ class Server:
                 models = config_files.models_to_serve(self._config)
                 if models != self._models:
                     self._manager.configure(models)
-                    self._models = models  # not earlier, so that a label whose version is not there yet is tried again
+                    self._models = models  # only now, so that a label whose version does not exist yet is tried again
                     _LOG.info("Applied the changes in %s", path)
             except (UserError, ServingError) as error:
                 _LOG.error("Cannot apply the changes in %s: %s", path, error)

@@ -1,4 +1,4 @@
-"""What REST and gRPC share: choosing a version, measuring requests, status and metadata."""
+"""What REST and gRPC have in common: choosing a version, measuring requests, status and metadata."""
 
 import contextlib
 import time
@@ -52,7 +52,7 @@ class Service:
 
     @contextlib.contextmanager
     def leased(self, spec: model_pb2.ModelSpec) -> Iterator[tuple[int, ServedModel]]:
-        """Keeps the version that a request asks for loaded during the block, and gives its number and model.
+        """Keeps the version that a request asks for loaded during the block, and yields its number and model.
 
         Raises:
             ServingError: There is no such version.

@@ -26,8 +26,8 @@ from robust_tf.serving.server.model_settings import ModelSettings
 _Fingerprint = tuple[tuple[str, int, int], ...]
 
 _LOG = logging.getLogger(__name__)
-_ENDED_KEPT = 16  # unloaded versions per model that the status still shows
-_SECONDS_BETWEEN_WARNINGS = 30.0  # about the same subject
+_ENDED_KEPT = 16  # number of unloaded versions per model that the status still shows
+_SECONDS_BETWEEN_WARNINGS = 30.0  # with the same text
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class Version:
         number: Number of the version.
         path: Folder of the version.
         state: Its state, with the names of TensorFlow Serving.
-        error: Why it could not be loaded, or None.
+        error: Reason why it could not be loaded, or None.
         model: The model, while it is loaded.
         in_flight: Number of requests that use it.
         fingerprint: Identifies the content of the folder when the version was loaded.
@@ -63,10 +63,10 @@ class ModelManager:
 
     Args:
         load: Function that loads the version in a folder, or raises `ServingError`.
-        poll_seconds: Time in seconds between two looks at the folders. 0 looks only when `configure` is called.
+        poll_seconds: Interval in seconds at which to look at the folders. 0 looks only when `configure` is called.
         warm_up: Whether to run the warm-up requests of a version before clients may use it.
         labels_before_versions: Whether to accept a new label before its version is available.
-        metrics: Where to record the time of a warm-up.
+        metrics: Metrics that record the time of each warm-up.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ModelManager:
 
         Raises:
             ServingError: A label names a version that is not available (FAILED_PRECONDITION). The models are served
-                all the same, with the labels that they had before.
+                anyway, with the labels that they had before.
         """
         with self._updating:
             with self._lock:
@@ -116,7 +116,7 @@ class ModelManager:
             self._close_unused(gone)
             wanted = {model.name: self._bring_in_wanted(model) for model in models}
             try:
-                # After the new versions are loaded and before the old ones go, so labels always name a loaded version.
+                # After new versions are loaded and before old ones go, so that labels always name a loaded version.
                 self._assign_labels(models, wanted)
             finally:
                 for name, versions in wanted.items():
@@ -167,7 +167,7 @@ class ModelManager:
 
     @contextlib.contextmanager
     def lease(self, name: str, *, version: int | None = None, label: str = "") -> Iterator[tuple[int, ServedModel]]:
-        """Keeps a version loaded during the block, and gives its number and model.
+        """Keeps a version loaded during the block, and yields its number and model.
 
         Args:
             name: Name of the model.
@@ -230,8 +230,8 @@ class ModelManager:
     def _bring_in_wanted(self, model: ModelSettings) -> dict[int, pathlib.Path] | None:
         """Loads the new versions of a model. Returns the wanted versions, or None if the folder can't be read."""
         try:
-            # Versions that appear or vanish while the folder is being read may be missed. If one has replaced another
-            # in this moment, the first look finds neither, and a second look finds the new one.
+            # Versions that appear or vanish while the folder is being read may be missed. If one replaces another at
+            # that moment, the first look finds neither, but the second look finds the new one.
             wanted = model.wanted(complete_versions(model.base_path)) or model.wanted(
                 complete_versions(model.base_path)
             )
@@ -261,7 +261,7 @@ class ModelManager:
                 return
         fingerprint = _fingerprint(path)
         if known and known.error and known.fingerprint == fingerprint:
-            return  # loading it would fail again until somebody changes the files
+            return  # loading would fail again until the files change
         version = Version(number, path, state="LOADING", fingerprint=fingerprint)
         with self._lock:
             self._versions[name][number] = version
@@ -295,7 +295,7 @@ class ModelManager:
                 self._metrics.observe_warmup(str(model.path), status, microseconds=microseconds)
 
     def _leaving(self, name: str, wanted: Mapping[int, pathlib.Path] | None) -> list[Version]:
-        """Returns the versions to unload: those not wanted, once a wanted one is available. Needs the lock."""
+        """Returns the versions to unload, once a wanted one is available; the caller holds the lock."""
         available = self._available(name)
         if wanted is None or (wanted and not available.keys() & wanted.keys()):
             return []
@@ -314,7 +314,7 @@ class ModelManager:
         self._close_unused(leaving)
 
     def _take(self, name: str) -> list[Version]:
-        """Removes a model and returns its versions. Needs the lock."""
+        """Removes a model and returns its versions; the caller holds the lock."""
         versions = list(self._versions.pop(name).values())
         self._labels.pop(name, None)
         for version in versions:
@@ -322,7 +322,7 @@ class ModelManager:
         return versions
 
     def _close_unused(self, versions: Sequence[Version]) -> None:
-        """Frees the versions that are unloading and that no request uses."""
+        """Frees those of the versions that are to be unloaded and that no request uses."""
         for version in versions:
             with self._lock:
                 if version.state != "UNLOADING" or version.in_flight:
@@ -331,11 +331,11 @@ class ModelManager:
             if model is not None:
                 model.close()
                 del model
-                gc.collect()  # a graph refers to itself, so its memory would stay occupied
+                gc.collect()  # a graph refers to itself, so otherwise its memory would stay occupied
                 _LOG.info("Version %s is unloaded", version.path)
 
     def _available(self, name: str) -> dict[int, Version]:
-        """Returns the available versions of a model. Needs the lock."""
+        """Returns the available versions of a model; the caller holds the lock."""
         return {
             number: version for number, version in self._versions.get(name, {}).items() if version.state == "AVAILABLE"
         }

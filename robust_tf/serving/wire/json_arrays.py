@@ -14,8 +14,8 @@ def dump_json(document: Any) -> bytes:
         document: Dicts and lists of numbers, strings and numeric arrays. Arrays must be C-contiguous, and not float16.
 
     Returns:
-        The document in UTF-8. A float32 is written with as few digits as identify it. NaN and infinity are written
-        `NaN`, `Infinity` and `-Infinity`, as TensorFlow Serving does.
+        The document in UTF-8. A float32 is written with the fewest digits that identify it. NaN and infinity are
+        written `NaN`, `Infinity` and `-Infinity`, as TensorFlow Serving does.
 
     Example:
         >>> dump_json({"predictions": np.float32([[0.1, 0.9]])})
@@ -37,7 +37,7 @@ def _all_finite(value: Any) -> bool:
 
 
 def _to_shortest(value: np.ndarray | np.generic) -> Any:
-    """Returns numbers that print with as few digits as identify the float32, not with all digits of its double."""
+    """Returns numbers that print with the fewest digits that identify the float32, not with those of its double."""
     if value.dtype == np.float32:
         return value.astype(str).astype(np.float64).tolist()
     return value.tolist()

@@ -1,4 +1,4 @@
-"""Tests of the structure of robust_tf/serving: imports go one way, and light modules stay light."""
+"""Tests of the imports in robust_tf/serving: they go one way, and light modules do not load TensorFlow."""
 
 import ast
 import doctest
@@ -12,7 +12,7 @@ import pytest
 
 SERVING = pathlib.Path(__file__).parents[2] / "robust_tf" / "serving"
 PACKAGE = "robust_tf.serving"
-# Each package may import itself and these.
+# Each package may import itself and the packages listed here.
 MAY_IMPORT = {
     "wire": set(),
     "model": {"wire"},
