@@ -141,7 +141,7 @@ def test_a_value_of_another_type_is_named(content, message):
         ('{"baseline": ' * 900 + "{}" + "}" * 900, ".*maximum recursion depth"),
     ],
 )
-def test_a_file_that_is_no_object_is_named(tmp_path, text, message):
+def test_a_file_that_is_not_an_object_is_named(tmp_path, text, message):
     path = tmp_path / "results.json"
     assert JobResults.read(path) is None
     path.write_text(text)

@@ -95,7 +95,7 @@ def _check_folder(name: str, *, thorough: bool) -> CheckResult:
 
 @dataclasses.dataclass(frozen=True)
 class _Look:
-    """What was found about one image: whether it can be decoded, and whether a flag of a job affects it."""
+    """What is known about one image: whether it can be decoded, and whether a flag of a job affects it."""
 
     name: str
     digest: bytes
@@ -132,11 +132,11 @@ def _peculiarities(looks: Sequence[_Look]) -> list[str]:
         *_few(
             [look.name for look in looks if look.rotated],
             "that are rotated or mirrored (EXIF), and are used as they are stored",
-            "--exif=apply turns them.",
+            "--exif=apply rotates and mirrors them.",
         ),
         *_few(
             [look.name for look in looks if look.transparent],
-            "with transparent pixels, of which the network sees the stored colors",
+            "with transparent pixels, where the network sees the colors that are stored",
             "--alpha_background=white or black puts the images on a background.",
         ),
         *_few(namesakes, "whose names differ only in the suffix", "They count as different images."),

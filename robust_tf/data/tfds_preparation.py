@@ -27,7 +27,7 @@ from robust_tf.data.datasets import TFDS_PREFIX, dataset_info, is_row
 from robust_tf.errors import UserError
 
 _CATALOG = "https://www.tensorflow.org/datasets/catalog/overview"
-# Errors of TFDS for files that are missing, damaged or different than expected.
+# Errors of TFDS for files that are missing, damaged or not the expected ones.
 _FAILURES = (
     OSError,  # network, disk or permission
     AssertionError,  # a file is missing that the user has to fetch
@@ -200,9 +200,10 @@ def _by_hand(builder: tfds.core.DatasetBuilder) -> str:
     files = {info.filename: url for url, info in (builder.url_infos or {}).items()}
     if not files or None in files or len(files) > 5:
         return ""
-    which = "the files that the config needs of " if len(builder.BUILDER_CONFIGS) > 1 else ""
     listed = " and ".join(f"{name} ({url})" for name, url in files.items())
-    return f"put {which}{listed} into {folder}."
+    if len(builder.BUILDER_CONFIGS) > 1:
+        return f"put those of {listed} that the config needs into {folder}."
+    return f"put {listed} into {folder}."
 
 
 def _missing_downloads(builder: tfds.core.DatasetBuilder) -> list[str]:

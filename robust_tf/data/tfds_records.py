@@ -132,7 +132,7 @@ def _highest_float(part: TfdsPart, name: str) -> float | None:
 def _sizes(builder: tfds.core.DatasetBuilder) -> list[tuple[str, int, int]]:
     """Returns the name, the number of images and the size of each split.
 
-    These tell apart data sets of one version whose images each user has to collect, such as Birdsnap.
+    They distinguish two copies of one version of a data set whose images each user has to collect, such as Birdsnap.
     """
     return [(name, info.num_examples, info.num_bytes) for name, info in sorted(builder.info.splits.items())]
 
