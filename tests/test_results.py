@@ -30,7 +30,8 @@ OF_THE_RUN = {"data_dir", "cache", "cache_dir"}
 def test_everything_that_decides_the_test_images_is_recorded_and_followed(monkeypatch, tmp_path):
     """Otherwise a new field of `DataConfig` would make the evaluation measure on other images."""
     deciding = {field.name for field in dataclasses.fields(DataConfig)} - OF_TRAINING - OF_THE_RUN
-    assert deciding <= {field.name for field in dataclasses.fields(JobResults)}
+    missing = deciding - {field.name for field in dataclasses.fields(JobResults)}
+    assert not missing, f"add {missing} to `JobResults` and `load_subject`, or to the sets above if it decides nothing"
     asked = {}
 
     class Enough(Exception):

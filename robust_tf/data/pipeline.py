@@ -52,8 +52,8 @@ class TaskData:
         notes: Sentences about the data that its users should read.
         worker: Number of this worker, from 0.
         num_workers: Number of workers, each of which makes an equal share of every training batch.
-        drop_remainder: Leave out the last batch of an epoch if it is smaller than the others. Workers that share
-            batches need this.
+        drop_remainder: Whether to leave out the last batch of an epoch if it is smaller than the others. Workers that
+            share batches need this.
 
     Example:
         >>> import tempfile
@@ -309,8 +309,8 @@ def load_task(
         seed: Seed for the order, the augmentation and the choice of training images.
         worker: Number of this worker, from 0.
         num_workers: Number of workers that train together, each on an equal share of every batch.
-        drop_remainder: Leave out the last training batch of an epoch if it is smaller than the others. Always done if
-            there are several workers.
+        drop_remainder: Whether to leave out the last training batch of an epoch if it is smaller than the others. With
+            several workers it is always left out.
 
     Returns:
         The task, whose images are read when its datasets are iterated over.

@@ -2,8 +2,8 @@
 
     python -m tests.bench.serving [--quick]
 
-The server runs in another process. The latency is measured with one request at a time and batches of 1; the
-kinds of requests take turns. The throughput is measured with 32 clients in threads, with and without batching.
+The server runs in another process. The latency is measured with one request at a time and batches of 1; the kinds
+of requests take turns. The throughput is measured with 32 clients in threads, with and without batching.
 """
 
 from robust_tf.environment import set_tensorflow_defaults
