@@ -169,8 +169,8 @@ def _differences(images: LabeledImages, info: DatasetInfo) -> Iterator[str]:
     ):
         if expected is not None and received != expected:
             yield (
-                f"There must be {expected:,} {what}. Received: {received:,}. Delete the folder and prepare the data set "
-                "again."
+                f"There must be {expected:,} {what}. Received: {received:,}. Delete the folder and prepare the "
+                "data set again."
             )
 
 
