@@ -3,8 +3,8 @@
 The layers of keras-cv draw random numbers from TensorFlow's global generators, whose results differ from run to run in
 parallel calls. This module draws the numbers with stateless functions and passes them to the layers' operations.
 
-No other module uses keras-cv, so replacing it with another library (0.9 is its last release) changes only this file. It
-is imported on first use, because that takes seconds.
+No other module uses keras-cv, so replacing it with another library (0.9 is its last release) changes only this file.
+It is imported on first use, because the import takes seconds.
 """
 
 import contextlib

@@ -45,8 +45,8 @@ _FAILURES = (
 def no_folders_left_behind() -> Iterator[None]:
     """Removes the temporary folders that TFDS makes within the block.
 
-    TFDS makes one for every builder whose data set is not prepared, to copy facts about it from a bucket. It does not
-    read that bucket any more, and never removes the folder.
+    TFDS makes one for every builder whose data set is not prepared, for information from a bucket that it no longer
+    reads, and never removes it.
     """
     folders: list[str] = []
 
@@ -111,7 +111,7 @@ def prepared_builder(name: str, data_dir: epath.Path | pathlib.Path | None = Non
     builder = builder_of(name, data_dir)
     if builder.is_prepared():
         return builder
-    _ask_for_internet_first(builder)
+    _fail_at_once_without_internet(builder)
     try:
         if name == "digits":  # takes a second and downloads nothing, so TFDS's output would only be confusing
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -125,7 +125,7 @@ def prepared_builder(name: str, data_dir: epath.Path | pathlib.Path | None = Non
     return builder
 
 
-def _ask_for_internet_first(builder: tfds.core.DatasetBuilder) -> None:
+def _fail_at_once_without_internet(builder: tfds.core.DatasetBuilder) -> None:
     """Makes `download_and_prepare` fail at once without internet. TFDS alone would retry for minutes.
 
     The check runs when TFDS is about to download, so builders of `tfds.testing.mock_data` need no internet.
@@ -226,7 +226,7 @@ def _missing_downloads(builder: tfds.core.DatasetBuilder) -> list[str]:
 
 
 def _offline(hosts: set[str]) -> bool:
-    """Returns whether no host can be found. Returns False if there is a proxy, which may find them."""
+    """Returns whether none of the hosts can be found. False if there is a proxy, which may find them."""
     if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
         return False
     for host in hosts:

@@ -15,7 +15,7 @@ from robust_tf.data.records import LabeledImages, check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
 from robust_tf.errors import UserError
 
-# Names of these parts in TFDS. The first that exists is used.
+# Names that TFDS gives to these parts. The first one that exists is used.
 _TEST_SPLITS = ("test", "validation", "val")
 _VALIDATION_SPLITS = ("validation", "val")
 # Number of images that are read to find the range of float32 pixels.
