@@ -4,7 +4,7 @@ The layers of keras-cv draw random numbers from TensorFlow's global generators, 
 parallel calls. This module draws the numbers with stateless functions and passes them to the layers' operations.
 
 No other module uses keras-cv, so replacing it with another library (0.9 is its last release) changes only this file.
-It is imported on first use, because the import takes seconds.
+keras-cv is imported on first use, because the import takes seconds.
 """
 
 import contextlib
