@@ -95,7 +95,7 @@ def _flat_fields(config_class: Any) -> tuple[FlatField, ...]:
     found = tuple(_walk(config_class, records=(), heading="Flags"))
     names = [name for field in found for name in (field.name, field.metadata.get("formerly")) if name]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise TypeError(f"Flags must have different names. {config_class.__name__} has twice: {', '.join(repeated)}.")
+        raise TypeError(f"Flags must have different names. {config_class.__name__} repeats {', '.join(repeated)}.")
     return found
 
 

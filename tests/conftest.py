@@ -1,4 +1,4 @@
-"""Fixtures of all tests, a fresh Keras for each of them, and a check that they leave no temporary files."""
+"""Fixtures for all tests, a fresh Keras state for each test, and a check that the tests leave no temporary files."""
 
 import gc
 import os

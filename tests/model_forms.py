@@ -18,7 +18,7 @@ class Form:
         build: Function that builds the model.
         probabilities: Function that converts the outputs of the model into class probabilities.
         num_classes: Number of classes.
-        refusal: Part of the message with which every program refuses the form, or None if programs accept it.
+        refusal: Part of the message with which every program refuses the form, or "" if programs accept it.
         tolerance: Tolerance of the served probabilities.
     """
 

@@ -59,7 +59,7 @@ def test_the_job_writes_the_usual_files_and_a_classifier_with_the_new_head(job, 
     assert (results["head"], results["views"]) == ("sgd", 2)
     assert (results["feature_cache"]["hits"], results["feature_cache"]["misses"]) == (0, rows)
     assert results["clean_accuracy"] > 0.8 >= results["robust_accuracy"] - 0.2
-    # The classifier in the file is the one that was measured, on its source's backbone bit by bit.
+    # The classifier in the file is the one that was measured, and its backbone is bit-equal to its source's.
     classifier = load_classifier(pathlib.Path(config.run.workdir) / "classifier.keras")
     task = load_task(
         DataConfig(dataset="digits", classes=(0, 1, 2), image_size=8, data_dir=str(data_dir)), batch_size=1000

@@ -109,7 +109,7 @@ def test_recipes_decide_the_flags_that_are_left_out(tmp_path, fast):
 
 @pytest.mark.parametrize("fast", PRESETS)
 def test_a_workdir_of_an_older_version_belongs_to_the_same_flag_file(tmp_path, fast):
-    """Its flags.cfg holds every value, those that the recipe decided and a former spelling included."""
+    """Its flags.cfg holds every value, including those that the recipe decided, and a former spelling."""
     flags = ["--epsilon=0.5", "--epochs=12", f"--fast={fast}"]
     job = config_of(tmp_path, *flags)
     decided = [f"--{name}={to_text(value)}" for name, value in PRESETS[fast].items() if value is not None]
@@ -204,14 +204,14 @@ class Inner:
     steps: int = flag(1, "Steps.", formerly="step_count")
 
 
-def test_a_flag_that_occurs_twice_is_an_error_of_the_class():
+def test_a_name_that_two_flags_share_is_an_error():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Twice:
         seed: int = flag(1, "Another seed.")
         step_count: int = flag(1, "Another number of steps.")
         inner: Inner = record(Inner, "Inner")
 
-    with pytest.raises(TypeError, match="Twice has twice: seed, step_count"):
+    with pytest.raises(TypeError, match="Twice repeats seed, step_count"):
         flat_fields(Twice)
 
 

@@ -1,4 +1,4 @@
-"""The examples in docstrings run, and every public function has one, as has every public class but records."""
+"""The examples in docstrings run, and every public function and class has one, except for records and errors."""
 
 import dataclasses
 import doctest
@@ -11,7 +11,7 @@ import re
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_tf"
-# The packages that are used as a library. What their `__all__` lists carries an example.
+# The packages that are used as a library. Everything in their `__all__` has an example.
 PUBLIC = ["attacks", "data", "models", "training", "transfer"]
 
 
@@ -20,7 +20,7 @@ def module_name(path: pathlib.Path) -> str:
 
 
 def number_of_examples(path: pathlib.Path) -> int:
-    """Examples that doctest runs: not those that only show a comment, or that need a download."""
+    """Returns the number of examples that doctest runs: not those that only show a comment or need a download."""
     return len(re.findall(r"^ *>>> (?!#)(?!.*# doctest: \+SKIP)", path.read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -41,7 +41,7 @@ def test_the_examples_of_a_module_run(name, tmp_path, monkeypatch):
 
 
 def needs_an_example(value: object) -> bool:
-    """Functions and classes do, except for records, whose attributes are described, and for errors and warnings."""
+    """Functions and classes need one, except for records, whose attributes are described, errors and warnings."""
     if inspect.isclass(value):
         is_record = dataclasses.is_dataclass(value) or issubclass(value, tuple)
         return not is_record and not issubclass(value, Exception)

@@ -25,7 +25,7 @@ except SystemExit as stop:
 slow = {"tensorflow", "keras", "tensorflow_datasets", "sklearn", "matplotlib", "google.protobuf"}
 print("\\n", code, sorted(slow & set(sys.modules)))
 """
-# What a user has, without what the test run or the machine has set for TensorFlow.
+# The environment of a user, without the settings for TensorFlow of this test run and this machine.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
 ENVIRONMENT["PYTHONPATH"] = str(ROOT)
 

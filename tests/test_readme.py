@@ -1,4 +1,4 @@
-"""README shows what runs."""
+"""The code, the commands and the paths in README.md work."""
 
 import pathlib
 import re
@@ -22,9 +22,9 @@ from tests.test_structure import LEVEL
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-# Keras 3.15 says this to everyone who fits a tf.data.Dataset.
+# Keras 3.15 gives this warning whenever `fit` receives a tf.data.Dataset.
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
-def test_the_example_on_an_own_model_runs(tmp_path, monkeypatch):
+def test_the_example_with_your_own_model_runs(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     my_classifier = keras.Sequential(
         [keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3), keras.layers.Flatten(), keras.layers.Dense(3)]
@@ -80,7 +80,7 @@ def test_the_commands_of_the_readme_have_flags_that_exist(monkeypatch):
 
 
 def test_the_rooms_of_the_readme_are_those_of_the_package():
-    """In the order in which they may import each other."""
+    """They are in the order in which they may import each other."""
     table = README.partition("## How it is built")[2].partition("\n## ")[0]
     rows = [re.findall(r"`([\w/]+?)(?:/|\.py|)`", line) for line in table.splitlines() if line.startswith("| `")]
     first = [row[0].partition("/")[0] for row in rows]

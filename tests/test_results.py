@@ -30,7 +30,8 @@ OF_THE_RUN = {"data_dir", "cache", "cache_dir"}
 def test_everything_that_decides_the_test_images_is_recorded_and_followed(monkeypatch, tmp_path):
     """Otherwise a new field of `DataConfig` would make the evaluation measure on other images."""
     deciding = {field.name for field in dataclasses.fields(DataConfig)} - OF_TRAINING - OF_THE_RUN
-    assert deciding <= {field.name for field in dataclasses.fields(JobResults)}
+    missing = deciding - {field.name for field in dataclasses.fields(JobResults)}
+    assert not missing, f"add {missing} to `JobResults` and `load_subject`, or to the sets above if it decides nothing"
     asked = {}
 
     class Enough(Exception):
@@ -141,7 +142,7 @@ def test_a_value_of_another_type_is_named(content, message):
         ('{"baseline": ' * 900 + "{}" + "}" * 900, ".*maximum recursion depth"),
     ],
 )
-def test_a_file_that_is_no_object_is_named(tmp_path, text, message):
+def test_a_file_that_is_not_an_object_is_named(tmp_path, text, message):
     path = tmp_path / "results.json"
     assert JobResults.read(path) is None
     path.write_text(text)

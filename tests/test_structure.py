@@ -1,4 +1,4 @@
-"""The shape of the package: imports go one way and in no circle, what is light stays light, and files stay short."""
+"""The structure of the package: imports go one way without circles, the package is quick to import, files are short."""
 
 import ast
 import pathlib
@@ -29,7 +29,7 @@ MAX_LINES = 400  # without docstrings
 
 
 def module_name(path: pathlib.Path) -> str:
-    """The dotted name of a module or package, such as "robust_tf.attacks.pgd"."""
+    """Returns the dotted name of a module or package, such as "robust_tf.attacks.pgd"."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -84,7 +84,7 @@ def test_imports_go_one_way(name):
         assert other not in LAYERS[0], f"{name} imports the program {other}"
 
 
-def test_modules_import_each_other_in_no_circle():
+def test_no_modules_import_each_other_in_a_circle():
     assert circles(IMPORTS) == []
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 from robust_tf.config.checks import check_choice, check_epsilon
 from robust_tf.errors import UserError
 
+# The norms of PGD and FGSM, and so of training. Other attacks also know the other norms of `names.AttackNorm`.
 Norm = Literal["l2", "linf"]
 # Mode of the network in the attacks of training.
 AttackMode = Literal["inference", "training"]

@@ -1,6 +1,6 @@
 """Data sets, their splits and the `tf.data` pipeline, which gives float32 images in [0, 1] and int32 labels.
 
-`load_task` is the way in: it turns the name of a data set into the training, validation and test batches of a task.
+Start with `load_task`, which turns the name of a data set into the training, validation and test batches of a task.
 To add a data set, see `robust_tf.data.datasets`.
 
 The public names are imported on first use, so that `python -m robust_tf.data --help` needs no TensorFlow.

@@ -24,7 +24,7 @@ class DataFlags:
 
     check: bool = flag(False, "Check the data sets named after the flags, or list all of them if none is named.")
     prepare: str = flag(
-        "", "Name of a data set to download and prepare. A data set that is prepared is left unchanged."
+        "", "Name of a data set to download and prepare. A data set that is already prepared is left unchanged."
     )
     data_dir: str = flag("", "Folder of TensorFlow Datasets. Default: ~/tensorflow_datasets.")
 
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def _print_table(results: "Iterable[CheckResult]", *, width: int) -> None:
-    """Prints one line for each data set. `width` is that of the first column, in characters."""
+    """Prints one line for each data set. `width` is the width of the first column, in characters."""
     print(f"{'name':{width}}{'state':14}size")
     for result in results:
         print(f"{result.name:{width}}{result.state:14}{result.size}".rstrip(), flush=True)

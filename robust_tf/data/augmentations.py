@@ -3,7 +3,8 @@
 The result of each function depends only on the image and on a seed of shape (2,). A resumed run therefore sees the same
 images as one that was not interrupted, and the order of parallel calls does not matter.
 
-To add an augmentation, write a function with the arguments of the others and give it a name in `AUGMENTATIONS`.
+To add an augmentation, write a function with the arguments of the others, give it a name in `AUGMENTATIONS`, and add
+the name to the help of --augmentation in `robust_tf/config/data.py`.
 
 Example:
     >>> import tensorflow as tf

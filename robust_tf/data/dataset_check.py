@@ -49,9 +49,9 @@ def check_dataset(
     Args:
         name: Key of `DATASETS`, `tfds:NAME[/config][:version]` or `folder:/path`.
         data_dir: Folder of TFDS. None uses TFDS's default.
-        thorough: Read the whole data set, instead of comparing only the files and the numbers of images. This checks
-            that every class has images in both parts. For a folder, it also checks that every image can be decoded and
-            that no image is in both parts, and counts the images that are rotated or transparent.
+        thorough: Whether to read the whole data set, instead of comparing only the files and the numbers of images.
+            This checks that every class has images in both parts. For a folder, it also checks that every image can be
+            decoded and that no image is in both parts, and counts the images that are rotated or transparent.
 
     Raises:
         UserError: If the name is unknown.
@@ -95,7 +95,7 @@ def _check_folder(name: str, *, thorough: bool) -> CheckResult:
 
 @dataclasses.dataclass(frozen=True)
 class _Look:
-    """What was found about one image: whether it can be decoded, and whether a flag of a job affects it."""
+    """What is known about one image: whether it can be decoded, and whether a flag of a job affects it."""
 
     name: str
     digest: bytes
@@ -132,11 +132,11 @@ def _peculiarities(looks: Sequence[_Look]) -> list[str]:
         *_few(
             [look.name for look in looks if look.rotated],
             "that are rotated or mirrored (EXIF), and are used as they are stored",
-            "--exif=apply turns them.",
+            "--exif=apply rotates and mirrors them.",
         ),
         *_few(
             [look.name for look in looks if look.transparent],
-            "with transparent pixels, of which the network sees the stored colors",
+            "with transparent pixels, where the network sees the colors that are stored",
             "--alpha_background=white or black puts the images on a background.",
         ),
         *_few(namesakes, "whose names differ only in the suffix", "They count as different images."),
@@ -168,7 +168,10 @@ def _differences(images: LabeledImages, info: DatasetInfo) -> Iterator[str]:
         ("test images", info.num_test, images.test.num_examples),
     ):
         if expected is not None and received != expected:
-            yield f"There must be {expected:,} {what}. Received: {received:,}. Delete the folder and prepare it again."
+            yield (
+                f"There must be {expected:,} {what}. Received: {received:,}. Delete the folder and prepare the "
+                "data set again."
+            )
 
 
 def _missing_files(builder: tfds.core.DatasetBuilder) -> list[str]:
@@ -187,7 +190,7 @@ def _label_faults(images: LabeledImages, name: str) -> Iterator[str]:
         except UserError as error:
             yield str(error)
         except tf.errors.OpError as error:  # a file is cut off or damaged
-            yield f"The {where} part cannot be read: {error.message}. Delete the folder and prepare it again."
+            yield f"The {where} part cannot be read: {error.message}. Delete the folder and prepare the data set again."
 
 
 def _in_both_parts(train: Sequence[_Look], test: Sequence[_Look]) -> list[str]:

@@ -10,8 +10,8 @@ To add a data set:
    archive, `cars.py` reads files that the user has to fetch) and list the class in `builders/__init__.py`. Its test
    goes to `tests/data/test_builders.py`, on a small archive with the layout of the real one. Then add the row.
 3. Run `python -m robust_tf.data --prepare=NAME`, which downloads and prepares the data set, and
-   `python -m robust_tf.data --check NAME`, which compares it with the row. `tests/data/test_datasets.py` checks that
-   every row is filled in.
+   `python -m robust_tf.data --check NAME`, which compares it with the row. `tests/data/test_datasets.py` checks every
+   row; add the new name to the lists there.
 
 No code is needed to use a data set only once: `tfds:NAME` takes any image classification data set of TFDS, and
 `folder:/path` any folder of images.

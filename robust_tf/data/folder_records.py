@@ -89,8 +89,8 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
     Args:
         root: Path of the folder.
         split_seed: Seed for the choice of the test part, if the folder has none.
-        skip_bad_images: Leave out images that are empty, unreadable or in a format that TensorFlow cannot decode,
-            instead of raising an error.
+        skip_bad_images: Whether to leave out images that are empty, unreadable or in a format that TensorFlow cannot
+            decode, instead of raising an error.
 
     Raises:
         UserError: If there is no such folder, if it has fewer than two classes, if a class has no images or a name of
@@ -99,7 +99,7 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
     """
     if not root.is_dir():
         raise UserError(
-            "A data set folder:PATH needs the path of a folder of images. Received: "
+            "folder:PATH needs the path of a folder of images. Received: "
             f"{printable(str(root))}, which is not a folder."
         )
     scan = FolderScan()
@@ -174,8 +174,8 @@ def _part_roots(root: pathlib.Path, scan: FolderScan) -> tuple[pathlib.Path, pat
     if parts and "train" not in parts:
         names = " and ".join(folder.name for folder in parts.values())
         raise UserError(
-            f"A folder of images with parts needs a folder train. Received: {printable(str(root))} with {names}, but "
-            "without train."
+            f"A folder of images with parts needs one that is called train. Received: {printable(str(root))} with "
+            f"{names}, but without train."
         )
     if not parts:
         return root, None, None

@@ -3,8 +3,8 @@
 The layers of keras-cv draw random numbers from TensorFlow's global generators, whose results differ from run to run in
 parallel calls. This module draws the numbers with stateless functions and passes them to the layers' operations.
 
-No other module uses keras-cv, so replacing it with another library (0.9 is its last release) changes only this file. It
-is imported on first use, because that takes seconds.
+No other module uses keras-cv, so replacing it with another library (0.9 is its last release) changes only this file.
+keras-cv is imported on first use, because the import takes seconds.
 """
 
 import contextlib
@@ -18,9 +18,8 @@ import tensorflow as tf
 from robust_tf.config.data import Mixing
 
 _OPERATIONS = 2  # applied to each image, one after the other
-_RATE = (
-    10 / 11
-)  # probability that an operation is applied: one of the eleven operations in the RandAugment paper is the identity
+# Probability that an operation is applied: one of the eleven operations in the RandAugment paper is the identity.
+_RATE = 10 / 11
 _MAGNITUDE_STD = 0.15
 _LAYER_OPTIONS = {"dtype": "float32"}  # independent of the precision of the network
 _MIXUP_ALPHA, _CUTMIX_ALPHA = 0.2, 1.0

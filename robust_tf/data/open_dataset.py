@@ -49,8 +49,8 @@ def open_dataset(
         name: Key of `DATASETS`, `tfds:NAME[/config][:version]` or `folder:/path`.
         data_dir: Folder of TFDS. None uses TFDS's default.
         split_seed: Seed for the choice of the test images of a folder that has no test part.
-        skip_bad_images: Leave out files of a folder that are empty, unreadable or in a format that TensorFlow cannot
-            decode, instead of raising an error.
+        skip_bad_images: Whether to leave out files of a folder that are empty, unreadable or in a format that
+            TensorFlow cannot decode, instead of raising an error.
 
     Raises:
         UserError: If the name is unknown, or if the data set does not exist, cannot be prepared or has a fault.

@@ -1,7 +1,7 @@
 """Reads and applies the EXIF orientation of a JPEG within a TensorFlow graph.
 
 Cameras store a photograph as the sensor saw it and note in the orientation tag how to turn it. Browsers and image
-viewers do so, TensorFlow's decoder does not.
+viewers do so; TensorFlow's decoder does not.
 """
 
 import tensorflow as tf

@@ -52,8 +52,8 @@ class TaskData:
         notes: Sentences about the data that its users should read.
         worker: Number of this worker, from 0.
         num_workers: Number of workers, each of which makes an equal share of every training batch.
-        drop_remainder: Leave out the last batch of an epoch if it is smaller than the others. Workers that share
-            batches need this.
+        drop_remainder: Whether to leave out the last batch of an epoch if it is smaller than the others. Workers that
+            share batches need this.
 
     Example:
         >>> import tempfile
@@ -134,7 +134,7 @@ class TaskData:
         seed = self.seed
 
         def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-            # Sets the seed of this function's graph, so that the order does not depend on the global seed. Besides,
+            # Sets the seed of this function's graph, so that the order does not depend on the global seed. Also,
             # tf.data does not accept a tensor as seed if the global seed is 0.
             tf.random.set_seed(1)
             epoch_seed = tf.random.experimental.stateless_fold_in(tf.constant([seed, 0], tf.int64), epoch)
@@ -279,7 +279,7 @@ class TaskData:
         num_examples, num_classes = len(self.train_examples.mask), len(self.class_names)
 
         def transform(number: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-            # Numbers that are used for no example and by no other worker.
+            # The seeds of examples use smaller numbers, and other workers use other ones.
             batch_seed = tf.random.experimental.stateless_fold_in(
                 seed, num_examples + number * self.num_workers + self.worker
             )
@@ -309,8 +309,8 @@ def load_task(
         seed: Seed for the order, the augmentation and the choice of training images.
         worker: Number of this worker, from 0.
         num_workers: Number of workers that train together, each on an equal share of every batch.
-        drop_remainder: Leave out the last training batch of an epoch if it is smaller than the others. Always done if
-            there are several workers.
+        drop_remainder: Whether to leave out the last training batch of an epoch if it is smaller than the others. With
+            several workers it is always left out.
 
     Returns:
         The task, whose images are read when its datasets are iterated over.

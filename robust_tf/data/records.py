@@ -109,7 +109,7 @@ def check_class_names(names: Iterable[str], *, where: str) -> None:
     for name in names:
         if not name.strip() or any(map(_breaks_a_line, name)):
             raise UserError(
-                "A class name is one line of text that is not blank, without tabs and other control characters. "
+                "A class name must be one line of text that is not blank, without tabs or other control characters. "
                 f"Received: '{printable(name)}' in {printable(where)}. Rename the class."
             )
 
@@ -156,6 +156,6 @@ def check_classes_present(
         if len(rest) > 1:
             way_out = f", or leave the class out with classes=({', '.join(rest)}) or --classes={','.join(rest)}"
         raise UserError(
-            f"Every class needs images in {where}. Received: none of {', '.join(class_names[c] for c in missing)}. "
+            f"Every class needs images in {where}. Received: none for {', '.join(class_names[c] for c in missing)}. "
             f"Add some images{way_out}."
         )

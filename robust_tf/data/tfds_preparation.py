@@ -27,7 +27,7 @@ from robust_tf.data.datasets import TFDS_PREFIX, dataset_info, is_row
 from robust_tf.errors import UserError
 
 _CATALOG = "https://www.tensorflow.org/datasets/catalog/overview"
-# Errors of TFDS for files that are missing, damaged or different than expected.
+# Errors of TFDS for files that are missing, damaged or not the expected ones.
 _FAILURES = (
     OSError,  # network, disk or permission
     AssertionError,  # a file is missing that the user has to fetch
@@ -45,8 +45,8 @@ _FAILURES = (
 def no_folders_left_behind() -> Iterator[None]:
     """Removes the temporary folders that TFDS makes within the block.
 
-    TFDS makes one for every builder whose data set is not prepared, to copy facts about it from a bucket. It does not
-    read that bucket any more, and never removes the folder.
+    TFDS makes one for every builder whose data set is not prepared, for information from a bucket that it no longer
+    reads, and never removes it.
     """
     folders: list[str] = []
 
@@ -111,7 +111,7 @@ def prepared_builder(name: str, data_dir: epath.Path | pathlib.Path | None = Non
     builder = builder_of(name, data_dir)
     if builder.is_prepared():
         return builder
-    _ask_for_internet_first(builder)
+    _fail_at_once_without_internet(builder)
     try:
         if name == "digits":  # takes a second and downloads nothing, so TFDS's output would only be confusing
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -125,7 +125,7 @@ def prepared_builder(name: str, data_dir: epath.Path | pathlib.Path | None = Non
     return builder
 
 
-def _ask_for_internet_first(builder: tfds.core.DatasetBuilder) -> None:
+def _fail_at_once_without_internet(builder: tfds.core.DatasetBuilder) -> None:
     """Makes `download_and_prepare` fail at once without internet. TFDS alone would retry for minutes.
 
     The check runs when TFDS is about to download, so builders of `tfds.testing.mock_data` need no internet.
@@ -200,9 +200,10 @@ def _by_hand(builder: tfds.core.DatasetBuilder) -> str:
     files = {info.filename: url for url, info in (builder.url_infos or {}).items()}
     if not files or None in files or len(files) > 5:
         return ""
-    which = "the files that the config needs of " if len(builder.BUILDER_CONFIGS) > 1 else ""
     listed = " and ".join(f"{name} ({url})" for name, url in files.items())
-    return f"put {which}{listed} into {folder}."
+    if len(builder.BUILDER_CONFIGS) > 1:
+        return f"put those of {listed} that the config needs into {folder}."
+    return f"put {listed} into {folder}."
 
 
 def _missing_downloads(builder: tfds.core.DatasetBuilder) -> list[str]:
@@ -225,7 +226,7 @@ def _missing_downloads(builder: tfds.core.DatasetBuilder) -> list[str]:
 
 
 def _offline(hosts: set[str]) -> bool:
-    """Returns whether no host can be found. Returns False if there is a proxy, which may find them."""
+    """Returns whether none of the hosts can be found. False if there is a proxy, which may find them."""
     if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
         return False
     for host in hosts:

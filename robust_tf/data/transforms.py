@@ -1,7 +1,7 @@
-"""The deterministic transforms from an encoded image to float32 pixels in [0, 1], which evaluation uses.
+"""The deterministic transforms that evaluation uses, from an encoded image to float32 pixels in [0, 1].
 
 They follow the code of Salman et al. 2020 (arXiv 2007.08489). All functions can run within a TensorFlow graph, and
-exported models use `decode` and `evaluation_transform`, too.
+exported models also use `decode` and `evaluation_transform`.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
 """Measures a finished classifier: robustness to attacks and corruptions, calibration, and what it looks at.
 
-The programs `robust_tf.evaluate` and `robust_tf.visualize` are the way in.
+Start with `run_evaluation` in `run.py` and `run_visualization` in `visualization.py`, which the programs
+`robust_tf.evaluate` and `robust_tf.visualize` call.
 """

@@ -49,7 +49,7 @@ def comparison_lines(comparison: dict[str, Any] | None, names: Sequence[str]) ->
     """Returns a line for each paired difference, or one line that says why there are none.
 
     Args:
-        comparison: What `compare_classifiers` returned.
+        comparison: Result of `compare_classifiers`.
         names: Names of the classifiers. With a single classifier there are no lines.
     """
     if len(names) < 2:

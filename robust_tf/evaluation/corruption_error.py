@@ -56,10 +56,10 @@ def corrupted_images(
         subject: Classifier and its task.
         images: Clean images to corrupt, if the corrupted images are computed.
         source: "computed" to corrupt `images`, "tfds" to use the corrupted test set of TFDS, or "auto" to use that set
-            if it exists, is prepared, and the classifier has all its classes.
+            if it exists and is prepared, and the classifier has all its classes.
         data_dir: Folder of TFDS. "" uses TFDS's default.
-        seed: Seed for the corruptions, or for the choice of as many images of TFDS's set as `images` has. Its images
-            have a different order, so they are not the same ones.
+        seed: Seed for the corruptions. With TFDS's set, seed for drawing as many images as `images` has; they are other
+            images, because the order of that set is different.
 
     Raises:
         UserError: If `source` is "tfds" and there is no prepared corrupted test set.
@@ -97,7 +97,7 @@ def error_of(predict: Predict, images: Images) -> float:
 
 
 def mean_corruption_error(errors: dict[str, list[float]]) -> float:
-    """Returns the mean error over all corruptions and severities, in [0, 1], which is not relative to a baseline.
+    """Returns the mean error over all corruptions and severities, in [0, 1]. It is not relative to a baseline.
 
     Args:
         errors: Errors of each corruption, one for each severity.

@@ -182,9 +182,8 @@ def _elastic_transform(image: Image, parameters: tuple[float, ...], _unit: float
     center, arm = side // 2, side // 3
     corners = np.array([[center + arm, center + arm], [center + arm, center - arm], [center - arm, center - arm]])
     moved = corners + rng.uniform(-tilt, tilt, size=(3, 2))
-    affine = np.linalg.solve(
-        np.hstack([moved, np.ones((3, 1))]), corners
-    )  # maps places in the result to places in the image
+    # Maps places in the result to places in the image.
+    affine = np.linalg.solve(np.hstack([moved, np.ones((3, 1))]), corners)
     rows, columns = np.indices((side, side))
     dy, dx = (
         strength * ndimage.gaussian_filter(rng.uniform(-1.0, 1.0, (side, side)), smoothness, truncate=3.0)
@@ -357,7 +356,8 @@ CORRUPTIONS = {
     ),
     "brightness": Corruption(_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3)),
     "contrast": Corruption(_contrast, (0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15)),
-    "elastic_transform": Corruption(  # strength, smoothness and tilt as shares of the side (224 * 244 / 224 = 244)
+    # Strength, smoothness and tilt as shares of the side. The published code has 244 in place of the 224 pixels.
+    "elastic_transform": Corruption(
         _elastic_transform,
         tuple(
             tuple(value * 244 / 224 for value in row)

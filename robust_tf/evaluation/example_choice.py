@@ -49,8 +49,8 @@ class ExampleChoice:
         """Looks at a batch, and keeps the images that make the choice more varied.
 
         Args:
-            rows: Table (batch, 4) int with the label, the prediction, the prediction under attack, and 0 for an image
-                that only fills the batch.
+            rows: Table (batch, 4) int with the label, the prediction, the prediction under attack, and 1 for a test
+                image or 0 for an image that only fills the batch.
             images: Tensor (batch, height, width, channels) of clean images. Only images that are kept are copied.
             images_adv: Tensor of the same shape with the adversarial images.
         """
@@ -65,7 +65,7 @@ class ExampleChoice:
     def _place(self, kind: Kind, label: int, mistake: tuple[int, int]) -> int | None:
         """Returns the place for a new image, or None if it adds nothing.
 
-        It is an empty place, or the place of an image whose class or mistake is shown too often.
+        It is an empty place, or the place of an image whose class or mistake occurs too often.
         """
         kept = self._kept[kind]
         if len(kept) < self._per_kind:

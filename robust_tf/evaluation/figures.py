@@ -87,9 +87,8 @@ def save_reliability(path: pathlib.Path, calibrations: dict[str, Calibration]) -
         bin_width = np.diff(bins.edges) * width
         counts.bar(bins.edges[:-1] + position * bin_width, bins.counts, bin_width, align="edge")
     axes.set_ylabel("accuracy")
-    axes.legend(
-        loc="upper left", fontsize="small"
-    )  # this corner is empty, because few classifiers are right more often than they predict
+    # This corner is empty, because few classifiers are right more often than they predict.
+    axes.legend(loc="upper left", fontsize="small")
     counts.set_ylabel("images")
     counts.set_xlabel("confidence")
     axes.set_xlim(0, 1)

@@ -1,4 +1,4 @@
-"""Predictions for each test image, kept beside results.json so that two jobs can be compared image by image."""
+"""The predictions for each test image, stored next to results.json so that two jobs can be compared by image."""
 
 import csv
 import dataclasses
@@ -39,7 +39,7 @@ class Outcomes:
 
     @property
     def robust(self) -> np.ndarray | None:
-        """Whether both the clean and the adversarial image are, (count,) bool; None if no attack was run."""
+        """Whether clean and adversarial image are both classified correctly, (count,) bool; None without an attack."""
         return None if self.predictions_adv is None else self.right & (self.predictions_adv == self.labels)
 
     def confusion(self, num_classes: int) -> np.ndarray:
@@ -67,7 +67,7 @@ class Outcomes:
 
 
 def read_outcomes(workdir: pathlib.Path) -> Outcomes | None:
-    """Returns the predictions of a finished job, or None if there are none, because an older version ran it.
+    """Returns the predictions of a finished job, or None if an older version ran it, which did not write them.
 
     Raises:
         UserError: The file is damaged.

@@ -89,8 +89,8 @@ def curve_of(attack: str, label: str, measured: Measured) -> Curve:
 def kept_examples(labels: np.ndarray, correct: np.ndarray, *, count: int) -> np.ndarray:
     """Returns the positions of the images whose adversarial images are kept for the sheet of examples.
 
-    The positions cover many classes. They are twice as many as will be drawn, because it is not known before the attack
-    on which images it will succeed.
+    The positions cover many classes. There are twice as many as will be drawn, because it is not known before the
+    attack on which images it will succeed.
 
     Args:
         labels: Labels of the images, (num_images,) int.

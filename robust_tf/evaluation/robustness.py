@@ -17,7 +17,7 @@ class Robustness:
 
     Attributes:
         attack: Name of the attack or the cascade, as the user wrote it.
-        norm: Norm of the perturbations: "linf" or "l2".
+        norm: Norm of the perturbations: "linf", "l2" or "l1".
         epsilon: Radius of the perturbations, in [0, 1] pixel units.
         felled_by: For each image, the name of the attack that succeeded, "clean" if the image is misclassified without
             an attack, or "" if no attack succeeded.
@@ -43,17 +43,17 @@ class Robustness:
         return np.array([not name for name in self.felled_by])
 
 
-# Called with the number of forward passes so far (see `passes_of`), the expected number of all passes, the share of the
-# images that still resist, and the name of the running attack.
+# Called with the number of forward passes so far (see `passes_of`), the expected total, the share of the images that
+# still resist, and the name of the running attack.
 OnBatch = Callable[[float, float, float, str], None]
 
 
 def passes_of(state: CascadeState, *, epsilons_left: int = 0) -> tuple[float, float]:
     """Returns the number of forward passes that a cascade has made, and the number that is still expected.
 
-    The later attacks are expected to run on the share of the images that has resisted the running attack so far. The
-    clean prediction counts as no pass, because the time for tracing it would distort the estimate of the remaining
-    time.
+    The estimate assumes that the same share of the images will resist the running attack to its end as has resisted it
+    so far, and that the later attacks run on these. The clean prediction counts as no pass, because the time for
+    tracing it would distort the estimate of the remaining time.
 
     Args:
         state: State of the cascade.

@@ -36,7 +36,7 @@ from robust_tf.models import pixel_warning
 
 
 def run_evaluation(config: EvaluateConfig) -> None:
-    """Measures one or two classifiers and writes everything that is known about them to the output folder.
+    """Measures one or two classifiers and writes the results to the output folder.
 
     An evaluation that was stopped continues from the state file in that folder.
 
@@ -83,7 +83,7 @@ def run_evaluation(config: EvaluateConfig) -> None:
 
 
 def flags_of(config: EvaluateConfig) -> list[str]:
-    """Returns the flags that the figures depend on, which are all but the folders."""
+    """Returns the flags that the figures depend on, which are all except the folders."""
     return to_flag_file(dataclasses.replace(config, output="", data_dir="")).splitlines()
 
 
@@ -132,7 +132,7 @@ def with_threat_model(config: EvaluateConfig, subjects: Sequence[Subject]) -> Ev
     known = next((subject for subject in subjects if subject.epsilon), None)
     if known is None and not (config.norm and config.epsilon):
         raise UserError(
-            "--norm and --epsilon are needed, because the perturbations of the classifier's training are not known. "
+            "--norm and --epsilon are needed, because the norm and epsilon of the training are not known. "
             f"Received: --norm={config.norm!r}, --epsilon={','.join(map(str, config.epsilon))}. Name both."
         )
     norm = config.norm or str(known.norm if known else "")
@@ -245,7 +245,7 @@ def entry_of(config: EvaluateConfig, measured: Measured, baseline: Measured) -> 
     Args:
         config: Flags of the evaluation.
         measured: Figures of the classifier.
-        baseline: Figures that the corruption error is given relative to, if there is a classifier to compare with.
+        baseline: Figures of the classifier that the corruption error is relative to, with --compare.
     """
     entry = report.subject_entry(
         measured.subject, measured.images, measured.logits, measured.calibration, measured.robustness

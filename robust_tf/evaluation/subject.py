@@ -88,8 +88,8 @@ def load_subject(
         batch_size: Number of images in a test batch.
 
     Raises:
-        UserError: If there is no such classifier, if the data set is unknown or cannot be prepared, or if its number of
-            classes differs from that of the classifier.
+        UserError: If there is no such classifier, if the data set is unknown or cannot be prepared, or if it does not
+            have as many classes as the classifier.
     """
     path = pathlib.Path(name)
     if path.suffix != ".keras" and name not in PUBLISHED:

@@ -28,9 +28,9 @@ class Row(NamedTuple):
     """One row of the picture.
 
     Attributes:
-        name: Text at its left.
-        pictures: (count, height, width, 3) float32 in [0, 1].
-        captions: Text under each picture.
+        name: Text to the left of the row.
+        pictures: Pictures, (count, height, width, 3) float32 in [0, 1].
+        captions: Text above each picture.
     """
 
     name: str

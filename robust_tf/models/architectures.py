@@ -5,7 +5,7 @@ To add an architecture:
 1. Write a function that maps normalized images (batch, height, width, 3) to features (batch, feature_dim), in a new
    file of this folder; `resnet.py` is a complete example. Take convolutions, BatchNorm and activations from a `Layers`
    object of `layers.py`. Name the layers "stem_...", "stage1_...", "stage2_...", ..., "head_...", since stages are
-   frozen and given learning rates by these names. The last layer must be called "features".
+   frozen and given learning rates by these names. The last layer must be called "features" and have no weights.
 2. Write `reference_module`, which translates the name of a layer into the name of its module in PyTorch. Checkpoints
    are converted with it.
 3. Add an entry to `ARCHITECTURES`, below. Now `build_classifier` and the flag --architecture accept the name.

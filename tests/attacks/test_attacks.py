@@ -23,6 +23,7 @@ from robust_tf.errors import UserError
 
 # Some tests attack models without gradients, and the gradient of DLR is zero at some images.
 NO_GRADIENT = pytest.mark.filterwarnings("ignore:The gradient is zero:robust_tf.errors.AttackWarning")
+# A new norm needs a radius here, and cases below with the attacks that take it.
 EPSILONS = {"linf": 0.08, "l2": 0.7, "l1": 4.0}
 SHORT = {
     "pgd": functools.partial(pgd, steps=10),

@@ -60,7 +60,7 @@ def main() -> None:
 def _report(title: str, cases: dict[str, Callable[[], object]], batch_size: int, repeats: int) -> None:
     timings = interleaved(cases, repeats=repeats, warmup=1)
     ours = {name.split(" ")[0]: timing.median for name, timing in timings.items() if name.endswith("robust_tf")}
-    print(f"\n{title}, median of {repeats}\n{'':32}{'s/batch':>9}{'images/s':>10}{'ours is':>10}{'first s':>9}")
+    print(f"\n{title}, median of {repeats}\n{'':32}{'s/batch':>9}{'images/s':>10}{'/ ours':>10}{'first s':>9}")
     for name, timing in timings.items():
         ratio = f"{timing.median / ours[name.split(' ')[0]]:.2f}x"
         speed = batch_size / timing.median

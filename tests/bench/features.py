@@ -2,9 +2,9 @@
 
     python -m tests.bench.features --source=SOURCE.keras [--dataset=digits] [--views=4] [--seeds=3] [--epochs=150]
 
-The recipe is the one of the reference: SGD, batch 64, a learning rate of 0.01 that is divided by 10 every 50 epochs,
-momentum 0.9 and weight decay 5e-4 (Salman et al. 2020, appendix A.2). All jobs run one after the other, as `train` runs
-them. The features are computed anew for each seed, and the time for that counts. The jobs called "features stored" then
+The recipe is the reference's: SGD, batch 64, a learning rate of 0.01 that is divided by 10 every 50 epochs,
+momentum 0.9 and weight decay 5e-4 (Salman et al. 2020, appendix A.2). The jobs run one after the other, as with
+`train`. The features are computed again for each seed, and this time counts. The jobs called "features stored" then
 find them in the cache.
 """
 

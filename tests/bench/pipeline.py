@@ -4,7 +4,7 @@
 
 Both read JPEG files of 500x375 pixels and return random 224-pixel crops, flipped at random, as float32 in [0, 1] in
 batches of 64. They take turns in one run. The worker processes pass their batches on in shared memory, as PyTorch's
-DataLoader does. With --memory, the program also shows how a process grows that reads 20,000 images.
+DataLoader does. With --memory, the program also shows how the memory of a process grows as it reads 20,000 images.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="Number of worker processes that run Pillow.")
     parser.add_argument("--augmentation", default="random_resized_crop")
-    parser.add_argument("--memory", action="store_true", help="Also show how the memory of a process develops.")
+    parser.add_argument("--memory", action="store_true", help="Also show how the memory of a process grows.")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # folder with the images that the watched process reads
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -72,7 +72,7 @@ def _compare(folder: pathlib.Path, arguments: argparse.Namespace) -> None:
 
 
 def _pipeline(folder: pathlib.Path, *, epochs: int, augmentation: str) -> Any:
-    """A `tf.data.Dataset`. TensorFlow is imported here, since the workers of the loop start faster without it."""
+    """Returns training batches. Imports TensorFlow here, because the workers of the loop start faster without it."""
     from robust_tf.environment import set_tensorflow_defaults
 
     set_tensorflow_defaults()
@@ -81,7 +81,8 @@ def _pipeline(folder: pathlib.Path, *, epochs: int, augmentation: str) -> Any:
 
     data = DataConfig(dataset=f"folder:{folder}", image_size=SIZE, augmentation=augmentation, cache="none")
     task = load_task(data, batch_size=BATCH)
-    return task.train(first_epoch=0, epochs=2 * epochs)  # what is held out leaves a little less in each
+    # Twice as many epochs, because each lacks the images that are held out.
+    return task.train(first_epoch=0, epochs=2 * epochs)
 
 
 def _consume(dataset: Any, batches: int) -> None:
@@ -164,7 +165,7 @@ def _work(memory_name: str, tasks: multiprocessing.Queue, done: multiprocessing.
 
 
 def _load(path: str) -> np.ndarray:
-    """What torchvision's RandomResizedCrop, RandomHorizontalFlip and ToTensor do with a Pillow image."""
+    """Does the same as torchvision's RandomResizedCrop, RandomHorizontalFlip and ToTensor, with Pillow."""
     with open(path, "rb") as file:
         image = Image.open(file).convert("RGB")
     top, left, height, width = _window(image.height, image.width)
@@ -198,7 +199,7 @@ def _batch_in(memory: shared_memory.SharedMemory, slot: int) -> np.ndarray:
 
 
 def _write_images(folder: pathlib.Path) -> int:
-    """Parts of scikit-learn's photographs, enlarged and flipped differently, as 2 classes of files; their size."""
+    """Writes random parts of scikit-learn's two photographs, one class for each. Returns the size of all files."""
     from sklearn.datasets import load_sample_images
 
     rng = random.Random(0)

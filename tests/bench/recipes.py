@@ -4,8 +4,8 @@
 
 The recipes are trained one after the other, each by `robust_tf.train` in a new process. Then `robust_tf.evaluate`
 attacks each of them. After an interruption, the same command continues where it stopped, and recipes that are finished
-are not run again. The seconds are those of the training steps alone, at the median speed of the epochs, without
-validation and without the first step, which is traced. `--quick --dataset=digits` takes minutes.
+are not run again. The seconds are for the training steps alone, at the median speed of the epochs, without validation
+and without the first step, which includes tracing. `--quick --dataset=digits` takes minutes.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--epsilon", default="1")
     parser.add_argument("--num_images", type=int, default=1000, help="Number of test images that AutoAttack attacks.")
     parser.add_argument("--precision", default="float32")
-    parser.add_argument("--quick", action="store_true", help="Train little on few images, only to see that it runs.")
+    parser.add_argument("--quick", action="store_true", help="Train briefly on few images, only to see that it runs.")
     arguments = parser.parse_args()
     names = arguments.recipes.split(",")
     for name in names:

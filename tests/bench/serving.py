@@ -1,9 +1,9 @@
-"""Compares requests to the local server with calling the model in a session: latency, and throughput of many clients.
+"""Compares requests to the local server with direct calls of the model: latency, and throughput with many clients.
 
     python -m tests.bench.serving [--quick]
 
-The server runs in another process. The latency is measured with one request at a time and batches of 1; all ways to ask
-take turns. The throughput is measured with 32 clients in threads, with and without batching.
+The server runs in another process. The latency is measured with one request at a time and batches of 1; the kinds
+of requests take turns. The throughput is measured with 32 clients in threads, with and without batching.
 """
 
 from robust_tf.environment import set_tensorflow_defaults
@@ -59,7 +59,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _server(version: pathlib.Path, *flags: str) -> Iterator[tuple[str, str]]:
-    """A server in another process. Yields its addresses for REST and gRPC."""
+    """Runs a server in another process. Yields its addresses for REST and gRPC."""
     rest, grpc = free_port(), free_port()
     command = [sys.executable, "-m", "robust_tf.serve", "--model_name=m", f"--model_base_path={version.parent}"]
     command += [f"--rest_api_port={rest}", f"--port={grpc}", *flags]
@@ -99,7 +99,7 @@ def _latency(version: pathlib.Path, image_size: int, repeats: int) -> None:
 
 
 def _call(function: Callable[..., object], *arguments: object, **options: object) -> Callable[..., object]:
-    """A function that calls `function` with these arguments and ignores its own."""
+    """Returns a function that calls `function` with these arguments and ignores its own."""
     return lambda *_: function(*arguments, **options)
 
 

@@ -14,7 +14,7 @@ class Timing:
     """Times of the calls of one case, in seconds.
 
     Attributes:
-        first: Time of the first call, tracing and compilation included.
+        first: Time of the first call, including tracing and compilation.
         repeats: Times of the measured calls, in their order.
     """
 

@@ -40,7 +40,9 @@ def test_a_wrong_number_of_images_is_a_fault(data_dir, monkeypatch):
     monkeypatch.setitem(DATASETS, "digits", row)
     result = check_dataset("digits", data_dir)
     assert result.state == "faulty"
-    assert result.advice == ("There must be 800 test images. Received: 797. Delete the folder and prepare it again.",)
+    assert result.advice == (
+        "There must be 800 test images. Received: 797. Delete the folder and prepare the data set again.",
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off"])
@@ -72,7 +74,7 @@ def test_faults_of_a_folder_are_named(tmp_path):
     missing, broken, twice = result.advice
     assert "Convert, repair or remove them, or train with --skip_bad_images." in broken
     assert result.state == "faulty"
-    assert "none of emu" in missing
+    assert "none for emu" in missing
     assert f"Images that cannot be decoded (1): {root}/train/cat/003.jpg." in broken
     assert "Images of the test part that are also in the training part (1): " in twice
     assert f"{root}/test/dog/copy.jpg = {root}/train/cat/000.jpg." in twice
@@ -96,7 +98,7 @@ def test_one_image_per_class_is_a_fault(tmp_path):
     result = check_dataset(f"folder:{write_folder(tmp_path, {'a': 1, 'b': 1})}")
     assert result.state == "faulty"
     (advice,) = result.advice
-    assert "training part" in advice and advice.endswith("Received: none of a, b. Add some images.")
+    assert "training part" in advice and advice.endswith("Received: none for a, b. Add some images.")
 
 
 def test_all_files_that_are_left_out_are_named(tmp_path):

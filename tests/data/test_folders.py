@@ -198,7 +198,7 @@ def test_file_names_that_are_not_text_are_read_and_shown_escaped(tmp_path):
 
 def test_leaving_a_class_out_as_the_message_suggests_works(tmp_path):
     root = write_folder(tmp_path, WHOLE | {"train/emu": 3})
-    with pytest.raises(UserError, match=r"test part.*Received: none of emu.*classes=\(0, 1\) or --classes=0,1\."):
+    with pytest.raises(UserError, match=r"test part.*Received: none for emu.*classes=\(0, 1\) or --classes=0,1\."):
         load(root)
     assert load(root, classes=(0, 1)).class_names == ("cat", "dog")
 
@@ -214,9 +214,9 @@ def empty(path):
         ({"cat": 3}, None, r"two or more classes. Received: only 'cat'"),
         ({"train/cat": 3, "test/cat": 3}, None, r"two or more classes. Received: only 'cat'"),
         ({"test/cat": 3, "test/dog": 3}, None, r"with test, but without train"),
-        ({"train/cat": 3, "train/dog": 3, "test/cat": 1}, None, r"test part of .*Received: none of dog"),
-        ({"train/cat": 3, "test/cat": 3, "test/dog": 1}, None, r"training part of .*Received: none of dog"),
-        ({"cat": 1, "dog": 3}, None, r"training part of .*Received: none of cat"),
+        ({"train/cat": 3, "train/dog": 3, "test/cat": 1}, None, r"test part of .*Received: none for dog"),
+        ({"train/cat": 3, "test/cat": 3, "test/dog": 1}, None, r"training part of .*Received: none for dog"),
+        ({"cat": 1, "dog": 3}, None, r"training part of .*Received: none for cat"),
         (WHOLE, lambda root: empty(root / "train/cat/001.jpg"), r"train/cat/001.jpg \(empty, 0 bytes\)\. Convert"),
         (
             WHOLE,
@@ -231,7 +231,7 @@ def empty(path):
         (
             WHOLE,
             lambda root: write(root / "train/Cat/a.jpg", jpeg(0)),
-            r"none of Cat\. Add some images, or .*--classes=1,2",
+            r"none for Cat\. Add some images, or .*--classes=1,2",
         ),
         (WHOLE, lambda root: (root / "TRAIN").mkdir(), r"one folder for each part. Received: TRAIN and train in"),
         ({"val/a": 1, "valid/a": 1}, None, r"one folder for each part. Received: val and valid in"),

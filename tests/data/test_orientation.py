@@ -24,7 +24,7 @@ def rotated(orientation: int, *, endian: str = "<", **options) -> bytes:
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_a_picture_is_turned_as_by_pillow(orientation):
+def test_a_picture_is_turned_as_in_pillow(orientation):
     data = rotated(orientation, endian="<>"[orientation % 2])
     assert int(jpeg_orientation(tf.constant(data))) == (orientation if 1 <= orientation <= 8 else 1)
     theirs = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))

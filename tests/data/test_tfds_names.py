@@ -191,7 +191,7 @@ def test_the_name_of_a_record_is_its_tfds_id(tmp_path):
         ("small_unlabeled", r"must be 0 to 2.*Received: label -1 of small_unlabeled-train.*and 2 more"),
         (
             "small_incomplete",
-            r"test part of tfds:small_incomplete. Received: none of 1\..*classes=\(0, 2\) or --classes=0,2",
+            r"test part of tfds:small_incomplete. Received: none for 1\..*classes=\(0, 2\) or --classes=0,2",
         ),
         ("small_test_only", r"needs a split called train. Received: tfds:small_test_only with test"),
         ("small_text", r"not an image classification data set.*text \(Text\)"),

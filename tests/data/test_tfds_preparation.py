@@ -1,4 +1,4 @@
-"""The messages for a data set that is not prepared and cannot be."""
+"""The messages about a data set that is not prepared and cannot be prepared here."""
 
 import socket
 
@@ -52,7 +52,7 @@ def test_without_internet_the_error_has_the_command_the_size_and_the_manual_way(
 
 
 def test_files_in_the_manual_folder_are_not_downloaded(tmp_path, offline):
-    """TFDS finds by their checksum that these files are wrong."""
+    """TFDS sees from their checksums that these files are wrong."""
     for name in ("images.tar.gz", "annotations.tar.gz"):
         write(tmp_path / "downloads" / "manual" / name, "x")
     with pytest.raises(UserError, match="(?s)wrong checksum.*--prepare=pets"):

@@ -110,7 +110,7 @@ SECOND_FRAME = {"save_all": True, "append_images": [Image.new("RGB", (40, 30), (
         "palette BMP",
     ],
 )
-def test_other_formats_are_decoded_as_by_pillow(image, kind, options):
+def test_other_formats_are_decoded_as_in_pillow(image, kind, options):
     data = encoded(image, kind, **options)
     theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert len(np.unique(theirs)) > 10
@@ -200,7 +200,7 @@ def jpeg(mode: str, **options) -> bytes:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
-def test_jpegs_are_decoded_as_by_pillow(mode, options):
+def test_jpegs_are_decoded_as_in_pillow(mode, options):
     data = jpeg(mode, **options)
     theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     np.testing.assert_array_equal(decode(tf.constant(data)), theirs)

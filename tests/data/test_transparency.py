@@ -47,7 +47,7 @@ PICTURES["GIF with a palette in the frame"] = with_own_palette(PICTURES["GIF"])
 
 @pytest.mark.parametrize("color", ["white", "black"])
 @pytest.mark.parametrize("kind", PICTURES)
-def test_a_picture_is_put_on_the_background_as_by_pillow(kind, color):
+def test_a_picture_is_put_on_the_background_as_in_pillow(kind, color):
     data = PICTURES[kind]
     picture = Image.open(io.BytesIO(data)).convert("RGBA")
     background = Image.new("RGBA", picture.size, color)

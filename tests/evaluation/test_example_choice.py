@@ -1,4 +1,4 @@
-"""The examples in a report cover many classes and mistakes, whatever the order of the test images is."""
+"""The examples in a report cover many classes and mistakes, in whatever order the test images come."""
 
 from collections import Counter
 

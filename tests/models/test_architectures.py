@@ -17,6 +17,7 @@ from robust_tf.models.layers import Layers, kaiming_fan_in, kaiming_fan_out, tor
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+# Only the slow tests build these.
 LARGE = {"wide_resnet50_2", "wide_resnet50_4", "densenet161", "vgg16_bn", "cifar_wide_resnet28_10"}
 NEEDS_PIXELS = [name for name, entry in ARCHITECTURES.items() if entry.minimum_image_size > 1]
 

@@ -1,4 +1,4 @@
-"""The report of a finished job says what results.json says, and needs nothing from elsewhere."""
+"""The report of a finished job says what results.json says, and loads nothing from elsewhere."""
 
 import html.parser
 import json

@@ -45,7 +45,7 @@ class Birdsnap(ImageBuilder):
         paths = [path for path, digest in _listed(root) if _is_original(root / "download" / "images" / path, digest)]
         if not paths:
             raise UserError(
-                "At least one photograph must have its checksum of images.txt. Received: none in "
+                "At least one photograph must have the checksum that images.txt lists for it. Received: none in "
                 f"{root / 'download/images'}."
             )
         self.set_class_names(sorted({pathlib.PurePosixPath(path).parent.name for path in paths}))

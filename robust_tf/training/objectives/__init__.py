@@ -8,12 +8,13 @@
 To add an objective:
 
 1. Write a subclass of `Objective` (see `base.py`) in a new file of this folder. Override what differs: `inputs` makes
-   the adversarial images, `forward` runs the network on them, `loss` returns the scalar to minimize. `trades.py` is a
-   complete example.
+   the adversarial images, `forward` runs the network on them, `loss` returns the scalar to minimize. Set
+   `knows_clean_figures = False` unless `inputs` calls `trainer.update_clean`. `trades.py` is a complete example.
 2. Add the fields that select and configure it to `Recipe` in `recipe.py`, with their checks in `__post_init__`.
 3. Build it in `build_objective`, below. `AdversarialTrainer(classifier, attack, recipe=Recipe(...))` then uses it.
-4. To offer it in `python -m robust_tf.train`, add its name to `Objective` and its flags to `AdversarialConfig`, both in
-   `robust_tf/config/adversarial.py`, and pass them on in `job_recipe` in `robust_tf/job/building.py`.
+4. To offer it in `python -m robust_tf.train`, add its name to the type `Objective`, its flags to `AdversarialConfig`
+   and to `_RECIPE`, and its cost to `gradients_per_image`, all in `robust_tf/config/adversarial.py`. Pass the flags on
+   in `job_recipe` in `robust_tf/job/building.py`, and describe them in `robust_tf/job/planning/table.py`.
 5. Test it in `tests/training/test_objectives.py`.
 """
 

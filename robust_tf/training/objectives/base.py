@@ -79,7 +79,8 @@ class Objective:
     Attributes:
         passes: Number of forward passes per step that update BatchNorm's moving statistics.
         replays: Number of optimizer steps on each batch.
-        knows_clean_figures: Whether `inputs` updates the clean metrics anyway, without an extra forward pass.
+        knows_clean_figures: Whether the clean metrics need no extra forward pass, because `inputs` updates them with
+            `trainer.update_clean` or because there is no attack.
     """
 
     passes = 1
