@@ -40,15 +40,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the benchmarks unless -m bench selects them."""
-    if "bench" in (config.option.markexpr or ""):
-        return
-    benches = [item for item in items if item.get_closest_marker("bench")]
-    config.hook.pytest_deselected(items=benches)
-    items[:] = [item for item in items if item not in benches]
-
-
 @pytest.fixture(autouse=True)
 def _fresh_keras():
     """Sets the seed for each test, and resets the global settings and the layer names after it."""

@@ -60,7 +60,8 @@ def curves_figure(job: FinishedJob) -> Figure:
             axis.axvline(job.results.best_epoch, color="grey", linestyle=":", linewidth=1)
         if any(lines):
             axis.legend(fontsize="small")
-    if rates and max(rates) > 20 * min(rate for rate in rates if rate > 0):
+    positive = [rate for rate in rates if rate > 0]  # a schedule may begin or end at 0
+    if positive and max(positive) > 20 * min(positive):
         axes[-1].set_yscale("log")
     axes[-1].set_xlabel("epoch (dotted line: the one that was kept)")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from robust_tf.errors import UserError
 from robust_tf.evaluation.outcomes import compare_outcomes
-from robust_tf.reporting import write_report
+from robust_tf.reporting import write_history, write_report
 from robust_tf.reporting.facts import changed_flags, commands
 from robust_tf.reporting.job_files import read_finished_job
 from robust_tf.results import JobResults
@@ -156,6 +156,13 @@ def test_the_report_of_a_job_without_epochs_attack_or_pictures_leaves_them_out(t
     assert [each["id"] for each in page.all("data")] == ["clean_accuracy", "num_test_images"]
     assert "under attack" not in page.text and "Warnings" not in page.text
     assert "No attack was run" in page.text
+
+
+def test_a_schedule_that_ends_the_only_epoch_at_0_is_drawn(tmp_path):
+    write_job(tmp_path / "job")
+    write_history(tmp_path / "job", [{**HISTORY[0], "learning_rate": 0.0}])
+    write_report(tmp_path / "job")
+    assert (tmp_path / "job" / "figures" / "curves.png").exists()
 
 
 def test_an_example_without_an_attack_is_one_picture(tmp_path):
