@@ -88,16 +88,17 @@ def commands(classifier, data_dir, tmp_path):
     }
 
 
-SLOW = [pytest.param(program, marks=pytest.mark.slow) for program in ("visualize", "data", "convert")]
+SLOW = [pytest.param(program, marks=pytest.mark.slow) for program in ("evaluate", "export", "visualize", "data", "convert")]
 
 
-@pytest.mark.parametrize("program", ["train", "evaluate", "export", *SLOW])
+@pytest.mark.parametrize("program", ["train", *SLOW])
 def test_a_program_that_works_writes_nothing_to_stderr(program, commands):
     done = run("-m", f"robust_tf.{program}", *commands[program])
     assert (done.returncode, done.stderr) == (0, "")
     assert "tensorflow/" not in done.stdout
 
 
+@pytest.mark.slow
 def test_verbosity_brings_back_what_tensorflow_prints(commands):
     done = run("-m", "robust_tf.export", *commands["export"], "--verbosity=info")
     assert done.returncode == 0

@@ -254,6 +254,7 @@ def test_a_seed_is_any_integer_or_a_pair_for_each_image(seed):
     assert np.any(pgd(model, images, labels, seed=8, **attack) != expected)
 
 
+@pytest.mark.slow
 def test_averaged_gradients_help_against_a_random_model():
     smooth = small_network()
     images, labels = small_batch(smooth)

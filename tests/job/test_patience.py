@@ -70,6 +70,7 @@ def results_of(config: JobConfig) -> dict:
     return json.loads((pathlib.Path(config.run.workdir) / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_training_stops_early_and_says_why(job, capsys):
     config = job([0.2, 0.5, 0.4, 0.3, 0.9], class_weight="balanced")
     train.run(config)

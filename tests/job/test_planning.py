@@ -96,6 +96,7 @@ def work_of(config: JobConfig) -> JobWork:
     return job_work(config, classifier, task)
 
 
+@pytest.mark.slow
 def test_an_adversarial_step_is_the_attack_and_one_training_pass():
     work = work_of(digits())
     forward = work.forward.flops
@@ -113,6 +114,7 @@ def test_an_adversarial_step_is_the_attack_and_one_training_pass():
     assert work_of(digits(use_best=False)).step.outside.forward == forward
 
 
+@pytest.mark.slow
 def test_standard_training_and_frozen_layers_need_less_work(tmp_path):
     standard = work_of(digits(epsilon=0.0, eval_epsilon=1.0))
     assert standard.step.loops == () and 2.9 < standard.step.total.flops / standard.forward.flops < 3
