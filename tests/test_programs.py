@@ -88,7 +88,9 @@ def commands(classifier, data_dir, tmp_path):
     }
 
 
-SLOW = [pytest.param(program, marks=pytest.mark.slow) for program in ("evaluate", "export", "visualize", "data", "convert")]
+SLOW = [
+    pytest.param(program, marks=pytest.mark.slow) for program in ("evaluate", "export", "visualize", "data", "convert")
+]
 
 
 @pytest.mark.parametrize("program", ["train", *SLOW])
