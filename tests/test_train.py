@@ -733,7 +733,7 @@ def broken_file(tmp_path: pathlib.Path) -> str:
         (broken_file, "", r"broken\.keras \(13 bytes\).*damaged"),
         ("resnet50_l2_eps33", "", "Received: 'resnet50_l2_eps33'. Did you mean 'resnet50_l2_eps3'"),
         ("some/folder/model.h5", "", "Received: source=some/folder/model.h5"),
-        ("model.ckpt", "", "Received: source=model.ckpt. Name it by architecture"),
+        ("model.ckpt", "", "Received: source=model.ckpt. Set architecture to one of"),
         ("missing.cfg", "", "missing.cfg"),
     ],
 )
