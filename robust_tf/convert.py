@@ -1,6 +1,6 @@
 """Converts PyTorch checkpoints into Keras classifiers, and classifiers into checkpoints. PyTorch is not needed.
 
-Convert a file of torch.save, or a .safetensors file. It is read as data, so no code in it is run:
+Convert a file written by torch.save, or a .safetensors file. It is read as data, so no code in it is run:
 
     python -m robust_tf.convert --checkpoint=resnet50.ckpt --architecture=resnet50 --output=resnet50.keras
 
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 class ConvertConfig:
     """The flags of this program."""
 
-    checkpoint: str = flag("", "Checkpoint to convert: a file of torch.save (.ckpt, .pt, .pth) or a .safetensors file.")
+    checkpoint: str = flag(
+        "", "Checkpoint to convert: a file written by torch.save (.ckpt, .pt, .pth), or a .safetensors file."
+    )
     source: str = flag("", "Name of a published model to convert. See --list.")
     architecture: str = flag("", "Architecture of --checkpoint.")
     image_size: int = flag(224, "Height and width of the images in pixels. Use 32 for the reference's CIFAR models.")
@@ -94,7 +96,7 @@ def list_published() -> None:
 
 
 def convert_to_classifier(config: ConvertConfig) -> None:
-    """Converts a checkpoint into a classifier and prints what is known about it.
+    """Converts a checkpoint into a classifier and prints a summary of it.
 
     Args:
         config: The flags.

@@ -38,7 +38,9 @@ class ExportConfig:
         "the one in results.json, or the size of the classifier's images.",
     )
     license: str = flag("", "License of the classifier, for the model card.")
-    attack_probe: bool = flag(False, "Also serve the signature attack_probe.")
+    attack_probe: bool = flag(
+        False, "Also serve the signature attack_probe, with which clients can attack an image and see the answer."
+    )
     norm: str = flag("", "Norm of the attack probe, l2 or linf. By default, the one in results.json.")
     attack_steps: int = flag(20, "Number of steps of the attack probe.")
     world_readable: bool = flag(

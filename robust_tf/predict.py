@@ -27,7 +27,7 @@ class PredictConfig:
         "http://localhost:8501",
         "Address of the server: http://host:port, https://host:port, grpc://host:port or grpcs://host:port (TLS).",
     )
-    model_name: str = flag("", "Name of the model. By default, the only model of a `robust_tf.serve`.")
+    model_name: str = flag("", "Name of the model. It may be left out if a `robust_tf.serve` has only one model.")
     version: int | None = flag(None, "Version of the model. By default, the latest.")
     label: str = flag("", "Label of the version, instead of its number.")
     top: int = flag(3, "Number of classes to print for each image. The server returns at most 5.")

@@ -15,7 +15,7 @@ OnAlarm = Literal["warn", "stop", "rollback"]
 
 # PGD steps of the validation attack if the attack of training has only one gradient step.
 _VALIDATION_STEPS = 3
-# Flags whose values the recipe decides if they are left out.
+# Flags whose values the recipe sets if they are left out.
 _DECIDED = ("attack_step_size", "attack_steps", "random_start", "use_best", "attack_mode")
 # Flags that make training differ from standard training.
 _RECIPE = (
@@ -45,16 +45,16 @@ class AdversarialConfig:
     )
     attack_step_size: float | None = flag(
         None,
-        "Length of an attack step in training, in the same unit. If it is left out, --fast decides, which normally "
-        "means 2.5 * epsilon / steps.",
+        "Length of an attack step in training, in the same unit. If it is left out, --fast decides: normally "
+        "2.5 * epsilon / steps.",
     )
     attack_steps: int | None = flag(
-        None, "Number of PGD steps in training. If it is left out, --fast decides, which normally means 7."
+        None, "Number of PGD steps in training. If it is left out, --fast decides: normally 7."
     )
     random_start: bool | None = flag(
         None,
-        "Start the attack of training at a random point of the ball, unlike Salman et al. (2020). If it is left out, "
-        "--fast decides, which normally means false.",
+        "Start the attack in training at a random point of the ball, which Salman et al. (2020) do not do. If it is "
+        "left out, --fast decides: normally false.",
     )
     use_best: bool | None = flag(
         None,
@@ -63,25 +63,25 @@ class AdversarialConfig:
     )
     attack_mode: AttackMode | None = flag(
         None,
-        "Mode of the network during the attacks of training. With inference, BatchNorm uses its moving statistics, as "
-        "in the code of Salman et al. (2020). With training, the network runs as it does in the update and the attack "
-        "moves the statistics too, as in the code of Wong et al. (2020). If it is left out, --fast decides, which "
-        "normally means inference.",
+        "Mode of the network during the attacks in training. inference: BatchNorm uses its moving statistics, as in "
+        "the code of Salman et al. (2020). training: the network runs as it does in a weight update, so the attack "
+        "also updates the moving statistics, as in the code of Wong et al. (2020). If it is left out, --fast decides: "
+        "normally inference.",
     )
     objective: Objective = flag(
         "adversarial",
         "Loss that training minimizes. adversarial: the loss of adversarial images (Madry et al. 2018). trades: the "
-        "loss of clean images + beta * KL(clean || adversarial) (Zhang et al. 2019). awp and trades_awp: the same "
-        "losses, each at the worst weights nearby (adversarial weight perturbation, Wu et al. 2020).",
+        "loss of clean images + beta * KL(clean || adversarial) (Zhang et al. 2019). awp and trades_awp: the same two "
+        "losses, but at nearby weights for which they are high (adversarial weight perturbation, Wu et al. 2020).",
     )
     trades_beta: float = flag(6.0, "Weight of the divergence in TRADES.")
     awp_gamma: float = flag(5e-3, "Size of the adversarial weight perturbation, relative to the weights of each layer.")
     awp_warmup_epochs: float = flag(0.0, "Number of epochs before the first adversarial weight perturbation.")
     fast: Fast = flag(
         "none",
-        "Cheap recipe for adversarial training. It decides the attack flags that are left out. fgsm: one step of "
-        "1.25 * epsilon from a random start (Wong et al. 2020). free: --free_replays steps on each batch with a "
-        "perturbation that is kept between them, and correspondingly fewer passes over the data (Shafahi et al. "
+        "Cheap recipe for adversarial training. It sets the attack flags that are left out. fgsm: one step of "
+        "1.25 * epsilon from a random start (Wong et al. 2020). free: --free_replays training steps on each batch, "
+        "which keep and improve one perturbation, and correspondingly fewer passes over the data (Shafahi et al. "
         "2019). epsilon_warmup: PGD with an epsilon that rises from 0.",
     )
     free_replays: int = flag(4, "Number of optimizer steps on each batch with --fast=free.")
@@ -97,8 +97,8 @@ class AdversarialConfig:
     on_alarm: OnAlarm = flag(
         "warn",
         "What to do when training no longer makes the network robust. warn: print a warning and go on. stop: end the "
-        "training and keep the best earlier epoch. rollback: return to the epoch before with a tenth of the learning "
-        "rate, at most 3 times, and then stop.",
+        "training and keep the best earlier epoch. rollback: go back to the previous epoch and continue with a tenth "
+        "of the learning rate, at most 3 times, and then stop.",
     )
     alarm_every_epochs: int = flag(
         1,
@@ -203,7 +203,7 @@ class AdversarialConfig:
         return self._preset.get(name) if given is None else given
 
     def resolved(self, *, epochs: int) -> "AdversarialConfig":
-        """Returns a copy in which every flag that the recipe decides has its value.
+        """Returns a copy in which every flag that was left to the recipe has its value.
 
         Args:
             epochs: Length of the training, in epochs.
@@ -262,7 +262,7 @@ class AdversarialConfig:
 
     @property
     def uses_trades(self) -> bool:
-        """Whether the loss has the divergence of TRADES."""
+        """Whether the loss includes the divergence of TRADES."""
         return self.objective in ("trades", "trades_awp")
 
     @property
@@ -294,7 +294,7 @@ class AdversarialConfig:
         if self.fast == "free":
             return self.free_replays
         of_loss = 2.0 if self.uses_trades else 1.0
-        if self.uses_awp:  # the weight perturbation takes the gradient of the loss once more
+        if self.uses_awp:  # the weight perturbation needs one more gradient of the loss
             of_loss *= 2 - self.awp_warmup_epochs / epochs
         attack = self.training_attack
         return of_loss + (attack.steps if attack.active else 0)

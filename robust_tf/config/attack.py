@@ -6,7 +6,7 @@ from typing import Literal
 from robust_tf.config.checks import check_choice, check_epsilon
 from robust_tf.errors import UserError
 
-# The norms of PGD and FGSM, and so of training. Other attacks also know the other norms of `names.AttackNorm`.
+# The norms that PGD and FGSM support, and therefore training. Some attacks support all norms of `names.AttackNorm`.
 Norm = Literal["l2", "linf"]
 # Mode of the network in the attacks of training.
 AttackMode = Literal["inference", "training"]
@@ -50,5 +50,5 @@ class AttackConfig:
 
     @property
     def active(self) -> bool:
-        """Whether the attack moves any image."""
+        """Whether the attack can change the images at all."""
         return self.epsilon > 0 and self.steps > 0

@@ -57,7 +57,7 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 
 
 def check_ranges(config: Any, names: Iterable[str], *, lowest: float) -> None:
-    """Checks that flags of a config are finite numbers of at least `lowest`; None passes."""
+    """Checks that flags of a config are finite numbers of at least `lowest`, or None."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not lowest <= value < math.inf:  # NaN fails this comparison too
@@ -70,7 +70,7 @@ def check_default(config: Any, names: Iterable[str], where: str) -> None:
     Args:
         config: Record with the flags.
         names: Names of flags that must have their defaults.
-        where: Flag and value with which they have an effect, such as "--task=transfer".
+        where: Flag and value that these flags need to have an effect, such as "--task=transfer".
     """
     for name in names:
         if getattr(config, name) != getattr(type(config), name):

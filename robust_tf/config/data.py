@@ -25,7 +25,7 @@ class DataConfig:
 
     dataset: str = flag(
         "digits",
-        "Data set: a name from the table (an unknown name prints all names), tfds:NAME[/config][:version], or "
+        "Data set: one of the package's own names (an unknown name prints them all), tfds:NAME[/config][:version], or "
         "folder:/path for a folder of images.",
     )
     data_dir: str = flag(
@@ -38,8 +38,8 @@ class DataConfig:
     )
     image_size: int | None = flag(
         None,
-        "Side of the images in pixels. If it is left out, transfer takes the size of the source, and pretraining the "
-        "size of the data set.",
+        "Height and width of the images in pixels. If it is left out, transfer uses the image size of the source, and "
+        "pretraining the image size of the data set.",
     )
     augmentation: str = flag(
         "",
@@ -48,8 +48,8 @@ class DataConfig:
     )
     validation_fraction: float = flag(
         0.1,
-        "Share of the training split that is held out to choose the best epoch. A data set from outside the table that "
-        "has a validation split uses that instead.",
+        "Share of the training split that is held out to choose the best epoch. A tfds: or folder: data set that has a "
+        "validation split uses that split instead.",
     )
     split_seed: int = flag(0, "Seed that chooses the test images of a folder without a test part.")
     rand_augment: float = flag(
@@ -57,14 +57,16 @@ class DataConfig:
     )
     mixing: Mixing = flag("none", "How the images of a training batch, and their labels, are mixed with each other.")
     downscale: int | None = flag(
-        None, "Length in pixels to which the shorter side of every image is first reduced. By default it is not."
+        None,
+        "Length in pixels to which the shorter side of every image is reduced before anything else. By default images "
+        "are not reduced.",
     )
     exif: Exif = flag(
         "ignore", "Whether JPEG images are rotated as their EXIF data says, which is what image viewers do."
     )
     alpha_background: AlphaBackground = flag(
         "none",
-        "Color behind transparent images. With none, the network sees the colors that are stored under transparent "
+        "Color that fills transparent areas. With none, the network sees the colors that are stored in transparent "
         "pixels.",
     )
     examples_per_class: int | None = flag(

@@ -59,14 +59,14 @@ class EvaluateConfig:
         "Radii of the perturbations in [0, 1] pixel units, separated by commas, e.g. 0,0.25,0.5 or 0,4/255,8/255. By "
         "default, 0 and the radius that was used in training.",
     )
-    # Further figures
+    # Further measurements
     corruptions: bool = flag(False, "Also measure the error under the 15 common corruptions at 5 severities.")
     corruption_source: CorruptionSource = flag(
         "auto",
-        "Source of the corrupted images: computed from the test images, tfds for the corrupted test sets of TensorFlow "
-        "Datasets, or auto for tfds if it is prepared and computed otherwise.",
+        "Source of the corrupted images. computed: compute them from the test images. tfds: read the corrupted test "
+        "sets of TensorFlow Datasets. auto: tfds if they are prepared, otherwise computed.",
     )
-    num_examples: int = flag(8, "Number of images on the sheet of examples. 0 draws no sheet.")
+    num_examples: int = flag(8, "Number of images in the picture of examples. 0 draws no picture.")
 
     def __post_init__(self) -> None:
         check_choices(self)

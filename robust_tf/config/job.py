@@ -70,7 +70,7 @@ class JobConfig:
 
     @property
     def data_epochs(self) -> int:
-        """Number of passes over the training images: `epochs`, where each replay of free training counts as one."""
+        """Number of passes over the training images: `epochs`, divided by the number of replays in free training."""
         return math.ceil(self.optimization.epochs / self.adversarial.replays)
 
     @property
@@ -79,7 +79,7 @@ class JobConfig:
         return self.adversarial.gradients_per_image(epochs=self.optimization.epochs)
 
     def resolved(self) -> "JobConfig":
-        """Returns the same job, in which every flag that its recipe of adversarial training decides has its value.
+        """Returns the same job, in which every flag that was left to the training recipe has its value.
 
         Two jobs that resolve to the same flags are the same job.
         """
@@ -111,10 +111,10 @@ def read_flag_file(path: pathlib.Path, overrides: Sequence[str] = ()) -> JobConf
 
     Args:
         path: Flag file as absl reads it.
-        overrides: Further flags that win over the file, such as "--epsilon=0".
+        overrides: Further flags that take precedence over the file, such as "--epsilon=0".
 
     Raises:
-        UserError: The file is missing, names an unknown flag or holds a wrong value.
+        UserError: The file is missing, names an unknown flag or holds an invalid value.
 
     Example:
         >>> import tempfile
@@ -176,7 +176,7 @@ def _check_cached_features(job: JobConfig) -> None:
     }
     head = job.transfer.head
     if head != "sgd":
-        # Such a head has no epochs, and its penalty is chosen under an unweighted loss.
+        # A head that lbfgs or ridge solves for has no epochs, and its penalty is chosen by an unweighted loss.
         required |= {"hidden_layers": 0, "patience": 0, "class_weight": "none"}
     values = flat_values(job)
     for name, value in required.items():

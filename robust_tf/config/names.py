@@ -6,7 +6,7 @@ compares these tables with the names here.
 
 from typing import Literal, TypeAlias, get_args
 
-# Every norm that some attack knows.
+# All norms that at least one attack supports.
 AttackNorm: TypeAlias = Literal["linf", "l2", "l1"]
 NORM_NAMES: tuple[str, ...] = get_args(AttackNorm)
 
@@ -26,5 +26,5 @@ ATTACK_NAMES = (
     "apgd-dlr-rand",
 )
 
-# What --attack calls the versions of AutoAttack.
+# The versions of AutoAttack by their names in --attack.
 AUTOATTACK_VERSIONS = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}

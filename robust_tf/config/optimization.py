@@ -33,7 +33,7 @@ class OptimizationConfig:
     batch_size: int = flag(128, "Number of images in a training step, on all devices together.")
     optimizer: OptimizerName = flag(
         "sgd",
-        "Optimizer. sgd follows PyTorch, with weight decay as part of the gradient; adamw decouples the two.",
+        "Optimizer. sgd follows PyTorch: weight decay is part of the gradient. adamw keeps the two separate.",
     )
     learning_rate: float = flag(0.1, "Highest learning rate.")
     base_batch_size: int | None = flag(
@@ -61,8 +61,9 @@ class OptimizationConfig:
     )
     accumulate_steps: int = flag(
         1,
-        "Number of steps whose mean gradient makes one update of the weights, as if the batch were that many times "
-        "larger (only BatchNorm's statistics differ). Steps left over at the end of an epoch count in the next one.",
+        "Number of steps whose gradients are averaged for one update of the weights, as if the batch were that many "
+        "times larger (only BatchNorm's statistics differ). Steps left over at the end of an epoch count in the next "
+        "one.",
     )
     ema_decay: float = flag(
         0.0,
@@ -75,12 +76,12 @@ class OptimizationConfig:
     )
     select_by: SelectBy = flag(
         "auto",
-        "Validation figure that chooses the best epoch. auto: robust_accuracy if training uses an attack, otherwise "
+        "Validation metric that chooses the best epoch. auto: robust_accuracy if training uses an attack, otherwise "
         "the metric of the data set. last: keep the last epoch.",
     )
     patience: int = flag(
         0,
-        "Number of epochs without a better validation figure (see --select_by) after which training stops. 0 never "
+        "Number of epochs without a better validation metric (see --select_by) after which training stops. 0 never "
         "stops early.",
     )
     class_weight: ClassWeight = flag(

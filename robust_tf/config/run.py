@@ -27,7 +27,7 @@ class RunConfig:
         identity=False,
     )
     seed: int = flag(
-        0, "Seed for the initial weights, the order of the images, augmentation, few-shot choice and random starts."
+        0, "Seed for the initial weights, the order of the images, augmentation, few-shot selection and random starts."
     )
     deterministic: bool = flag(
         False, "Use deterministic kernels only, so that repeated runs are bit-equal. This is slower on a GPU."
@@ -54,7 +54,7 @@ class RunConfig:
     )
     checkpoint_every_steps: int | None = flag(
         None,
-        "Number of steps between two further checkpoints within an epoch. By default there are none.",
+        "Number of steps between additional checkpoints within an epoch. By default there are none.",
         identity=False,
     )
     profile_steps: tuple[int, ...] = flag(

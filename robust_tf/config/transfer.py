@@ -44,7 +44,8 @@ class TransferConfig:
     freeze_through: str = flag("", "Last frozen stage with --transfer_mode=partial, such as stage3.")
     frozen_batchnorm: FrozenBatchNorm = flag(
         "frozen",
-        "Whether frozen BatchNorm layers keep their statistics, or update them as in the code of Salman et al. (2020).",
+        "What happens to the statistics of frozen BatchNorm layers. frozen: they do not change. update: they follow "
+        "the new images, as in the code of Salman et al. (2020).",
     )
     hidden_layers: int = flag(0, "Number of hidden ReLU layers in the new head.")
     normalization: Normalization = flag(
@@ -65,17 +66,20 @@ class TransferConfig:
     head: HeadMethod = flag(
         "sgd",
         "How the head is fitted. sgd: by training, as the optimization flags say. lbfgs and ridge, with "
-        "--features=cached: by multinomial logistic regression or ridge regression, with the regularization that is "
-        "best on the validation part.",
+        "--features=cached: by multinomial logistic regression or ridge regression, with the amount of regularization "
+        "that does best on the validation images.",
     )
     features_cache_size_gb: float = flag(
         10.0, "Largest size of all stored features in GB. The least recently used are deleted first.", identity=False
     )
     unfreeze_at_epoch: int | None = flag(
-        None, "Epoch, counted from 0, from which the whole network trains. By default the frozen layers stay frozen."
+        None,
+        "Epoch, counted from 0, from which on the whole network is trained. By default the frozen layers stay frozen.",
     )
     baseline: bool = flag(
-        False, "Also run the job from the standard twin of --source, and compare the two.", identity=False
+        False,
+        "Also run the job from the counterpart of --source that was trained without an attack, and compare the two.",
+        identity=False,
     )
 
     def __post_init__(self) -> None:
