@@ -3,6 +3,9 @@
 Start with `pgd` for adversarial examples, and with `autoattack` for a robust accuracy that you can compare with
 published ones. `ATTACKS` holds every attack with its published settings, and `NORMS` holds the geometry of every norm.
 `robust_tf.attacks.table` explains how to add an attack, and `robust_tf.attacks.threat_models` how to add a norm.
+
+In these modules an attack "fells" an image if it makes the model's prediction wrong. An image "has fallen" when its
+prediction is wrong, and "resists" as long as it is correct. "The reference" is MadryLab's library robustness.
 """
 
 import robust_tf.keras_backend  # noqa: F401  # before Keras is imported

@@ -28,7 +28,7 @@ from robust_tf.attacks.threat_models import NORMS, Geometry
 from robust_tf.config.names import AttackNorm
 
 _MOMENTUM = 0.75  # weight of the new direction, alpha in algorithm 1
-_MOST_RISES = 0.75  # rho: a step size is halved if it raised the loss in at most this share of the steps
+_MOST_RISES = 0.75  # rho: the step size is halved if at most this share of the steps raised the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +107,9 @@ def apgd(
     """Returns adversarial examples found by APGD, a projected gradient ascent that needs no step size.
 
     APGD maximizes loss(model(images_adv), labels) over images_adv in [0, 1] with ||images_adv - images|| <= epsilon,
-    like `pgd`. It adds momentum, halves the step size of each image where progress stalls, and then goes back to the
-    image's best point. For l1 it moves only the pixels with the largest gradients. AutoAttack runs it first.
+    like `pgd`. It adds momentum. When the loss of an image stops rising, it halves the step size and goes back to the
+    best point found for this image. For l1 it changes only the pixels with the largest gradients. AutoAttack runs it
+    first.
 
     The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call in
     a `tf.function` if there are many batches.
@@ -233,7 +234,7 @@ def apgd(
 
 
 def _with_worst(state: State, slope: Slope, within: tf.Tensor) -> State:
-    """Keeps the worst point so far, which the attack returns: a wrong prediction first, then the higher loss."""
+    """Keeps the worst point so far, which the attack returns: a wrong prediction, and among equals the higher loss."""
     wrong, fallen = ~slope.correct, state["fallen"]
     worse = within & ((wrong & ~fallen) | ((wrong == fallen) & (slope.loss > state["worst_loss"])))
     return {
@@ -245,7 +246,7 @@ def _with_worst(state: State, slope: Slope, within: tf.Tensor) -> State:
 
 
 def _with_best(state: State, slope: Slope, first: tf.Tensor) -> State:
-    """Keeps the iterate of highest loss in this phase, to which the search goes back."""
+    """Keeps the iterate of highest loss in this phase. The search goes back to it when it stalls."""
     improved = first | (slope.loss > state["best_loss"])
     return {
         **state,

@@ -10,7 +10,7 @@ from robust_tf.attacks.losses import LOSSES, Loss, Model, find_loss, is_correct,
 from robust_tf.attacks.outputs import outputs_of
 from robust_tf.attacks.threat_models import Geometry, Scale
 
-# Below this margin iterates are compared by their margins, since rounding hides the differences of the cross-entropy.
+# Below this margin, iterates are compared by their margins, because rounding hides how their cross-entropies differ.
 _TINY_MARGIN = 1e-5
 
 

@@ -23,12 +23,12 @@ class AutoAttackResult(NamedTuple):
     """The result of AutoAttack.
 
     Attributes:
-        images_adv: Adversarial images (num_images, height, width, channels) float32, in the ball and in [0, 1]: the one
-            that felled each image, or the last attempt if the image resists.
+        images_adv: Adversarial images (num_images, height, width, channels) float32, in the ball and in [0, 1]. If an
+            attack made the prediction wrong, this is the image with which it did so, otherwise the last attempt.
         robust: Whether the prediction is correct on the clean image and under all attacks, (num_images,) bool.
-        felled_by: For each image, the name of the attack that felled it, "clean" if the clean prediction is wrong, or
-            "" if the image resists.
-        warnings: Signs that the robust accuracy is too high: a sentence for each flag. Empty if there are none.
+        felled_by: For each image, the name of the attack that made its prediction wrong, "clean" if the prediction for
+            the clean image is wrong already, or "" if the image resists all attacks.
+        warnings: Signs that the robust accuracy is an overestimate, as a sentence for each. Empty if there are none.
 
     Example:
         >>> import numpy as np
@@ -106,13 +106,14 @@ def autoattack(
         seed: Seed for all random numbers.
 
     Returns:
-        The adversarial images, which images resist, what felled the others, and warnings.
+        The adversarial images, which images resist, which attack felled each of the others, and warnings.
 
     Raises:
         UserError: An argument is out of range, or the model does not return finite logits of classes.
 
     Warns:
-        AttackWarning: There are signs that the robust accuracy is too high; the result lists them in `warnings`.
+        AttackWarning: There are signs that the robust accuracy is an overestimate. They are also in the result's
+            `warnings`.
 
     Source: Croce and Hein 2020, arXiv 2003.01690.
 

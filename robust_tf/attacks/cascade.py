@@ -132,8 +132,9 @@ def cascade(
 ) -> Iterator[CascadeState]:
     """Runs attacks one after the other, each on the images that still resist, and yields the state after each batch.
 
-    Images with a wrong clean prediction fall first. Random numbers depend on the seed, the attack and the image's id,
-    but not on the batch or on what ran before, so an interrupted run ends with the same result.
+    Images whose clean prediction is already wrong are not attacked. Random numbers depend on the seed, the attack and
+    the image's id, but not on the batch or on what ran before, so a run that was interrupted and continued ends with
+    the same result.
 
     Args:
         model: Callable from images in [0, 1] to logits (batch, classes), or its `CompiledAttacks` for this norm, so
@@ -149,10 +150,11 @@ def cascade(
         image_ids: Numbers of the images in their data set, (num_images,) integers. The random numbers depend on them,
             and `keep` refers to them. None means 0, 1, 2, ...
         keep: Ids of the images whose last adversarial image the state keeps.
-        randomized: Whether the model is known to be random; the warning about it is then left out.
+        randomized: Whether the model is known to be random. If it is, there is no warning about it.
 
     Yields:
-        The state after each batch of each attack. The last one is `done`. If `state` is already done, only `state`.
+        The state after each batch of each attack. The last one is `done`. If `state` is already done, it is the only
+        one.
 
     Raises:
         UserError: An argument is out of range, the state belongs to another run, or the model returns NaN.
@@ -205,7 +207,7 @@ def cascade(
         if state.done:
             yield state
     while not state.done:
-        # The images of the running attack are the ones that still resist and the ones that it has felled so far.
+        # The running attack was given the images that still resist and the images that it has felled so far.
         given = np.array([i for i, felled in enumerate(state.felled_by) if felled in ("", state.running)], int)
         batch = given[state.images_done : state.images_done + batch_size]
         if batch.size:

@@ -8,7 +8,7 @@ import numpy as np
 
 from robust_tf.errors import UserError, unknown_name
 
-CLEAN = "clean"  # counts as the attack that fells the images whose clean prediction is wrong
+CLEAN = "clean"  # takes the place of an attack's name where the prediction for the clean image is already wrong
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,16 +18,17 @@ class CascadeState:
     Attributes:
         run: Run that the state belongs to: attacks, norm, epsilon, seed, batch_size, num_images and a digest of images
             and labels. `cascade` refuses a state of another run.
-        felled_by: For each image, the name of the attack that felled it, "clean", or "" while it resists.
+        felled_by: For each image, the name of the attack that made its prediction wrong, "clean" if it was wrong before
+            any attack, or "" while the image resists.
         attack: Position of the running attack in ("clean", *attacks); past the end when the evaluation is done.
         images_done: Number of images that the running attack has finished.
         images_to_do: Number of images that the running attack was given.
         predictions: Predicted class for the last version of each image that was tried, clean or adversarial,
             (num_images,) int.
         seconds: Time spent in each attack, in seconds.
-        warnings: Signs that the robust accuracy is too high: a sentence for each flag. See `warning_flags`.
+        warnings: Signs that the robust accuracy is an overestimate, as a sentence for each. See `warning_flags`.
         kept: Last adversarial image, (height, width, channels) float32, for each image id in `cascade`'s argument
-            `keep`. If an attack felled the image, this is the adversarial image that felled it.
+            `keep`. If an attack made the prediction wrong, this is the image with which it did so.
 
     Example:
         >>> from robust_tf.attacks import CascadeState

@@ -28,8 +28,8 @@ from robust_tf.attacks.warning_flags import (
 from robust_tf.config.checks import check_epsilon
 from robust_tf.errors import UserError, unknown_name
 
-# How far outside [0, 1] a pixel may lie. The reference clamps inside the model and also attacks images between -0.2
-# and 1.2. Images in another unit (0 to 255, -1 to 1, normalized by mean and deviation) go beyond this.
+# How far outside [0, 1] a pixel may lie. The reference clamps pixels inside the model, and also attacks images with
+# pixels from -0.2 to 1.2. Images in another unit (0 to 255, -1 to 1, normalized by mean and deviation) go beyond this.
 PIXEL_TOLERANCE = 0.201
 
 Labels = TypeVar("Labels", tf.Tensor, np.ndarray)
@@ -69,7 +69,7 @@ def check_at_least(lowest: int, **values: int) -> None:
 def checked_batch(
     model: Model, images: tf.Tensor, labels: tf.Tensor, *, loss: Loss | None = None, targeted: bool = False
 ) -> tuple[Model, tf.Tensor, tf.Tensor]:
-    """Checks the arguments of an attack and returns them in the form that it works with.
+    """Checks the arguments of an attack and returns them in the form that the attack uses.
 
     In a graph, shapes, types and the last activation are checked when the graph is built, and the pixels when it runs.
     In an eager call the values are checked too, and the returned model has a static number of classes, even in the

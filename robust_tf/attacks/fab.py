@@ -1,4 +1,4 @@
-"""FAB, the fast adaptive boundary attack, which looks for the nearest wrong image (Croce and Hein 2020, 1907.02044)."""
+"""FAB, the fast adaptive boundary attack: finds the nearest misclassified image (Croce and Hein 2020, 1907.02044)."""
 
 import math
 from typing import NamedTuple, cast
@@ -15,7 +15,7 @@ from robust_tf.errors import UserError
 
 _LARGEST_BIAS = 0.1  # alpha_max: largest weight of the clean image's projection in a step
 _OVERSHOOT = 1.05  # eta: goes a little beyond the linearized boundary, so that the real one is crossed
-_BACKWARD = 0.9  # beta: moves a wrong image back towards the clean one
+_BACKWARD = 0.9  # beta: moves a misclassified image back towards the clean one
 
 
 class _Boundary(NamedTuple):
@@ -191,7 +191,7 @@ def _nearest_boundary(model: Model, points: tf.Tensor, labels: tf.Tensor, geomet
 
     # One class after the other, because all gradients at once would take the memory of `classes` batches.
     def nearer(k: tf.Tensor, nearest: _Boundary) -> tuple[tf.Tensor, _Boundary]:
-        # Counting on from its label takes each image through all other classes.
+        # For each image, label + k runs through all other classes.
         new = _boundary_of(model, points, labels, (labels + k) % classes, geometry)
         better = new.distance < nearest.distance
         return k + 1, _Boundary(

@@ -1,4 +1,4 @@
-"""The loops of the attacks, written with `tf.while_loop`. Images that have fallen can leave the batch.
+"""The loops of the attacks, written with `tf.while_loop`. Images that need no more steps can leave the batch.
 
 A Python loop would be unrolled, which takes minutes of tracing for a deep network, and `for` over `tf.range` does not
 work inside `fit`, where autograph is off.
@@ -9,11 +9,12 @@ from typing import cast
 
 import tensorflow as tf
 
-# State of an attack: tensors whose first axis is the image. "fallen", (batch,) bool, is always among them.
+# State of an attack: tensors whose first axis is the image. The state always has the key "fallen", (batch,) bool, which
+# is true for the images for which the attack has reached its goal.
 State = dict[str, tf.Tensor]
 
-# A batch shrinks when an eighth of it has fallen. That is often enough to save work, and rare enough because the
-# convolution kernels are prepared again for every new batch size.
+# A batch shrinks when an eighth of it has fallen. Shrinking more often would not pay, because the convolution kernels
+# are prepared again for every new batch size.
 _SHRINK_AT = 8
 
 
@@ -41,7 +42,7 @@ def in_graph(
     state: State,
     times: int,
 ) -> State:
-    """Returns `loop(step, state, times)`, compiled if called eagerly: a long loop is worth the tracing."""
+    """Returns `loop(step, state, times)`, traced as a graph if called eagerly, because a long loop is worth it."""
     if not tf.executing_eagerly():
         return loop(step, state, times)
     return cast(State, tf.function(lambda start: loop(step, start, times), autograph=False)(state))
@@ -54,7 +55,7 @@ def repeat_while_resisting(step: Callable[[tf.Tensor, State], State], state: Sta
     batch until enough others have fallen, but its "images_adv", if the state has this key, no longer changes.
 
     Args:
-        step: Function of (i, state of some of the images) that returns their new state. It must not mix images.
+        step: Function of (i, state of some of the images) that returns their new state, separately for each image.
         state: State of all images, with the key "fallen".
         times: Largest number of steps.
 

@@ -133,7 +133,7 @@ def num_classes(logits: tf.Tensor) -> int:
 Loss = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
 # Functions of logits (batch, classes), labels (batch,) and target classes (batch,) that return (batch,) losses, which
-# the attacks raise. With too few classes for its divisor the DLR loss is the margin.
+# the attacks raise. If there are too few classes for its divisor, the DLR loss is the margin.
 LOSSES: dict[str, Loss] = {"ce": _cross_entropy, "margin": _margin, "dlr": _dlr}
 TARGETED_LOSSES: dict[str, Loss] = {
     "ce": _targeted_cross_entropy,
@@ -183,7 +183,7 @@ def slope_of(
     correct_of: Callable[[Any, tf.Tensor], tf.Tensor] = is_correct,
     coupled: bool = False,
 ) -> Slope:
-    """Returns the loss of the model's logits and its gradient at each image, which does not depend on the batch.
+    """Returns the loss and its gradient at each image. They do not depend on the other images of the batch.
 
     Args:
         model: Callable from images to logits (batch, classes), or to any outputs that the two functions can read.

@@ -1,4 +1,4 @@
-"""Projected gradient descent (Madry et al. 2018, arXiv 1706.06083), following the reference step by step."""
+"""Projected gradient descent (Madry et al. 2018, arXiv 1706.06083), following MadryLab/robustness step by step."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -116,8 +116,8 @@ def climb(
 ) -> AttackResult:
     """Runs PGD on any loss of any outputs.
 
-    This is `run_pgd` without labels: the functions `loss` and `correct` know them. With it you can attack a model with
-    several outputs, a regression, or a loss that is not in this package.
+    Unlike `run_pgd`, it takes no labels; the functions `loss` and `correct` hold whatever they need. With it you can
+    attack a model with several outputs, a regression, or a loss that is not in this package.
 
     Args:
         model: Callable from images to outputs: a tensor, or a structure of tensors, whose first axis is the batch.

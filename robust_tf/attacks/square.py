@@ -38,8 +38,8 @@ def square(
     """Returns adversarial examples found by the Square Attack, a random search that needs no gradients.
 
     Square changes one square patch at a time and keeps the change if it lowers the margin, which is the label's logit
-    minus the best other logit. Because it only asks for logits, it also attacks models that have no gradients or hide
-    them. If it beats the gradient attacks, their gradients are probably masked.
+    minus the best other logit. Because it needs nothing but logits, it also works on models that have no gradients or
+    hide them. If it beats the gradient attacks, the model's gradients are probably masked.
 
     The function runs eagerly and inside `tf.function`. An eager call traces a new graph each time, so wrap the call in
     a `tf.function` if there are many batches.
@@ -69,7 +69,7 @@ def square(
     Warns:
         AttackWarning: In an eager call, the outputs seem to be probabilities, or the images seem to be in another unit.
 
-    Source: Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3; the patches for l1 Croce and Hein 2021,
+    Source: Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3; for the patches in l1 Croce and Hein 2021,
     arXiv 2103.01208.
 
     Example:
@@ -97,7 +97,7 @@ def square(
         (_linf_proposal, _stripes) if norm == "linf" else (_patch_proposal(norm, sizes), _patch_start(norm))
     )
 
-    # Evaluation 0 of each run is its start, and the others are the patches.
+    # In each run, evaluation 0 is the start, and each of the others tries one patch.
     def step(i: tf.Tensor, state: State) -> State:
         run, query = i // (queries + 1), i % (queries + 1)
 
@@ -196,7 +196,7 @@ def _mountain(height: int, width: int, power: int) -> np.ndarray:
 
 @functools.cache
 def _patch(size: int, norm: str) -> np.ndarray:
-    """Returns a patch of norm 1 with one half up and the other half down, both of the same norm (algorithm 3)."""
+    """Returns a patch of norm 1. One half is positive, the other negative, both of equal norm (algorithm 3)."""
     power = 2 if norm == "l2" else 4
 
     def length(values: np.ndarray) -> float:
@@ -249,8 +249,8 @@ def _patch_start(norm: str) -> _Start:
 def _patch_proposal(norm: str, sizes: np.ndarray) -> _Proposal:
     """Returns the proposal of algorithm 3.
 
-    It adds a patch in one square. To stay in the ball, the patch gets its length from a second square, which is
-    cleared, and from the part of epsilon that is not used yet.
+    It adds a patch in one square. To stay in the ball, it clears a second square, and gives the patch the norm that
+    this sets free, together with the part of epsilon that is not used yet.
     """
     distinct = np.unique(sizes)
     largest = distinct.max()

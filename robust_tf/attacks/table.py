@@ -48,8 +48,8 @@ class NamedAttack:
     Attributes:
         run: Function to call.
         forward_passes: Number of forward passes for an image that resists to the end, for a model with ten classes. A
-            gradient counts as three. The progress bar estimates the remaining time from it. APGD in l1 makes a
-            different number.
+            gradient counts as three. The progress bar estimates the remaining time from it. For APGD in l1 the true
+            number differs.
         loss: Loss whose gradient the attack follows, a name of `LOSSES`; None if it follows no gradient.
         norms: Names of the norms that the attack supports.
         title: Name in tables and figures; by default the attack's name.
@@ -107,11 +107,11 @@ def _apgd_t(model: Model, images: tf.Tensor, labels: tf.Tensor, *, norm: Any, **
 _apgd = functools.partial(apgd, early_stop=True)
 _APGD_PASSES = 3 * 101  # 100 steps and the start
 
-# The iterative attacks stop working on an image as soon as its prediction is wrong. A robust accuracy needs no more,
-# though the loss may then be lower than it could be.
+# The iterative attacks stop working on an image as soon as its prediction is wrong. This is enough to measure a robust
+# accuracy, but the loss may be lower than it could be.
 #
-# PGD counts an image as fallen if the prediction is wrong at any iterate, and its title says so. The final test of a
-# training job looks only at the iterate of highest loss, so its robust accuracy on the same images is never lower.
+# PGD counts an image as misclassified if the prediction is wrong at any iterate, and its title says so. The final test
+# of a training job looks only at the iterate of highest loss, so its robust accuracy on the same images is never lower.
 ATTACKS: dict[str, NamedAttack] = {
     "fgsm": NamedAttack(run=fgsm, forward_passes=3, loss="ce", norms=PGD_NORMS),
     # MadryLab/robustness evaluates with 20 steps of 2.5 * epsilon / steps, from the images themselves.

@@ -5,8 +5,8 @@ A threat model is a norm and an epsilon together. All functions here take and re
 either one number for all images or an array of shape (batch, 1, 1, 1).
 
 To add a norm, write its `Geometry`, add it to `NORMS` at the end of this file, and add its name to `AttackNorm` in
-`robust_tf/config/names.py`. APGD (with the steps that it takes for every norm except l1), FAB, the cascade of attacks
-and `robust_tf.evaluate` then offer it. The other attacks refuse a norm until it is listed in one more place:
+`robust_tf/config/names.py`. APGD (with the kind of steps that it takes for linf and l2), FAB, the cascade of attacks
+and `robust_tf.evaluate` then accept it. The other attacks refuse a norm until it is listed in one more place:
 
 * PGD and FGSM, and therefore training, take the norms in `robust_tf.config.attack.Norm`. The only training objective
   with its own code for each norm is free adversarial training (`training/objectives/free.py`).
@@ -229,8 +229,8 @@ class Geometry(NamedTuple):
 
     Attributes:
         length: Function of values (batch, height, width, channels) that returns their norm, (batch, 1, 1, 1).
-        dual_length: The same for the dual norm, which measures gradients: the change that a perturbation of length 1
-            can make to a linear function.
+        dual_length: The same for the dual norm. The dual norm of a gradient is the largest change that a perturbation
+            of length 1 can make to a linear function with this gradient.
         random_start: Function of (images, epsilon, seed) that returns a random point of the ball within [0, 1]. A seed
             of shape (2,) draws for the whole batch at once, one of shape (batch, 2) for each image separately.
         step: Function of (gradient, step_size) that returns the steepest ascent of length step_size in this norm.

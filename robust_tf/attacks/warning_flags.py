@@ -15,7 +15,7 @@ from robust_tf.attacks.losses import LOSSES, NO_GRADIENT_MEANS, Loss, likeliest_
 from robust_tf.attacks.outputs import Model, kind_of_probabilities, output_of
 from robust_tf.errors import AttackWarning
 
-# It is suspicious if Square fells more than this share of all images after gradient attacks have missed them.
+# It is suspicious if Square fells more than this share of all images after gradient attacks have failed on them.
 _SQUARE_TOLERANCE = 0.002
 # Distance between normalized outputs for the same images above which the model counts as random.
 _RANDOMNESS_TOLERANCE = 1e-4
@@ -157,10 +157,11 @@ def pixel_flags(images: np.ndarray) -> dict[str, str]:
 
 
 def square_beats_the_others(felled_by: Sequence[str]) -> dict[str, str]:
-    """Returns the flag "square_beats_gradients" if Square fells images that gradient attacks before it have missed.
+    """Returns the flag "square_beats_gradients" if Square fells images on which the attacks before it have failed.
 
     Args:
-        felled_by: For each image, the name of the attack that felled it, "clean", or "" while it resists.
+        felled_by: For each image, the name of the attack that felled it, "clean", or "" while it resists. See
+            `CascadeState`.
     """
     fallen = sum(name == "square" for name in felled_by)
     if fallen / len(felled_by) <= _SQUARE_TOLERANCE:

@@ -2,7 +2,7 @@
 
 A store is a folder `<digest>/` with these files:
 
-    key.json             format number, and what decides the features: weights, data, preprocessing, views
+    key.json             format number, and what determines the features: weights, data, preprocessing, views
     train_view0.f32, ... raw float32 rows, one for each image, in the order of the training part
     validation.f32       the same for the validation part
     complete.json        number of rows and SHA-256 of each of these files; written last
@@ -104,8 +104,8 @@ def stored_features(
         task: Task with the images.
         views: Number of views of each training image, at least 1.
         cache_dir: Folder of cached files. The stores are in its subfolder "features".
-        features_cache_size_gb: Limit for the size of all stores together, in GB (1e9 bytes). The stores that have not
-            been used for longest are deleted to stay within it.
+        features_cache_size_gb: Limit for the size of all stores together, in GB (1e9 bytes). If it would be exceeded,
+            the least recently used stores are deleted.
         track: Function of (batches, name, num_images) that passes the batches on and shows the progress.
 
     Returns:
@@ -137,7 +137,7 @@ def stored_features(
                 if not (is_not_writable(error) and os.path.exists(store / _COMPLETE)):
                     raise
             else:
-                # An interrupted store needs this too, because others may have taken the room that it still needs.
+                # An interrupted store needs this too, because other stores may have taken the space it still needs.
                 _make_room(store, row_bytes * sum(file.rows for file in files), max_bytes)
             if (store / _KEY).exists():
                 _check_key(store, key)
@@ -255,7 +255,7 @@ def _complete_file(
 
 
 def _check_or_seal(store: pathlib.Path, files: list[_File], row_bytes: int) -> None:
-    """Checks a complete store against the digests that were written when it was completed, or writes them now."""
+    """Checks a complete store against the digests in complete.json, or writes that file if there is none."""
     sizes = {file.name: (store / file.name).stat().st_size if (store / file.name).exists() else 0 for file in files}
     wrong = [file.name for file in files if sizes[file.name] != file.rows * row_bytes]
     state = {file.name: {"rows": file.rows, "sha256": _sha256(store / file.name)} for file in files}
@@ -273,7 +273,7 @@ def _check_or_seal(store: pathlib.Path, files: list[_File], row_bytes: int) -> N
 
 
 def _make_room(store: pathlib.Path, needed: int, max_bytes: float) -> None:
-    """Makes room for a store to grow to `needed` bytes, by deleting the other stores, the least recently used first."""
+    """Makes room for a store to grow to `needed` bytes by deleting other stores, the least recently used first."""
     folder = store.parent
     if needed > max_bytes:
         raise UserError(

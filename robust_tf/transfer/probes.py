@@ -1,6 +1,7 @@
-"""Linear heads that are solved for instead of trained: logistic regression and ridge regression on stored features.
+"""Linear heads that are not trained in epochs: logistic regression and ridge regression on stored features.
 
-Both choose their regularization on the validation part and return weights for a Dense layer.
+Both try several amounts of regularization, choose the one that does best on the validation part, and return weights
+for a Dense layer.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ _PATIENCE = 2
 # Number of multiplications in one pass over the features above which BLAS gains from more than one thread. Below it,
 # threads wait for one another longer than they compute, especially if other processes are busy.
 _THREADED_PASS = 10**9
-# Number of rows that are read into memory at once, where not all of them are needed together.
+# Number of rows that are read into memory at a time by functions that do not need all rows together.
 _ROWS = 8192
 # Logit of a class without training examples, so that it is never predicted.
 _NEVER = -100.0
@@ -243,5 +244,5 @@ def _softmax_weights(
 
 
 def _best_factor(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the positive factor of least cross-entropy (temperature scaling, Guo et al. 2017, arXiv 1706.04599)."""
+    """Returns the factor that minimizes the cross-entropy (temperature scaling, Guo et al. 2017, arXiv 1706.04599)."""
     return float(min(np.logspace(-1, 3, 41), key=lambda factor: cross_entropy(factor * scores, labels)))

@@ -71,7 +71,7 @@ def published_twin(source: str) -> str:
         source: Name of the robust model.
 
     Raises:
-        UserError: The source is a file, whose standard twin is unknown, or a standard model itself.
+        UserError: The source is a file, so that its standard counterpart is unknown, or it is itself a standard model.
     """
     if source not in PUBLISHED:
         raise UserError(
