@@ -9,7 +9,7 @@ To add an architecture:
 2. Write `reference_module`, which translates the name of a layer into the name of its module in PyTorch. Checkpoints
    are converted with it.
 3. Add an entry to `ARCHITECTURES`, below. Now `build_classifier` and the flag --architecture accept the name.
-4. `tests/models/test_architectures.py` checks every entry of the table. Add tests of what is special about the new one.
+4. `tests/models/test_architectures.py` checks every entry of the table. Add tests for what only the new one does.
 """
 
 import dataclasses
@@ -33,7 +33,8 @@ class Architecture:
         parameters: Number of trainable parameters of the backbone, without the head.
         reference_module: Function that maps the name of a layer with weights to the name of the reference's module.
         reference_name: Name of the architecture in the reference's programs, or None if they do not have it.
-        minimum_image_size: Smallest height and width of the images, in pixels, at which no layer's input is empty.
+        minimum_image_size: Smallest height and width of the images, in pixels. With smaller images, the input of some
+            layer would be empty.
         head_kernel: Initializer of the head's kernel.
         head_bias: Initializer of the head's bias.
 

@@ -3,8 +3,8 @@
 * `resnet18` is the CIFAR network of the reference library. All kernels are initialized with PyTorch's default.
 * `resnet_6n` is the family of He et al. 2015 (arXiv 1512.03385), section 4.2. Initialization: Kaiming-normal, fan_out.
 * `wide_resnet` is the pre-activation network of Zagoruyko and Komodakis 2016 (arXiv 1605.07146). Initialization:
-  Kaiming-normal, fan_out. The wide_resnet28_10 is common in adversarial training; its module names are those of the
-  PyTorch checkpoints.
+  Kaiming-normal, fan_out. With 28 layers and width 10 it is common in adversarial training. `wide_reference_module`
+  returns the module names of the PyTorch checkpoints of this network.
 """
 
 import keras

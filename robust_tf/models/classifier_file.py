@@ -1,4 +1,4 @@
-"""Atomic writing of `.keras` files, and safe reading of files from unknown sources."""
+"""Writes `.keras` files atomically, and reads them safely even if they come from an unknown source."""
 
 import pathlib
 import re
@@ -21,7 +21,7 @@ def save_classifier(classifier: keras.Model, path: pathlib.Path) -> None:
         path: Path of the file.
 
     Raises:
-        UserError: The folder or the file cannot be written. An older file stays as it was.
+        UserError: The folder or the file cannot be written. An older file is left unchanged.
 
     Example:
         >>> import pathlib, tempfile

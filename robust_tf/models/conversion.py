@@ -7,8 +7,8 @@ from robust_tf.models.layers import without_initial_values
 from robust_tf.models.reference_checkpoint import ReferenceCheckpoint
 from robust_tf.models.reference_state import load_reference_state, reference_normalization, reference_num_classes
 
-# Mean and standard deviation for checkpoints that do not store them, such as torchvision's, whose users normalize with
-# these values.
+# Mean and standard deviation for checkpoints that do not store them. Users of torchvision's checkpoints, for example,
+# normalize with these values.
 IMAGENET_NORMALIZATION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

@@ -23,9 +23,9 @@ def fold_batch_norm(classifier: keras.Model) -> keras.Model:
         classifier: Classifier to fold. It is not changed.
 
     Returns:
-        A new model with copies of the weights. It must not be trained, because it has no statistics to update. If there
-        is nothing to fold, the classifier itself. Layers that compute in half precision are not folded, because that
-        would round the folded kernels.
+        A new model with copies of the weights. It must not be trained, because it has no statistics to update. Layers
+        that compute in half precision are not folded, because that would round the folded kernels. If there is nothing
+        to fold, the classifier itself is returned.
     """
     folded = _folded_pairs(classifier)
     if not folded:

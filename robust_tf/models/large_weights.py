@@ -1,4 +1,4 @@
-"""Building and saving of large weights with one copy in memory, where TensorFlow and Keras make up to three."""
+"""Builds and saves large weights with one copy in memory, where TensorFlow and Keras would make up to three."""
 
 import contextlib
 import functools

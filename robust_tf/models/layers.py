@@ -11,9 +11,9 @@ import numpy as np
 
 from robust_tf.models.large_weights import UntouchedZeros
 
-# A function that returns the initializer of a weight for the fan-in and fan-out of its layer, as PyTorch defines them:
-# (input channels / groups) * kernel area, and output channels * kernel area. Keras swaps the two for depthwise kernels,
-# so the standard deviation is computed here and not by keras.initializers.VarianceScaling.
+# A function of the fan-in and the fan-out of a layer that returns the initializer of a weight. Both are as PyTorch
+# defines them: (input channels / groups) * kernel area, and output channels * kernel area. Keras swaps the two for
+# depthwise kernels, so the standard deviation is computed here and not by keras.initializers.VarianceScaling.
 Start = Callable[[int, int], keras.initializers.Initializer]
 
 
@@ -134,8 +134,8 @@ class Layers:
     ) -> keras.KerasTensor:
         """Applies a convolution that is padded by kernel_size // 2 on every side.
 
-        With strides > 1 Keras's padding "same" would pad one side only, which would shift all pixels against the
-        reference, so a separate layer does the padding. With strides 1 "same" is symmetric.
+        With strides > 1, Keras's padding "same" would pad one side only and so shift all pixels relative to the
+        reference. A separate layer therefore does the padding. With strides 1, "same" is symmetric.
 
         Args:
             x: Input (batch, height, width, channels).
@@ -270,7 +270,7 @@ def shuffle_channels(x: keras.KerasTensor, groups: int) -> keras.KerasTensor:
 
 
 def max_pool_3x3(x: keras.KerasTensor, *, name: str) -> keras.KerasTensor:
-    """Applies a 3x3 maximum with strides 2, padded by 1 on every side with zeros.
+    """Applies 3x3 max pooling with strides 2, padded by 1 on every side with zeros.
 
     The input must come from a ReLU, so that zeros in the padding cannot exceed the true maximum.
 

@@ -22,7 +22,7 @@ def plain_classifier(model: keras.Model) -> keras.Model:
 
     Nested models are flattened, dicts with a single input or output are unwrapped, and a softmax at the end is removed.
     A single output, which is a logit z or its sigmoid, becomes the two logits [0, z], whose softmax is
-    [1 - sigmoid(z), sigmoid(z)]. Class 1 is label 1 of the binary cross-entropy.
+    [1 - sigmoid(z), sigmoid(z)]. Class 1 is the class that has label 1 in the binary cross-entropy.
 
     Args:
         model: Sequential, Functional or subclassed model. It is not changed.
@@ -146,7 +146,7 @@ def copy_weights(source: keras.layers.Layer, target: keras.layers.Layer) -> None
 
 
 def _is_functional(model: keras.Model) -> bool:
-    # Not a subclass of Functional, which may add a training step or arguments that a copy would lose.
+    # A subclass of Functional does not count. It may add a training step or arguments, which a copy would lose.
     return type(model).__name__ == "Functional"
 
 
@@ -181,11 +181,11 @@ def _image_input(model: keras.Model) -> keras.KerasTensor:
 
 
 def _one_to_one(model: keras.Model) -> tuple[keras.KerasTensor, keras.KerasTensor]:
-    """Returns a new input, which is one image tensor, and the only output of the model for it."""
+    """Returns a new input, which is one tensor of images, and the model's only output for this input."""
     images = _image_input(model)
     takes_training = "training" in inspect.signature(model.call).parameters
     try:
-        # `call` instead of the model itself makes the layers of the model the layers of the new model.
+        # Calling `call` instead of the model makes the model's layers, not the model itself, part of the new model.
         outputs = model.call(_arguments(model, images), **({"training": None} if takes_training else {}))
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         # The user's own code has failed; the message quotes its error.

@@ -65,8 +65,8 @@ class PublishedModel:
         return self.filename.endswith(".keras")
 
 
-# ImageNet top-1 accuracies by norm, epsilon and architecture. Epsilon is written as in the file names, in 1/255 for
-# linf. Source: Salman et al. 2020 (arXiv 2007.08489) and the tables of the code published with it.
+# ImageNet top-1 accuracies by norm, epsilon and architecture. Epsilon is written as in the file names, which means in
+# units of 1/255 for linf. Source: Salman et al. 2020 (arXiv 2007.08489) and the tables of the code published with it.
 _IMAGENET: tuple[tuple[Norm, tuple[str, ...], dict[str, tuple[float, ...]]], ...] = (
     (
         "l2",
@@ -123,7 +123,7 @@ PUBLISHED: dict[str, PublishedModel] = {
         filename=f"{name}.keras",
         clean_accuracy=accuracy,
     )
-    # Trained with configs/fashion_mnist_standard.cfg and configs/fashion_mnist_l2.cfg, whose headers list all figures.
+    # Trained with configs/fashion_mnist_standard.cfg and configs/fashion_mnist_l2.cfg, whose headers list all results.
     for name, epsilon, accuracy in (
         ("resnet20_fashion_mnist_l2_eps0", 0.0, 93.25),
         ("resnet20_fashion_mnist_l2_eps1", 1.0, 88.55),
@@ -146,7 +146,7 @@ def published_model(name: str) -> PublishedModel:
 
 
 def standard_twin(name: str) -> str:
-    """Returns the name of the model with the same architecture and data set, but standard training.
+    """Returns the name of the model that has the same architecture and data set, but was trained without an attack.
 
     Args:
         name: Name in `PUBLISHED`.
@@ -168,7 +168,7 @@ def fetch_published(
 ) -> pathlib.Path:
     """Returns the path of a published classifier. The first call downloads and converts it.
 
-    If you have downloaded a checkpoint into the cache folder by hand, it is used. The first call records the size and
+    A checkpoint that you have downloaded into the cache folder by hand is used. The first call records the size and
     SHA-256 of each file, and every later call compares the file with the record.
 
     Args:
@@ -272,8 +272,8 @@ def _checkpoint_in(
 def _download(path: pathlib.Path, model: PublishedModel, endpoint: str | None) -> None:
     """Downloads a checkpoint. A download that was interrupted continues where it stopped, even in a later run.
 
-    `huggingface_hub.hf_hub_download` deletes a partial file when its process ends, which hurts for files of 1.8 GB. So
-    the metadata and the content are fetched separately here, and the partial file is kept.
+    `huggingface_hub.hf_hub_download` deletes a partial file when its process ends, which wastes a lot of time for files
+    of up to 1.8 GB. This function therefore fetches the metadata and the content separately and keeps the partial file.
     """
     url = huggingface_hub.hf_hub_url(REPOSITORY, path.name, endpoint=endpoint)
     by_hand = (
@@ -319,7 +319,7 @@ def _download(path: pathlib.Path, model: PublishedModel, endpoint: str | None) -
 
 
 def _may_pass(error: Exception) -> bool:
-    """Returns whether trying again may help, unlike with a missing file, a full disk, or the hub's offline mode."""
+    """Returns whether trying again may help. It does not for a missing file, a full disk, or the hub's offline mode."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in {408, 429, 500, 502, 503, 504}
     return not isinstance(error, OfflineModeIsEnabled) and getattr(error, "errno", None) is None

@@ -1,4 +1,4 @@
-"""Reading of the PyTorch reference's checkpoints: the weights, the epoch and the accuracies."""
+"""Reads the checkpoints of the PyTorch reference: the weights, the epoch and the accuracies."""
 
 import dataclasses
 import hashlib
@@ -47,7 +47,7 @@ class ReferenceCheckpoint:
 
 
 def read_reference_checkpoint(path: str | pathlib.Path) -> ReferenceCheckpoint:
-    """Reads a checkpoint of `torch.save` or safetensors as data. PyTorch is not needed, and no code in the file is run.
+    """Reads a file of `torch.save` or safetensors as data. PyTorch is not needed, and no code in the file is run.
 
     The weights may be under `model`, under `state_dict`, at the top level (torchvision's `.pth`), or under any other
     key if there is only one dictionary of tensors. For any file, even a hostile one, the memory use is below 3 times
@@ -98,7 +98,7 @@ def read_reference_checkpoint(path: str | pathlib.Path) -> ReferenceCheckpoint:
 
 
 def _with_file(message: str, path: pathlib.Path) -> str:
-    """Adds the name of the file to a message. A message that is long, because it quotes the file, is shortened."""
+    """Adds the name of the file to a message, and shortens the message if it is long because it quotes the file."""
     name = str(path) if len(str(path)) <= 300 else f"...{str(path)[-297:]}"
     room = _LONGEST_MESSAGE - len(name)
     return f"{message if len(message) <= room else message[: room - 3] + '...'} File: {name}."

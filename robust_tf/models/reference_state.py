@@ -26,7 +26,7 @@ _MAX_CHANNELS = 16
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """A variable of the classifier, and the layout of its counterpart in the reference.
+    """A variable of the classifier, with the conversion between its layout and that of its counterpart in PyTorch.
 
     Attributes:
         variable: Variable of the classifier.
@@ -49,7 +49,7 @@ class _Slot:
         return array.reshape(*area, self.groups * members, outputs // self.groups)
 
     def fill(self, array: np.ndarray) -> None:
-        """Assigns an array of the reference to the variable, with only one copy, because kernels may take 400 MB."""
+        """Assigns an array of the reference to the variable. Makes only one copy, because kernels may take 400 MB."""
         values = self.from_reference(array)  # still a view, and of the stored type
         # Assigning the array itself would make two more copies, and after a partial update TensorFlow would copy the
         # variable at every read.
@@ -329,7 +329,7 @@ def _cut(text: str, length: int = 60) -> str:
 
 
 def _advice(state: State, architecture: str, num_classes: int | None = None) -> str:
-    """Returns a sentence about what a checkpoint that does not fit an architecture fits instead."""
+    """Returns a sentence that names what a checkpoint fits, for the message that it does not fit an architecture."""
     fitting = reference_architecture(state)
     if fitting is None:
         return " No other architecture fits it either."

@@ -10,7 +10,7 @@ FEATURES, LOGITS = "features", "logits"
 def head_of(layers: Sequence[keras.layers.Layer]) -> keras.layers.Layer | None:
     """Returns the head: the last layer with a kernel, or else the last one with weights, or None.
 
-    A normalization layer at the end is not taken for the head, because it has no kernel.
+    A normalization layer at the end is not mistaken for the head, because it has no kernel.
 
     Args:
         layers: Layers of a classifier in their order.
@@ -23,9 +23,9 @@ def head_of(layers: Sequence[keras.layers.Layer]) -> keras.layers.Layer | None:
 def features_layer(classifier: keras.Model) -> keras.layers.Layer:
     """Returns the layer "features", whose output (batch, feature_dim) is the input of the head.
 
-    All classifiers of this package have a layer of this name; hidden layers of a head come after it. For another
-    classifier a new layer is created, which takes the input of the last layer with a kernel and averages it over all
-    positions if it is not (batch, feature_dim).
+    All classifiers of this package have a layer of this name; hidden layers of a head come after it. For any other
+    classifier, a new layer is created: it takes the input of the last layer with a kernel, and averages this input over
+    all positions if its shape is not (batch, feature_dim).
 
     Args:
         classifier: Plain classifier, see `plain_classifier`.

@@ -1,4 +1,4 @@
-"""Reading of `.safetensors` files: a JSON header with the type, shape and position of each tensor, then the numbers.
+"""Reads `.safetensors` files: a JSON header with the type, shape and position of each tensor, then the numbers.
 
 The format is described at https://github.com/huggingface/safetensors#format. It contains no code, but a hostile file
 can still claim wrong sizes and positions, so all of them are checked before an array is made.
@@ -27,7 +27,7 @@ _DTYPES: dict[str, Any] = {
     "U8": "u1",
     "BOOL": "?",
 }
-# In bytes. The entry of a tensor takes about 120, and parsed JSON takes 25 times the memory of its text.
+# In bytes. The entry of each tensor takes about 120 bytes, and parsed JSON takes 25 times the memory of its text.
 _LONGEST_HEADER = 2**22
 _MAX_DIMENSIONS = 32
 

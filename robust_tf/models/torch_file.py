@@ -1,8 +1,9 @@
-"""Reading of files that `torch.save` wrote, without PyTorch and without running any code in them.
+"""Reads files that `torch.save` wrote, without PyTorch and without running any code in them.
 
 Such a file consists of a pickle, which `torch_pickle` reads, and raw numbers. A tensor becomes an array only on
-request. The array is a view of the memory-mapped file, whose memory the system can reclaim at any time; `let_go` makes
-it do so at once. Whatever the file claims, no more bytes of numbers are read or copied than it contains.
+request. The array is a view of the memory-mapped file. The system can reclaim the memory of such a view at any time,
+and `let_go` makes it do so at once. Whatever sizes a file claims, the numbers that are read or copied never take more
+bytes than the file has.
 """
 
 import math
@@ -66,8 +67,8 @@ class TorchFile:
             )
         last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
         elements = math.prod(tensor.shape)
-        # A tensor with more elements than its storage would repeat some of them. No weight does that, and a few bytes
-        # could demand terabytes in this way.
+        # A tensor with more elements than its storage would repeat some of them. No weight does that, and a file of a
+        # few bytes could demand terabytes in this way.
         if elements > storage.size or (elements > 0 and last >= storage.size):
             raise UserError(f"A tensor must lie inside its storage. Received: {tensor}.")
         strides = [stride * storage.itemsize for stride in tensor.strides]
@@ -160,7 +161,7 @@ class _ZipFile(TorchFile):
 
     def _member(self, name: str) -> zipfile.ZipInfo:
         member = self._archive.getinfo(name)
-        # torch.save never compresses, and a few compressed bytes could unpack to terabytes.
+        # torch.save never compresses a member, and a few compressed bytes could unpack to terabytes.
         if member.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"The members of a checkpoint must not be compressed. Received: {short(name)}.")
         return member
@@ -209,7 +210,7 @@ class _LegacyFile(TorchFile):
 
 
 def let_go(array: np.ndarray) -> None:
-    """Makes the system reclaim the memory of the file behind an array. Later reads come from the disk again.
+    """Makes the system free the memory that an array's part of the file takes. Later reads come from the disk again.
 
     Nothing happens if the array is not a view of a memory-mapped file, or if the system does not support it.
 

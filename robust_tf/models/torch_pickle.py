@@ -1,8 +1,8 @@
-"""Reading of the pickle in a `torch.save` file as data, at a bounded cost.
+"""Reads the pickle in a `torch.save` file as data, at a bounded cost.
 
-A pickle is a program for a stack machine. Python's own machine lets it call any function, and lets a few bytes build
-gigabytes. The machine in this module knows only the operations that weights need. It looks up names only in the table
-`_ALLOWED`, and it charges every operation, and every object that an operation makes, to a budget.
+A pickle is a program for a stack machine. Python's own machine lets a pickle call any function, and lets a pickle of a
+few bytes build gigabytes. The machine in this module knows only the operations that weights need. It looks up names
+only in the table `_ALLOWED`, and it charges every operation, and every object that an operation makes, to a budget.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from robust_tf.errors import UserError
 
 # Longest pickle in bytes. The pickles of the largest networks with their optimizers have about a megabyte.
 LONGEST = 2**24
-# The budget of a file in bytes; the cost of an operation in addition to the object that it makes; and the cost of a
-# tensor, including its later array. The budget allows 600,000 operations, which take a few seconds and about as much
-# memory as the budget says. A tensor in a checkpoint takes about 35 operations.
+# _BUDGET is what the pickles of one file may use, in bytes. An operation costs _OPERATION in addition to the object
+# that it makes. A tensor costs _TENSOR, which includes its later array. The budget allows 600,000 operations, which
+# take a few seconds and about as much memory as the budget says. A tensor in a checkpoint takes about 35 operations.
 _BUDGET = 2**26
 _OPERATION = 100
 _TENSOR = 1000
@@ -50,7 +50,7 @@ _REPR.maxlevel, _REPR.maxtuple, _REPR.maxstring, _REPR.maxother = 2, 8, 80, 80
 
 
 def short(value: Any) -> str:
-    """Returns a text of at most 120 characters for a value from a file, whose full text may be endless.
+    """Returns a text of at most 120 characters for a value from a file, whose full text may be extremely long.
 
     Args:
         value: Any value.
@@ -123,7 +123,7 @@ class Tensor:
     strides: Any
 
     def __repr__(self) -> str:
-        """Returns a short text, since a few bytes of a pickle can describe an endless one."""
+        """Returns a short text, because a pickle of a few bytes can describe a tensor with an extremely long text."""
         parts = (f"{name}={short(getattr(self, name))[:60]}" for name in ("offset", "shape", "strides"))
         return f"Tensor({', '.join(parts)})"
 

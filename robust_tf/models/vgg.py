@@ -9,7 +9,7 @@ import keras
 from robust_tf.models.layers import Layers, normal_001
 
 LAYERS = Layers()
-# (channels, number of convolutions). Each stage ends with a pooling. The first one is called the stem.
+# (channels, number of convolutions) of each stage. A stage ends with a pooling layer. The first stage is the stem.
 STAGES = {"stem": (64, 2), "stage1": (128, 2), "stage2": (256, 3), "stage3": (512, 3), "stage4": (512, 3)}
 
 
@@ -28,7 +28,7 @@ def vgg16_bn(x: keras.KerasTensor) -> keras.KerasTensor:
     # Adaptive pooling of a single pixel repeats it. Keras 3.15 cannot do that in a graph, where it needs a 2x2 window.
     pool = keras.layers.UpSampling2D if x.shape[1] == 1 else keras.layers.AdaptiveAveragePooling2D
     x = pool(7, name="head_pool")(x)
-    # The reference flattens channel by channel. In this order its linear weights can be used as they are.
+    # The reference flattens channel by channel. With the same order here, its linear weights can be used unchanged.
     x = keras.layers.Permute((3, 1, 2), name="head_channels_first")(x)
     x = keras.layers.Flatten(name="head_flatten")(x)
     for index, dropout in ((1, "head_dropout1"), (2, "features")):
