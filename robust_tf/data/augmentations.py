@@ -101,7 +101,7 @@ def _color_jitter(image: tf.Tensor, seed: tf.Tensor, *, strength: float) -> tf.T
     factors = tf.random.stateless_uniform([3], factor_seed, 1.0 - strength, 1.0 + strength)
     order = tf.random.experimental.stateless_shuffle(tf.range(3), order_seed)
     for position in range(3):
-        # Binds `image` as a default value, because the loop assigns it again.
+        # Binds `image` as a default value, because the loop reassigns the variable.
         image = tf.switch_case(
             order[position],
             [

@@ -31,7 +31,7 @@ def broken_images(part: Part) -> np.ndarray:
 
 
 def remembered_broken_images(part: Part, fingerprint: str, folder: pathlib.Path) -> np.ndarray:
-    """Returns the same as `broken_images`, but keeps the result in a file and reads it the next time.
+    """Returns the same as `broken_images`, but stores the result in a file and reads this file the next time.
 
     Args:
         part: Part of a data set.

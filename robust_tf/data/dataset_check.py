@@ -123,7 +123,7 @@ def _looks(part: Part) -> Iterator[_Look]:
 
 
 def _peculiarities(looks: Sequence[_Look]) -> list[str]:
-    """Returns lines about images that have no fault but may be used differently than people expect."""
+    """Returns lines about images that have no fault, but that a job may not use in the way that people expect."""
     without_suffix = collections.defaultdict(list)
     for look in looks:
         without_suffix[str(pathlib.PurePath(look.name).with_suffix("")).casefold()].append(look.name)
@@ -201,7 +201,7 @@ def _in_both_parts(train: Sequence[_Look], test: Sequence[_Look]) -> list[str]:
 
 
 def _few(names: Sequence[str], kind: str, advice: str) -> list[str]:
-    """Returns one line about the images of a kind, or none if there are no such images."""
+    """Returns a list with one line about the images of a kind, or an empty list if there are no such images."""
     return [f"Images {kind} ({len(names)}): {few(names)}. {advice}"] if names else []
 
 

@@ -7,14 +7,14 @@ To add a data set:
 1. If TensorFlow Datasets has it with the splits that you want, add a row to `DATASETS` below. Its `builder` is the name
    in TFDS with the version, for example "oxford_iiit_pet:4.0.0".
 2. If not, write a builder first: copy the most similar file of `robust_tf/data/builders/` (`aircraft.py` downloads an
-   archive, `cars.py` reads files that the user has to fetch) and list the class in `builders/__init__.py`. Its test
-   goes to `tests/data/test_builders.py`, on a small archive with the layout of the real one. Then add the row.
+   archive, `cars.py` reads files that the user has to fetch) and list the class in `builders/__init__.py`. Test it in
+   `tests/data/test_builders.py`, on a small archive with the layout of the real one. Then add the row.
 3. Run `python -m robust_tf.data --prepare=NAME`, which downloads and prepares the data set, and
    `python -m robust_tf.data --check NAME`, which compares it with the row. `tests/data/test_datasets.py` checks every
    row; add the new name to the lists there.
 
-No code is needed to use a data set only once: `tfds:NAME` takes any image classification data set of TFDS, and
-`folder:/path` any folder of images.
+To use a data set only once, you need no row: `tfds:NAME` stands for any image classification data set of TFDS, and
+`folder:/path` for any folder of images.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class DatasetInfo:
         num_train: Number of images in `train`. None if it is not fixed.
         num_test: Number of images in `test`. None if it is not fixed.
         metric: Metric that the paper reports: "accuracy" or "mean_per_class_accuracy".
-        image_size: Side of the training images, in pixels.
+        image_size: Height and width of the training images, in pixels.
         resize_size: Length to which evaluation resizes the shorter side before the center crop, in pixels.
         augmentation: Key of `AUGMENTATIONS` for the training images.
         mean: Mean of each channel, subtracted from pixels in [0, 1]. The paper's code subtracts 0 in most transfer

@@ -13,7 +13,7 @@ from robust_tf.data.records import Part
 from robust_tf.errors import UserError, warn_user
 from robust_tf.files import replaced_atomically
 
-# Largest size of the encoded images in a shuffle buffer.
+# Largest size of all encoded images in a shuffle buffer together, in bytes.
 _SHUFFLE_BYTES = 512 * 1024**2
 # Largest share of the free memory that cached images may take.
 _CACHE_SHARE = 0.25
@@ -23,7 +23,7 @@ _WRITING_SEED = 20_200_716
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Some examples of a part. Their datasets hold (index, encoded image, label): int64, string and int32 scalars.
+    """Some examples of a part, as datasets of (index, encoded image, label): int64, string and int32 scalars.
 
     Attributes:
         part: Part that the examples are chosen from.
@@ -161,7 +161,7 @@ def _to_bytes(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tf.Tens
 
 
 def _from_bytes(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Splits at the first two line ends only, because the bytes of the image may contain further ones."""
+    """Splits at the first two line breaks only, because the bytes of the image may contain more of them."""
     head = tf.strings.split(tf.strings.substr(record, 0, 48), "\n", maxsplit=2)
     start = tf.strings.length(head[0]) + tf.strings.length(head[1]) + 2
     encoded = tf.strings.substr(record, start, tf.strings.length(record) - start)

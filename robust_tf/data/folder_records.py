@@ -82,9 +82,9 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
     * root/<class>/<image> or root/train/<class>/<image>. A fifth of each class becomes the test part. The part of an
       image depends on its name and on `split_seed`, so it rarely changes when images are added.
 
-    The folders of the parts may be written in capital letters, and may also be called training, testing, valid or
-    validation. A file counts as an image because of its suffix or, if it has no known suffix, its first bytes. All
-    other files are listed in `left_out` of the result.
+    The names of these folders may contain capital letters, and training, testing, valid and validation are accepted as
+    well. A file is recognized as an image by its suffix or, if it has no known suffix, by its first bytes. All other
+    files are listed in `left_out` of the result.
 
     Args:
         root: Path of the folder.
@@ -93,9 +93,9 @@ def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: boo
             decode, instead of raising an error.
 
     Raises:
-        UserError: If there is no such folder, if it has fewer than two classes, if a class has no images or a name of
-            several lines, if an image cannot be read and `skip_bad_images` is false, or if `split_seed` is given for
-            a folder that has a test part.
+        UserError: If there is no such folder, if it has fewer than two classes, if a class has no images, if the name
+            of a class is not one line of text, if an image cannot be read and `skip_bad_images` is false, or if
+            `split_seed` is given for a folder that has a test part.
     """
     if not root.is_dir():
         raise UserError(

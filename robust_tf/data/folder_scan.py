@@ -1,4 +1,4 @@
-"""Finds the images in a folder, and says what all other files are."""
+"""Finds the images in a folder, and records which files were left out and why."""
 
 import collections
 import dataclasses

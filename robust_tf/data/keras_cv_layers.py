@@ -18,7 +18,8 @@ import tensorflow as tf
 from robust_tf.config.data import Mixing
 
 _OPERATIONS = 2  # applied to each image, one after the other
-# Probability that an operation is applied: one of the eleven operations in the RandAugment paper is the identity.
+# Probability that an operation is applied. It stands for the identity, one of the paper's eleven operations, which is
+# not among the ten operations here.
 _RATE = 10 / 11
 _MAGNITUDE_STD = 0.15
 _LAYER_OPTIONS = {"dtype": "float32"}  # independent of the precision of the network
@@ -78,7 +79,7 @@ def mix(
 
 
 class _Strength:
-    """The random strength of an operation, (1, 1) float32, in each of the forms that keras-cv's operations use."""
+    """The random strength of an operation, (1, 1) float32, in all forms that keras-cv's operations take it in."""
 
     def __init__(self, seed: tf.Tensor, magnitude: float) -> None:
         normal_seed, uniform_seed = tf.unstack(tf.random.split(seed, 2))
@@ -98,7 +99,7 @@ def _same_shape(operation: Operation, images: tf.Tensor, strength: _Strength) ->
 
 @contextlib.contextmanager
 def _making_layers() -> Iterator[None]:
-    """Makes a context for creating layers, which is outside of any graph and has a seeded global generator."""
+    """Returns a context for creating layers, outside of any graph and with a seeded global generator."""
     with tf.init_scope():
         # The layers create a generator even if they never use it, and op determinism allows only a seeded one.
         tf.random.set_global_generator(tf.random.Generator.from_seed(1))
@@ -202,5 +203,5 @@ def _partners(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 def _beta(count: tf.Tensor, alpha: float, seed: tf.Tensor) -> tf.Tensor:
     """Draws `count` numbers from Beta(alpha, alpha)."""
     gamma = tf.random.stateless_gamma([count, 2], seed, alpha)
-    # The small numbers give 1/2 if both draws are 0 in float32.
+    # With the small constants, the result is 1/2 if both draws are 0 in float32.
     return (gamma[:, 0] + 1e-30) / (tf.reduce_sum(gamma, axis=1) + 2e-30)

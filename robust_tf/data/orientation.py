@@ -1,12 +1,12 @@
 """Reads and applies the EXIF orientation of a JPEG within a TensorFlow graph.
 
-Cameras store a photograph as the sensor saw it and note in the orientation tag how to turn it. Browsers and image
-viewers do so; TensorFlow's decoder does not.
+Cameras store a photograph as the sensor saw it, and say in the orientation tag how to turn it. Browsers and image
+viewers turn it accordingly; TensorFlow's decoder does not.
 """
 
 import tensorflow as tf
 
-# The tag is near the start of the file: EXIF is one segment of at most 64 KiB, with few segments before it.
+# The tag is near the start of the file: EXIF data is one segment of at most 64 KiB, with few segments before it.
 _HEAD_BYTES = 128 * 1024
 _MAX_SEGMENTS = 64
 _ORIENTATION_TAG = 0x0112

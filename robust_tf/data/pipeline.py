@@ -26,7 +26,7 @@ from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.files import cache_folder
 
-# Evaluation gives the same result with any batch size, and small batches only take longer.
+# The batch size does not change the results of an evaluation, but small batches take longer.
 _SMALLEST_EVALUATION_BATCH = 64
 
 
@@ -41,7 +41,7 @@ class TaskData:
         validation_examples: Encoded images of the validation part.
         test_examples: Encoded images of the test part.
         preprocessing: Transforms that turn an encoded image into pixels.
-        class_names: Names of the classes in use. A label is a position in it.
+        class_names: Names of the classes in use. A label is a position in this tuple.
         metric: Metric of the task: "accuracy" or "mean_per_class_accuracy".
         batch_size: Number of images in a training batch, over all workers.
         mixing: "none", "mixup" or "cutmix". The last two mix the images of a training batch, whose labels are then
@@ -51,7 +51,7 @@ class TaskData:
         skipped: Names of the broken images that were left out.
         notes: Sentences about the data that its users should read.
         worker: Number of this worker, from 0.
-        num_workers: Number of workers, each of which makes an equal share of every training batch.
+        num_workers: Number of workers, each of which prepares an equal share of every training batch.
         drop_remainder: Whether to leave out the last batch of an epoch if it is smaller than the others. Workers that
             share batches need this.
 
@@ -104,7 +104,7 @@ class TaskData:
 
     @property
     def image_size(self) -> int:
-        """Side of the images in a batch, in pixels."""
+        """Height and width of the images in a batch, in pixels."""
         return self.preprocessing.image_size
 
     @property
@@ -128,7 +128,7 @@ class TaskData:
 
         Args:
             first_epoch: Number of the first epoch, from 0.
-            epochs: Number of the epoch before which the dataset ends.
+            epochs: Number of epochs in all, so the last epoch has the number `epochs - 1`.
             first_step: Number of the batch with which the first epoch begins. Earlier batches are not decoded.
         """
         seed = self.seed
@@ -145,7 +145,8 @@ class TaskData:
             skipped_steps = tf.where(tf.equal(epoch, first_epoch), tf.constant(first_step, tf.int64), 0)
             records = records.skip(skipped_steps * self.batch_size)
             if self.num_workers > 1:
-                # Before decoding. The k-th batches of all workers together are the k-th batch of a single worker.
+                # Shards before decoding, so that each worker decodes only its own images. The k-th batches of all
+                # workers together have the same images as the k-th batch of a single worker.
                 records = records.shard(self.num_workers, self.worker)
             batches = self._augmented(records, augmentation_seed).batch(self.batch_size // self.num_workers)
             return batches if self.mixing == "none" else self._mixed(batches, augmentation_seed, skipped_steps)
@@ -171,7 +172,7 @@ class TaskData:
         """
         if view == 0:
             return self._evaluated(self.train_examples, first)
-        # The 1 in the seed keeps the views different from the epochs, which have a 0 there.
+        # The 1 in the seed makes the augmentations of the views differ from those of the epochs, which have a 0 there.
         seed = tf.random.experimental.stateless_fold_in(tf.constant([self.seed, 1], tf.int64), view)
         return _with_options(
             self._augmented(self.train_examples.in_order().skip(first), seed).batch(self._evaluation_batch)
@@ -208,14 +209,15 @@ class TaskData:
                 with `test`.
 
         Returns:
-            (num_test,) int64, in the order of `test`. With `replicas`, in the order in which the steps see the images:
-            each step reads one batch for every replica, the replicas of the first worker before those of the next.
+            (num_test,) int64, in the order of `test`. With `replicas`, in the order in which the steps read the images:
+            each step reads one batch for every replica, first for the replicas of the first worker, and so on.
         """
         ids = np.flatnonzero(self.test_examples.mask)
         if not replicas:
             return ids
         batch, padded = self._share_sizes(self.num_test, replicas)
-        # The k-th image is number k // num_workers of its worker, and the replicas take the worker's batches in turn.
+        # The k-th image is the image number k // num_workers of its worker, and the replicas of the worker take turns
+        # in reading its batches.
         order = np.arange(padded).reshape(-1, replicas, batch, self.num_workers).transpose(0, 3, 1, 2).ravel()
         return ids[order[order < self.num_test]]
 
@@ -279,7 +281,7 @@ class TaskData:
         num_examples, num_classes = len(self.train_examples.mask), len(self.class_names)
 
         def transform(number: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-            # The seeds of examples use smaller numbers, and other workers use other ones.
+            # The number that is folded in is larger than that of any example, and differs between the workers.
             batch_seed = tf.random.experimental.stateless_fold_in(
                 seed, num_examples + number * self.num_workers + self.worker
             )
@@ -394,7 +396,7 @@ def load_task(
         test_examples=examples(part=images.test, mask=test_mask),  # not cached, because it is read only once
         preprocessing=Preprocessing(
             image_size=size,
-            # In the proportion of the paper's code, 256 to 224. Small images are not cropped.
+            # In the same proportion as in the row, such as the paper's 256 to 224. Small images are not cropped.
             resize_size=max(size, round(size * info.resize_size / info.image_size)),
             augmentation=augmentation or info.augmentation,
             rand_augment=data.rand_augment,
@@ -421,6 +423,7 @@ def load_task(
 
 def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
-    # Several images are processed in parallel. Dividing the work on one image among the cores would only cost time.
+    # Several images are processed in parallel already. Splitting the work on one image over the cores as well would
+    # only cost time.
     options.threading.max_intra_op_parallelism = 1
     return dataset.with_options(options)

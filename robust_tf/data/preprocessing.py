@@ -23,7 +23,7 @@ class Preprocessing:
     """The transforms that turn an encoded image into pixels.
 
     Attributes:
-        image_size: Side of the result, in pixels.
+        image_size: Height and width of the result, in pixels.
         resize_size: Length to which evaluation resizes the shorter side before the center crop, in pixels.
         augmentation: Key of `AUGMENTATIONS` for training.
         rand_augment: Magnitude in (0, 1] of RandAugment, applied after the augmentation. 0 turns it off.

@@ -28,7 +28,7 @@ class Part(Protocol):
         """Returns the path or the TFDS id of an example, for messages about it."""
 
 
-# Number of files or faults of one kind that a message names. It counts the others.
+# Number of files or faults of one kind that a message names. The others are only counted.
 _NAMED = 3
 
 
@@ -60,7 +60,7 @@ class LabeledImages:
             it defines none.
         num_bytes: Approximate size of all encoded images.
         fingerprint: Text that changes when the content of the data set changes.
-        trusted: Whether the data set is known, so that its labels need no check.
+        trusted: Whether the data set is a row of `DATASETS`, whose labels need no check.
         left_out: Files that were found but are not part of the data set.
         bad_images: Names of images that were left out because they cannot be read.
         highest_float: Upper end of the range [0, highest_float] if the pixels are stored as float32. None for encoded

@@ -134,7 +134,7 @@ def few_of_each_class(labels: np.ndarray, mask: np.ndarray, count: int, seed: in
 
 
 def balanced_subset(labels: np.ndarray, mask: np.ndarray, amount: int | float, seed: int, name: str) -> np.ndarray:
-    """Returns `mask` reduced to a number of examples that is as equal for all classes as possible.
+    """Returns `mask` reduced to a given number of examples, taken from all classes as evenly as possible.
 
     Args:
         labels: Labels of the whole part, (num_examples,) int.
@@ -157,7 +157,7 @@ def balanced_subset(labels: np.ndarray, mask: np.ndarray, amount: int | float, s
             f"training images. Received: subset={amount}, which keeps {total}."
         )
     counts = np.zeros_like(available)
-    # In every round, each class that has examples left gives one. The order of the classes is random.
+    # In every round, one example is taken from each class that has any left. The order of the classes is random.
     turn = np.random.default_rng(seed).permutation(len(classes))
     level = 0
     while counts.sum() < total:

@@ -45,8 +45,8 @@ _FAILURES = (
 def no_folders_left_behind() -> Iterator[None]:
     """Removes the temporary folders that TFDS makes within the block.
 
-    TFDS makes one for every builder whose data set is not prepared, for information from a bucket that it no longer
-    reads, and never removes it.
+    For every builder whose data set is not prepared, TFDS makes a temporary folder and never removes it. The folder is
+    meant for information from a bucket that TFDS no longer reads.
     """
     folders: list[str] = []
 
@@ -221,12 +221,12 @@ def _missing_downloads(builder: tfds.core.DatasetBuilder) -> list[str]:
 
     there = [url for url in _urls(builder) if url in downloaded or is_brought(url)]
     if there and len(builder.BUILDER_CONFIGS) > 1:
-        return []  # these may be all files that this config needs
+        return []  # the files that are there may be all that this config needs
     return [url for url in _urls(builder) if url not in there]
 
 
 def _offline(hosts: set[str]) -> bool:
-    """Returns whether none of the hosts can be found. False if there is a proxy, which may find them."""
+    """Returns whether none of the hosts can be found. Returns False if there is a proxy, which may find them."""
     if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy") for name in os.environ):
         return False
     for host in hosts:

@@ -15,7 +15,7 @@ from robust_tf.data.records import LabeledImages, check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
 from robust_tf.errors import UserError
 
-# Names that TFDS gives to these parts. The first one that exists is used.
+# Names that the splits for testing and validation have in TFDS. The first one that exists is used.
 _TEST_SPLITS = ("test", "validation", "val")
 _VALIDATION_SPLITS = ("validation", "val")
 # Number of images that are read to find the range of float32 pixels.
@@ -132,7 +132,8 @@ def _highest_float(part: TfdsPart, name: str) -> float | None:
 def _sizes(builder: tfds.core.DatasetBuilder) -> list[tuple[str, int, int]]:
     """Returns the name, the number of images and the size of each split.
 
-    They distinguish two copies of one version of a data set whose images each user has to collect, such as Birdsnap.
+    If each user has to collect the images, as for Birdsnap, two copies of the same version of a data set may differ.
+    The sizes then distinguish them.
     """
     return [(name, info.num_examples, info.num_bytes) for name, info in sorted(builder.info.splits.items())]
 

@@ -93,7 +93,7 @@ def decode_floats(encoded: tf.Tensor, highest: float) -> tf.Tensor:
         return tf.repeat(pixels[..., None] * (255.0 / highest), 3, axis=-1)
 
 
-# Beginning of the error message of `decode_floats`, by which other modules recognize it.
+# Beginning of the error message of `decode_floats`. Other modules recognize the error by it.
 FLOATS_OUT_OF_RANGE = "The float32 pixels of all images must lie in"
 
 
@@ -145,7 +145,7 @@ def _decode_bmp(encoded: tf.Tensor) -> tf.Tensor:
 
     def with_palette() -> tf.Tensor:
         # TensorFlow silently uses the positions in the palette as shades of gray.
-        start = 14 + header[14] + 256 * header[15]  # after the first header, of 14 bytes, and the second, of this size
+        start = 14 + header[14] + 256 * header[15]  # after a header of 14 bytes and a second one, which states its size
         start = tf.minimum(start, tf.strings.length(encoded))
         palette = tf.reshape(tf.io.decode_raw(tf.strings.substr(encoded, start, 4 * 256), tf.uint8), (-1, 4))
         numbers = tf.io.decode_bmp(encoded)[..., 0]
@@ -161,7 +161,7 @@ def _with_shape(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 class Picture:
-    """An encoded image. Of a JPEG, only the requested window is decoded.
+    """An encoded image. If it is a JPEG, only the requested window is decoded.
 
     Attributes:
         height: Height of the whole image in pixels, an int32 scalar.
@@ -177,7 +177,7 @@ class Picture:
         """
         self._encoded = encoded
         self._is_jpeg = tf.io.is_jpeg(encoded)
-        # Other formats are decoded here, once. For a JPEG there are no pixels yet.
+        # A JPEG is not decoded yet, so it has no pixels here. All other formats are decoded here, once.
         self._pixels, shape = tf.cond(
             self._is_jpeg,
             lambda: (tf.zeros([0, 0, 3], tf.uint8), tf.image.extract_jpeg_shape(encoded)),

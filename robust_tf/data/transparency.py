@@ -2,18 +2,18 @@
 
 import tensorflow as tf
 
-# More than in any GIF that a program writes. The limits end the loops for files that are made to be slow.
+# More than in any GIF that a program writes. These limits end the loops for files that are crafted to be slow.
 _MAX_EXTENSIONS = 64
 _MAX_BLOCKS = 4096
 _BYTES = [bytes([value]) for value in range(256)]
 
 
 def on_background(image: tf.Tensor, value: int) -> tf.Tensor:
-    """Returns an image on a background of one shade.
+    """Returns an image on a background of one gray level.
 
     Args:
-        image: Image, (height, width, 3 or 4) uint8. The fourth channel is the opacity, and the others are not
-            multiplied with it.
+        image: Image, (height, width, 3 or 4) uint8. The fourth channel is the opacity. The other channels must not have
+            been multiplied by it.
         value: Value of the background in all three channels, 0 to 255.
 
     Returns:
