@@ -43,7 +43,7 @@ class ConvertConfig:
     )
     source: str = flag("", "Name of a published model to convert. See --list.")
     architecture: str = flag("", "Architecture of --checkpoint.")
-    image_size: int = flag(224, "Height and width of the images in pixels. Use 32 for the reference's CIFAR models.")
+    image_size: int = flag(224, "Height and width of the images in pixels. Use 32 for models of CIFAR images.")
     output: str = flag("", "Path of the .keras file to write.")
     verbose: bool = flag(False, "Show all layers with weights, and the modules that the weights come from.")
     classifier: str = flag("", "Classifier (.keras file) to convert into a checkpoint.")

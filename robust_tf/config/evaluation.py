@@ -19,7 +19,7 @@ CorruptionSource = Literal["auto", "computed", "tfds"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What to measure, on which images, and where to write it."""
+    """What to measure, on which images, and where to write the results."""
 
     classifier: str = flag("", "Classifier to evaluate: the path of a .keras file or the name of a published model.")
     compare: str = flag(

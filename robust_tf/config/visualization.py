@@ -12,7 +12,7 @@ from robust_tf.flags import flag
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisualizeConfig:
-    """What to draw, for which classifiers and images, and where to write it."""
+    """What to draw, for which classifiers and images, and where to write the picture."""
 
     classifier: str = flag("", "Classifier to visualize: the path of a .keras file or the name of a published model.")
     compare: str = flag("", "Second classifier with the same classes, drawn below the first.")

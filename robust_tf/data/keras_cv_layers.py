@@ -18,8 +18,8 @@ import tensorflow as tf
 from robust_tf.config.data import Mixing
 
 _OPERATIONS = 2  # applied to each image, one after the other
-# Probability that an operation is applied. It stands for the identity, one of the paper's eleven operations, which is
-# not among the ten operations here.
+# Probability that an operation is applied. One of the eleven operations in the RandAugment paper is the identity, so
+# with probability 1/11 no operation is applied.
 _RATE = 10 / 11
 _MAGNITUDE_STD = 0.15
 _LAYER_OPTIONS = {"dtype": "float32"}  # independent of the precision of the network

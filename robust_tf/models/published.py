@@ -42,7 +42,7 @@ class PublishedModel:
         norm: Norm of the perturbations in training.
         epsilon: Radius of the perturbations in training, in [0, 1] pixel units; 0 for standard training.
         dataset: Data set of the training.
-        filename: Name of the checkpoint in the repository of the hub, or of the classifier in this package.
+        filename: Name of the checkpoint on the Hugging Face hub, or of the classifier in this package.
         clean_accuracy: Published top-1 accuracy on unperturbed test images, in percent.
         sha256: SHA-256 of the checkpoint, if its authors have published it.
 
@@ -174,7 +174,7 @@ def fetch_published(
     Args:
         name: Name in `PUBLISHED`.
         cache_dir: Folder for checkpoints and classifiers, by default `robust_tf` in the user's cache folder.
-        endpoint: Address of the hub, by default the one in HF_ENDPOINT, or the public hub.
+        endpoint: Address of the Hugging Face hub, by default the one in HF_ENDPOINT, or the public hub.
 
     Returns:
         The path of a `.keras` file.
@@ -217,7 +217,7 @@ def fetch_checkpoint(
     Args:
         name: Name in `PUBLISHED`.
         cache_dir: Folder for checkpoints and classifiers, by default `robust_tf` in the user's cache folder.
-        endpoint: Address of the hub, by default the one in HF_ENDPOINT, or the public hub.
+        endpoint: Address of the Hugging Face hub, by default the one in HF_ENDPOINT, or the public hub.
 
     Raises:
         UserError: The name is unknown or belongs to a model without a checkpoint, the download failed, there is not

@@ -68,7 +68,7 @@ class _File:
     Attributes:
         name: Name of the file.
         rows: Number of rows of the complete file.
-        batches_from: Function of the number of rows to skip that returns the batches with the rows after them.
+        batches_from: Function that takes the number of rows to skip and returns batches with the remaining rows.
     """
 
     name: str

@@ -27,8 +27,8 @@ def load_source(source: str, *, architecture: str, image_size: int | None) -> ke
     """Loads the classifier that a source names.
 
     Args:
-        source: Path of a `.keras` file or of a checkpoint of the reference, or the name of a published model. A flag
-            file is refused, because its job has to run first.
+        source: Path of a `.keras` file or of a PyTorch checkpoint, or the name of a published model. A flag file is
+            refused, because its job has to run first.
         architecture: Architecture of the classifier. It is needed for a checkpoint, because the file does not name it.
             For other sources "" accepts any architecture.
         image_size: Height and width of the images for a checkpoint, in pixels. None means 224.

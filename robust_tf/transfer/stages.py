@@ -1,4 +1,4 @@
-"""The stages of a classifier, and which of them train.
+"""The stages of a classifier, and which of them are trained.
 
 The name of a layer starts with its stage, so "stage2_block1_conv1" belongs to "stage2". The last layer, "logits",
 belongs to the head. Layers without weights may have any name.
@@ -89,7 +89,7 @@ def freeze(
         through: Last frozen stage, for the mode "partial" only. The stages before it are frozen as well.
         batchnorm: Behavior of frozen BatchNormalization layers in training. With "frozen" they use their moving
             statistics and do not change them. With "update" they use the statistics of the batch and update the moving
-            ones, like the reference. Their gamma and beta are frozen in both cases.
+            statistics, as in the code of Salman et al. Their gamma and beta are frozen in both cases.
 
     Raises:
         UserError: The mode or the stage is unknown, `through` is missing or has no meaning in this mode, there is no
