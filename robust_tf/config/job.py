@@ -176,7 +176,7 @@ def _check_cached_features(job: JobConfig) -> None:
     }
     head = job.transfer.head
     if head != "sgd":
-        # A head that lbfgs or ridge solves for has no epochs, and its penalty is chosen by an unweighted loss.
+        # A head that lbfgs or ridge fits has no epochs, and its penalty is chosen without class weights.
         required |= {"hidden_layers": 0, "patience": 0, "class_weight": "none"}
     values = flat_values(job)
     for name, value in required.items():

@@ -1,4 +1,4 @@
-"""The form in which the pipeline sees every data set: numbered records in a training part and a test part."""
+"""The common form of all data sets in the pipeline: numbered records in a training part and a test part."""
 
 import dataclasses
 import unicodedata

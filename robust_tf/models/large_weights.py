@@ -55,7 +55,7 @@ class UntouchedZeros(keras.initializers.Initializer):
 
 @contextlib.contextmanager
 def saved_without_copies(model: keras.Model) -> Iterator[None]:
-    """Returns a context in which Keras saves the weights without copying them. Normally it copies each weight twice.
+    """Returns a context in which Keras saves weights without copying them. Normally Keras copies each weight twice.
 
     Args:
         model: Model that is saved within the context.

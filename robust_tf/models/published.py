@@ -239,7 +239,7 @@ def fetch_checkpoint(
 
 @contextlib.contextmanager
 def _exclusive(folder: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """Returns a context in which only one process at a time works on the files of a model. Other processes wait.
+    """Returns a context that only one process at a time can enter for a model. Other processes wait.
 
     Yields:
         The folder to write to. If the cache folder is not writable, this is a temporary folder, and a warning is

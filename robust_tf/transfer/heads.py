@@ -185,7 +185,7 @@ def with_dtype_policy(classifier: keras.Model, policy: str) -> keras.Model:
 
 
 def _copy(classifier: keras.Model, changes: Callable[[keras.layers.Layer], dict[str, Any]]) -> keras.Model:
-    """Returns a copy with the same weights, in which the same weights are frozen.
+    """Returns a copy with the same weights, which also freezes the weights that are frozen in the classifier.
 
     Args:
         classifier: Functional model.

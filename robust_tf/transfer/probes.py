@@ -17,7 +17,7 @@ import numpy as np
 _LOGISTIC_PENALTIES = tuple(10.0**exponent for exponent in range(1, -7, -1))
 _RIDGE_PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -13, -1))
 _MAX_ITERATIONS = 1000
-# The search ends after this many penalties in a row whose solutions are no better on the validation part.
+# The search ends when the solutions for this many penalties in a row are no better on the validation part.
 _PATIENCE = 2
 # Number of multiplications in one pass over the features above which BLAS gains from more than one thread. Below it,
 # threads wait for one another longer than they compute, especially if other processes are busy.
