@@ -1,4 +1,4 @@
-"""Early stopping: training ends when the validation figure that selects the epoch has not improved for some epochs."""
+"""Early stopping: training ends when the validation metric that selects the epoch has not improved for some epochs."""
 
 import dataclasses
 from typing import Any
@@ -14,10 +14,10 @@ class Patience:
     """The rule by which training ends early.
 
     Attributes:
-        limit: Number of epochs without a better validation figure after which training ends; 0 never ends it early.
+        limit: Number of epochs without a better validation metric after which training ends; 0 never ends it early.
         num_epochs: Number of epochs of the whole training.
-        unfreeze_at_epoch: Epoch from which the whole network trains, or None. The count begins anew there, because the
-            best figure of a head alone says nothing about the whole network.
+        unfreeze_at_epoch: Epoch from which the whole network trains, or None. The count starts again there, because the
+            best metric of the head alone says nothing about the whole network.
     """
 
     limit: int
@@ -38,7 +38,7 @@ class Patience:
         return self.epochs_without_gain(progress) >= self.limit
 
     def explanation(self, progress: TrainingProgress) -> str:
-        """Returns a sentence on why training ended early and which epoch is kept."""
+        """Returns a sentence that says why training ended early and which epoch is kept."""
         count = self.epochs_without_gain(progress)
         return (
             f"Stopped early after epoch {progress.epochs_done} of {self.num_epochs}: {count} epoch{'s' * (count != 1)} "

@@ -156,7 +156,7 @@ class Distribution:
 
     @contextlib.contextmanager
     def chief_first(self) -> Iterator[None]:
-        """Returns a context whose block runs in the chief first, then in the other processes unless the chief failed."""
+        """Returns a context whose block runs in the chief first, then in the other processes if the chief succeeds."""
         if not self.is_chief and self.any(False):
             raise UserError("The chief (worker 0) has stopped. See its output for the reason.")
         failed = True
