@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Answers:
-    """Reads pictures when they are needed, and merges the answers with the pictures that cannot be read."""
+    """Reads pictures when they are needed, and merges the answers with the reasons why some cannot be read."""
 
     def __init__(self, entries: Sequence[tuple[pathlib.Path, str]]) -> None:
         self._entries = entries
