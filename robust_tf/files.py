@@ -71,7 +71,7 @@ def check_output_folder(folder: pathlib.Path, flag: str) -> None:
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        # Permission bits tell nothing about read-only disks, full disks and administrators, so try to write.
+        # Permission bits say nothing about read-only disks, full disks and administrators, so try to write.
         trial = pathlib.Path(tempfile.mkdtemp(prefix=".robust_tf-", dir=there))
         try:
             (trial / folder.relative_to(there)).mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def flag(default: Any, help_text: str, **metadata: Any) -> Any:
         default: Value of the flag when the user leaves it out.
         help_text: Text that `--help` prints, in whole sentences.
         **metadata: `formerly` is an older name of the flag that still works, and `heading` replaces the heading of the
-            record in `--help`. The dataclass may define further ones, as `JobConfig` does with `identity`.
+            record in `--help`. The dataclass may use further keys, as `JobConfig` does with `identity`.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 

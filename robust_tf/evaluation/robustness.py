@@ -51,7 +51,7 @@ OnBatch = Callable[[float, float, float, str], None]
 def passes_of(state: CascadeState, *, epsilons_left: int = 0) -> tuple[float, float]:
     """Returns the number of forward passes that a cascade has made, and the number that it is still expected to make.
 
-    The estimate assumes that the share of images that resist the running attack stays as it is so far, and that the
+    The estimate assumes that the share of images that resist the running attack stays the same to its end, and that the
     later attacks run on the images that resist. The clean prediction does not count as a pass, because the time for
     tracing it would distort the estimate of the remaining time.
 
@@ -122,7 +122,7 @@ def attack_epsilons(
             on_batch(before + done, before + done + ahead, int(state.robust.sum()) / count, state.running)
 
         # The smaller epsilons are part of the key, because this run leaves out the images on which an attack succeeded
-        # there.
+        # at one of them.
         radii = ",".join(f"{value:.9g}" for value in epsilons[: position + 1])
         part = f"{key}/{compiled.norm}/{'+'.join(attacks)}/{radii}"
         warnings: dict[str, str] = {}

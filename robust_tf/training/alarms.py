@@ -95,8 +95,8 @@ class Alarms(keras.callbacks.Callback):
         attack: Attack that is used in training. The check uses its norm and epsilon.
         every_epochs: Number of epochs from one check to the next.
         history: List to which every warning is appended.
-        agree: Function that takes whether this process has found an alarm, and returns whether any process of the job
-            has found one.
+        agree: Function that is called with True if this process has found an alarm, else False. It returns whether any
+            process of the job has found one.
     """
 
     def __init__(

@@ -174,10 +174,10 @@ class Checkpoints:
         """Goes back to the newest state that was saved at the end of an epoch. Later states are deleted.
 
         Args:
-            change: Progress whose rollbacks and alarms replace those in the state.
+            change: Progress with the rollbacks and alarms to store in that state.
 
         Returns:
-            The progress of the state, with these rollbacks and alarms.
+            The progress of that state, with these rollbacks and alarms.
         """
         path = [path for path in self._states() if _position(path)[1] == 0][-1]
         state = _read(path)

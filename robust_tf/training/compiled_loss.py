@@ -91,7 +91,7 @@ class CompiledLoss:
 
     @property
     def integer_labels(self) -> bool | None:
-        """Whether the labels are integer classes, or None if the loss does not tell."""
+        """Whether the labels are integer classes, or None if the loss does not determine it."""
         kinds = {_takes_integers(loss) for loss in self._losses.values()}
         return kinds.pop() if len(kinds) == 1 else None
 

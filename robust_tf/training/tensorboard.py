@@ -228,7 +228,7 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
     count = len(class_names)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     names = [axis_name(name) for name in class_names]
-    # With few classes the figure is small, so that its text is legible when a page or TensorBoard enlarges it.
+    # With few classes the plot is small, so that its text is legible when a page or TensorBoard enlarges it.
     side = min(max(2.5, 1.0 + 0.3 * count) + 0.08 * max(map(len, names)), 14)
     figure, axes = pyplot.subplots(figsize=(side + 0.9, side), layout="constrained")
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)

@@ -37,11 +37,11 @@ def connect(
         ca_file: PEM file of the authority that signed the server's certificate, if this machine does not trust that
             authority.
         retry_seconds: Longest time, in seconds, to keep repeating a request that the server refuses because it is busy
-            (RESOURCE_EXHAUSTED or UNAVAILABLE, or 429 or 503 over REST). 0 tries once.
+            (RESOURCE_EXHAUSTED or UNAVAILABLE, or 429 or 503 over REST). 0 means a single try.
 
     Raises:
         UserError: The address or a combination of arguments is not valid, or `model_name` is needed.
-        ServerError: `model_name` is left out, and the server did not tell which models it has.
+        ServerError: `model_name` is left out, and the server does not say which models it has.
 
     Example:
         >>> client = connect("http://localhost:8501", model_name="pets")

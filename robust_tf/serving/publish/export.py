@@ -295,9 +295,8 @@ def _rename_into_place(staging: pathlib.Path, base: pathlib.Path, version: int |
         _check_version(base, number)
         target = base / str(number)
         try:
-            staging.rename(
-                target
-            )  # fails if another exporter was faster, because a rename never replaces a folder with files
+            # Fails if another exporter was faster, because a rename never replaces a folder that holds files.
+            staging.rename(target)
         except OSError:
             if version is None and target.is_dir():
                 continue

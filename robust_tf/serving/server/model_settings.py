@@ -12,8 +12,8 @@ class LabelFinding(NamedTuple):
     Attributes:
         label: The label.
         text: What is wrong, and what to do.
-        due: Whether requests with the label fail now or after the next export. False if they fail only after several
-            exports.
+        due: Whether requests with the label already fail, or will fail after the next export. False if they will fail
+            only after several exports.
         absent: Whether the folder lacks the version.
     """
 

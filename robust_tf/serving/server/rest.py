@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2  # noqa: F401  # the first import registers its messages
+from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2  # noqa: F401  # the first registers its messages
 
 from robust_tf.serving.model import inference
 from robust_tf.serving.model.folders import MAX_VERSION

@@ -18,9 +18,9 @@ class ServeConfig:
     They are the flags of `tensorflow_model_server`, followed by four that exist only here.
     """
 
-    port: int = flag(8500, "Port for gRPC. 0 opens none.")
+    port: int = flag(8500, "Port for gRPC. 0 turns it off.")
     grpc_socket_path: str = flag("", "Unix socket on which to serve gRPC as well.")
-    rest_api_port: int = flag(8501, "Port for REST. 0 opens none.")
+    rest_api_port: int = flag(8501, "Port for REST. 0 turns it off.")
     rest_api_timeout_in_ms: int = flag(
         30_000, "Longest time in milliseconds that the model may run for a REST request."
     )

@@ -323,7 +323,7 @@ class ModelManager:
         return versions
 
     def _close_unused(self, versions: Sequence[Version]) -> None:
-        """Frees the versions that are being unloaded and that no request uses any more."""
+        """Frees the versions that are being unloaded and that no request uses anymore."""
         for version in versions:
             with self._lock:
                 if version.state != "UNLOADING" or version.in_flight:
