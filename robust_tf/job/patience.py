@@ -32,7 +32,7 @@ class Patience:
         return progress.epochs_done - 1 - since
 
     def is_exhausted(self, progress: TrainingProgress) -> bool:
-        """Returns whether training ends before its last epoch; a resumed training then has nothing left to do."""
+        """Returns whether the patience is exhausted. Training then ends early, and resuming it trains no further."""
         if not self.limit or not 0 < progress.epochs_done < self.num_epochs:
             return False
         return self.epochs_without_gain(progress) >= self.limit
