@@ -17,9 +17,9 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 class _Remaining(ProgressColumn):
-    """Shows the time until the field `ends` of a task, in seconds of `time.perf_counter`, or None if it is unknown.
+    """Shows the remaining time of a task, whose field `ends` is a value of `time.perf_counter`, or None if unknown.
 
-    Rich's own column shows nothing when two updates are half a minute apart, as they are during an attack.
+    Rich's own column shows nothing if more than half a minute passes between two updates, as happens in attacks.
     """
 
     def render(self, task: Task) -> Text:
@@ -28,7 +28,7 @@ class _Remaining(ProgressColumn):
 
 
 def end_time(seconds: float | None) -> float | None:
-    """Returns the value of `time.perf_counter` in `seconds` from now, or None if `seconds` is None."""
+    """Returns the value that `time.perf_counter` will have in `seconds`, or None if `seconds` is None."""
     return None if seconds is None else time.perf_counter() + seconds
 
 
@@ -84,7 +84,7 @@ class LogLines:
             done: Units of work that are done.
             total: Units of work in total.
             rate: Speed, as `speed_text` returns it.
-            seconds: Remaining time; None if it is unknown, and then nothing is printed.
+            seconds: Remaining time in seconds. With None, which means unknown, nothing is printed.
             figures: Text for the end of the line.
         """
         now = time.perf_counter()
@@ -114,10 +114,10 @@ class Meter:
         self._first: float | None = None
 
     def update(self, done: float, figures: str = "", *, total: float | None = None) -> None:
-        """Moves the bar.
+        """Updates the bar.
 
-        The first call says where the work starts, which is not 0 if interrupted work continues. The rate is measured
-        from there.
+        The first call sets the starting point, which is not 0 if interrupted work continues. The rate is measured from
+        there.
 
         Args:
             done: Units of work that are done.
@@ -155,7 +155,7 @@ def only_a_warning(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # noqa: BLE001  # drawing can fail in many ways, none of which may end a finished job
+    except Exception as error:  # noqa: BLE001  # drawing can fail in many ways, but a finished job must not fail
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         console.print(f"WARNING: {what} could not be written. Received: {reason[:300]}", markup=False, soft_wrap=True)
 

@@ -169,7 +169,7 @@ def print_summary(path: pathlib.Path, checkpoint: "ReferenceCheckpoint", classif
 
 
 def print_layers(classifier: "keras.Model") -> None:
-    """Prints the layers with weights, together with the modules of the reference that the weights come from.
+    """Prints the layers that have weights, and the modules of the reference from which the weights come.
 
     Args:
         classifier: Classifier whose name is an architecture.

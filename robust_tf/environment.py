@@ -1,4 +1,4 @@
-"""Settings of TensorFlow and Keras that have to be made before they are imported."""
+"""Makes settings of TensorFlow and Keras that must be made before they are imported."""
 
 import contextlib
 import faulthandler
@@ -20,8 +20,8 @@ def set_tensorflow_defaults(*, onednn: bool = True) -> None:
     """Sets environment variables that TensorFlow reads when it is imported, unless the user has set them.
 
     They turn oneDNN on for every x86 processor, and suppress messages less severe than errors. TensorFlow leaves oneDNN
-    off where AVX512-VNNI is missing, and the gradients of convolutions then take about four times as long. Without a
-    GPU, TensorFlow would report it as missing at every start.
+    off on processors without AVX512-VNNI, where the gradients of convolutions then take about four times as long. On a
+    machine without a GPU, TensorFlow would report the missing GPU at every start.
 
     If Keras is set to another backend, the program ends with one line on stderr.
 
@@ -36,7 +36,7 @@ def set_tensorflow_defaults(*, onednn: bool = True) -> None:
 
 
 Verbosity = Literal["error", "warning", "info"]
-# The same level for the C++ and the Python part of TensorFlow.
+# The levels of each verbosity, for TensorFlow's C++ part and for its Python part.
 _CPP_LEVELS = {"error": "3", "warning": "1", "info": "0"}
 _PYTHON_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
 _verbosity: Verbosity = "error"
@@ -45,7 +45,7 @@ _verbosity: Verbosity = "error"
 def set_verbosity(verbosity: Verbosity) -> None:
     """Chooses which messages of TensorFlow and of the other libraries a program lets through.
 
-    Call it before `start_tensorflow`. It wins over the environment variable TF_CPP_MIN_LOG_LEVEL.
+    Call it before `start_tensorflow`. It takes precedence over the environment variable TF_CPP_MIN_LOG_LEVEL.
 
     Args:
         verbosity: The least severe messages to show. "error" also hides what the libraries print while they load.
@@ -82,7 +82,7 @@ def _stderr_held_back() -> Iterator[None]:
         yield
         return
     with open(stderr, "wb", buffering=0) as shown, tempfile.TemporaryFile() as held_back:
-        # A crash (TensorFlow aborts on a processor without AVX) ends the process at once: at least say where it was.
+        # A crash ends the process at once (TensorFlow aborts on a processor without AVX), so at least say where it was.
         says_where = not faulthandler.is_enabled()
         if says_where:
             faulthandler.enable(shown)
@@ -103,7 +103,7 @@ def check_keras_backend() -> None:
     """Refuses a Keras backend other than TensorFlow, without importing Keras.
 
     Raises:
-        UserError: Keras runs on JAX or PyTorch, or will do so once it is imported.
+        UserError: Keras uses another backend, or will use one once it is imported.
     """
     backend, origin = _keras_backend()
     if backend != "tensorflow":
@@ -114,7 +114,7 @@ def check_keras_backend() -> None:
 
 
 def _keras_backend() -> tuple[str, str]:
-    """Returns the backend that Keras has, or will have once it is imported, and what decides it."""
+    """Returns the backend that Keras uses, or will use once it is imported, and where this is set."""
     keras = sys.modules.get("keras")
     if keras is not None and hasattr(keras, "config"):  # missing while Keras itself is being imported
         return keras.config.backend(), "the Keras that is already imported"

@@ -26,7 +26,7 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> UserError:
 
     Args:
         kind: What the name stands for, such as "architecture".
-        name: Value that was received. Names are text, so any other value is unknown.
+        name: Value that was received. A value that is not a string counts as unknown.
         valid: Names that would have been accepted.
 
     Example:

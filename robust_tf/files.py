@@ -1,4 +1,4 @@
-"""Safe output: files that are replaced as a whole, and checks of output folders before the work begins."""
+"""Safe output: replaces files as a whole, and checks output folders before the work begins."""
 
 import atexit
 import contextlib
@@ -20,7 +20,7 @@ def replaced_atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary file to write to, which replaces `path` when the block ends without an error.
 
     After an error the temporary file is removed, and `path` is as it was. The temporary file has the suffix of `path`,
-    because Keras chooses the format by it, and lies in the same folder, so that the replacement is a single rename on
+    because Keras chooses the format by the suffix. It is in the same folder, so replacing `path` is a single rename on
     one file system.
 
     Args:
@@ -71,7 +71,7 @@ def check_output_folder(folder: pathlib.Path, flag: str) -> None:
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        # Permission bits say nothing about read-only disks, full disks and administrators, so try it.
+        # Permission bits say nothing about read-only disks, full disks and administrators, so try to write.
         trial = pathlib.Path(tempfile.mkdtemp(prefix=".robust_tf-", dir=there))
         try:
             (trial / folder.relative_to(there)).mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-# Errors of the operating system for a folder that cannot be written to, however much disk space is free.
+# Errors of the operating system for a folder that cannot be written to for reasons other than a full disk.
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -143,7 +143,7 @@ def temporary_cache(reason: OSError, folder: pathlib.Path) -> pathlib.Path:
 
 
 def cache_folder(folder: str | pathlib.Path | None = None) -> pathlib.Path:
-    """Returns the folder for files that can be made again.
+    """Returns the cache folder, which is for files that can be created again.
 
     Args:
         folder: Folder that the user chose. Default: `robust_tf` in the user's cache folder.

@@ -1,7 +1,7 @@
 """Flags of the programs: the fields of a frozen dataclass, each with a default and a help text, parsed by absl.
 
-A field made with `flag` is one flag. A field made with `record` holds another dataclass, whose fields are flags too:
-the command line stays flat, however the records are nested.
+A field made with `flag` is one flag. A field made with `record` holds another dataclass, whose fields are flags too.
+On the command line all flags are on one level, however deeply the records are nested.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def flag(default: Any, help_text: str, **metadata: Any) -> Any:
         default: Value of the flag when the user leaves it out.
         help_text: Text that `--help` prints, in whole sentences.
         **metadata: `formerly` is an older name of the flag that still works, and `heading` replaces the heading of the
-            record in `--help`. Anything else is for the dataclass itself, such as `identity` in `JobConfig`.
+            record in `--help`. The dataclass may use further keys, as `JobConfig` does with `identity`.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
@@ -61,10 +61,10 @@ class FlatField:
 
     Attributes:
         name: Name of the flag, and of the field in its record.
-        kind: Type of its value, without None.
+        kind: Type of its value, without `| None`.
         default: Value when it is left out.
         metadata: Help text and further arguments of `flag`.
-        records: Names of the fields that lead from the config to the record; empty for the config's own fields.
+        records: Names of the nested fields that lead to the record; empty for a field of the config itself.
         heading: Heading of the flag in `--help`.
     """
 
@@ -84,7 +84,7 @@ def flat_fields(config_class: type[Any]) -> tuple[FlatField, ...]:
     """Returns every flag of a dataclass and of the records within it, in the order of `--help`.
 
     Raises:
-        TypeError: Two fields have the same name, or a former name of one is taken.
+        TypeError: Two fields have the same name, or the former name of one is the name of another.
     """
     key: Any = config_class  # the cache asks for Hashable, which mypy does not see in a class
     return _flat_fields(key)
@@ -127,14 +127,14 @@ def parse_flags(
             values itself.
         argv: Name of the program and its arguments.
         usage: Text that `--help` prints above the flags.
-        announce_former_names: Whether to say on stderr that a flag has been renamed. False is for flags that a program
-            wrote itself.
+        announce_former_names: Whether to report on stderr that a flag has been renamed. Use False for flags that a
+            program wrote itself.
 
     Returns:
         The config, and the arguments that are not flags.
 
     Raises:
-        UserError: An unknown flag (the message suggests the nearest one), or a value of the wrong type.
+        UserError: A flag is unknown (the message suggests the most similar one), or a value has the wrong type.
     """
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
@@ -249,7 +249,7 @@ def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def _name_used(field: FlatField, values: flags.FlagValues, *, announce: bool) -> str:
-    """Returns the name that a flag was given by, which may be its former name."""
+    """Returns the name under which a flag was given, which may be its former name."""
     former = field.metadata.get("formerly")
     if not former or not values[former].present:
         return field.name
@@ -269,7 +269,7 @@ def _define(name: str, kind: Any, default: Any, help_text: str, values: flags.Fl
         flags.DEFINE_boolean(name, default, help_text, flag_values=values)
     elif kind is int:
         flags.DEFINE_integer(name, default, help_text, flag_values=values)
-    else:  # the dataclass checks a Literal, since it can suggest the nearest choice
+    else:  # the dataclass checks a Literal, because it can suggest the most similar choice
         flags.DEFINE_string(name, default, help_text, flag_values=values)
 
 

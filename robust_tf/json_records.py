@@ -1,4 +1,4 @@
-"""Dataclasses as JSON objects: written key by key, and read back with a check of every type."""
+"""Writes dataclasses as JSON objects, and reads them back with a check of every type."""
 
 import dataclasses
 import functools
@@ -17,22 +17,22 @@ class WrongValueError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """A JSON object that may hold more than its class knows.
+    """A JSON object that may have more keys than its class has fields.
 
     Attributes:
-        extra: Values of unknown keys. They are kept when the record is written again.
+        extra: Values of the other keys. They are kept when the record is written again.
     """
 
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the record as an object that `json.dump` takes."""
+        """Returns the record as an object that `json.dump` accepts."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "extra"]
         return {**{name: to_json(getattr(self, name)) for name in names}, **self.extra}
 
     @classmethod
     def completed(cls, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """Returns the content from which the fields are read. Classes override this to add or to drop keys.
+        """Returns the content from which the fields are read. Subclasses override this to add or drop keys.
 
         Args:
             content: The JSON object.
@@ -43,7 +43,7 @@ class Record:
 
 
 def to_json(value: Any) -> Any:
-    """Returns a value of a record as `json.dump` takes it: dataclasses become objects, tuples become lists."""
+    """Returns a value in a form that `json.dump` accepts: dataclasses become objects, tuples become lists."""
     if isinstance(value, Record):
         return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

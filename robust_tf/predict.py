@@ -35,7 +35,7 @@ class PredictConfig:
     concurrency: int = flag(4, "Number of concurrent requests.")
     timeout_seconds: float = flag(60.0, "Longest time in seconds that a request may take.")
     retry_seconds: float = flag(
-        RETRY_SECONDS, "Longest time in seconds to keep repeating a request while the server is busy. 0 tries once."
+        RETRY_SECONDS, "Longest time in seconds to keep repeating a request while the server is busy. 0 means one try."
     )
     token: str = flag("", "Token for a proxy, sent as `Authorization: Bearer`. Over gRPC, it needs grpcs://.")
     ca_file: str = flag("", "PEM file of the authority that signed the server's certificate (https://, grpcs://).")
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Answers:
-    """Reads pictures when they are needed, and merges the answers with the pictures that cannot be read."""
+    """Reads pictures when they are needed, and merges the answers with the reasons why some cannot be read."""
 
     def __init__(self, entries: Sequence[tuple[pathlib.Path, str]]) -> None:
         self._entries = entries

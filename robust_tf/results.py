@@ -1,4 +1,4 @@
-"""The record of a training job, as `results.json` holds it: how the classifier was made, and its figures.
+"""The record of a training job in `results.json`: how the classifier was made, and its accuracies.
 
 Every program that writes or reads this file uses `JobResults`. Nothing here imports TensorFlow.
 """
@@ -20,17 +20,17 @@ from robust_tf.json_records import Record, WrongValueError, from_json
 from robust_tf.statistics import Interval, PairedDifference, in_words
 
 FILE_NAME = "results.json"
-# Number of the file format. It goes up when programs that know an older format would misread the file.
+# Number of the file format. Increase it when programs that know only the older format would misread the file.
 FORMAT = 1
-# Subfolder of a workdir that holds the same job, run from the standard source.
+# Subfolder of a workdir for the baseline: the same job, run from the standard source.
 BASELINE = "baseline"
 
 FigureName = Literal["clean_accuracy", "mean_per_class_accuracy", "robust_accuracy"]
 # Older versions did not write these keys, and listed their values only among the flags of the job.
 _ALSO_FLAGS = "dataset classes image_size downscale split_seed skip_bad_images exif alpha_background".split()
-# Flags on which absl acts at once: it prints a text and exits, or reads another file.
+# Flags on which absl acts immediately: it prints a text and exits, or reads another file.
 _FLAGS_OF_ABSL = re.compile(r"--?(help|h|flagfile|undefok)(=|$)")
-# The results of a finished job have these keys, whichever version wrote them.
+# Keys that the results of a finished job always have, whichever version wrote them.
 _OF_EVERY_FINISHED_JOB = (
     "task dataset architecture image_size metric clean_accuracy clean_accuracy_interval mean_per_class_accuracy "
     "num_train_images num_validation_images num_test_images validation_value trainable_parameters total_parameters "
@@ -40,7 +40,7 @@ _OF_EVERY_FINISHED_JOB = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasuredAttack(Record):
-    """The attack under which the robust accuracy was measured. A value that the file does not hold is None.
+    """The attack under which the robust accuracy was measured. A value is None if the file does not hold it.
 
     Attributes:
         name: Name of the attack, such as "PGD-20 (highest-loss iterate)".
@@ -64,7 +64,7 @@ class MeasuredAttack(Record):
         return name if self.epsilon is None else f"{name}, {self.norm or 'unknown norm'} {self.epsilon:.4g}"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the record as an object that `json.dump` takes, without the values that are unknown."""
+        """Returns the record as an object that `json.dump` accepts, without the values that are unknown."""
         content = super().to_json().items()
         return {name: value for name, value in content if value is not None or name in self.extra}
 
@@ -118,7 +118,7 @@ class Figure(NamedTuple):
 
     @property
     def in_words(self) -> str:
-        """The figure in percent, such as "80.0% (71.1% to 86.7%)"."""
+        """The accuracy in percent, such as "80.0% (71.1% to 86.7%)"."""
         if self.value is None:
             return "not measured"
         return f"{self.value:.1%} ({self.interval.in_words})" if self.interval else f"{self.value:.1%}"
@@ -140,13 +140,13 @@ class JobResults(Record):
         image_size: Side of the images in pixels.
         resize_size: Length in pixels to which the shorter side is resized before the center crop.
         downscale: Length in pixels to which the shorter side is reduced before everything else.
-        exif: Whether the EXIF orientation is applied, as in the flag of this name.
-        alpha_background: Color behind transparent pixels, as in the flag of this name.
+        exif: Whether the EXIF orientation is applied; the value of the flag of this name.
+        alpha_background: Color behind transparent pixels; the value of the flag of this name.
         split_seed: Seed that chooses the test images of a folder without a test part.
         skip_bad_images: Whether images that cannot be decoded were left out.
-        source: Classifier that a transfer started from, as in the flag of this name.
-        transfer_mode: What a transfer trained, as in the flag of this name.
-        head: How a transfer found its head, as in the flag of this name.
+        source: Classifier that a transfer started from; the value of the flag of this name.
+        transfer_mode: What a transfer trained; the value of the flag of this name.
+        head: How a transfer found its head; the value of the flag of this name.
         views: Number of views of each training image whose features were stored.
         feature_cache: Use of the stored features, for a job that had any.
         head_penalty: L2 penalty of the head, where it was chosen on the validation part.
@@ -161,21 +161,21 @@ class JobResults(Record):
         num_validation_images: Number of validation images.
         num_test_images: Number of test images.
         skipped_images: Images that were left out because they cannot be decoded.
-        objective: What training minimized, as in the flag of this name.
-        fast: Fast training recipe, as in the flag of this name.
+        objective: What training minimized; the value of the flag of this name.
+        fast: Fast training recipe; the value of the flag of this name.
         epochs: Number of planned passes over the training images.
         gradients_per_image: Mean number of forward and backward passes for an image in one epoch.
         epochs_done: Number of epochs that were run.
         stopped_early: Whether `--patience` ended the training.
         best_epoch: Epoch whose weights were kept, counted from 1; 0 if there was no choice.
         alarms: Warnings about the training.
-        validation_value: Validation figure of the epoch that was kept.
+        validation_value: Validation metric of the epoch that was kept.
         trainable_parameters: Number of parameters that were trained.
         total_parameters: Number of parameters of the classifier.
-        seconds: Time spent in training, validation and checkpoints included.
-        images_per_second: Median speed of the epochs' training steps.
+        seconds: Seconds spent in training, including validation and checkpoints.
+        images_per_second: Speed of the training steps in images per second, the median over the epochs.
         seed: Seed of the job.
-        versions: Version of each package that the figures depend on, by its name.
+        versions: Version of each package on which the results depend, by its name.
         flags: All flags of the job, one "--name=value" each.
         baseline: Results of the same job from the standard source.
         comparison: Paired differences between this job and the baseline.
@@ -290,7 +290,7 @@ class JobResults(Record):
         return Figure(name, f"accuracy under {attack}", attack, self.robust_accuracy, self.robust_accuracy_interval)
 
     def figures(self) -> list[Figure]:
-        """Returns the accuracies that were measured, but the mean-per-class accuracy only if it is the metric."""
+        """Returns the accuracies that were measured. Mean-per-class accuracy is left out unless it is the metric."""
         names: list[FigureName] = ["clean_accuracy"]
         if self.metric == "mean_per_class_accuracy":
             names.append("mean_per_class_accuracy")
@@ -299,7 +299,7 @@ class JobResults(Record):
         return [self.figure(name) for name in names]
 
     def by_source(self, alone: str) -> dict[str, "JobResults"]:
-        """Returns this job under the title `alone`, or this job and its baseline under the titles of their sources."""
+        """Returns, by title, this job and its baseline (titled by their sources), or this job (titled `alone`)."""
         if self.baseline is None:
             return {alone: self}
         return {"from the robust source": self, "from the standard source": self.baseline}
@@ -321,7 +321,7 @@ class JobResults(Record):
         ]
 
     def check_image_size(self, image_size: int | None, path: pathlib.Path) -> None:
-        """Refuses a classifier that takes images of another size, because it is from another job.
+        """Refuses a classifier that takes images of another size, because it must be from another job.
 
         Args:
             image_size: Side of the classifier's images in pixels; None if it takes any size.
@@ -338,13 +338,13 @@ class JobResults(Record):
             )
 
     def check_finished(self, path: pathlib.Path) -> None:
-        """Refuses a record that lacks figures of a finished job.
+        """Refuses a record that lacks values that every finished job has.
 
         Args:
             path: Path of the file that it was read from, for the message.
 
         Raises:
-            UserError: Names the missing keys.
+            UserError: Keys are missing. The message names them.
         """
         missing = [name for name in _OF_EVERY_FINISHED_JOB if getattr(self, name) in (None, "")]
         if missing:
@@ -355,7 +355,7 @@ class JobResults(Record):
 
     @classmethod
     def completed(cls, content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """Returns the object without its format number. Keys that it lacks get their values from its flags."""
+        """Returns the object without its format number. Missing keys get their values from the flags that it lists."""
         content = {name: value for name, value in content.items() if name != "format"}
         missing = [name for name in _ALSO_FLAGS if name not in content]
         if missing and content.get("flags") is not None:
@@ -365,7 +365,7 @@ class JobResults(Record):
 
 
 def _check_format(content: Mapping[str, Any], path: pathlib.Path | str) -> None:
-    """Refuses a file in a newer format; files of older versions have no format number."""
+    """Refuses a file in a newer format. Files of older versions have no format number."""
     number = content.get("format", FORMAT)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise _wrong(f"format={number!r}", path)
@@ -377,7 +377,7 @@ def _check_format(content: Mapping[str, Any], path: pathlib.Path | str) -> None:
 
 
 def _values_of(flags: Any, where: str) -> dict[str, Any]:
-    """Returns the values of all flags of a job by name, from its flags in a file."""
+    """Returns the values of all flags of a job, by name, from the list of flags in a file."""
     name = f"{where}flags"
     if not isinstance(flags, list | tuple) or not all(isinstance(each, str) for each in flags):
         raise WrongValueError(f"{name}={flags!r}")

@@ -73,7 +73,7 @@ class PairedDifference:
     Attributes:
         difference: First accuracy minus the second, in [-1, 1].
         interval: The 95 % confidence interval of the difference.
-        p_value: Probability of a difference at least as large if both classifiers were equally good.
+        p_value: Probability of a difference at least this large if both classifiers were equally good.
     """
 
     difference: float
@@ -84,9 +84,9 @@ class PairedDifference:
 def paired_difference(first: np.ndarray, second: np.ndarray) -> PairedDifference:
     """Returns the difference between two accuracies that were measured on the same images.
 
-    Only the images on which exactly one classifier is right count. The p-value comes from McNemar's exact test, and the
-    interval is Bonett and Price's adjusted Wald interval. Both are valid even for few images, and for classifiers that
-    agree on every image.
+    Only images on which exactly one of the classifiers is right matter. The p-value comes from McNemar's exact test,
+    and the interval is Bonett and Price's adjusted Wald interval. Both are valid even for few images, and for
+    classifiers that agree on every image.
 
     Args:
         first: Whether the first classifier is right about each image, (count,) bool.
@@ -115,9 +115,9 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> PairedDifference
 def paired_mean_per_class(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> PairedDifference:
     """Returns the difference between two mean-per-class accuracies that were measured on the same images.
 
-    The interval adds up the variances of the classes. The classes share the pseudo-observations of Bonett and Price,
-    so that with one class it equals the interval of `paired_difference`. The p-value comes from a permutation test
-    with 20,000 seeded draws, each of which swaps the two classifiers on some of the images.
+    For the interval, the variances of the classes are added up. The pseudo-observations of Bonett and Price are divided
+    among the classes, so with one class the interval equals the one of `paired_difference`. The p-value comes from a
+    permutation test with 20,000 seeded draws, each of which swaps the two classifiers on some of the images.
 
     Args:
         first: Whether the first classifier is right about each image, (count,) bool.
@@ -152,7 +152,7 @@ def paired_mean_per_class(first: np.ndarray, second: np.ndarray, labels: np.ndar
 
 
 def decides(compared: PairedDifference) -> bool:
-    """Returns whether the images show which classifier is better: the interval and the p-value must both say so."""
+    """Returns whether the images show which classifier is better, by both the interval and the p-value."""
     low, high = compared.interval
     return not low <= 0 <= high and compared.p_value < 0.05
 
@@ -170,7 +170,7 @@ def _clipped(center: float, half: float) -> Interval:
 
 
 def _sign_test(wins: int, losses: int) -> float:
-    """Returns the two-sided probability that fair tosses split at least as unevenly as these."""
+    """Returns the two-sided probability that fair coin tosses split at least as unevenly as these wins and losses."""
     tosses, fewer = wins + losses, min(wins, losses)
     log_half = tosses * math.log(0.5)
     tail = sum(

@@ -22,7 +22,7 @@ class Calibration(NamedTuple):
 
     @property
     def expected_calibration_error(self) -> float:
-        """Mean difference between confidence and accuracy, weighted by the number of images per bin, in [0, 1]."""
+        """Mean absolute difference between confidence and accuracy, weighted by the images in each bin, in [0, 1]."""
         return float((self.counts * np.abs(self.confidence - self.accuracy)).sum() / self.counts.sum())
 
 

@@ -18,8 +18,9 @@ def compare_classifiers(measured: Sequence[Measured]) -> dict[str, Any] | None:
         measured: One or two classifiers.
 
     Returns:
-        The difference between the clean accuracies under "clean_accuracy", and under "attacks" a list with one for
-        each attack at each epsilon. None if there is no second classifier, or it was measured on other images.
+        A dict in which "clean_accuracy" is the difference between the clean accuracies, and "attacks" is a list with a
+        difference for each attack at each epsilon. None if there is no second classifier, or if it was measured on
+        other images.
     """
     if len(measured) < 2:
         return None

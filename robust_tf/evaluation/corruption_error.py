@@ -56,10 +56,10 @@ def corrupted_images(
         subject: Classifier and its task.
         images: Clean images to corrupt, if the corrupted images are computed.
         source: "computed" to corrupt `images`, "tfds" to use the corrupted test set of TFDS, or "auto" to use that set
-            if it exists and is prepared, and the classifier has all its classes.
+            if it exists and is prepared, and if the classifier has all its classes.
         data_dir: Folder of TFDS. "" uses TFDS's default.
-        seed: Seed for the corruptions. With TFDS's set, seed for drawing as many images as `images` has; they are other
-            images, because the order of that set is different.
+        seed: Seed for the corruptions. With TFDS's set, it is the seed for drawing as many images as `images` has. They
+            are different images, because the order of that set is different.
 
     Raises:
         UserError: If `source` is "tfds" and there is no prepared corrupted test set.
@@ -113,7 +113,7 @@ def relative_corruption_error(errors: dict[str, list[float]], baseline: dict[str
         baseline: Errors of the baseline, in the same form.
 
     Returns:
-        The mCE, which is 1.0 if the errors are equal. None if the baseline has no error under one of the corruptions.
+        The mCE, which is 1.0 if the errors are equal. None if the baseline's error is zero for one of the corruptions.
 
     Source: Hendrycks and Dietterich 2019, arXiv 1903.12261, section 4.1, where the baseline is AlexNet.
     """

@@ -5,9 +5,9 @@ in pixels (radii and displacements) are scaled with the size of the image, but a
 random numbers are our own, so the images differ from those of the published files. One corruption differs in kind: the
 published frost consists of photographs, and ours is a synthetic texture of similar brightness.
 
-Each function takes a square image, (height, width, channels) float in [0, 1], the parameters of a severity, the number
-of pixels of the image that correspond to one pixel of the published size (224 or 32), and a random generator. It
-returns the corrupted image, which may leave [0, 1].
+Each function takes a square image, (height, width, channels) float in [0, 1]; the parameters of a severity; the unit,
+which is the number of pixels of the image for each pixel of the published size (224 or 32); and a random generator. It
+returns the corrupted image, whose values may lie outside [0, 1].
 
 To add a corruption, write such a function and list it with its parameters in `CORRUPTIONS`.
 
@@ -66,7 +66,7 @@ def corrupt(images: np.ndarray, name: str, severity: int, *, ids: Sequence[int],
     side = images.shape[1]
     small = side <= _LARGEST_SMALL
     parameters = (corruption.small if small else corruption.large)[severity - 1]
-    # At least 1, because the blurs of CIFAR-10-C would be less than a pixel wide in smaller images.
+    # At least 1, because the blurs of CIFAR-10-C would otherwise be less than a pixel wide in smaller images.
     unit = max(1.0, side / _SMALL_SIDE) if small else side / _LARGE_SIDE
     number = list(CORRUPTIONS).index(name)
     results = []
@@ -113,7 +113,7 @@ def _glass_blur(image: Image, parameters: Any, unit: float, rng: np.random.Gener
     sigma, reach, rounds = parameters[0] * unit, max(1, round(parameters[1] * unit)), parameters[2]
     image = _blurred(image, sigma)
     rows, columns = np.indices(image.shape[:2])
-    for _ in range(rounds):  # each pixel comes from a nearby place, from -reach to reach - 1 as published
+    for _ in range(rounds):  # each pixel comes from a nearby place; the offsets are -reach to reach - 1, as published
         dy, dx = rng.integers(-reach, reach, size=(2, *image.shape[:2]))
         image = _clamped(image, rows + dy, columns + dx)
     return _blurred(image, sigma)
@@ -144,7 +144,7 @@ def _snow(image: Image, parameters: tuple[float, ...], unit: float, rng: np.rand
 def _frost(image: Image, parameters: tuple[float, ...], _unit: float, rng: np.random.Generator) -> Image:
     kept, added = parameters
     side = image.shape[0]
-    # The ridges of two fractals look like needles of ice. Squaring makes the rest of the image clearer.
+    # The ridges of two fractals look like needles of ice. Squaring leaves less frost between them.
     ridges = 1.0 - np.abs(2.0 * _plasma(side, 1.6, rng) - 1.0)
     veins = 1.0 - np.abs(2.0 * _plasma(side, 1.3, rng) - 1.0)
     ice = (0.6 * ridges + 0.4 * veins)[..., None] ** 2
@@ -164,7 +164,7 @@ def _fog(image: Image, parameters: tuple[float, ...], _unit: float, rng: np.rand
 
 
 def _brightness(image: Image, added: float, _unit: float, _rng: np.random.Generator) -> Image:
-    # Raises the value of HSV. Hue and saturation stay the same, and black, which has neither, becomes gray.
+    # Raises the V of HSV. Hue and saturation stay the same, and black, which has neither, becomes gray.
     value: Image = image.max(axis=-1, keepdims=True)
     raised = np.minimum(value + added, 1.0)
     return np.where(value > 0, image / np.where(value > 0, value, 1.0), 1.0) * raised
@@ -356,7 +356,7 @@ CORRUPTIONS = {
     ),
     "brightness": Corruption(_brightness, (0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3)),
     "contrast": Corruption(_contrast, (0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15)),
-    # Strength, smoothness and tilt as shares of the side. The published code has 244 in place of the 224 pixels.
+    # Strength, smoothness and tilt as shares of the side. The published code uses 244 instead of 224 pixels.
     "elastic_transform": Corruption(
         _elastic_transform,
         tuple(

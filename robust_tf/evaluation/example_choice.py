@@ -13,7 +13,8 @@ class Example(NamedTuple):
     """One test image with its predictions.
 
     Attributes:
-        kind: "wrong" if the clean image is misclassified, "falls" if only the adversarial image is, else "resists".
+        kind: "wrong" if the clean image is misclassified, "falls" if only the adversarial image is misclassified, and
+            "resists" if neither is.
         label: True class.
         prediction: Predicted class of the clean image.
         prediction_adv: Predicted class of the adversarial image.
@@ -50,7 +51,7 @@ class ExampleChoice:
 
         Args:
             rows: Table (batch, 4) int with the label, the prediction, the prediction under attack, and 1 for a test
-                image or 0 for an image that only fills the batch.
+                image or 0 for an image that only fills up the batch.
             images: Tensor (batch, height, width, channels) of clean images. Only images that are kept are copied.
             images_adv: Tensor of the same shape with the adversarial images.
         """
@@ -63,9 +64,9 @@ class ExampleChoice:
                 self._kept[kind][place : place + 1] = [Example(kind, label, prediction, prediction_adv, *pixels)]
 
     def _place(self, kind: Kind, label: int, mistake: tuple[int, int]) -> int | None:
-        """Returns the place for a new image, or None if it adds nothing.
+        """Returns the place for a new image, or None if the image does not make the choice more varied.
 
-        It is an empty place, or the place of an image whose class or mistake occurs too often.
+        The place is empty, or it holds an image whose class or mistake occurs too often.
         """
         kept = self._kept[kind]
         if len(kept) < self._per_kind:

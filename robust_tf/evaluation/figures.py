@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-_ROW_NAME_LENGTH = 22  # characters that fit along the side of a picture on a sheet
+_ROW_NAME_LENGTH = 22  # number of characters that fit along the side of a picture on a sheet
 
 
 class Curve(NamedTuple):
@@ -87,7 +87,7 @@ def save_reliability(path: pathlib.Path, calibrations: dict[str, Calibration]) -
         bin_width = np.diff(bins.edges) * width
         counts.bar(bins.edges[:-1] + position * bin_width, bins.counts, bin_width, align="edge")
     axes.set_ylabel("accuracy")
-    # This corner is empty, because few classifiers are right more often than they predict.
+    # This corner is usually empty, because few classifiers are more accurate than they are confident.
     axes.legend(loc="upper left", fontsize="small")
     counts.set_ylabel("images")
     counts.set_xlabel("confidence")
@@ -151,7 +151,7 @@ def svg_of(figure: Figure, name: str) -> str:
         name: Prefix for all ids, which makes them unique in the page.
     """
     buffer = io.StringIO()
-    with pyplot.rc_context({"svg.hashsalt": name}):  # makes the text of equal figures equal
+    with pyplot.rc_context({"svg.hashsalt": name}):  # gives equal figures the same SVG text
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
@@ -160,7 +160,7 @@ def svg_of(figure: Figure, name: str) -> str:
 
 
 def save(path: pathlib.Path, figure: Figure) -> None:
-    """Writes a figure as PNG and closes it. The file has no date and no version, so equal figures give equal files."""
+    """Writes a figure as PNG and closes it. It contains no date or version, so equal figures give equal files."""
     with replaced_atomically(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""Shows what a classifier looks at: input gradients, images with given features, and large perturbations."""
+"""Shows what a classifier looks at, with input gradients, images with given features, and large perturbations."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.attacks.losses import find_loss, slope_of
 from robust_tf.models import features_of
 
-# Factor that keeps the small gradients of a confident network from becoming zero in its precision.
+# Factor that scales the loss, so that the small gradients of a confident network are not rounded to zero.
 _GRADIENT_SCALE = 256.0
 
 
@@ -64,10 +64,10 @@ def gradient_pictures(gradients: np.ndarray, images: np.ndarray) -> np.ndarray:
 def edge_alignment(gradients: np.ndarray, images: np.ndarray) -> float:
     """Returns how well the gradients agree with the edges in the images.
 
-    The result is the correlation over the pixels between the magnitudes of gradient and edges, averaged over the
-    images. It is our own measure for what Tsipras et al. 2019 (arXiv 1805.12152) show in pictures. The cosine between
-    image and gradient (Etmann et al. 2019, arXiv 1905.04172) is less suitable, because it is high for any blob of
-    gradient on a bright object.
+    The result is the correlation between the magnitude of the gradient and the strength of the edges over all pixels
+    of an image, averaged over the images. It is our own measure of what Tsipras et al. 2019 (arXiv 1805.12152) show in
+    pictures. The cosine between image and gradient (Etmann et al. 2019, arXiv 1905.04172) is less suitable, because it
+    is high for any blob of gradient on a bright object.
 
     Args:
         gradients: Gradients, (batch, height, width, 3).

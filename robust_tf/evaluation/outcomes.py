@@ -1,4 +1,4 @@
-"""The predictions for each test image, stored next to results.json so that two jobs can be compared by image."""
+"""The predictions for each test image, stored next to results.json so that two jobs can be compared image by image."""
 
 import csv
 import dataclasses
@@ -67,7 +67,7 @@ class Outcomes:
 
 
 def read_outcomes(workdir: pathlib.Path) -> Outcomes | None:
-    """Returns the predictions of a finished job, or None if an older version ran it, which did not write them.
+    """Returns the predictions of a finished job, or None if it was run by an older version, which did not write them.
 
     Raises:
         UserError: The file is damaged.

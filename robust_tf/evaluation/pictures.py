@@ -27,7 +27,7 @@ class Measured:
         calibration: Calibration on the images.
         robustness: Result of each attack at each epsilon.
         corruption_source: Source of the corrupted images. Empty if the corruptions were not measured.
-        corruption_errors: Errors of each corruption, one for each severity.
+        corruption_errors: Errors by corruption, one for each severity.
     """
 
     subject: Subject
@@ -67,7 +67,7 @@ def draw_figures(folder: pathlib.Path, measured: Sequence[Measured], *, num_exam
 
 
 def curve_of(attack: str, label: str, measured: Measured) -> Curve:
-    """Returns the curve of the robust accuracy over epsilon, which begins with the clean accuracy at 0.
+    """Returns the curve of the robust accuracy over epsilon. It begins with the clean accuracy at epsilon 0.
 
     Args:
         attack: Name of the attack.
@@ -89,8 +89,8 @@ def curve_of(attack: str, label: str, measured: Measured) -> Curve:
 def kept_examples(labels: np.ndarray, correct: np.ndarray, *, count: int) -> np.ndarray:
     """Returns the positions of the images whose adversarial images are kept for the sheet of examples.
 
-    The positions cover many classes. There are twice as many as will be drawn, because it is not known before the
-    attack on which images it will succeed.
+    The positions cover many classes. Twice as many images are kept as will be drawn, because it is not known in
+    advance on which images the attack will succeed.
 
     Args:
         labels: Labels of the images, (num_images,) int.
@@ -121,7 +121,7 @@ def drawn_examples(images: Images, result: Robustness, *, count: int) -> list[in
 
 
 def _spread(groups: Sequence[list[int]], labels: np.ndarray, *, count: int) -> list[int]:
-    """Chooses up to `count` positions, from each group in turn and of the class that was chosen least often so far."""
+    """Chooses up to `count` positions from the groups in turn, each time from the class chosen least often so far."""
     left = [list(group) for group in groups]
     chosen: list[int] = []
     seen: collections.Counter[int] = collections.Counter()

@@ -48,7 +48,7 @@ def _share(correct: np.ndarray) -> dict[str, Any]:
 
 
 def robustness_entry(result: Robustness, images: Images, class_names: Sequence[str]) -> dict[str, Any]:
-    """Returns the result of one attack at one epsilon, with the ids of the images on which an attack succeeded.
+    """Returns the entry for one attack at one epsilon, with the ids of the images on which an attack succeeded.
 
     The ids are grouped by the epsilon at which an attack succeeded and by the name of this attack.
 
@@ -152,10 +152,10 @@ def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def row_title(row: dict[str, Any]) -> str:
-    """Returns the title of an attack at one epsilon in tables.
+    """Returns the row title, in tables, of an attack at one epsilon.
 
-    The title says "any wrong iterate" for PGD, because the PGD of a training job works differently: it evaluates only
-    the iterate with the highest loss.
+    For PGD the title says "any wrong iterate", because a training job evaluates PGD differently: only the iterate with
+    the highest loss counts there.
 
     Args:
         row: Entry of the attack in evaluation.json.

@@ -19,8 +19,8 @@ class Robustness:
         attack: Name of the attack or the cascade, as the user wrote it.
         norm: Norm of the perturbations: "linf", "l2" or "l1".
         epsilon: Radius of the perturbations, in [0, 1] pixel units.
-        felled_by: For each image, the name of the attack that succeeded, "clean" if the image is misclassified without
-            an attack, or "" if no attack succeeded.
+        felled_by: For each image, the name of the attack that succeeded (an attack "fells" an image if it finds a
+            misclassified perturbation), "clean" if the image is misclassified without an attack, or "" if it resisted.
         felled_at: For each image, the smallest epsilon at which an attack succeeded, 0 for "clean", or -1 if no attack
             succeeded. A perturbation that is allowed at a smaller epsilon is allowed at this one, too.
         predictions: Class predicted for the last version of each image that was tried, (count,) int.
@@ -49,10 +49,10 @@ OnBatch = Callable[[float, float, float, str], None]
 
 
 def passes_of(state: CascadeState, *, epsilons_left: int = 0) -> tuple[float, float]:
-    """Returns the number of forward passes that a cascade has made, and the number that is still expected.
+    """Returns the number of forward passes that a cascade has made, and the number that it is still expected to make.
 
-    The estimate assumes that the same share of the images will resist the running attack to its end as has resisted it
-    so far, and that the later attacks run on these. The clean prediction counts as no pass, because the time for
+    The estimate assumes that the share of images that resist the running attack stays the same to its end, and that the
+    later attacks run on the images that resist. The clean prediction does not count as a pass, because the time for
     tracing it would distort the estimate of the remaining time.
 
     Args:
@@ -121,7 +121,8 @@ def attack_epsilons(
             done, ahead = passes_of(state, epsilons_left=len(epsilons) - position - 1)
             on_batch(before + done, before + done + ahead, int(state.robust.sum()) / count, state.running)
 
-        # The smaller epsilons are part of the key, because this run leaves out the images that fell there.
+        # The smaller epsilons are part of the key, because this run leaves out the images on which an attack succeeded
+        # at one of them.
         radii = ",".join(f"{value:.9g}" for value in epsilons[: position + 1])
         part = f"{key}/{compiled.norm}/{'+'.join(attacks)}/{radii}"
         warnings: dict[str, str] = {}

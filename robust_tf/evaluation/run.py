@@ -1,4 +1,4 @@
-"""An evaluation from its flags to evaluation.json, with its pictures and its table."""
+"""Runs an evaluation, from its flags to evaluation.json, its pictures and its table."""
 
 import dataclasses
 import pathlib
@@ -83,7 +83,7 @@ def run_evaluation(config: EvaluateConfig) -> None:
 
 
 def flags_of(config: EvaluateConfig) -> list[str]:
-    """Returns the flags that the figures depend on, which are all except the folders."""
+    """Returns the flags that the results depend on, which are all flags except the folders."""
     return to_flag_file(dataclasses.replace(config, output="", data_dir="")).splitlines()
 
 
@@ -102,7 +102,7 @@ def count_of(config: EvaluateConfig, subject: Subject) -> int | None:
 
 
 def identity(config: EvaluateConfig, subjects: Sequence[Subject], images: Sequence[Images]) -> dict[str, Any]:
-    """Returns what two runs must have in common for the second to continue from the state of the first."""
+    """Returns the values that must be equal in two runs if the second is to continue from the state of the first."""
     parts: dict[str, Any] = {
         "--seed": config.seed,
         "--batch_size": config.batch_size,
@@ -118,7 +118,7 @@ def identity(config: EvaluateConfig, subjects: Sequence[Subject], images: Sequen
 
 
 def with_threat_model(config: EvaluateConfig, subjects: Sequence[Subject]) -> EvaluateConfig:
-    """Returns the config with a norm and epsilons; where the flags leave them out, they come from a classifier.
+    """Returns the config with a norm and epsilons. If the flags leave them out, they come from a classifier.
 
     Args:
         config: Flags of the evaluation.
@@ -136,7 +136,7 @@ def with_threat_model(config: EvaluateConfig, subjects: Sequence[Subject]) -> Ev
             f"Received: --norm={config.norm!r}, --epsilon={','.join(map(str, config.epsilon))}. Name both."
         )
     norm = config.norm or str(known.norm if known else "")
-    # The epsilon of the training means nothing in another norm.
+    # The epsilon used in training is meaningless for another norm.
     if not config.epsilon and (known is None or known.norm != norm):
         raise UserError(
             f"--epsilon is needed, because the classifier was trained for another norm. Received: --norm={norm}. Add "
@@ -244,8 +244,8 @@ def entry_of(config: EvaluateConfig, measured: Measured, baseline: Measured) -> 
 
     Args:
         config: Flags of the evaluation.
-        measured: Figures of the classifier.
-        baseline: Figures of the classifier that the corruption error is relative to, with --compare.
+        measured: Results of the classifier.
+        baseline: Results of the classifier that the corruption error is relative to, with --compare.
     """
     entry = report.subject_entry(
         measured.subject, measured.images, measured.logits, measured.calibration, measured.robustness

@@ -15,7 +15,7 @@ class StateFile:
 
     Args:
         path: Path of the file, which is read if it exists.
-        identity: JSON values, by name, that a run must have in common with the run that wrote the file.
+        identity: JSON values, by name, which must be the same in this run and in the run that wrote the file.
 
     Raises:
         UserError: If the file is damaged or belongs to a run with another identity. The message says what differs.

@@ -66,7 +66,7 @@ class Images:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of ids, pixels and labels, which tells whether two evaluations use the same images."""
+        """SHA-256 of ids, pixels and labels. It shows whether two evaluations use the same images."""
         digest = hashlib.sha256()
         for array in (self.ids, self.pixels, self.labels):
             digest.update(f"{array.dtype}{array.shape}".encode())
@@ -81,9 +81,9 @@ def load_subject(
 
     Args:
         name: Path of a `.keras` file, or name of a published model.
-        dataset: Name of the data set, see `load_task`. "" uses the data set of the training job, which the
-            `results.json` next to the file names, or of the published model.
-        classes: Labels to keep. If `dataset` and `classes` are left out, the labels of the training job.
+        dataset: Name of the data set, see `load_task`. "" uses the data set of the training job, as stated in the
+            `results.json` next to the file, or of the published model.
+        classes: Labels to keep. If both `dataset` and `classes` are left out, the labels of the training job are kept.
         data_dir: Folder of TFDS. "" uses TFDS's default.
         batch_size: Number of images in a test batch.
 
@@ -117,7 +117,7 @@ def load_subject(
             downscale=job.downscale,  # the classifier was trained on such images, and needs them for any data set
             exif=job.exif,
             alpha_background=job.alpha_background,
-            # With another seed, some of its training images would be test images.
+            # With another seed, some of the images that it was trained on would be test images.
             split_seed=job.split_seed if same_data else 0,
             skip_bad_images=same_data and job.skip_bad_images,
             data_dir=data_dir,
@@ -167,7 +167,7 @@ def draw_images(task: TaskData, *, count: int | None, seed: int) -> Images:
 
 
 def chosen_positions(total: int, count: int | None, seed: int) -> np.ndarray:
-    """Returns a mask that is true for `count` random positions.
+    """Returns a mask that is True at `count` random positions.
 
     Args:
         total: Number of positions.
@@ -216,7 +216,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _job_of(path: pathlib.Path, name: str) -> JobResults:
-    """Returns what is known about the training of a classifier."""
+    """Returns the results of the job that trained a classifier, as far as they are known."""
     if name not in PUBLISHED:
         return JobResults.read(path.parent / FILE_NAME) or JobResults()
     model = PUBLISHED[name]

@@ -1,4 +1,4 @@
-"""The picture of `robust_tf.visualize`, from its flags to the file."""
+"""Draws the picture of `robust_tf.visualize`, from the flags to the file."""
 
 import pathlib
 from typing import NamedTuple

@@ -51,7 +51,7 @@ def adapted_classifier(source: keras.Model, job: JobConfig, task: TaskSummary) -
     classifier = replace_head(
         classifier, len(task.class_names), hidden_layers=job.transfer.hidden_layers, seed=job.run.seed
     )
-    # Before the trainer is compiled, since a compiled model keeps training the layers that it was compiled with.
+    # Frozen before the trainer is compiled, since a compiled model keeps training the layers that were trainable then.
     freeze(
         classifier,
         mode=job.transfer.transfer_mode,
@@ -77,7 +77,7 @@ def job_optimizer(
     Args:
         optimization: Settings of the optimization.
         steps_per_epoch: Number of updates of the weights in an epoch, see `optimizer_steps_per_epoch`.
-        factor: Factor on the learning rate.
+        factor: Factor for the learning rate.
     """
     return build_optimizer(
         optimization.optimizer,

@@ -35,7 +35,7 @@ from robust_tf.transfer.stages import freeze
 
 _PREVIEW_IMAGES = 8
 _MOST_ROLLBACKS = 3
-_ROLLBACK_FACTOR = 0.1  # on the learning rate, at each rollback
+_ROLLBACK_FACTOR = 0.1  # factor for the learning rate at each rollback
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def fit_classifier(
         distribution: Devices of the job.
 
     Raises:
-        UserError: The first epoch raised an alarm after every rollback.
+        UserError: The first epoch raised an alarm even after the last allowed rollback.
         Interrupted: Ctrl-C or SIGTERM was received. The state has been saved.
     """
     fit = _Fit(job=job, classifier=classifier, task=task, workdir=workdir, distribution=distribution)
@@ -174,15 +174,15 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
 
 
 def _freeze_as_before(fit: _Fit, progress: TrainingProgress) -> bool:
-    """Freezes the layers as they were where training continues. Returns whether all had been unfrozen by then."""
+    """Freezes the layers as they were in the state from which training continues. Returns whether all were unfrozen."""
     transfer = fit.job.transfer
     unfreeze_at = transfer.unfreeze_at_epoch
-    # If any step of an epoch is done, its unfreezing is done too.
+    # Unfreezing happens before the first step of its epoch.
     unfrozen = unfreeze_at is not None and (progress.epochs_done, progress.steps_done) > (unfreeze_at, 0)
     if unfrozen:
         freeze(fit.classifier, mode="full_network")  # the saved state of the optimizer covers the whole network
     elif unfreeze_at is not None and progress.rollbacks:
-        # The unfreezing may have come after the state to which the rollback went.
+        # The rollback may have gone back to a state from before the unfreezing.
         freeze(
             fit.classifier,
             mode=transfer.transfer_mode,
@@ -204,7 +204,7 @@ def _compiled_trainer(
         recipe=job_recipe(adversarial, optimization, steps),
         validation_attack=adversarial.validation_attack,
         seed=fit.job.run.seed,
-        # A single-step recipe is so cheap that a forward pass for these figures alone would be a sixth of its cost.
+        # A single-step recipe is so cheap that a forward pass just for the clean metrics would be a sixth of its cost.
         clean_figures=not adversarial.single_step,
     )
 
@@ -214,7 +214,7 @@ def _compiled_trainer(
         trainer.compile(
             optimizer=optimizer,
             loss=loss,
-            # Weighted, because with several replicas the images that only fill a batch have weight 0.
+            # Weighted, because with several replicas the images that only fill up a batch have weight 0.
             weighted_metrics=[Accuracy(), MeanPerClassAccuracy(len(task.class_names))],
             # XLA cannot compile the exchange of gradients between replicas.
             jit_compile={"auto": "auto", "true": True, "false": False}[optimization.jit_compile]
@@ -239,7 +239,7 @@ def _run_epochs(
     *,
     until: int,
 ) -> None:
-    """Trains from `progress` until `until` epochs are done. From within an epoch, it can only finish that epoch."""
+    """Trains from `progress` until `until` epochs are done. If it starts in mid-epoch, it must end with that epoch."""
     epoch, first_step = progress.epochs_done, progress.steps_done
     if epoch == until:
         return
@@ -305,7 +305,7 @@ def _callbacks(
             history=progress.alarms,
             agree=fit.distribution.any,
         )
-        callbacks.append(alarms)  # adds its figures to the ones that the next callback charts
+        callbacks.append(alarms)  # adds its measurements to the logs that the next callback charts
     if fit.distribution.is_chief:
         tensorboard = TensorBoardLogger(
             fit.board,
@@ -322,7 +322,7 @@ def _callbacks(
 
 
 def _state_of_chief(read: Callable[[], State | None], distribution: Distribution) -> State | None:
-    """Returns the state that the chief reads, in every process.
+    """Returns, in every process, the state that the chief has read.
 
     The processes need not see the same disk, and one of them might find a file damaged that another can read.
     """
@@ -339,10 +339,10 @@ def _state_of_chief(read: Callable[[], State | None], distribution: Distribution
 
 
 def _selecting_metric(select_by: SelectBy, metric: str, *, attacked: bool) -> str | None:
-    """Returns the name of the logged validation figure that selects the best epoch. None keeps the last epoch."""
+    """Returns the name, in the logs, of the metric that selects the best epoch, or None to keep the last epoch."""
     if select_by == "last":
         return None
     if select_by == "accuracy":
         return "val_clean_accuracy" if attacked else "val_accuracy"
-    # With an attack, the accuracy that is compiled into the trainer is the robust one.
+    # With an attack, the compiled accuracy is the robust accuracy.
     return "val_accuracy" if attacked else f"val_{metric}"

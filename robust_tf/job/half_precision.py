@@ -4,7 +4,7 @@ import pathlib
 
 import tensorflow as tf
 
-# Instructions that multiply such numbers on x86 and ARM, as /proc/cpuinfo names them.
+# Processor instructions that multiply half-precision numbers on x86 and ARM, as /proc/cpuinfo names them.
 _INSTRUCTIONS = {
     "mixed_bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
     "mixed_float16": {"avx512_fp16", "amx_fp16", "fphp", "asimdhp"},

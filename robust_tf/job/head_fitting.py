@@ -35,7 +35,7 @@ class HeadFit:
 
     Attributes:
         progress: Progress of the training; `epochs_done` is 0 for a probe, which is not trained in epochs.
-        cache_hits: Number of rows of features that had been stored before.
+        cache_hits: Number of rows of features that were already stored.
         cache_misses: Number of rows of features that had to be computed.
         feature_seconds: Seconds that it took to load and compute all features.
         penalty: Regularization that a probe chose. None for SGD.
@@ -49,7 +49,7 @@ class HeadFit:
 
 
 def fit_head(job: JobConfig, classifier: keras.Model, task: TaskData, workdir: pathlib.Path) -> HeadFit:
-    """Fits the head of a classifier to the features of its backbone, which is not changed.
+    """Fits the head of a classifier to the features of its backbone. The backbone does not change.
 
     Args:
         job: Job to run.
@@ -144,7 +144,7 @@ def _train(job: JobConfig, classifier: keras.Model, features: Features, task: Ta
 def _steps(
     head: keras.Model, optimizer: keras.optimizers.Optimizer, loss: CrossEntropy, batch_size: int
 ) -> tuple[Any, Any]:
-    """Returns two graph functions of rows of features, one for training and one for prediction.
+    """Returns two functions of rows of features, each a tf.function: one for training and one for prediction.
 
     The first trains on the rows batch by batch and returns the sum of the losses and the number of hits. The second
     returns the logits.
@@ -207,7 +207,7 @@ def _head_layers(classifier: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _copy_of_head(classifier: keras.Model) -> keras.Model:
-    """Returns a model with copies of the layers after "features", since a layer in two models has no single input."""
+    """Returns a model with copies of the layers after "features". A layer shared by two models has no single input."""
     outputs = inputs = keras.Input(classifier.get_layer("features").output.shape[1:], name="features")
     for layer in _head_layers(classifier):
         copy = type(layer).from_config(layer.get_config())

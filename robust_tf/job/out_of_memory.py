@@ -18,7 +18,7 @@ def out_of_memory_explained(job: JobConfig, classifier: keras.Model) -> Iterator
     """Returns a context that turns an out-of-memory error, on an accelerator or on the host, into a UserError.
 
     The message estimates the memory that the job needs, and suggests flags that reduce it. Nothing is written, so the
-    last checkpoint stays. Linux may also kill the process (exit code 137), which cannot be caught.
+    last checkpoint is kept. Linux may instead kill the process (exit code 137), which cannot be caught.
 
     Args:
         job: Job that is run.

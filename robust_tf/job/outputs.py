@@ -58,7 +58,7 @@ def write_job(
     results.write(workdir / FILE_NAME)  # last, because its presence means that the job is finished
     with only_a_warning(f"The report of {workdir}"):
         write_examples(workdir, evaluation.examples)
-        if not job.transfer.baseline:  # otherwise the report waits for the baseline
+        if not job.transfer.baseline:  # with a baseline, `finish_job` writes the report
             write_report(workdir)
 
 

@@ -1,4 +1,4 @@
-"""Early stopping: training ends when the validation figure that selects the epoch has not improved for some epochs."""
+"""Early stopping: training ends when the validation metric that selects the epoch has not improved for some epochs."""
 
 import dataclasses
 from typing import Any
@@ -14,10 +14,10 @@ class Patience:
     """The rule by which training ends early.
 
     Attributes:
-        limit: Number of epochs without a better validation figure after which training ends; 0 never ends it early.
+        limit: Number of epochs without a better validation metric after which training ends; 0 never ends it early.
         num_epochs: Number of epochs of the whole training.
-        unfreeze_at_epoch: Epoch from which the whole network trains, or None. The count begins anew there, because the
-            best figure of a head alone says nothing about the whole network.
+        unfreeze_at_epoch: Epoch from which the whole network trains, or None. The count starts again there, because the
+            best metric of the head alone says nothing about the whole network.
     """
 
     limit: int
@@ -32,13 +32,13 @@ class Patience:
         return progress.epochs_done - 1 - since
 
     def is_exhausted(self, progress: TrainingProgress) -> bool:
-        """Returns whether training ends before its last epoch; a resumed training then has nothing left to do."""
+        """Returns whether the patience is exhausted. Training then ends early, and resuming it trains no further."""
         if not self.limit or not 0 < progress.epochs_done < self.num_epochs:
             return False
         return self.epochs_without_gain(progress) >= self.limit
 
     def explanation(self, progress: TrainingProgress) -> str:
-        """Returns a sentence on why training ended early and which epoch is kept."""
+        """Returns a sentence that says why training ended early and which epoch is kept."""
         count = self.epochs_without_gain(progress)
         return (
             f"Stopped early after epoch {progress.epochs_done} of {self.num_epochs}: {count} epoch{'s' * (count != 1)} "

@@ -99,8 +99,8 @@ def job_results(
 def measured_attack(attack: AttackConfig) -> MeasuredAttack | None:
     """Returns the attack of the final evaluation as results.json describes it, or None without an attack.
 
-    The name says which iterate is kept, because `robust_tf.evaluate` counts an image as misclassified if any iterate of
-    PGD is. Its figure can therefore be lower.
+    The name says which iterate of PGD counts. `robust_tf.evaluate` counts an image as misclassified if any iterate is,
+    so its accuracy can be lower.
     """
     if not attack.active:
         return None
@@ -126,7 +126,7 @@ def with_baseline(results: JobResults, baseline: JobResults, workdir: pathlib.Pa
 
 
 def closing_table(results: JobResults) -> Table:
-    """Returns the table of the figures on the test images, with one row, or two if there is a baseline."""
+    """Returns the table of the accuracies on the test images, with one row, or two if there is a baseline."""
     table = Table(
         title=f"{results.dataset}: {results.num_test_images} test images", title_justify="left", box=box.SIMPLE
     )

@@ -70,7 +70,7 @@ def run_job(job: JobConfig) -> JobResults:
 
 
 def run_baseline(job: JobConfig) -> JobResults:
-    """Runs the same job with the standard twin of its source, in the subfolder baseline/ of its workdir."""
+    """Runs the same job from the standard counterpart of its source, in the subfolder baseline/ of its workdir."""
     if source_is_job(job):
         twin = twin_job(job)
         run_job(twin)
@@ -85,10 +85,10 @@ def build_job(job: JobConfig) -> tuple[keras.Model, TaskData]:
     """Returns the classifier of a job, with the right layers frozen, and its data. Runs the source's job if needed."""
     distribution = start_distribution(job.run.distribution)
     source = _source_classifier(job, distribution) if job.is_transfer else None
-    with distribution.chief_first():  # it prepares the data set where all workers see the same disk
+    with distribution.chief_first():  # only the chief prepares a data set, where all workers see the same disk
         task = load_job_task(job, image_size=source.input_shape[1] if source else None, distribution=distribution)
-    # Seeded only now, because preparing a data set and running the source's job draw numbers too, and a repeated run
-    # does neither.
+    # Seeded only now, because preparing a data set and running the source's job also draw random numbers, and a
+    # repeated run does neither.
     keras.utils.set_random_seed(job.run.seed)
     classifier = adapted_classifier(source, job, task) if source else new_classifier(job, task)
     return classifier, task
@@ -106,7 +106,7 @@ def _source_classifier(job: JobConfig, distribution: Distribution) -> keras.Mode
             )
         run_job(source)
         path = str(classifier_path(source))
-    with distribution.chief_first():  # it downloads a published model
+    with distribution.chief_first():  # only the chief downloads a published model
         return open_source(path, job.transfer, image_size=job.data.image_size)
 
 

@@ -31,7 +31,7 @@ def source_job(job: JobConfig) -> JobConfig:
 
 
 def twin_job(job: JobConfig) -> JobConfig:
-    """Returns the standard twin of a source that is a flag file: the same job, trained without an attack."""
+    """Returns the standard counterpart of a source that is a flag file: the same job, trained without an attack."""
     robust = source_job(job)
     return robust.standard_twin().with_flags(workdir=f"{robust.run.workdir}_eps0")
 
@@ -47,7 +47,7 @@ def open_source(path: str, transfer: TransferConfig, *, image_size: int | None) 
     Args:
         path: Path of a file, or name of a published model.
         transfer: Settings of the transfer.
-        image_size: Image size for a checkpoint, since checkpoints do not store it.
+        image_size: Image size, needed only for a checkpoint, since checkpoints do not store it.
     """
     source = sources.load_source(path, architecture=transfer.architecture, image_size=image_size)
     if warning := pixel_warning(source):

@@ -1,4 +1,4 @@
-"""The data of a job, and checks that need it: the radius of the attack and the length of the job."""
+"""Loads the data of a job, and makes the checks that need it: the attack's epsilon and the length of the job."""
 
 import dataclasses
 import math

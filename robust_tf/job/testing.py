@@ -17,7 +17,7 @@ from robust_tf.statistics import Interval, mean_per_class, wilson_interval
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The outcomes for all images of one data set, and the figures that follow from them.
+    """The outcomes for all images of one data set, and the accuracies that follow from them.
 
     Attributes:
         outcomes: Predictions for each image.
@@ -85,8 +85,8 @@ def evaluate_classifier(
         attack: Attack of the evaluation. With epsilon 0 there is no robust accuracy.
         ids: Ids of the images in the order of `dataset`, (num_images,) int64.
         strategy: Strategy of the job. With several replicas, `dataset` is a distributed data set whose batches
-            also have weights (batch,), and images of weight 0 only fill a batch. Every process returns the outcomes of
-            all images, but only examples from its own share.
+            also have weights (batch,), and images of weight 0 only fill up a batch. Every process returns the outcomes
+            of all images, but only examples from its own share.
     """
     replicas: Any = strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
 

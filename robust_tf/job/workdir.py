@@ -30,7 +30,7 @@ def claim_workdir(job: JobConfig) -> None:
             )
         return
     with replaced_atomically(path) as temporary:
-        # With the values that the recipe sets, because a later version may set others.
+        # Includes the values that the recipe sets, because a recipe may set other values in a later version.
         temporary.write_text(to_flag_file(job.resolved()), encoding="utf-8")
 
 
@@ -53,7 +53,7 @@ def finished_results(workdir: pathlib.Path) -> JobResults | None:
 
 
 def check_export(job: JobConfig) -> None:
-    """Refuses a name that the classifier can't be published under."""
+    """Refuses a name under which the classifier can't be published."""
     if job.run.export_dir:
         model_folder(pathlib.Path(job.run.export_dir), job.run.served_name)
 

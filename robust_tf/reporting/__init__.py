@@ -1,4 +1,4 @@
-"""What a finished training job leaves for people to read: report.html with its figures, and a model card."""
+"""Writes what people read about a finished training job: report.html with its plots, and a model card."""
 
 from robust_tf.reporting.job_files import write_examples, write_history
 from robust_tf.reporting.job_report import REPORT, write_report

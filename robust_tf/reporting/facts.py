@@ -1,4 +1,4 @@
-"""Facts that both the report and the model card of a job state: training, flags, commands and limitations."""
+"""Facts for both the report and the model card of a job: training, flags, commands and limitations."""
 
 import pathlib
 import re
@@ -44,7 +44,7 @@ def training_of(job: FinishedJob) -> str:
 
 
 def changed_flags(config: JobConfig) -> list[tuple[str, str, str]]:
-    """Returns name, value and default of every flag that differs from its default."""
+    """Returns the name, value and default of every flag that differs from its default."""
     values, defaults = flat_values(config.resolved()), flat_values(JobConfig().resolved())
     return [
         (f"--{name}", _value(value), _value(defaults[name]))
@@ -111,7 +111,7 @@ def _value(value: Any) -> str:
 
 
 def limitations_of(job: FinishedJob) -> list[str]:
-    """Returns sentences about what the figures do not show."""
+    """Returns sentences about what the reported accuracies do not show."""
     results = job.results
     limitations = [
         f"These figures come from {results.num_test_images:,} test images of {results.dataset} and from one run (seed "

@@ -1,4 +1,4 @@
-"""The figures in the report of a job, in Okabe and Ito's colors, which color-blind readers can tell apart."""
+"""The plots in the report of a job, in Okabe and Ito's colors, which color-blind readers can tell apart."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,19 +14,19 @@ from robust_tf.statistics import wilson_interval
 from robust_tf.training.tensorboard import axis_name, confusion_figure
 
 _BLUE, _RED, _GREEN = "#0072B2", "#D55E00", "#009E73"
-_WIDTH = 5.2  # inches: letters of 10 points are still legible when a phone shows the figure at half size
-_MOST_CLASSES = 25  # more do not fit into the figure of the classes
+_WIDTH = 5.2  # inches: 10-point letters are still legible when a phone shows the plot at half size
+_MOST_CLASSES = 25  # more do not fit into the plot of the class accuracies
 
 
 def job_figures(job: FinishedJob) -> dict[str, tuple[Figure, str]]:
-    """Draws all figures of a report.
+    """Draws all plots of a report.
 
     Args:
         job: The finished job.
 
     Returns:
-        The figures by the names of their files, each with the text for readers who cannot see it. The caller has to
-        close them.
+        The plots by the names of their files, each with a text for readers who cannot see it. The caller must close
+        them.
     """
     names = job.results.class_names
     confusion = job.outcomes.confusion(len(names))
@@ -155,7 +155,7 @@ def _present(lines: dict[str, tuple[list[float], str, str]]) -> dict[str, tuple[
 
 
 def _column(job: FinishedJob, name: str) -> list[float]:
-    """Returns a figure of all epochs, or nothing if an epoch lacks it, because an older version ran it."""
+    """Returns a metric for all epochs, or nothing if an epoch lacks it because an older version ran it."""
     return [logs[name] for logs in job.history] if all(name in logs for logs in job.history) else []
 
 

@@ -1,4 +1,4 @@
-"""The files of a job from which its report is made. Since the job keeps them, the report can be made at any time."""
+"""The files of a job from which its report is made. The job keeps them, so the report can be made at any time."""
 
 import csv
 import dataclasses
@@ -19,7 +19,7 @@ FIGURES = "figures"
 _HISTORY = "history.csv"
 _EXAMPLES = pathlib.Path(FIGURES) / "examples"
 _EXAMPLE_COLUMNS = ("file", "kind", "label", "prediction", "prediction_under_attack", "magnified")
-# Smallest and largest longer side of a picture, in pixels.
+# Limits for the longer side of a picture, in pixels.
 _SMALLEST, _LARGEST = 96, 160
 
 
@@ -53,7 +53,7 @@ class FinishedJob:
         config: Flags of the job.
         results: Content of results.json.
         outcomes: Predictions for each test image.
-        history: Figures of each epoch by name; empty if no epochs were run.
+        history: Metrics of each epoch by name; empty if no epochs were run.
         examples: Pictures of some test images; empty if none were kept.
     """
 
@@ -66,12 +66,12 @@ class FinishedJob:
 
     @property
     def attacked(self) -> bool:
-        """Whether the classifier was attacked for the final figures."""
+        """Whether the final evaluation attacked the classifier."""
         return self.outcomes.predictions_adv is not None
 
 
 def read_finished_job(workdir: pathlib.Path) -> FinishedJob | None:
-    """Returns the job of a workdir, or None if it has no results, or no predictions because an older version ran it.
+    """Returns the job of a workdir, or None if it has no results or, from an older version, no predictions.
 
     Raises:
         UserError: A file is missing or damaged.
@@ -93,7 +93,7 @@ def read_finished_job(workdir: pathlib.Path) -> FinishedJob | None:
 
 
 def write_history(workdir: pathlib.Path, history: Sequence[dict[str, float]]) -> None:
-    """Writes history.csv, with a row for each epoch and a column for each figure. Without epochs it writes nothing."""
+    """Writes history.csv, with a row for each epoch and a column for each metric. Without epochs it writes nothing."""
     if not history:
         return
     names = list(dict.fromkeys(name for logs in history for name in logs))
@@ -147,7 +147,7 @@ def _read_examples(workdir: pathlib.Path) -> tuple[ExamplePicture, ...]:
 
 
 def _side_by_side(pictures: Sequence[np.ndarray]) -> Image.Image:
-    """Returns pictures (height, width, 3) in [0, 1] in one row, small ones enlarged by a whole number."""
+    """Returns pictures (height, width, 3) in [0, 1] in one row. Small ones are enlarged by an integer factor."""
     tiles = []
     for pixels in pictures:
         tile = Image.fromarray(np.round(255 * np.clip(pixels, 0.0, 1.0)).astype(np.uint8))

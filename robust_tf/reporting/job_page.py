@@ -51,8 +51,8 @@ pre { background: var(--card); padding: 0.5rem 0.75rem; border-radius: 0.5rem; m
   details > * { display: block; }
 }
 """
-_OPEN_CLASSES = 12  # for more classes, the table is folded and the confusion matrix is wide
-# Between the ends of an interval, which stays in one piece on the second line of a narrow cell.
+_OPEN_CLASSES = 12  # with more classes, the table is collapsed and the confusion matrix is wide
+# Text between the ends of an interval. Its spaces do not break, so the interval stays on one line in a narrow cell.
 _TO = "\u00a0to\u00a0"
 _KINDS = {
     "resists": "Classified correctly, even under the attack",
@@ -67,7 +67,7 @@ def job_page(job: FinishedJob, figures: dict[str, tuple[str, str]]) -> str:
 
     Args:
         job: The finished job.
-        figures: SVG element of each figure by its name, with the text for readers who cannot see it.
+        figures: SVG element of each plot by its name, with a text for readers who cannot see it.
     """
     results = job.results
     title = escape(title_of(job))

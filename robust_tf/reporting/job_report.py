@@ -1,4 +1,4 @@
-"""Writes the report of a finished job, from the files in its workdir: report.html, its figures, and README.md."""
+"""Writes the report of a finished job, from the files in its workdir: report.html, its plots, and README.md."""
 
 import pathlib
 import warnings
@@ -31,7 +31,9 @@ def write_report(workdir: pathlib.Path) -> None:
         return
     drawn = {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the tables of the page show every letter
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing"
+        )  # the tables on the page show these letters correctly
         with pyplot.rc_context({"font.size": 10}):
             for name, (figure, text) in job_figures(job).items():
                 drawn[name] = (svg_of(figure, name), text)

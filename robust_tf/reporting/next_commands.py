@@ -13,7 +13,7 @@ _LARGEST_SAMPLE = 1000
 
 
 def next_commands(run: RunConfig, sample: bytes) -> list[str]:
-    """Returns the command that starts TensorBoard and, after an export, those that start and query a server.
+    """Returns the command that starts TensorBoard and, after an export, the commands that start and query a server.
 
     Args:
         run: Run settings of a finished job.

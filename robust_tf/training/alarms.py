@@ -23,8 +23,8 @@ NUM_IMAGES = 64
 PGD_STEPS = 10
 SQUARE_QUERIES = 50
 
-# Overfitting: the accuracy under PGD is at most half of the accuracy under FGSM, and the difference is too large to be
-# chance with 64 images.
+# Catastrophic overfitting: the accuracy under PGD is at most half the accuracy under FGSM, and lower by at least this
+# gap, which is too large to be chance with 64 images.
 _OVERFITTING_GAP = 0.2
 # With useful gradients, PGD is much stronger than Square with few queries. A gap of 0.1 is about six images out of 64.
 _MASKING_GAP = 0.1
@@ -32,13 +32,13 @@ _ZERO_GRADIENTS = 0.1
 
 
 class Reading(NamedTuple):
-    """Measurements on the held-out images, all as shares of these images.
+    """Measurements on the held-out images. Each is a share of these images.
 
     Attributes:
-        fgsm_accuracy: Share that is classified correctly both before and after FGSM.
-        pgd_accuracy: Share that is classified correctly both before and after PGD.
-        square_accuracy: Share that is classified correctly both before and after Square.
-        zero_gradients: Share whose gradient is zero in every pixel.
+        fgsm_accuracy: Share of images classified correctly both before and after FGSM.
+        pgd_accuracy: Share of images classified correctly both before and after PGD.
+        square_accuracy: Share of images classified correctly both before and after Square.
+        zero_gradients: Share of images whose gradient is zero in every pixel.
     """
 
     fgsm_accuracy: float
@@ -48,7 +48,7 @@ class Reading(NamedTuple):
 
     @property
     def figures(self) -> dict[str, float]:
-        """The figures to chart, by name."""
+        """The values to chart, by name."""
         return {
             "fgsm_pgd_gap": self.fgsm_accuracy - self.pgd_accuracy,
             "pgd_square_gap": self.pgd_accuracy - self.square_accuracy,
@@ -80,11 +80,11 @@ class Reading(NamedTuple):
 
 
 class TrainingAlarm(Exception):
-    """Raised to end `fit` after an epoch with an alarm, before the state of the epoch is saved."""
+    """Raised to end `fit` when an epoch raised an alarm, before the state after that epoch is saved."""
 
 
 class Alarms(keras.callbacks.Callback):
-    """Checks for alarms after an epoch, prints warnings, and adds the figures to the validation logs of the epoch.
+    """Checks for alarms after an epoch, prints warnings, and adds the measurements to the epoch's validation logs.
 
     The check uses the same weights as the validation, which are also the weights that may be saved: the moving
     averages, if the optimizer keeps any.
@@ -92,11 +92,11 @@ class Alarms(keras.callbacks.Callback):
     Args:
         classifier: Classifier that is being trained.
         held_out: Images (count, height, width, 3) in [0, 1] and labels (count,) that are not used for training.
-        attack: Attack of the training. Its norm and epsilon are used here.
-        every_epochs: Number of epochs between two checks.
+        attack: Attack that is used in training. The check uses its norm and epsilon.
+        every_epochs: Number of epochs from one check to the next.
         history: List to which every warning is appended.
-        agree: Function that is told whether this process has found an alarm and returns whether any process of the job
-            has found one.
+        agree: Function that is called with True if this process has found an alarm, else False. It returns whether any
+            process of the job has found one.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class EndOnAlarm(keras.callbacks.Callback):
 
     Args:
         alarms: Callback that checks for alarms.
-        save_anyway: Whether to let the very first epoch be saved before `fit` ends, since there is no earlier state.
+        save_anyway: Whether to save the very first epoch even if it raised an alarm, since there is no earlier state.
     """
 
     def __init__(self, alarms: Alarms, *, save_anyway: bool) -> None:

@@ -55,7 +55,7 @@ def flat_layers(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _positions(layer: keras.layers.Layer) -> int | None:
-    """Returns how many values of each image enter a channel's statistics, or None if that is not known beforehand."""
+    """Returns how many values each image adds to a channel's statistics, or None if that is not known."""
     try:
         shape = layer.input.shape
     except (AttributeError, ValueError):  # the layer is not part of a functional graph, or used more than once

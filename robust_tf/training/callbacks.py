@@ -55,18 +55,18 @@ class CallbacksFromStep(keras.callbacks.CallbackList):
 class SaveProgress(keras.callbacks.Callback):
     """Saves the state after each epoch, at regular intervals within an epoch, and after a signal to stop.
 
-    If the optimizer keeps moving averages of the weights, the validation measures the averages, and the best weights
-    that are saved are averages, too.
+    If the optimizer keeps moving averages of the weights, validation uses the averages, and so do the saved best
+    weights.
 
     Args:
         checkpoints: Folder to save to.
         progress: Progress of the run so far. The callback keeps it up to date.
-        select_by: Name of the logged figure that selects the best epoch; higher is better. With None the latest epoch
+        select_by: Name of the logged metric that selects the best epoch; higher is better. With None the latest epoch
             is always the best.
         every_steps: Number of steps between two saves within an epoch. None turns these saves off.
         every_minutes: Minutes between two saves within an epoch. 0 turns these saves off.
-        pending: The signal that has been received, if any. After the current step the state is saved and `Interrupted`
-            is raised.
+        pending: The signal that has been received, if any. Once there is one, the state is saved after the current
+            step, and `Interrupted` is raised.
         rate: Function that returns the training speed of the current epoch in images per second, or 0 if this process
             has run none of its steps.
         distribution: Distribution of the job. The chief writes the files. All processes save and stop after the same
@@ -92,13 +92,13 @@ class SaveProgress(keras.callbacks.Callback):
         self._training_metrics: list[np.ndarray] = []
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Starts the clocks, and notes the restored metrics if the run continues within an epoch."""
+        """Starts the clocks, and remembers the restored metrics if the run continues in the middle of an epoch."""
         self._since = self._saved = time.perf_counter()
         if self._progress.steps_done:
             self._training_metrics = self._metrics()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Restores the metrics if the run continues within an epoch."""
+        """Restores the metrics if the run continues in the middle of an epoch."""
         if self._progress.steps_done:  # Keras has just reset the metrics of the earlier steps of this epoch
             self._restore_metrics()
 
@@ -138,7 +138,7 @@ class SaveProgress(keras.callbacks.Callback):
         progress = self._progress
         value = float(epoch) if self._select_by is None else logs[self._select_by]
         loss = logs["val_loss"]
-        # Equal figures are frequent on a small validation part, so the lower loss decides between them.
+        # Ties are frequent on a small validation part, so the lower loss decides between them.
         if (value, -loss) > (progress.best_value, -progress.best_loss):
             progress.best_epoch, progress.best_value, progress.best_loss = epoch, value, loss
             with averages_in_place(self.model):

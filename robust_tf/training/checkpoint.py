@@ -2,12 +2,12 @@
 
 The folder `checkpoints/` of a workdir holds two kinds of files:
 
-* `epoch0003_step0000120.npz`: the whole state after 3 epochs and 120 steps of the next one. The two newest are kept,
-  and the newest one from the end of an epoch. If a file is damaged, the run continues from the one before it.
+* `epoch0003_step0000120.npz`: the whole state after 3 epochs and 120 steps of the next one. The two newest files are
+  kept, and also the newest one from the end of an epoch. If a file is damaged, the run continues from the one before.
 * `best_epoch0002.npz`: the weights of the best epoch. It is kept as long as a state names that epoch as its best.
 
-Each file is a plain NumPy archive with a format number, all variables in order under their numbers and names, the
-progress as JSON, and a SHA-256 of the variables and the progress.
+Each file is a plain NumPy archive with a format number, all variables in order (each key is a number and a name),
+the progress as JSON, and a SHA-256 of the variables and the progress.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from robust_tf.console import console
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
 
-# Raise it whenever older versions can no longer read the files. Files of older formats must then be refused or
-# converted.
+# Increase this number whenever older versions could not read the new files. Files in older formats must then be
+# refused or converted.
 FORMAT = 1
 
 _KEPT_STATES = 2
@@ -39,13 +39,13 @@ class TrainingProgress:
 
     Attributes:
         epochs_done: Number of finished epochs.
-        steps_done: Number of finished steps in the current epoch. It equals the steps of an epoch when only the
-            validation is left.
+        steps_done: Number of finished steps in the current epoch. When only the validation is left, this is the number
+            of steps in an epoch.
         best_epoch: The epoch, counted from 0, with the best weights so far; -1 if there is none.
-        best_value: Validation figure of the best epoch.
-        best_loss: Validation loss of the best epoch, which decides between equal figures.
+        best_value: Value of the validation metric in the best epoch.
+        best_loss: Validation loss of the best epoch, which breaks ties.
         seconds: Training time so far.
-        history: Figures by name, for each finished epoch.
+        history: Metrics by name, for each finished epoch.
         rates: Training speed in images per second, for each finished epoch. An epoch whose steps all ran in an earlier
             process has no entry.
         rollbacks: Number of times that an alarm made the run go back to an earlier state.
@@ -171,13 +171,13 @@ class Checkpoints:
         return None
 
     def go_back_an_epoch(self, change: TrainingProgress) -> TrainingProgress:
-        """Makes the newest state from the end of an epoch the latest one.
+        """Goes back to the newest state that was saved at the end of an epoch. Later states are deleted.
 
         Args:
-            change: Progress whose rollbacks and alarms replace those in the state.
+            change: Progress with the rollbacks and alarms to store in that state.
 
         Returns:
-            The progress of the state, with these rollbacks and alarms.
+            The progress of that state, with these rollbacks and alarms.
         """
         path = [path for path in self._states() if _position(path)[1] == 0][-1]
         state = _read(path)
@@ -210,7 +210,7 @@ class Checkpoints:
             try:
                 needed.add(self._best(_read_progress(path).best_epoch))
             except UserError:
-                return  # a state that cannot be read does not tell which weights it needs, so keep them all
+                return  # it is unknown which weights an unreadable state needs, so keep them all
         for path in self._folder.glob("best_epoch*.npz"):
             if path not in needed:
                 path.unlink()

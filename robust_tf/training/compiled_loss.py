@@ -14,7 +14,7 @@ from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.runtime_checks import checked
 
 Scores = Literal["logits", "probabilities"]
-# As functions, or by name, these losses expect probabilities unless `from_logits` is set.
+# If given as functions or by name, these losses expect probabilities unless `from_logits` is set.
 _CROSSENTROPIES = (
     keras.losses.binary_crossentropy,
     keras.losses.binary_focal_crossentropy,
@@ -68,7 +68,7 @@ class CompiledLoss:
         Args:
             labels: Labels in the form that `fit` takes.
             outputs: Outputs of the model.
-            sample_weight: Factors on the losses of the images: None, an array (batch,), or for several outputs a
+            sample_weight: Factors for the losses of the images: None, an array (batch,), or for several outputs a
                 structure of such arrays.
         """
         outputs = self._by_name("outputs", outputs)
@@ -91,7 +91,7 @@ class CompiledLoss:
 
     @property
     def integer_labels(self) -> bool | None:
-        """Whether the labels are integer classes, or None if that does not follow from the loss."""
+        """Whether the labels are integer classes, or None if the loss does not determine it."""
         kinds = {_takes_integers(loss) for loss in self._losses.values()}
         return kinds.pop() if len(kinds) == 1 else None
 
@@ -116,7 +116,7 @@ class CompiledLoss:
         return images
 
     def hits(self, labels: Any, outputs: Any) -> tf.Tensor:
-        """Returns whether each image is classified correctly, (batch,) bool. Without `counts_hits` all are False.
+        """Returns whether each image is classified correctly, (batch,) bool. All are False if `counts_hits` is False.
 
         The prediction is the class of the highest score. The true class is the label or, for soft labels, the class
         with the largest share. A single score stands for the classes 0 and 1.
@@ -161,7 +161,7 @@ class CompiledLoss:
         return tf.math.log(tf.maximum(output, 1e-30)) if scores == "probabilities" else output
 
     def _by_name(self, what: str, values: Any, *, shared: bool = False) -> dict[str, Any]:
-        """Returns values by the name of their output. With `shared`, a single value belongs to all outputs."""
+        """Returns the values as a dict by output name. With `shared`, a single value applies to all outputs."""
         if isinstance(values, Mapping):
             unknown = sorted(set(values) - set(self._names))
             if not unknown:
@@ -225,7 +225,7 @@ def _of_each_image(loss: Any, labels: Any, outputs: tf.Tensor) -> tf.Tensor:
 
 
 def _class_numbers(labels: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    """Returns integer labels, one for each image or for each position of the outputs, as int32 without a last axis."""
+    """Returns integer labels as int32, without a last axis of length 1: one for each image, or each output position."""
     if labels.shape.rank == outputs.shape.rank and labels.shape[-1] == 1:  # (batch, 1), as in Keras's own data sets
         labels = labels[..., 0]
     if labels.shape.rank not in (None, outputs.shape.rank - 1):

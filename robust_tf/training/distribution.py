@@ -22,7 +22,7 @@ from robust_tf.errors import UserError
 
 Result = TypeVar("Result")
 
-_RESTARTS = "ROBUST_TF_RESTARTS"  # environment variable that tells a restarted process the number of restarts so far
+_RESTARTS = "ROBUST_TF_RESTARTS"  # environment variable that holds the number of restarts so far
 # Errors that a collective operation raises when another process is gone.
 PEER_LOST = (
     tf.errors.UnavailableError,
@@ -96,7 +96,7 @@ class Distribution:
         """Returns the validation part, in which every image counts once, and the number of steps that read it.
 
         The number of steps is None where the data set is simply read to its end. With several replicas, TensorFlow
-        would find the end only by one more step on empty batches, which Keras would count.
+        finds the end only by running one more step on empty batches, which Keras would count as a step.
 
         Args:
             task: Data of the job.
@@ -126,7 +126,7 @@ class Distribution:
         return task.test_ids(replicas=0 if self.num_replicas == 1 else self.num_replicas // self.num_workers)
 
     def _shared(self, batches_of_a_replica: tf.data.Dataset) -> Any:
-        """Hands the batches of this process to its replicas in turn."""
+        """Distributes the batches of this process among its replicas, one each in turn."""
         return self.strategy.distribute_datasets_from_function(lambda _: batches_of_a_replica)
 
     def any(self, here: bool) -> bool:
@@ -149,14 +149,14 @@ class Distribution:
             The result of the function in the chief, None in the other processes.
 
         Raises:
-            UserError: The function has raised one. In the other processes the message points to the chief.
+            UserError: The function raised a UserError. In the other processes the message refers to the chief.
         """
         with self.chief_first():
             return work() if self.is_chief else None
 
     @contextlib.contextmanager
     def chief_first(self) -> Iterator[None]:
-        """Returns a context whose block runs in the chief first, and then in the others unless the chief failed."""
+        """Returns a context whose block runs in the chief first, then in the other processes if the chief succeeds."""
         if not self.is_chief and self.any(False):
             raise UserError("The chief (worker 0) has stopped. See its output for the reason.")
         failed = True
@@ -168,16 +168,16 @@ class Distribution:
                 self.any(failed)
 
     def broadcast(self, arrays: Sequence[np.ndarray] | None) -> list[np.ndarray]:
-        """Returns the arrays of the chief in every process.
+        """Returns the chief's arrays, in every process.
 
         Args:
-            arrays: Arrays in the chief, None in the other processes, which need not know the shapes.
+            arrays: The arrays, in the chief. None in the other processes, which need not know the shapes.
         """
         if self.num_workers == 1:
             return list(arrays or [])
         packed = _packed(arrays or []) if self.is_chief else np.zeros(0, np.int32)
         length = int(self._sum(np.array([len(packed)], np.int32))[0])
-        # All other processes add zeros, so the sum is the content of the chief.
+        # All other processes contribute zeros, so the sum equals the chief's arrays.
         return _unpacked(self._sum(packed if self.is_chief else np.zeros(length, np.int32)))
 
     def _sum(self, value: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from robust_tf.errors import UserError
 Shape = tuple[int | None, ...]
 
 _TRIAL_IMAGES = 4
-_TRIAL_SIZE = 64  # height and width of the trial images where the model does not fix them
+_TRIAL_SIZE = 64  # height and width of the trial images if the model accepts any size
 
 
 def input_shapes(model: keras.Model) -> Any:

@@ -29,7 +29,7 @@ class Interrupted(BaseException):
 
 
 class PendingSignal:
-    """The first signal received within `signals_held_back`, which waits for the program to react to it."""
+    """The first signal received within `signals_held_back`. It is pending until the program reacts to it."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None

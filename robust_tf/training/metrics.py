@@ -11,7 +11,7 @@ def true_classes(labels: Any) -> Any:
     """Returns the true class of each image, (batch,) int32.
 
     Args:
-        labels: Labels (batch,) or (batch, 1), or for mixed images the shares of the classes, (batch, num_classes).
+        labels: Labels (batch,) or (batch, 1), or, for mixed images, the share of each class, (batch, num_classes).
     """
     if _are_shares(labels):
         return keras.ops.cast(keras.ops.argmax(labels, axis=-1), "int32")
@@ -47,8 +47,8 @@ class CrossEntropy(keras.losses.Loss):
     """Softmax cross-entropy of logits, with integer labels or with the class shares of mixed images.
 
     Args:
-        class_weights: Factor on the loss of an image for each class, (num_classes,). A mixed image gets the mean of the
-            factors, weighted by its shares. None means no factors.
+        class_weights: Factor for the loss of the images of each class, (num_classes,). A mixed image gets the mean of
+            the factors, weighted by its class shares. None means no factors.
         name: Name of the loss.
         **kwargs: Further arguments of `keras.losses.Loss`.
     """
@@ -95,7 +95,7 @@ class CrossEntropy(keras.losses.Loss):
 
 @keras.saving.register_keras_serializable(package="robust_tf")
 class Accuracy(keras.metrics.Mean):
-    """Share of the images that are classified correctly. The class of a mixed image is the one with the largest share.
+    """Share of images that are classified correctly. The true class of a mixed image is the one with the largest share.
 
     Args:
         name: Name of the metric.

@@ -25,8 +25,8 @@ class _StatisticsAverages:
 class _StagewiseOptimizer(keras.optimizers.Optimizer):
     """Base class of the optimizers of this module: adds weight decay, learning rates by stage, and moving averages.
 
-    `update_step` of a subclass starts with `_adjusted` and ends with `_follow`. Keras's own weight decay stays off
-    (`self.weight_decay` is None), because it does not know the stages and is always decoupled from the gradient.
+    The `update_step` of a subclass calls `_adjusted` first and `_follow` last. Keras's own weight decay stays off
+    (`self.weight_decay` is None), because it ignores the stages and is always decoupled from the gradient.
     """
 
     decoupled_weight_decay = False
@@ -64,8 +64,8 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        # Keras's own averages cannot be used: each `fit` ends by putting them into the model, and a run may call `fit`
-        # several times.
+        # Keras's own averages cannot be used: at its end, each `fit` overwrites the weights with them, and a run may
+        # call `fit` several times.
         if self.average_decay:
             self._averages = self.add_optimizer_variables(variables, "average")
         for weight, average in self.averages:
@@ -76,7 +76,7 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
     def average_statistics(self, statistics: Sequence[keras.Variable]) -> None:
         """Adds moving averages of other variables, such as BatchNorm's statistics. They start at the current values.
 
-        Averaged weights need averaged statistics, since the latest statistics belong to the latest weights. The
+        Averaged weights need averaged statistics, since the current statistics only fit the current weights. The
         optimizer must be built.
 
         Args:
@@ -139,7 +139,7 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         return gradient, learning_rate
 
     def _follow(self, variable: Any) -> None:
-        """Updates the average of a weight after the weight itself."""
+        """Updates the moving average of a weight. Call it after the weight has been updated."""
         if self._averages:
             average = self._averages[self._get_variable_index(variable)]
             decay = self._decay_of_averages(self.iterations)
@@ -149,7 +149,7 @@ class _StagewiseOptimizer(keras.optimizers.Optimizer):
         """Returns the decay of the averages. It is smaller at first, so that the initial weights are soon forgotten.
 
         Args:
-            moves: Number of earlier updates of the weights.
+            moves: Number of updates of the weights so far.
 
         Source: TensorFlow, tf.train.ExponentialMovingAverage, `num_updates`.
         """
@@ -182,11 +182,11 @@ class PyTorchSGD(_StagewiseOptimizer):
     """Gradient descent with momentum, with the update rule of PyTorch's SGD.
 
     With the gradient g, the weight w and the buffer b (0 at the start), an update computes d = g + weight_decay * w,
-    then b = momentum * b + d, then w = w - learning_rate * b, or w = w - learning_rate * (d + momentum * b) with
-    `nesterov`.
+    then b = momentum * b + d, then w = w - learning_rate * b. With `nesterov`, the last step is
+    w = w - learning_rate * (d + momentum * b).
 
-    `keras.optimizers.SGD` differs in two ways that change results: its buffer contains the learning rate, so that a
-    drop of the rate takes effect only after some steps, and its weight decay is decoupled from the gradient.
+    `keras.optimizers.SGD` differs in two ways that change results: its buffer already includes the learning rate, so a
+    drop in the rate takes full effect only after some steps, and its weight decay is decoupled from the gradient.
     """
 
     def __init__(
@@ -234,8 +234,8 @@ class PyTorchSGD(_StagewiseOptimizer):
 class StagewiseAdam(_StagewiseOptimizer, keras.optimizers.Adam):
     """Keras's Adam, with weight decay added to the gradient, and with a separate bias correction for each weight.
 
-    Keras corrects the moments by the number of all steps. But a weight that is unfrozen later starts with moments of
-    zero, and its first updates would be up to 6.6 times too large without a correction by the steps of this weight.
+    Keras corrects the moments of all weights by the total number of steps. But a weight that is unfrozen later starts
+    with moments of zero, and its first updates would be up to 6.6 times too large. So each weight counts its own steps.
 
     Source: Kingma and Ba, arXiv 1412.6980, algorithm 1.
     """
@@ -302,8 +302,8 @@ def build_optimizer(
             PyTorch). In "adamw" it is decoupled from the gradient and multiplied by the learning rate of the weight. It
             acts on all trainable weights, including biases and the weights of BatchNormalization.
         no_weight_decay: Names of weights without decay, such as ("gamma", "beta", "bias").
-        multipliers: Factors on the learning rate by stage, for example {"stem": 0.1, "head": 10}. The default is 1.
-        global_clipnorm: Highest L2 norm of the gradient of all weights together. A longer gradient is scaled down.
+        multipliers: Factors for the learning rate, by stage, for example {"stem": 0.1, "head": 10}. The default is 1.
+        global_clipnorm: Largest L2 norm of the gradient of all weights together. A larger gradient is scaled down.
         accumulate_steps: Number of steps whose gradients are averaged for one update of the weights. The learning-rate
             schedule counts updates.
         average_decay: Decay in [0, 1) of moving averages of the trained weights; 0 keeps no averages. Each update

@@ -1,4 +1,4 @@
-"""Display of the training progress: one bar for all epochs, and one line for each finished epoch."""
+"""Shows the progress of training: one bar for all epochs, and one line for each finished epoch."""
 
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class ProgressBar(keras.callbacks.Callback):
         batch_size: Number of images in a step.
         epochs: Number of epochs of the whole training.
         adversarial: Whether the compiled metrics are measured on adversarial images.
-        epsilon: Function that returns the current radius of the attack. None if the radius does not change in training.
+        epsilon: Function that returns the current epsilon of the attack. None if epsilon is constant during training.
     """
 
     def __init__(
@@ -115,6 +115,6 @@ class ProgressBar(keras.callbacks.Callback):
 def _accuracies(part: str, logs: dict[str, Any], prefix: str, adversarial: bool) -> str:
     if not adversarial:
         return f"{part} {logs[prefix + 'accuracy']:.1%}"
-    clean = prefix + "clean_accuracy"  # missing in training where it would cost an extra forward pass
+    clean = prefix + "clean_accuracy"  # not measured in training if that would need an extra forward pass
     shown = f"clean {logs[clean]:.1%} " if clean in logs else ""
     return f"{part} {shown}robust {logs[prefix + 'accuracy']:.1%}"

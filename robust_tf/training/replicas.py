@@ -10,7 +10,7 @@ import tensorflow as tf
 class ReplicatedModel(keras.Model):
     """A model whose `fit` and `evaluate` work under every strategy, including strategies with several workers.
 
-    It must be created within the strategy's scope, and all of its variables must exist before the first step. With one
+    Create it within the strategy's scope, and create all of its variables before the first step. With one
     replica it behaves exactly like `keras.Model`.
     """
 
@@ -43,7 +43,7 @@ class ReplicatedModel(keras.Model):
         @tf.function(reduce_retracing=True, autograph=False)
         def on_next_batch(iterator: Any) -> dict[str, tf.Tensor]:
             logs = strategy.run(step, args=(next(iterator),))
-            # All metrics in one tensor, since every reduction costs a round trip over the network.
+            # Reduces all metrics as one tensor, since every reduction costs a round trip over the network.
             names = sorted(logs)
             values = strategy.run(
                 lambda logs: tf.stack([tf.cast(logs[name], tf.float32) for name in names]), args=(logs,)

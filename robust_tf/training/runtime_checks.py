@@ -14,11 +14,11 @@ from robust_tf.errors import UserError
 from robust_tf.training.image_input import images_of
 
 _START, _END = "[robust_tf] ", " [/robust_tf]"
-_FIRST_IMAGES = 256  # number of images in arrays that count as the first batch
+_FIRST_IMAGES = 256  # number of images at the start of an array that count as its first batch
 
 
 def checked(value: tf.Tensor, condition: tf.Tensor, message: str, *received: tf.Tensor) -> tf.Tensor:
-    """Returns `value` unchanged, and checks a condition before anything uses the result. XLA drops the check.
+    """Returns `value` unchanged, and checks a condition before anything uses that value. XLA drops the check.
 
     Args:
         value: Any tensor.
@@ -34,7 +34,7 @@ def checked(value: tf.Tensor, condition: tf.Tensor, message: str, *received: tf.
 
 
 def with_first_batch_checked(data: Any, labels: Any, *, check: Callable[[Any, Any], tf.Tensor]) -> Any:
-    """Returns the data of `fit` or `evaluate` after a check of the first batch, or with the check built in.
+    """Checks the first batch of the data of `fit` or `evaluate`, at once or when it is read, and returns the data.
 
     Use it where XLA drops the checks inside the step.
 

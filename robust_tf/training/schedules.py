@@ -14,7 +14,7 @@ SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 
 @keras.saving.register_keras_serializable(package="robust_tf")
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Multiplies the learning rate by a shape over the epochs and by a linear warm-up.
+    """Multiplies the learning rate by a curve over the epochs (its shape) and by a linear warm-up.
 
     Example:
         >>> schedule = Schedule("step", learning_rate=0.1, steps_per_epoch=100, epochs=60, step_epochs=50)
@@ -26,8 +26,8 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             at each of `milestones`; "cosine": half a cosine down to 0; "cyclic": linearly up to the peak and down to 0
             again (Wong et al. 2020, arXiv 2001.03994).
         learning_rate: Highest learning rate.
-        steps_per_epoch: Number of updates of the weights in one epoch, which is a fraction with accumulated gradients
-            and in free adversarial training.
+        steps_per_epoch: Number of updates of the weights in one epoch. It need not be an integer: accumulated gradients
+            and free adversarial training can make it a fraction.
         epochs: Length of the training, in epochs.
         step_epochs: Number of epochs between two drops of "step".
         milestones: Epochs at which "piecewise" drops.
@@ -91,8 +91,8 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
     def _drops(self) -> tf.Tensor:
         """Returns the first step after each drop, float32.
 
-        Drops are counted in steps because the quotient of a step and a fractional number of steps per epoch may lie a
-        rounding error below a whole epoch.
+        Drops are counted in steps, because dividing a step by a fractional number of steps per epoch may give slightly
+        less than a whole epoch, due to rounding.
         """
         config = self._config
         epochs = config["milestones"]
@@ -111,7 +111,7 @@ def build_schedule(optimization: OptimizationConfig, steps_per_epoch: float, *, 
     Args:
         optimization: Settings of the optimization.
         steps_per_epoch: Number of updates of the weights in one of `optimization.epochs`.
-        factor: Factor on the learning rate.
+        factor: Factor for the learning rate.
     """
     return Schedule(
         optimization.lr_schedule,

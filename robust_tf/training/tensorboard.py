@@ -27,8 +27,8 @@ _STANDARD_NAMES = {"loss": "clean_loss", "accuracy": "clean_accuracy"}
 class TensorBoardLogger(keras.callbacks.Callback):
     """Writes charts over the steps and epochs, and after each epoch a picture of the attack on the same few images.
 
-    As in Keras, the step charts show the mean over the epoch so far. Training and validation are two runs with the same
-    chart names, so that TensorBoard draws them in one chart.
+    As in Keras, the step charts show the mean over the epoch so far. Training and validation are two TensorBoard runs
+    with the same chart names, so that TensorBoard draws both in one chart.
 
     Args:
         folder: Folder in which the subfolders train/ and validation/ are created.
@@ -86,7 +86,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
     def _with_settings(self, logs: dict[str, Any]) -> dict[str, Any]:
         settings = {"learning_rate": float(self.model.optimizer.learning_rate), "epsilon": self.model.epsilon}
         rate = self._progress.images_per_second
-        # The speed is unknown in the first step of a run, and in an epoch of which only the validation was left.
+        # The speed is unknown in the first step of a run, and in an epoch that was resumed just before its validation.
         return {**logs, **settings, **({"images_per_second": rate} if rate else {})}
 
     def _scalars(self, writer: tf.summary.SummaryWriter, group: str, values: dict[str, Any], step: int) -> None:
@@ -171,7 +171,7 @@ def write_history(folder: pathlib.Path, history: Sequence[dict[str, float]]) -> 
 
     Args:
         folder: Folder of the logs.
-        history: Figures by name for each epoch, with the prefix "val_" for the validation part.
+        history: Metrics by name for each epoch, with the prefix "val_" for the validation part.
     """
     for run, chosen in (("train", False), ("validation", True)):
         with tf.summary.create_file_writer(str(folder / run)).as_default():
@@ -190,12 +190,12 @@ def write_result(
     confusion: np.ndarray,
     class_names: tuple[str, ...],
 ) -> None:
-    """Writes the result of a job: the hyperparameters with the test figures, and a picture of the confusion matrix.
+    """Writes the result of a job: the hyperparameters with the test metrics, and a picture of the confusion matrix.
 
     Args:
         folder: Folder of the logs.
         settings: Hyperparameters by name.
-        figures: Test figures by name.
+        figures: Test metrics by name.
         confusion: Confusion matrix (num_classes, num_classes), with the true classes in rows.
         class_names: Names of the classes.
     """
@@ -219,7 +219,7 @@ def axis_name(name: str, length: int = 24) -> str:
 
 
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Draws the share of each true class (row) that was given each prediction (column). The caller closes the figure.
+    """Draws which share of each true class (row) got each prediction (column). The caller must close the figure.
 
     Args:
         confusion: Confusion matrix (num_classes, num_classes), with the true classes in rows.
@@ -228,7 +228,7 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
     count = len(class_names)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     names = [axis_name(name) for name in class_names]
-    # The figure is small for few classes, because a page or TensorBoard enlarges it together with its text.
+    # With few classes the plot is small, so that its text is legible when a page or TensorBoard enlarges it.
     side = min(max(2.5, 1.0 + 0.3 * count) + 0.08 * max(map(len, names)), 14)
     figure, axes = pyplot.subplots(figsize=(side + 0.9, side), layout="constrained")
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -247,7 +247,7 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
 
 
 def _confusion_picture(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    """Returns the figure as a picture (height, width, 4), uint8."""
+    """Returns the drawn confusion matrix as pixels (height, width, 4), uint8."""
     figure = confusion_figure(confusion, class_names)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)

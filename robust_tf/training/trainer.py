@@ -26,19 +26,19 @@ class AdversarialTrainer(ReplicatedModel):
     callbacks. Each training step searches, inside a ball around every image of the batch, for the image with the
     highest loss, and updates the weights on the images that it found. `evaluate` attacks the images in the same way.
 
-    The trainer shares its weights with the classifier. So `fit` trains the classifier itself, which can then be used
-    and saved without this package. `save` and `export` of the trainer write the classifier, while `save_weights` and
+    The trainer shares its weights with the classifier. So `fit` trains the classifier itself, which you can then use
+    and save without this package. `save` and `export` of the trainer write the classifier, while `save_weights` and
     `load_weights` cover the whole state of the training.
 
-    **Loss.** The attack maximizes the same loss that you compile, separately for each image. Any loss that Keras
-    accepts will do: integer, one-hot or soft labels, label smoothing, logits or probabilities, one output or several.
+    **Loss.** The attack maximizes the same loss that you compile, separately for each image. You can use any loss that
+    Keras accepts: integer, one-hot or soft labels, label smoothing, logits or probabilities, one output or several.
 
     **Metrics.** The compiled loss and metrics are measured on the adversarial images, both in training and in
     `evaluate`: `accuracy` is the robust accuracy. The trainer adds `clean_loss` and, for a classifier whose one output
     holds class scores, `clean_accuracy`, which are measured on the original images with the network in inference mode.
-    `clean_accuracy` ignores `class_weight` and `sample_weight`, except that images of weight 0 are not counted. The
-    first forward pass of the attack usually provides both metrics at no cost. With a random start, an attack in
-    training mode, or free adversarial training they need one extra forward pass.
+    `clean_accuracy` ignores `class_weight` and `sample_weight`, except that images of weight 0 are not counted.
+    Usually both metrics cost nothing, because the first forward pass of the attack provides them. With a random start,
+    an attack in training mode, or free adversarial training, they need one extra forward pass.
 
     **Other objectives.** By default the trainer minimizes Madry's objective, the loss on the adversarial images. Pass
     a `recipe` for TRADES, AWP, free adversarial training, or an epsilon that rises during the first steps, such as
@@ -126,7 +126,7 @@ class AdversarialTrainer(ReplicatedModel):
         if attack.active:
             self._clean_loss = keras.metrics.Mean(name="clean_loss")
             self._clean_accuracy = keras.metrics.Mean(name="clean_accuracy")
-        # Callbacks that save and restore check this before the first step. All variables exist already.
+        # Callbacks that save and restore check `built` before the first step. All variables exist already.
         self.built = classifier.built
 
     @property
@@ -268,7 +268,7 @@ class AdversarialTrainer(ReplicatedModel):
         super().make_train_function(force)
 
     def make_test_function(self, force: bool = False) -> None:
-        """Builds the metrics where there are several replicas, then the test function."""
+        """Builds the metrics if there are several replicas, then the test function."""
         if self.num_replicas > 1 and self._compiled_loss is not None and self.test_function is None:
             with self.distribute_strategy.scope():
                 self.build_metrics()
@@ -277,8 +277,8 @@ class AdversarialTrainer(ReplicatedModel):
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Attacks one batch and updates the weights on the adversarial images."""
         # The number of the step is part of the seed, so that a resumed run draws the same numbers as one that was not
-        # interrupted. The optimizer's count would not do: it does not change while gradients are accumulated, or when
-        # a gradient overflows.
+        # interrupted. The optimizer's count cannot be used: it does not change while gradients are accumulated, or
+        # when a gradient overflows.
         seed = tf.stack([tf.constant(self._seed, tf.int64), tf.convert_to_tensor(self._steps)])
         if self.num_replicas > 1:  # the replicas must not all draw the same starting points
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
@@ -312,7 +312,7 @@ class AdversarialTrainer(ReplicatedModel):
         return logs
 
     def _update(self, batch: Batch) -> dict[str, tf.Tensor]:
-        """Takes one optimizer step as Keras does, with the inputs, the forward pass and the loss of the objective."""
+        """Takes one optimizer step as Keras does, but with the inputs, forward pass and loss of the objective."""
         objective = self.objective
         with self._unbiased_statistics(batch.images):
             inputs = objective.inputs(self, batch)
@@ -324,7 +324,7 @@ class AdversarialTrainer(ReplicatedModel):
                 scaled_loss = self.optimizer.scale_loss(loss)
         count = tf.shape(keras.tree.flatten(batch.images)[0])[0]
         for metric in self.metrics:
-            if metric.name == "loss":  # the loss of a replica is its share of the whole loss
+            if metric.name == "loss":  # each replica computes only its share of the loss
                 metric.update_state(loss * self.num_replicas, sample_weight=count)
         weights = self.trainable_weights
         gradients = tape.gradient(scaled_loss, [*weights, *watched])
@@ -372,7 +372,7 @@ class AdversarialTrainer(ReplicatedModel):
         if weights is not None and not isinstance(weights, (dict, list, tuple)):
             weights = tf.reshape(tf.cast(weights, tf.float32), [-1])
             loss *= weights  # Keras, too, multiplies by the weights and divides by the number of images
-            # With several replicas, images that only fill a batch have weight 0.
+            # With several replicas, images that only fill up a batch have weight 0.
             counts = tf.cast(weights != 0, tf.float32)
         self._clean_loss.update_state(loss)
         if self.compiled_loss.counts_hits:

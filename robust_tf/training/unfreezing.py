@@ -24,8 +24,8 @@ def unfreeze(
     Args:
         model: Compiled model that is being trained: the classifier itself, or a model built on its layers.
         classifier: Model with the stages.
-        recompile: Function that compiles `model` with the optimizer that it is given, and with the same loss and
-            metrics as before.
+        recompile: Function that takes an optimizer, and compiles `model` with it and with the same loss and metrics as
+            before.
         mode: What to train from now on, see `freeze`.
         through: Last frozen stage, see `freeze`.
         batchnorm: Treatment of frozen BatchNorm layers, see `freeze`.
@@ -82,8 +82,8 @@ class UnfreezeAtEpoch(keras.callbacks.Callback):
 def carry_over_optimizer_state(old: keras.optimizers.Optimizer, new: keras.optimizers.Optimizer) -> None:
     """Copies the state of the weights that both optimizers know. The state of the other weights stays fresh.
 
-    A built optimizer accepts no other weights, so unfreezing needs a new one. Momentum, Adam's moments, the step count,
-    the learning rate and the loss scale are copied.
+    A built optimizer accepts no further weights, so unfreezing needs a new optimizer. Momentum, Adam's moments, the
+    step count, the learning rate and the loss scale are copied.
 
     Args:
         old: Optimizer that was used so far.
@@ -107,7 +107,7 @@ def carry_over_optimizer_state(old: keras.optimizers.Optimizer, new: keras.optim
 
 
 def _variables_by_name(optimizer: keras.optimizers.Optimizer) -> dict[str, keras.Variable]:
-    """Returns the optimizer's variables by "<optimizer>/<weight>_<slot>", no matter how the optimizer is wrapped."""
+    """Returns the optimizer's variables by name, "<optimizer>/<weight>_<slot>", however the optimizer is wrapped."""
     by_name: dict[str, keras.Variable] = {}
     for variable in optimizer.variables:
         name = "/".join(variable.path.split("/")[-2:])
@@ -121,5 +121,5 @@ def _variables_by_name(optimizer: keras.optimizers.Optimizer) -> dict[str, keras
 
 
 def _step_counts(names: Iterable[str]) -> set[str]:
-    """Returns the names "<optimizer>/iteration": every optimizer has this variable, also in a LossScaleOptimizer."""
+    """Returns the names "<optimizer>/iteration". Every optimizer has such a variable, whether it is wrapped or not."""
     return {name for name in names if name.endswith("/iteration")}

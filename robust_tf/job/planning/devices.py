@@ -14,22 +14,23 @@ _GB, _GIB, _TERA = 1e9, 2**30, 1e12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """One row of the table: the maker's specification of one device, without sparsity.
+    """One row of the table: the maker's specification of one device. Peak speeds do not assume sparsity.
 
     Attributes:
-        float32: Peak FLOP/s of float32; None where there are no such units.
+        float32: Peak FLOP/s in float32; None if the device has no units for it.
         tf32: Peak FLOP/s of TensorFlow's convolutions and matrix products of float32 operands, on devices that compute
-            them in lower precision by default: TF32 on NVIDIA's tensor cores since Ampere, one bfloat16 pass on TPUs.
-        bfloat16: Peak FLOP/s of bfloat16 with sums in float32; None where there are no such units.
-        float16: Peak FLOP/s of float16 with sums in float32; None where there are no such units.
+            them in a lower precision by default: TF32 on NVIDIA's tensor cores since Ampere, one bfloat16 pass on TPUs.
+        bfloat16: Peak FLOP/s in bfloat16 with sums in float32; None if the device has no units for it.
+        float16: Peak FLOP/s in float16 with sums in float32; None if the device has no units for it.
         memory: Size of the memory in bytes.
         bandwidth: Bandwidth of the memory in bytes/s.
-        link: Bytes/s that a device sends to the others of its host (a TPU: of its slice), in one direction.
+        link: Bytes/s that a device sends to the other devices of its host (for a TPU, of its slice), in one direction.
         network: Bytes/s that a host sends to other hosts, in one direction, in the maker's reference system; a rented
-            machine may have far less. None where the links are the only connection.
+            machine may have far less. None if the links are the only connection.
         per_host: Number of devices of each host in a TPU slice with several hosts.
         single_host: Number of devices in the largest TPU slice with a single host.
-        slice_unit: Amount that each device adds to the number in the name of a TPU slice; 0 for other devices.
+        slice_unit: How much each device adds to the number in the name of its TPU slice (2 for v4, where the number
+            counts cores); 0 for other devices.
         source: Source of these numbers.
     """
 
@@ -47,7 +48,7 @@ class Device:
     source: str
 
     def peak(self, precision: str) -> float | None:
-        """Returns the FLOP/s of convolutions and matrix products under a value of `--precision`."""
+        """Returns the peak FLOP/s of convolutions and matrix products for a value of `--precision`."""
         peaks = {"float32": self.tf32 or self.float32, "mixed_bfloat16": self.bfloat16, "mixed_float16": self.float16}
         return peaks[precision]
 
@@ -187,7 +188,7 @@ DEVICES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Several equal hosts with equal devices.
+    """Several identical hosts with identical devices.
 
     Attributes:
         name: Name as given in `--plan_devices`.
@@ -203,7 +204,7 @@ class Cluster:
 
     @property
     def device(self) -> Device:
-        """The row of the table."""
+        """The row of DEVICES for this device."""
         return DEVICES[self.device_name]
 
     @property

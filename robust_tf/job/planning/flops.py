@@ -1,7 +1,7 @@
-"""The work of a function, counted on its traced graph: multiply-adds of convolutions and matrix products.
+"""Counts the work of a function on its traced graph: the multiply-adds of convolutions and matrix products.
 
-Everything else (BatchNorm, activations, the arithmetic of the attack itself) is less than a hundredth of that in the
-networks of this package, and is not counted. The body of a loop counts once for each iteration.
+Everything else (BatchNorm, activations, the arithmetic of the attack itself) is not counted. It is less than a
+hundredth of the work in the networks of this package. The body of a loop counts once for each iteration.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ class Work:
 
     Attributes:
         forward: Operations for the outputs of the network.
-        input_gradient: Operations for the gradients of the inputs of each layer.
-        weight_gradient: Operations for the gradients of the weights of each layer.
+        input_gradient: Operations for the gradients with respect to the inputs of each layer.
+        weight_gradient: Operations for the gradients with respect to the weights of each layer.
         bytes_moved: Bytes that these operations read and write.
     """
 
@@ -59,7 +59,7 @@ class GraphWork:
 
     @property
     def total(self) -> Work:
-        """Work of all iterations of the loops and of everything outside them."""
+        """Work of all iterations of the loops, and of everything outside the loops."""
         return sum((loop.iteration * loop.iterations for loop in self.loops), self.outside)
 
     def __mul__(self, factor: float) -> "GraphWork":
@@ -84,9 +84,9 @@ def count_work(function: Callable[..., Any], *arguments: tf.TensorSpec) -> Graph
     return _count(graph_def.node, needed, {}, library)
 
 
-# Number of multiply-adds of an operation, from the shapes of its inputs and of its output. A kernel is (height, width,
-# input channels of a group, output channels); the kernel of a depthwise convolution is (height, width, channels,
-# multiplier).
+# A function that returns the number of multiply-adds of an operation, given the operation, the shapes of its inputs and
+# the shape of its output. A kernel is (height, width, input channels of a group, output channels); the kernel of a
+# depthwise convolution is (height, width, channels, multiplier).
 _Rule = Callable[[Any, list[Shape], Shape], float]
 _RULES: dict[str, _Rule] = {
     "Conv2D": lambda _node, inputs, output: math.prod(output) * math.prod(inputs[1][:3]),
@@ -103,10 +103,10 @@ _RULES: dict[str, _Rule] = {
 
 
 def _kind(node: Any) -> str:
-    """Returns the field of `Work` that an operation counts towards.
+    """Returns the field of `Work` to which an operation is added.
 
-    For outputs = images @ weights, the gradient of the images is gradient @ weights^T, and the gradient of the weights
-    is images^T @ gradient.
+    For outputs = images @ weights, the gradient with respect to the images is gradient @ weights^T, and the one with
+    respect to the weights is images^T @ gradient.
     """
     if node.op.endswith("BackpropInput") or node.attr["transpose_b"].b or node.attr["adj_y"].b:
         return "input_gradient"
@@ -147,8 +147,8 @@ def _count(
 def _run(by_name: dict[str, Any], needed: Iterable[str]) -> list[Any]:
     """Returns the operations that `needed` depends on.
 
-    The traced graph may hold more, such as the gradient of the weights in an attack, which only uses the gradient of
-    the images.
+    The traced graph may hold more operations. For example, it may compute gradients with respect to the weights in an
+    attack, which only uses the gradient with respect to the images.
     """
     waiting, found = list(needed), {}
     while waiting:

@@ -1,4 +1,4 @@
-"""The plan of a job on accelerators that this machine need not have, with the arithmetic shown (`--plan_devices`).
+"""Plans a job for accelerators that this machine need not have, and shows the arithmetic (`--plan_devices`).
 
 The work is counted on the traced training step. The time follows from a roofline (Williams et al. 2009): the operations
 of the convolutions and matrix products at the peak speed of the device, or the bytes that they move at the bandwidth of
@@ -25,25 +25,26 @@ from robust_tf.job.task import TaskSummary
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.trainer import AdversarialTrainer
 
-# Between two convolutions there are BatchNorm, the activation and additions. Fused by XLA, they read and write about as
-# much as the convolutions do.
+# Between two convolutions there are BatchNorm, an activation and additions. Even when XLA fuses them, they read and
+# write about as many bytes as the convolutions do.
 _TRAFFIC_FACTOR = 2
-# Memory of a GPU that CUDA, cuDNN's workspaces and TensorFlow take in addition to the tensors; recalled, not measured.
+# GPU memory that CUDA, cuDNN's workspaces and TensorFlow take in addition to the tensors. This number is quoted
+# from memory, not measured.
 _RESERVED_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobWork:
-    """The operations and the memory of a job, whatever it runs on.
+    """The operations and the memory that a job needs on any device.
 
     Attributes:
         forward: Work of the forward pass of one image.
         step: Work of the training step, including the attack, for one image of the batch.
-        attack_step: Work of a forward pass and the gradient of the image, for one image; None without any attack.
+        attack_step: Work of one attack step (forward pass and input gradient) for one image. None without an attack.
         weight_bytes: Bytes of all weights.
         gradient_bytes: Bytes of the gradients of the trainable weights.
         optimizer_bytes: Bytes of the optimizer's variables.
-        compute_copy_bytes: Bytes of the copy of the weights in the lower precision of `--precision`.
+        compute_copy_bytes: Bytes of the copy of the weights in the lower precision that `--precision` sets.
         image_bytes: Bytes that training needs for one image of the batch.
     """
 
@@ -62,10 +63,10 @@ class JobWork:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.compute_copy_bytes
 
     def evaluation(self, attack_steps: int) -> Work:
-        """Returns the work of evaluating one image: the attack, and forward passes for its last iterate and its result.
+        """Returns the work of evaluating one image: the steps of the attack, and the forward passes outside them.
 
         Args:
-            attack_steps: Number of steps of the attack. 0 leaves it out.
+            attack_steps: Number of steps of the attack. 0 means no attack.
         """
         if attack_steps and self.attack_step is not None:
             return self.attack_step * attack_steps + self.forward * 2
@@ -219,7 +220,7 @@ def _parts(work: Work) -> str:
 
 
 def _all_reduce(gradient_bytes: int, cluster: Cluster) -> tuple[float, str]:
-    """Returns the seconds of an all-reduce, and its arithmetic: a ring in each host, then one between the hosts.
+    """Returns the seconds of an all-reduce, and the arithmetic as text: a ring in each host, then one between hosts.
 
     It is assumed not to overlap with the backward pass. Source: a ring of n devices sends 2 (n - 1) / n of the bytes
     over each link (Patarasuk & Yuan 2009).

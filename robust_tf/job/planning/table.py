@@ -14,9 +14,9 @@ from robust_tf.transfer.stages import parameter_counts
 
 # Resident size of a process that has imported TensorFlow and read its data, as measured on Linux.
 _PROCESS_BYTES = 700 * 1024**2
-# Number of values that training holds for each output of a layer, measured in the same way.
+# Number of values that training keeps in memory for each value that a layer outputs, measured in the same way.
 _PER_OUTPUT = 1.2
-# Layers whose gradients need their inputs.
+# Layers whose inputs are kept in memory, because their gradients need them.
 _KEEPING = (
     keras.layers.Conv2D,
     keras.layers.DepthwiseConv2D,
@@ -71,7 +71,7 @@ def estimated_bytes(job: JobConfig, classifier: keras.Model) -> int:
         classifier: Classifier with the right layers frozen.
     """
     trainable, total = parameter_counts(classifier)
-    # AWP has a second set of weights, and TRADES two batches in its backward pass.
+    # AWP keeps a second set of weights, and TRADES keeps two batches for its backward pass.
     weights = 4 * (total + (3 if job.adversarial.uses_awp else 2) * trainable)
     images = job.optimization.batch_size * (2 if job.adversarial.uses_trades else 1)
     return int(_PROCESS_BYTES + weights + images * activation_bytes(classifier, job.optimization.precision))
@@ -92,7 +92,7 @@ def activation_bytes(classifier: keras.Model, precision: str) -> float:
 
 
 def fused_activation_bytes(classifier: keras.Model, precision: str) -> float:
-    """Estimates the same for an accelerator, where XLA fuses the operations between two convolutions.
+    """Estimates the bytes for one image in training on an accelerator, where XLA fuses the layers between convolutions.
 
     The inputs of convolutions, dense layers and BatchNorm are kept for the backward pass; the largest output and its
     gradient are added. Where layers are frozen, this is an upper bound. By this estimate, the batches with
@@ -135,7 +135,7 @@ def _attack(adversarial: AdversarialConfig, *, epochs: int) -> str:
 
 
 def _learning_rate(optimization: OptimizationConfig) -> str:
-    """Describes the schedule with the flags that act on it, and says whether training is long enough for its drops."""
+    """Describes the learning-rate schedule and its flags, and says whether training is too short to reach the drops."""
     epochs = optimization.epochs
     parts = [f"learning rate {optimization.peak_learning_rate:.4g}, {optimization.lr_schedule}"]
     if optimization.lr_schedule in ("step", "piecewise"):

@@ -1,4 +1,4 @@
-"""What the clients over REST and gRPC have in common: methods, results and errors."""
+"""The parts that the clients over REST and gRPC share: methods, results and errors."""
 
 import abc
 import itertools
@@ -161,7 +161,7 @@ class Client(abc.ABC):
             concurrency: Number of requests at the same time.
 
         Yields:
-            For each image, in order, its most probable classes as `classify` returns them, or the error if the server
+            For each image, in order: its most probable classes, as `classify` returns them, or the error if the server
             refused this image.
 
         Raises:
@@ -200,7 +200,7 @@ def trust_authority(ca_file: str) -> ssl.SSLContext:
 
 
 def _in_order(work: Callable[[Item], Answer], items: Iterator[Item], concurrency: int) -> Iterator[Answer]:
-    """Yields the answers in the order of the items. At most `concurrency` items are taken ahead of the answers."""
+    """Yields the answers in the order of the items. At most `concurrency` items are in progress at a time."""
     with ThreadPoolExecutor(concurrency) as threads:
         pending = [threads.submit(work, item) for item in itertools.islice(items, concurrency)]
         while pending:

@@ -30,17 +30,18 @@ def connect(
             (gRPC over TLS). gRPC needs TensorFlow and the extra `serve`.
         model_name: Name of the model. It may be left out if the server is a `robust_tf.serve` with a single model.
         version: Number of the version. None uses the latest.
-        label: Label of the version, instead of its number.
+        label: Label of the version. Give a version or a label, not both.
         timeout_seconds: Longest time that a request may take, in seconds.
         token: Token for a proxy in front of the server, sent as "Authorization: Bearer ...". gRPC sends it over TLS
             only.
-        ca_file: PEM file of the authority that signed the server's certificate, if this machine does not trust it.
+        ca_file: PEM file of the authority that signed the server's certificate, if this machine does not trust that
+            authority.
         retry_seconds: Longest time, in seconds, to keep repeating a request that the server refuses because it is busy
-            (RESOURCE_EXHAUSTED or UNAVAILABLE, or 429 or 503 over REST). 0 tries once.
+            (RESOURCE_EXHAUSTED or UNAVAILABLE, or 429 or 503 over REST). 0 means a single try.
 
     Raises:
-        UserError: The address or a combination of arguments is not valid, or the model must be named.
-        ServerError: The server does not say which models it has.
+        UserError: The address or a combination of arguments is not valid, or `model_name` is needed.
+        ServerError: `model_name` is left out, and the server does not say which models it has.
 
     Example:
         >>> client = connect("http://localhost:8501", model_name="pets")

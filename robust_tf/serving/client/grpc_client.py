@@ -23,12 +23,12 @@ from robust_tf.serving.client.retries import Retries, seconds_after
 from robust_tf.serving.wire.names import DEFAULT_SIGNATURE, INIT_SIGNATURE
 
 _NO_LIMIT = -1  # by default, gRPC refuses replies over 4 MB
-_TOO_LARGE = re.compile("larger than|too large")  # the wording of gRPC, and of the proxy in serving/nginx
+_TOO_LARGE = re.compile("larger than|too large")  # wording of gRPC and of the proxy in serving/nginx
 _NOT_REACHED = (
     "failed to connect",
     "DNS resolution failed",
     "name resolution",
-)  # the wording of gRPC when nobody answers
+)  # wording of gRPC when no server answers
 
 
 class GrpcClient(Client):
@@ -38,11 +38,12 @@ class GrpcClient(Client):
         target: Address of the server, "host:port" or "unix:path".
         model_name: Name of the model.
         version: Number of the version. None uses the latest.
-        label: Label of the version, instead of its number.
+        label: Label of the version. Give a version or a label, not both.
         timeout_seconds: Longest time that a request may take, in seconds.
         secure: Whether to use TLS.
         token: Token to send with each call as "authorization: Bearer ...", or "". It is sent over TLS only.
-        ca_file: PEM file of the authority that signed the server's certificate, or "" for those that gRPC trusts.
+        ca_file: PEM file of the authority that signed the server's certificate, or "" for the authorities
+            that gRPC trusts.
         retries: Repeats the requests that a busy server refuses.
     """
 
@@ -126,7 +127,7 @@ class GrpcClient(Client):
 def _server_error(error: Any) -> ServerError:
     code, details = error.code().name, error.details() or ""
     if code == "RESOURCE_EXHAUSTED" and _TOO_LARGE.search(details) and "too many" not in details:
-        code = "INVALID_ARGUMENT"  # as over REST, because a retry would not make the request smaller
+        code = "INVALID_ARGUMENT"  # the same as over REST; a retry would not make the request smaller
     reached = code != "UNAVAILABLE" or not any(words in details for words in _NOT_REACHED)
     headers = {key: value for key, value in [*(error.initial_metadata() or ()), *(error.trailing_metadata() or ())]}
     return ServerError(code, details, reached=reached, retry_after=seconds_after(headers.get("retry-after")))

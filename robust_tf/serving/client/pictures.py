@@ -16,8 +16,8 @@ class Pictures:
     """The result of a search for pictures.
 
     Attributes:
-        entries: Pairs of a path and a reason. The reason is "" for a picture. For a file that looks like a picture but
-            cannot be sent, it says why.
+        entries: Pairs of a path and a reason. The reason is "" for a picture that can be sent. For a file that looks
+            like a picture but cannot be sent, it says why.
         hidden: Number of hidden files, such as ._cat.jpg. They are not sent.
         others: Number of other files in the folders. They are not sent.
     """
@@ -87,7 +87,7 @@ def _look_at(path: pathlib.Path, should_be_one: bool, found: Pictures) -> None:
         found.entries.append((path, f"can't be read: {error.strerror}"))
         return
     if beginning.startswith(_BEGINNINGS) or (beginning[:4], beginning[8:]) == (b"RIFF", b"WEBP"):
-        # A text may start with "BM", too.
+        # A text file may also start with "BM".
         if beginning.startswith(b"BM") and not should_be_one:
             found.others += 1
         else:

@@ -26,11 +26,11 @@ class RestClient(Client):
         server: Address of the server, "http://host:port" or "https://host:port".
         model_name: Name of the model, or "" for the only model of a `robust_tf.serve`.
         version: Number of the version. None uses the latest.
-        label: Label of the version, instead of its number.
+        label: Label of the version. Give a version or a label, not both.
         timeout_seconds: Longest time that a request may take, in seconds.
         token: Token to send as "Authorization: Bearer ...", or "".
-        ca_file: PEM file of the authority that signed the server's certificate, or "" for those that this machine
-            trusts.
+        ca_file: PEM file of the authority that signed the server's certificate, or "" for the authorities that this
+            machine trusts.
         retries: Repeats the requests that a busy server refuses.
     """
 

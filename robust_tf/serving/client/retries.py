@@ -14,7 +14,7 @@ from robust_tf.serving.client.base import ServerError
 RETRY_SECONDS = 120.0
 
 _LOG = logging.getLogger(__name__)
-_TRIES_TO_REACH = 4  # if no server has ever answered, the address may be wrong, and the user should hear of it soon
+_TRIES_TO_REACH = 4  # if no server has ever answered, the address may be wrong, and the user should be told soon
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
 _SECONDS_BETWEEN_WARNINGS = 5.0  # several threads may be waiting at the same time
 
@@ -27,7 +27,7 @@ class Retries:
     One instance may be used from several threads.
 
     Args:
-        seconds: Longest time in seconds from the first refusal of a request to its last try. 0 tries once.
+        seconds: Longest time in seconds from the first refusal of a request to its last try. 0 means a single try.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -40,7 +40,7 @@ class Retries:
         """Calls `ask` until it succeeds, and returns its result.
 
         Raises:
-            ServerError: `ask` raised an error that another try would not fix, or the time is up.
+            ServerError: `ask` raised an error that another try would not fix, or no time is left for another try.
         """
         started = 0.0
         for attempt in itertools.count(1):
@@ -62,7 +62,8 @@ class Retries:
             raise error
         pause: float = min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
         if error.retry_after is not None:
-            # A little later than the server asks, so that clients that were refused together do not return together.
+            # A little later than the server asks for, so that clients that were refused at the same time do not all
+            # come back at the same time.
             pause = error.retry_after + pause
         if pause > left or (not self._reached and attempt >= _TRIES_TO_REACH):
             raise error

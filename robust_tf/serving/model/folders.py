@@ -17,7 +17,7 @@ class Absence(NamedTuple):
     """Why a model's folder has no version.
 
     Attributes:
-        reason: The reason and the way out, in whole sentences.
+        reason: The reason, and what to do about it, in whole sentences.
         final: Whether no version can ever appear there, so that waiting is pointless.
     """
 
@@ -66,7 +66,7 @@ def check_local(path: str, what: str) -> None:
 
     Args:
         path: Path to check.
-        what: What the path is for, as the message names it.
+        what: What the path is for, as the error message calls it.
 
     Raises:
         UserError: The path is an address.

@@ -1,4 +1,4 @@
-"""Predict, Classify and Regress on a model in memory, with arrays in and out, whatever the transport."""
+"""Predict, Classify and Regress on a model in memory. REST and gRPC share these functions, which take arrays."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -46,8 +46,8 @@ def predict(
         An array for each output, by name.
 
     Raises:
-        ServingError: There is no such signature (FAILED_PRECONDITION), or the model refuses the request as
-            `LoadedModel.run` describes.
+        ServingError: There is no such signature (FAILED_PRECONDITION), or the model refuses the request (see
+            `LoadedModel.run`).
     """
     name = signature_name or DEFAULT_SIGNATURE
     if model.signature(name) is None:

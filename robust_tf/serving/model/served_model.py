@@ -13,7 +13,7 @@ class ServedModel(Protocol):
 
     Attributes:
         path: Folder of the version.
-        signatures: The signatures that the SavedModel declares, by name, including the entry that initializes it.
+        signatures: The signatures that the SavedModel declares, by name. They include the entry that initializes it.
     """
 
     path: pathlib.Path

@@ -1,8 +1,8 @@
 """Loads and runs a SavedModel in a Session, as TensorFlow Serving does.
 
-`tf.saved_model.load` would hide two problems. It restores some exports whose variables only Python can find, on which
-TensorFlow Serving fails; a Session fails on them, too. And it passes a tensor of the wrong rank on to kernels that
-abort the process. Here, names, types and shapes are compared with the signature before anything runs.
+`tf.saved_model.load` would hide two problems. First, it can restore exports whose variables only Python can find.
+TensorFlow Serving fails on such exports, and so does a Session. Second, it passes tensors of the wrong rank on to
+kernels that abort the process. Here, names, types and shapes are compared with the signature before anything runs.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class LoadedModel:
 
     Attributes:
         path: Folder of the version.
-        signatures: The signatures that the SavedModel declares, by name, including the entry that initializes it.
+        signatures: The signatures that the SavedModel declares, by name. They include the entry that initializes it.
 
     Raises:
         ServingError: The folder holds no SavedModel with these tags, or the SavedModel cannot be restored.
@@ -95,8 +95,8 @@ class LoadedModel:
         except tf.errors.OpError as error:
             raise from_tensorflow(error, self.path) from error
         except UnicodeDecodeError as error:
-            # TensorFlow's message quotes bytes of the request that are not text. Python could not decode the message,
-            # and the status code is lost.
+            # TensorFlow's message quotes bytes of the request that are not text, so Python could not decode it. The
+            # status code is lost.
             message = error.object.decode("utf-8", "backslashreplace")
             raise invalid(_kernel_message(message, self.path)) from error
         except (ArithmeticError, TypeError, ValueError) as error:
@@ -135,9 +135,9 @@ class LoadedModel:
         self._session.close()
 
     def _callable(self, signature_name: str, outputs: tuple[str, ...]) -> Any:
-        """Returns the call that runs a signature for these outputs.
+        """Returns a prepared call, which runs a signature for these outputs.
 
-        Calls are cached, because preparing one takes longer than running it.
+        Prepared calls are cached, because preparing a call takes longer than running it.
         """
         key = signature_name, outputs
         with self._lock:
@@ -165,17 +165,17 @@ def _without_deprecation_warning() -> Iterator[None]:
 
 
 def from_tensorflow(error: tf.errors.OpError, path: pathlib.Path | None = None) -> ServingError:
-    """Returns an error of TensorFlow as a `ServingError` with the kernel's message only.
+    """Converts an error of TensorFlow to a `ServingError` that holds only the kernel's message.
 
     Args:
         error: Error of TensorFlow. The parts of its message about nodes and stacks are left out.
-        path: Folder of the version, which the message calls "model/version".
+        path: Folder of the version. "model/version" replaces it in the message.
     """
     return ServingError(code_name(error.error_code), _kernel_message(error.message or type(error).__name__, path))
 
 
 def without_path(message: str, path: pathlib.Path) -> str:
-    """Returns a message with "model/version" in place of the version's folder, whose path clients should not learn."""
+    """Replaces the folder of the version in a message with "model/version", since clients should not see the path."""
     return message.replace(str(path), f"{path.parent.name}/{path.name}")
 
 
@@ -210,7 +210,7 @@ def type_name(number: int) -> str:
 
 
 def shape_of(info: meta_graph_pb2.TensorInfo) -> list[int | None] | None:
-    """Returns the declared shape of a tensor, with None for dimensions that may vary, or None if the rank may vary."""
+    """Returns the declared shape of a tensor, with None for each dimension that may vary; None if the rank may vary."""
     if info.tensor_shape.unknown_rank:
         return None
     return [None if dim.size < 0 else dim.size for dim in info.tensor_shape.dim]

@@ -28,7 +28,7 @@ _CODES = {
 }
 _NAMES = {number: name for name, (number, _) in _CODES.items()}
 
-_LONGEST_MESSAGE = 1024  # gRPC puts the message into a header; TensorFlow Serving cuts it at the same length
+_LONGEST_MESSAGE = 1024  # gRPC puts the message into a header; TensorFlow Serving truncates it to the same length
 
 
 class ServingError(Exception):
@@ -71,7 +71,7 @@ def invalid(message: str) -> ServingError:
 
 @contextlib.contextmanager
 def only_serving_errors() -> Iterator[None]:
-    """Turns any other exception of the block into INTERNAL, so that no client ever reads a Python traceback.
+    """Turns any other exception in the block into an INTERNAL error, so that no client ever sees a Python traceback.
 
     Raises:
         ServingError: The block raised this error, or another exception, which is logged.
@@ -86,7 +86,7 @@ def only_serving_errors() -> Iterator[None]:
 
 
 def _one_line(message: str) -> str:
-    """Returns a message without line breaks and control characters, cut if it is too long."""
+    """Returns a message without line breaks or control characters, truncated if it is too long."""
     lines = message.splitlines()
     text = message if len(lines) == 1 else " ".join(line.strip() for line in lines)
     if len(text) > _LONGEST_MESSAGE:

@@ -1,4 +1,4 @@
-"""Converts the tensors and examples of the protocol to arrays, and arrays to tensors."""
+"""Converts the protocol's tensors and examples to arrays, and arrays to its tensors."""
 
 import math
 
@@ -9,7 +9,7 @@ from tensorflow_serving.apis import input_pb2
 
 from robust_tf.serving.model.status import invalid
 
-# A request may declare a huge shape and hold a single value, which is then repeated to fill the shape.
+# Limit for requests that declare a huge shape but hold a single value, which is then repeated to fill the shape.
 _MAX_REPEATED_BYTES = 1 << 28
 
 _VALUE_FIELDS = {
@@ -32,7 +32,7 @@ def to_array(name: str, proto: tensor_pb2.TensorProto) -> np.ndarray:
     """Converts a tensor of a request to an array.
 
     Args:
-        name: Name of the input, for the error.
+        name: Name of the input, for the error message.
         proto: The tensor.
 
     Returns:
@@ -76,7 +76,8 @@ def examples_of(source: input_pb2.Input) -> list[bytes]:
     if kind == "example_list":
         examples = [example.SerializeToString() for example in source.example_list.examples]
     elif kind == "example_list_with_context":
-        # Concatenating serialized messages merges them. The later one wins, so examples override the context.
+        # Concatenating serialized messages merges them. Where both set a feature, the later message wins, so
+        # examples override the context.
         listed = source.example_list_with_context
         context = listed.context.SerializeToString()
         examples = [context + example.SerializeToString() for example in listed.examples]

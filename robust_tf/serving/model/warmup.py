@@ -18,7 +18,7 @@ from robust_tf.serving.model.status import ServingError, invalid
 from robust_tf.serving.model.tensors import examples_of, to_array
 
 WARMUP_FILE = pathlib.PurePath("assets.extra", "tf_serving_warmup_requests")
-_MAX_RECORDS = 1000  # TensorFlow Serving refuses a file with more
+_MAX_RECORDS = 1000  # TensorFlow Serving refuses files with more records
 
 
 def predict_log(
@@ -46,7 +46,7 @@ def classify_log(model_name: str, signature_name: str, examples: Sequence[bytes]
 
 
 def write_warmup(version_dir: pathlib.Path, logs: Sequence[prediction_log_pb2.PredictionLog]) -> None:
-    """Writes the warm-up records of a version. Earlier records are replaced."""
+    """Writes the warm-up records of a version, and replaces any earlier ones."""
     path = version_dir / WARMUP_FILE
     path.parent.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(path)) as writer:

@@ -52,8 +52,8 @@ def export_classifier(
     The version is first written under a temporary name and loaded as TensorFlow Serving loads it. Every signature is
     run and compared with `classifier.predict`, and the warm-up requests are replayed. Only then is the version renamed
     into place. So a server that watches the folder never sees part of a version, and an export that is interrupted or
-    fails publishes nothing. As the SavedModel is for inference only, each BatchNorm after a float32 convolution is
-    folded into it.
+    fails publishes nothing. The SavedModel is for inference only, so each BatchNorm after a float32 convolution is
+    folded into the convolution.
 
     Args:
         classifier: Any Keras model that `plain_classifier` accepts, for images (batch, size, size, 3) in [0, 1].
@@ -66,11 +66,11 @@ def export_classifier(
         resize_size: Length to which the shorter side of an encoded image is resized before the center crop. None
             takes the size of the classifier's images.
         decoding: How EXIF rotation and transparency of encoded images are treated, as in training.
-        attack_probe: Attack to serve as the signature `attack_probe`. None serves none.
+        attack_probe: Attack to serve as the signature `attack_probe`. None serves no attack.
         original: Model that `classifier` was made from. The served probabilities must equal those of this model.
-        world_readable: Whether to give the version, and the folders created for it, the modes 0755 and 0644 whatever
-            the umask is. A server usually runs as another user, who could not read them under umask 077. False keeps
-            the umask.
+        world_readable: Whether the version and the folders created for it get the modes 0755 and 0644 regardless of the
+            umask. A server usually runs as another user, who could not read them under umask 077. With False, the
+            umask decides.
 
     Returns:
         The folder of the new version.
@@ -108,8 +108,8 @@ def export_classifier(
     requests = sample_requests(image_size, attack_probe)
     with _staging_folder(base, world_readable) as staging:
         module = tf.Module()
-        # The tf.Variables, rather than the Keras model or its Keras variables, which would be stored twice or which
-        # TensorFlow Serving's loader would not find.
+        # Only the tf.Variables are stored. The weights of a Keras model would be stored twice, and TensorFlow Serving's
+        # loader would not find Keras variables.
         module.weights = [weight.value for weight in served.weights]
         tf.saved_model.save(module, str(staging), signatures=signatures)
         (staging / "assets").mkdir(exist_ok=True)
@@ -214,7 +214,7 @@ def _check_version(base: pathlib.Path, version: int) -> None:
 
 @contextlib.contextmanager
 def _staging_folder(base: pathlib.Path, world_readable: bool) -> Iterator[pathlib.Path]:
-    """Creates a folder beside the versions during the block. Its name is not a number, so servers ignore it."""
+    """Creates a temporary folder beside the versions. Its name is not a number, so servers ignore it."""
     staging = base / f".export-{uuid.uuid4().hex[:12]}"
     try:
         missing = [folder for folder in (base, *base.parents) if not folder.exists()]
@@ -253,7 +253,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 def _remove_abandoned(base: pathlib.Path) -> None:
     """Removes the folders of exporters that were killed. No process holds a lock on them."""
     for folder in base.glob(".export-*"):
-        # The folder of another process may be gone by now, or so new that it is not locked yet.
+        # Another process may just have removed its folder, or created it without having locked it yet.
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                 with _locked(folder):
@@ -267,7 +267,7 @@ def _make_readable(folder: pathlib.Path) -> None:
 
 
 def readers_of(version_dir: pathlib.Path) -> str:
-    """Returns a sentence on who can read a published version. If a folder keeps other users out, it is named.
+    """Returns a sentence that says who can read a published version, and names any folder that keeps other users out.
 
     Args:
         version_dir: Folder of the version.
@@ -295,7 +295,8 @@ def _rename_into_place(staging: pathlib.Path, base: pathlib.Path, version: int |
         _check_version(base, number)
         target = base / str(number)
         try:
-            staging.rename(target)  # fails if another exporter was faster, as a folder with files is never replaced
+            # Fails if another exporter was faster, because a rename never replaces a folder that holds files.
+            staging.rename(target)
         except OSError:
             if version is None and target.is_dir():
                 continue

@@ -1,4 +1,4 @@
-"""Facts about a served model that come from the `results.json` of the job that trained it."""
+"""Reads facts about a served model from the `results.json` of the job that trained it."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def card_from_results(results: JobResults, *, license_name: str = "") -> dict[st
     """Returns the facts for the model card: data, metric, accuracies and license.
 
     Args:
-        results: Results of the job. Facts that are missing there become None.
+        results: Results of the job. Facts that it lacks become None.
         license_name: License of the classifier; "" means that it is not stated.
     """
     facts = {name: to_json(getattr(results, name)) for name in _CARD_KEYS}

@@ -1,4 +1,4 @@
-"""The attack in the served graph. It tests whether an image keeps its label within an epsilon."""
+"""The attack in the served graph. It tests whether an image keeps its label at a given epsilon."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from robust_tf.errors import UserError, unknown_name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackProbe:
-    """Settings of the signature `attack_probe`: PGD without a random start, with the epsilon of each request.
+    """Settings of the signature `attack_probe`: PGD without a random start. Each request sets its epsilon.
 
     Attributes:
         norm: Norm of the perturbation, "linf" or "l2".
@@ -32,7 +32,7 @@ class AttackProbe:
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):  # in the l1 norm, a step is not a function of the gradient alone
+        if self.norm not in ("linf", "l2"):  # in the l1 norm, a step depends on more than the gradient
             raise unknown_name("norm", self.norm, ("linf", "l2"))
         if self.steps < 1:
             raise UserError(f"The attack probe needs at least 1 step. Received: steps={self.steps}.")
@@ -93,7 +93,7 @@ def run_probe(
 
 
 def _margin_with_the_slope_of_cross_entropy(logits: tf.Tensor, labels: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """Returns minus the margin, which ranks the points, with the gradient of the cross-entropy, which PGD ascends."""
+    """Returns minus the margin, by which points are ranked, but with the gradient of the cross-entropy for PGD."""
     del targets
 
     @tf.custom_gradient

@@ -20,7 +20,8 @@ TOP_K = 5  # largest number of class names in a reply
 _MAX_PIXELS = 50_000_000
 _MAX_SIDE_RATIO = 20
 
-# How far outside [0, 1] pixels may be. A cubic resize overshoots by less, other units (0 to 255, -1 to 1) by more.
+# How far outside [0, 1] pixels may lie. A cubic resize overshoots by less than this; pixels in other ranges (0 to 255,
+# -1 to 1) exceed it.
 _PIXEL_TOLERANCE = 0.05
 
 
@@ -96,7 +97,7 @@ def build_signatures(
         labels: Names of the classes in the order of the logits.
         resize_size: Length in pixels to which the shorter side of an encoded image is resized.
         decoding: How EXIF rotation and transparency of encoded images are treated, as in training.
-        attack_probe: Attack to serve in addition to the predictions. None serves none.
+        attack_probe: Attack to serve in addition to the predictions. None serves no attack.
     """
     _, height, width, channels = classifier.input_shape
     image_shape = [None, height, width, channels]
@@ -198,7 +199,7 @@ def build_signatures(
 def _checked_pixels(images: tf.Tensor) -> tf.Tensor:
     """Returns the images unchanged. Pixels clearly outside [0, 1], or NaN, make the run fail with INVALID_ARGUMENT."""
     low, high = tf.reduce_min(images), tf.reduce_max(images)
-    check = tf.debugging.Assert(  # this fails for NaN as well, as any comparison with NaN is false
+    check = tf.debugging.Assert(  # this fails for NaN too, because any comparison with NaN is false
         tf.reduce_all((images >= -_PIXEL_TOLERANCE) & (images <= 1.0 + _PIXEL_TOLERANCE)),
         ["Pixels must be in [0, 1]. Received: from", low, "to", high],
     )

@@ -1,4 +1,4 @@
-"""Checks, before an export is published, that it answers like the classifier when TensorFlow Serving runs it."""
+"""Checks an export before it is published: run as in TensorFlow Serving, it must answer like the classifier."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from robust_tf.serving.model.status import ServingError
 from robust_tf.serving.publish.probe import AttackProbe
 from robust_tf.serving.publish.signatures import decode_images
 
-# How far a served number may differ from `classifier.predict`, relative to the largest expected number (at least 1).
-# The graph optimizer fuses layers, which changes the rounding, especially in half precision.
+# Largest difference between the served numbers and `classifier.predict`, relative to the largest expected number or 1,
+# whichever is larger. The graph optimizer fuses layers, which changes the rounding, especially in half precision.
 _TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
 
 
@@ -166,7 +166,8 @@ def _compare_probabilities(
     answer = model.run("predict_pixels", request)
     outputs = outputs_of(original, request["images"]).numpy().astype(np.float32)
     if outputs.shape[1] == 1:
-        # A single output is a logit if it is served unchanged, else it is a probability whose sigmoid was removed.
+        # A single output that is served unchanged is a logit. Otherwise it is a probability, and the export removed its
+        # sigmoid.
         is_logit = np.allclose(outputs[:, 0], answer["logits"][:, 1], rtol=1e-3, atol=1e-3)
         of_class_1 = tf.sigmoid(outputs).numpy() if is_logit else outputs
         expected = np.concatenate([1.0 - of_class_1, of_class_1], axis=1)

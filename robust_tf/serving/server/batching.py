@@ -52,7 +52,7 @@ class BatchedModel:
         *,
         timeout_ms: int = 0,
     ) -> dict[str, np.ndarray]:
-        """Runs one signature, in a batch with other requests where possible.
+        """Runs one signature, in a batch with other requests if possible.
 
         If a request makes its whole batch fail, the requests of the batch run again one by one. A batch may run until
         the latest deadline among its requests.
@@ -61,7 +61,7 @@ class BatchedModel:
             signature_name: One of `signatures`.
             inputs: An array for each input, by name. Strings are object arrays of bytes.
             outputs: Names of the outputs to compute. All if empty.
-            timeout_ms: Longest time from now to the result in milliseconds. 0 sets no limit.
+            timeout_ms: Longest time from now to the result, in milliseconds. 0 sets no limit.
 
         Returns:
             An array for each output, by name.
@@ -83,8 +83,8 @@ class BatchedModel:
                 values = queue.run(*inputs.values(), deadline=deadline)
                 return {name: values[name] for name in wanted}
             except tf.errors.OpError as error:
-                # An error in the Python function that runs the batch is ignored here: below, each request runs alone
-                # and gets its own answer.
+                # An error in the Python function that runs the batch is ignored here, because below each request of the
+                # batch runs alone and gets a separate answer.
                 if not isinstance(error, tf.errors.UnknownError) and "Traceback" not in (error.message or ""):
                     raise from_tensorflow(error, self.path) from error
         return self._model.run(signature_name, inputs, wanted, timeout_ms=_milliseconds_until(deadline))
@@ -149,7 +149,7 @@ class _Queue:
             return outputs
 
         # A batch occupies a thread of this Session while it waits for the model's Session. If both Sessions shared
-        # their threads, there might be none left for the model.
+        # their threads, waiting batches could leave none for the model.
         config = tf.compat.v1.ConfigProto(
             use_per_session_threads=True, inter_op_parallelism_threads=batching.num_batch_threads + 1
         )

@@ -1,7 +1,7 @@
 """Reads the configuration files of `tensorflow_model_server`: models, batching, monitoring and TLS.
 
-They are protocol buffers in text form. The official package contains the message for models only, so the fields of the
-other three are declared here, with the same names.
+They are protocol buffers in text form. The official package contains only the message for models, so the fields of
+the other three are declared here, with the same names.
 """
 
 import dataclasses
@@ -56,9 +56,10 @@ class Batching:
         batch_timeout_micros: Longest time that the first request of a batch waits for others, in microseconds.
         max_enqueued_batches: Number of batches that may wait. Further requests are refused with UNAVAILABLE.
         num_batch_threads: Number of batches that run at the same time.
-        allowed_batch_sizes: Sizes to which batches are padded; each takes the next larger one. Empty for no padding.
+        allowed_batch_sizes: Sizes to which batches are padded; a batch is padded to the next larger one. Empty for no
+            padding.
         enable_large_batch_splitting: Whether a request that is larger than a batch runs in parts.
-        max_execution_batch_size: Largest number of rows in a batch if large requests are split. 0 for
+        max_execution_batch_size: Largest number of rows in a batch if large requests are split. 0 means the same as
             `max_batch_size`.
     """
 
@@ -122,10 +123,10 @@ class Tls:
 
 
 def models_to_serve(config: ServeConfig) -> list[ModelSettings]:
-    """Returns the models that the flags name. The config file is read anew at each call.
+    """Returns the models that the flags name. Each call reads the config file again.
 
     Raises:
-        UserError: The config file cannot be read, or what it says is not valid.
+        UserError: The config file cannot be read, or its content is not valid.
     """
     if config.model_config_file:
         return model_settings(read_model_config(pathlib.Path(config.model_config_file)))
@@ -234,11 +235,11 @@ def read_tls(path: pathlib.Path) -> Tls:
 def _check_pem(tls: Tls) -> None:
     """Checks keys and certificates, because gRPC would only report that it cannot open its port."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    # Python reads keys only from files. No other user can read this one.
+    # Python reads keys only from files. No other user can read this temporary file.
     with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:
         pem.write(f"{tls.server_key}\n{tls.server_cert}\n")
         pem.flush()
-        context.load_cert_chain(pem.name, password="")  # without it, OpenSSL would ask for the password on the terminal
+        context.load_cert_chain(pem.name, password="")  # without a password, OpenSSL would ask for one on the terminal
     if tls.custom_ca:
         context.load_verify_locations(cadata=tls.custom_ca)
 

@@ -193,7 +193,7 @@ def _errors_to(context: grpc.ServicerContext) -> Any:
 def _timeout_ms(context: grpc.ServicerContext) -> int:
     """Returns the time until the caller's deadline, or 0 if there is none."""
     remaining = context.time_remaining()
-    # For callers without a deadline, gRPC gives one in the far future. No run takes a day.
+    # If the caller sets no deadline, gRPC reports one in the far future. No run takes a day.
     return 0 if remaining is None or remaining > 86_400 else max(1, int(remaining * 1000))
 
 

@@ -5,7 +5,8 @@ import threading
 from collections import defaultdict
 
 _PREFIX = ":tensorflow:serving:"
-# Upper bounds in microseconds and in examples. They are TensorFlow Serving's, so dashboards made for it work here.
+# Upper bounds of the histogram buckets, in microseconds and in examples. They are the same as in TensorFlow Serving, so
+# dashboards made for it work here.
 _LATENCY_BOUNDS = [10 * 1.8**exponent for exponent in range(33)]
 _EXAMPLE_BOUNDS = [2.0**exponent for exponent in range(15)]
 

@@ -12,8 +12,9 @@ class LabelFinding(NamedTuple):
     Attributes:
         label: The label.
         text: What is wrong, and what to do.
-        due: Whether requests fail now or after the next export, and not only after several exports.
-        absent: Whether the version is not in the folder.
+        due: Whether requests with the label already fail, or will fail after the next export. False if they will fail
+            only after several exports.
+        absent: Whether the folder lacks the version.
     """
 
     label: str
@@ -29,7 +30,7 @@ class ModelSettings:
     Attributes:
         name: Name of the model in requests.
         base_path: Folder that holds the versions.
-        latest: Number of versions to serve, the highest first. 0 serves all.
+        latest: Number of versions to serve, namely those with the highest numbers. 0 serves all.
         specific: Numbers of the versions to serve, instead of the latest ones. Empty to use `latest`.
         labels: Number of the version that each label points to.
     """

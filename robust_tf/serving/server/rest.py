@@ -43,7 +43,7 @@ class RestApp:
         service: The models.
         workers: Pool of threads in which the models run.
         timeout_ms: Longest time of one run of a model in milliseconds.
-        max_body_bytes: Size above which a body is refused with 413, whether as sent or uncompressed.
+        max_body_bytes: Largest size of a body, both as sent and uncompressed. A larger one is refused with 413.
         metrics_path: Path that Prometheus reads, or None.
         cors: Whether to allow requests from web pages of other origins.
     """
@@ -123,7 +123,7 @@ class RestApp:
         return bytes(body)
 
     def _unpacked(self, body: bytes) -> bytes:
-        """Returns a gzip body uncompressed. A broken one counts as empty, as in TensorFlow Serving."""
+        """Uncompresses a gzip body. A damaged body counts as empty, as in TensorFlow Serving."""
         decoder = zlib.decompressobj(wbits=31)
         try:
             unpacked = decoder.decompress(body, self._max_body_bytes + 1)

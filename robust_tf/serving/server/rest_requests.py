@@ -189,7 +189,7 @@ def _to_array(value: Any, datatype: int) -> np.ndarray:
         raise invalid(f"A JSON number is outside the range of type: {type_name(datatype)}: {error}") from error
 
 
-# The Python types of the JSON values that each tensor type takes. The match is exact: a bool is not an int here.
+# The Python types of the JSON values that each tensor type accepts. Subclasses do not count: a bool is not an int here.
 _LEAF_TYPES: dict[tf.DType, set[type]] = {
     tf.string: {str, dict},
     tf.bool: {bool},
@@ -202,7 +202,7 @@ _LEAF_TYPES: dict[tf.DType, set[type]] = {
 
 
 def _shape(value: Any) -> list[int]:
-    """Returns the lengths of the nested lists along their first elements."""
+    """Returns the shape of nested lists, judging by the first element of each list."""
     shape = []
     while isinstance(value, list):
         shape.append(len(value))
@@ -211,7 +211,7 @@ def _shape(value: Any) -> list[int]:
 
 
 def _leaves(value: Any, shape: Sequence[int]) -> list[Any]:
-    """Returns the elements in order, after checking that all lists of a level have the same length."""
+    """Checks that all lists at the same depth have the same length, and returns their elements in order."""
     level = [value]
     for depth, size in enumerate(shape):
         if set(map(type, level)) != {list} or set(map(len, level)) != {size}:

@@ -1,4 +1,4 @@
-"""The flags of the server, which can be read without TensorFlow, so that `--help` answers at once."""
+"""The flags of the server. Reading them does not import TensorFlow, so `--help` answers at once."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ from robust_tf.errors import UserError
 from robust_tf.flags import flag
 from robust_tf.serving.model.folders import check_local
 
-# Enough concurrent requests to fill a batch. The model itself runs in TensorFlow's own threads.
+# Enough threads for the concurrent requests that fill a batch. The model itself runs in TensorFlow's own threads.
 _THREADS = max(32, 4 * (os.cpu_count() or 1))
 
 
@@ -15,12 +15,12 @@ _THREADS = max(32, 4 * (os.cpu_count() or 1))
 class ServeConfig:
     """The flags of `python -m robust_tf.serve`.
 
-    They are the flags of `tensorflow_model_server`, and four more at the end that exist only here.
+    They are the flags of `tensorflow_model_server`, followed by four that exist only here.
     """
 
-    port: int = flag(8500, "Port for gRPC. 0 opens none.")
+    port: int = flag(8500, "Port for gRPC. 0 turns it off.")
     grpc_socket_path: str = flag("", "Unix socket on which to serve gRPC as well.")
-    rest_api_port: int = flag(8501, "Port for REST. 0 opens none.")
+    rest_api_port: int = flag(8501, "Port for REST. 0 turns it off.")
     rest_api_timeout_in_ms: int = flag(
         30_000, "Longest time in milliseconds that the model may run for a REST request."
     )

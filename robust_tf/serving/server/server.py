@@ -79,7 +79,8 @@ class Server:
                 log_level="warning",
                 access_log=False,
                 ws="none",
-                timeout_keep_alive=75,  # longer than clients and proxies keep idle connections, so they close first
+                # Longer than clients and proxies keep idle connections, so that they, not the server, close them.
+                timeout_keep_alive=75,
                 server_header=False,
                 timeout_graceful_shutdown=max(1, int(config.shutdown_grace_seconds)),
             )
@@ -121,7 +122,7 @@ class Server:
         self._stopping.wait()
 
     def stop(self) -> None:
-        """Stops taking requests, finishes those that were accepted, then frees the models.
+        """Stops accepting requests, finishes those that were accepted, then frees the models.
 
         Requests that take longer than `shutdown_grace_seconds` are cancelled.
         """
@@ -215,7 +216,8 @@ class Server:
                 models = config_files.models_to_serve(self._config)
                 if models != self._models:
                     self._manager.configure(models)
-                    self._models = models  # only now, so that a label whose version does not exist yet is tried again
+                    # Set only after success, so that a label whose version does not exist yet is tried again.
+                    self._models = models
                     _LOG.info("Applied the changes in %s", path)
             except (UserError, ServingError) as error:
                 _LOG.error("Cannot apply the changes in %s: %s", path, error)
@@ -257,8 +259,8 @@ def _bind(config: ServeConfig) -> socket.socket:
     except OSError as error:
         listener.close()
         raise _port_error(config, "rest_api_port", error.strerror or str(error)) from error
-    # Accepted connections inherit this. Without it, the body of a reply would wait 40 ms for the client to acknowledge
-    # the headers.
+    # Accepted connections inherit this option. Without it, the body of a reply would wait 40 ms for the client to
+    # acknowledge the headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 

@@ -1,4 +1,4 @@
-"""What REST and gRPC have in common: choosing a version, measuring requests, status and metadata."""
+"""The parts that REST and gRPC share: choosing a version, measuring requests, status and metadata."""
 
 import contextlib
 import time
@@ -38,7 +38,7 @@ class Service:
             method: "predict", "classify", "regress" or "multi_inference".
             entrypoint: "REST" or "GRPC".
         """
-        # Without this, a client could make the metrics grow without end by inventing names.
+        # Otherwise, a client could make the metrics grow without limit by inventing names.
         name = model_name if model_name in self.manager.names() else "unknown"
         start = time.perf_counter()
         try:
@@ -52,7 +52,7 @@ class Service:
 
     @contextlib.contextmanager
     def leased(self, spec: model_pb2.ModelSpec) -> Iterator[tuple[int, ServedModel]]:
-        """Keeps the version that a request asks for loaded during the block, and yields its number and model.
+        """Yields the number and the model of the version that a request asks for, and keeps it loaded during the block.
 
         Raises:
             ServingError: There is no such version.

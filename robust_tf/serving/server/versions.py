@@ -26,8 +26,8 @@ from robust_tf.serving.server.model_settings import ModelSettings
 _Fingerprint = tuple[tuple[str, int, int], ...]
 
 _LOG = logging.getLogger(__name__)
-_ENDED_KEPT = 16  # number of unloaded versions per model that the status still shows
-_SECONDS_BETWEEN_WARNINGS = 30.0  # with the same text
+_ENDED_KEPT = 16  # number of unloaded versions of a model that its status still shows
+_SECONDS_BETWEEN_WARNINGS = 30.0  # between two warnings with the same text
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ class Version:
 
     @property
     def client_error(self) -> ServingError | None:
-        """The error as clients may read it, without the path on this machine."""
+        """The error as clients may see it, without the path on this machine."""
         return self.error and ServingError(self.error.code, without_path(self.error.message, self.path))
 
 
@@ -93,7 +93,7 @@ class ModelManager:
         self._poller = threading.Thread(target=self._poll, name="version-poller", daemon=True)
 
     def configure(self, models: Sequence[ModelSettings]) -> None:
-        """Serves these models and no others. Returns when the versions in their folders have been loaded.
+        """Serves these models from now on, and no others. Returns once the versions in their folders are loaded.
 
         Args:
             models: Settings of the models.
@@ -105,7 +105,7 @@ class ModelManager:
         with self._updating:
             with self._lock:
                 before, self._settings = self._settings, {model.name: model for model in models}
-                # If the folder of a model changes, its versions are different ones, even with the same numbers.
+                # If the path of a model changes, so do its versions, even if their numbers stay the same.
                 moved = [
                     n for n in before if n not in self._settings or self._settings[n].base_path != before[n].base_path
                 ]
@@ -116,7 +116,8 @@ class ModelManager:
             self._close_unused(gone)
             wanted = {model.name: self._bring_in_wanted(model) for model in models}
             try:
-                # After new versions are loaded and before old ones go, so that labels always name a loaded version.
+                # Labels change after new versions are loaded and before old ones are unloaded, so they always point to
+                # a loaded version.
                 self._assign_labels(models, wanted)
             finally:
                 for name, versions in wanted.items():
@@ -132,7 +133,7 @@ class ModelManager:
             self._poller.start()
 
     def stop(self) -> None:
-        """Stops watching the folders and frees all models. Requests that still run end with CANCELLED."""
+        """Stops watching the folders and frees all models. Requests that are still running end with CANCELLED."""
         self._stopping.set()
         if self._poller.is_alive():
             self._poller.join()
@@ -167,12 +168,12 @@ class ModelManager:
 
     @contextlib.contextmanager
     def lease(self, name: str, *, version: int | None = None, label: str = "") -> Iterator[tuple[int, ServedModel]]:
-        """Keeps a version loaded during the block, and yields its number and model.
+        """Yields the number and the model of a version, and keeps it loaded during the block.
 
         Args:
             name: Name of the model.
             version: Number of the version. None takes the latest.
-            label: Label of the version, instead of its number.
+            label: Label of the version. Give a version or a label, not both.
 
         Raises:
             ServingError: There is no such version (NOT_FOUND), or the label is unknown (INVALID_ARGUMENT).
@@ -197,7 +198,7 @@ class ModelManager:
             self._close_unused([leased])
 
     def states(self, name: str, version: int | None = None) -> list[tuple[int, str, ServingError | None]]:
-        """Returns number, state and error of a model's versions, the highest first.
+        """Returns the number, state and error of each version of a model, the highest number first.
 
         Args:
             name: Name of the model.
@@ -247,7 +248,7 @@ class ModelManager:
         return wanted
 
     def _warn(self, subject: str, message: str) -> None:
-        """Logs a warning about a subject at once, and repeats an unchanged one only from time to time."""
+        """Logs a new warning about a subject at once, and repeats the same warning only from time to time."""
         said, when = self._warned.get(subject, ("", 0.0))
         now = time.monotonic()
         if message != said or now - when >= _SECONDS_BETWEEN_WARNINGS:
@@ -295,7 +296,7 @@ class ModelManager:
                 self._metrics.observe_warmup(str(model.path), status, microseconds=microseconds)
 
     def _leaving(self, name: str, wanted: Mapping[int, pathlib.Path] | None) -> list[Version]:
-        """Returns the versions to unload, once a wanted one is available; the caller holds the lock."""
+        """Returns the versions to unload: none before a wanted version is available. The caller holds the lock."""
         available = self._available(name)
         if wanted is None or (wanted and not available.keys() & wanted.keys()):
             return []
@@ -322,7 +323,7 @@ class ModelManager:
         return versions
 
     def _close_unused(self, versions: Sequence[Version]) -> None:
-        """Frees those of the versions that are to be unloaded and that no request uses."""
+        """Frees the versions that are being unloaded and that no request uses anymore."""
         for version in versions:
             with self._lock:
                 if version.state != "UNLOADING" or version.in_flight:
@@ -331,7 +332,7 @@ class ModelManager:
             if model is not None:
                 model.close()
                 del model
-                gc.collect()  # a graph refers to itself, so otherwise its memory would stay occupied
+                gc.collect()  # a graph refers to itself, so only the garbage collector frees its memory
                 _LOG.info("Version %s is unloaded", version.path)
 
     def _available(self, name: str) -> dict[int, Version]:

@@ -1,1 +1,1 @@
-"""What the client and the server have in common; imports no TensorFlow."""
+"""The parts that the client and the server share. They do not import TensorFlow."""

@@ -1,4 +1,4 @@
-"""JSON with NumPy arrays in it, as requests and replies contain it."""
+"""Writes JSON that contains NumPy arrays, for requests and replies."""
 
 import json
 from typing import Any
@@ -37,7 +37,7 @@ def _all_finite(value: Any) -> bool:
 
 
 def _to_shortest(value: np.ndarray | np.generic) -> Any:
-    """Returns numbers that print with the fewest digits that identify the float32, not with those of its double."""
+    """Returns doubles that print with as few digits as the float32 needs: 0.1, not 0.10000000149011612."""
     if value.dtype == np.float32:
         return value.astype(str).astype(np.float64).tolist()
     return value.tolist()

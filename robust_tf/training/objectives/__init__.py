@@ -7,8 +7,8 @@
 
 To add an objective:
 
-1. Write a subclass of `Objective` (see `base.py`) in a new file of this folder. Override what differs: `inputs` makes
-   the adversarial images, `forward` runs the network on them, `loss` returns the scalar to minimize. Set
+1. Write a subclass of `Objective` (see `base.py`) in a new file of this folder. Override the methods that differ:
+   `inputs` makes the adversarial images, `forward` runs the network on them, `loss` returns the scalar to minimize. Set
    `knows_clean_figures = False` unless `inputs` calls `trainer.update_clean`. `trades.py` is a complete example.
 2. Add the fields that select and configure it to `Recipe` in `recipe.py`, with their checks in `__post_init__`.
 3. Build it in `build_objective`, below. `AdversarialTrainer(classifier, attack, recipe=Recipe(...))` then uses it.

@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation (AWP): minimizes another objective at the worst weights in the neighborhood.
+"""Adversarial weight perturbation (AWP): minimizes another objective at nearby weights that make its loss high.
 
 Source: Wu et al. 2020, arXiv 2004.05884.
 """
@@ -25,7 +25,7 @@ class AtPerturbedWeights(NamedTuple):
 
 
 class AdversarialWeights(Objective):
-    """Wraps another objective and takes its gradient at the perturbed weights. The step starts at the original weights.
+    """Wraps another objective: takes its gradient at the perturbed weights, and applies it to the original weights.
 
     As in the authors' code, the forward pass that finds the perturbation runs in training mode but does not update
     BatchNorm's statistics. Unlike in the authors' code, weight decay acts on the original weights, not on the
@@ -95,7 +95,7 @@ class AdversarialWeights(Objective):
 def perturbed_weights(classifier: keras.Model) -> list[keras.Variable]:
     """Returns the weights that AWP perturbs: every trainable weight with more than one axis, as in the authors' code.
 
-    These are the kernels of convolutions and dense layers, but not biases and the weights of BatchNorm.
+    These are the kernels of convolutions and dense layers, but not the biases or the weights of BatchNorm.
     """
     return [weight for weight in classifier.trainable_weights if len(weight.shape) > 1]
 
@@ -104,8 +104,8 @@ def weight_perturbation(weight: tf.Tensor, gradient: tf.Tensor, gamma: Scale) ->
     """Returns the perturbation of one kernel, in the direction of the gradient and `gamma` times as long as the kernel.
 
     This is one step of gradient ascent, projected as in equation (10) of the paper; lengths are L2 norms. A gradient
-    that is zero or not finite gives a perturbation of zero. (Loss scaling can produce such gradients, and skips
-    their steps.)
+    that is zero or not finite gives a perturbation of zero. (Loss scaling can produce such gradients; the
+    optimizer skips these steps.)
 
     Args:
         weight: Kernel, float32.

@@ -79,8 +79,8 @@ class Objective:
     Attributes:
         passes: Number of forward passes per step that update BatchNorm's moving statistics.
         replays: Number of optimizer steps on each batch.
-        knows_clean_figures: Whether the clean metrics need no extra forward pass, because `inputs` updates them with
-            `trainer.update_clean` or because there is no attack.
+        knows_clean_figures: Whether the clean metrics are known without an extra forward pass, because `inputs` updates
+            them with `trainer.update_clean` or because there is no attack.
     """
 
     passes = 1
@@ -89,7 +89,7 @@ class Objective:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The variables that keep their values from one step to the next and belong in a checkpoint."""
+        """The variables that carry state from one step to the next, and are saved in checkpoints."""
         return []
 
     def inputs(self, trainer: Trainer, batch: Batch) -> Any:

@@ -20,7 +20,7 @@ class FreeReplays(Objective):
     statistics, as in the authors' code.
 
     Args:
-        trainer: Trainer that gets the perturbation as one of its variables.
+        trainer: Trainer that owns the perturbation as one of its variables.
         replays: Number of optimizer steps on each batch.
         batch_size: Size of the largest batch.
 
@@ -76,7 +76,7 @@ class FreeReplays(Objective):
     def learn(self, trainer: Trainer, batch: Batch, inputs: tf.Tensor, gradients: list[tf.Tensor]) -> None:
         """Updates the perturbation with its gradient."""
         count = tf.shape(inputs)[0]
-        # The gradient of the sum, not of the mean: the step of an image must not depend on the size of its batch.
+        # The gradient of the sum, not of the mean, since the step of an image must not depend on the size of its batch.
         moved = moved_perturbation(inputs, gradients[0] * tf.cast(count, tf.float32), trainer.attack)
         self._perturbation.assign(tf.concat([moved, self._perturbation[count:]], axis=0))
 
@@ -89,8 +89,8 @@ def moved_perturbation(perturbation: tf.Tensor, gradient: tf.Tensor, attack: Att
 
     Args:
         perturbation: Perturbation (batch, height, width, channels), float32, inside the ball.
-        gradient: Gradient of the loss with respect to the perturbation, in any scale. The perturbation of an image
-            stays as it is where the gradient is not finite.
+        gradient: Gradient of the loss with respect to the perturbation, in any scale. If it is not finite for an
+            image, the perturbation of this image does not change.
         attack: Attack whose norm, epsilon and step size are used.
 
     Source: Shafahi et al. 2019, arXiv 1904.12843, algorithm 1 (linf; the step is epsilon there).

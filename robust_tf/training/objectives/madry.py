@@ -26,7 +26,7 @@ class AdversarialLoss(Objective):
         self._training = attack_mode == "training"
         self.passes = 1 + (attack_passes if self._training else 0)
         # Without a random start the first forward pass of the attack is on the clean images. In training mode it
-        # does not give the clean metrics, which are defined for inference mode.
+        # does not provide the clean metrics, which are defined for inference mode.
         self.knows_clean_figures = not (self._training or random_start)
 
     def inputs(self, trainer: Trainer, batch: Batch) -> tf.Tensor:

@@ -18,14 +18,14 @@ class Recipe:
 
     Attributes:
         trades_beta: Weight of the divergence in TRADES, at least 0. None trains with Madry's loss.
-        awp_gamma: Size of the adversarial weight perturbation relative to the weights, at least 0. None leaves it out.
+        awp_gamma: Size of the adversarial weight perturbation relative to the weights, at least 0. None turns it off.
         awp_warmup_steps: Number of optimizer steps before the first weight perturbation.
         epsilon_warmup_steps: Number of optimizer steps over which epsilon and the step size rise linearly from 0.
         free_replays: Number of optimizer steps on each batch in free adversarial training. 0 turns it off.
         free_batch_size: Size of the largest batch in free adversarial training, which must be known beforehand.
         attack_mode: Mode of the network in the attack. "inference": BatchNorm uses its moving statistics and Dropout
             is off, as in MadryLab/robustness. "training": the network runs as it does in the update, and the attack's
-            forward passes move the statistics too, as in the code of Wong et al. 2020 (locuslab/fast_adversarial).
+            forward passes update the statistics too, as in the code of Wong et al. 2020 (locuslab/fast_adversarial).
     """
 
     trades_beta: float | None = None

@@ -30,8 +30,8 @@ class Trades(Objective):
     """The compiled loss on the clean images + beta * KL(clean || adversarial).
 
     The clean and the adversarial images go through the network in two separate passes in training mode, which update
-    BatchNorm's statistics one after the other, the clean pass first, as in the authors' code. The authors run a second
-    pass over the clean images, which only updates the statistics once more; it is left out here.
+    BatchNorm's statistics one after the other, the clean pass first, as in the authors' code. The authors also run a
+    second pass over the clean images. It is left out here, because it only updates the statistics once more.
 
     Args:
         beta: Weight of the divergence, at least 0.
