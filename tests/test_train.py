@@ -749,7 +749,7 @@ def test_a_source_that_does_not_fit_is_refused(transfer, trained):
         train.run(transfer("a", source=source, architecture="resnet20"))
     with pytest.raises(UserError, match="'stage9'.*stage3"):
         train.run(transfer("b", source=source, transfer_mode="partial", freeze_through="stage9"))
-    with pytest.raises(UserError, match="standard twin is known"):
+    with pytest.raises(UserError, match="standard counterpart is known"):
         train.run(transfer("c", source=source, baseline=True))
 
 

@@ -75,13 +75,13 @@ def published_twin(source: str) -> str:
     """
     if source not in PUBLISHED:
         raise UserError(
-            "A baseline needs a source whose standard twin is known: a flag file, or the name of a published model. "
+            "A baseline needs a source whose standard counterpart is known: a flag file, or the name of a published model. "
             f"Received: source={source}. Run the transfer a second time from your standard classifier instead."
         )
     twin = standard_twin(source)
     if twin == source:
         raise UserError(
-            "A baseline compares a robust source with its standard twin. "
+            "A baseline compares a robust source with its standard counterpart. "
             f"Received: source={source}, which is a standard model. Choose a robust source, or leave out the baseline."
         )
     return twin
