@@ -75,8 +75,8 @@ def published_twin(source: str) -> str:
     """
     if source not in PUBLISHED:
         raise UserError(
-            "A baseline needs a source whose standard counterpart is known: a flag file, or the name of a published model. "
-            f"Received: source={source}. Run the transfer a second time from your standard classifier instead."
+            "A baseline needs a source whose standard counterpart is known: a flag file, or the name of a published "
+            f"model. Received: source={source}. Run the transfer a second time from your standard classifier instead."
         )
     twin = standard_twin(source)
     if twin == source:
