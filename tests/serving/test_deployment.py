@@ -120,7 +120,7 @@ def test_readme_names_the_versions_that_were_tried_together():
     readme = " ".join((SERVING / "README.md").read_text().split())
     assert set(re.findall(r"TensorFlow Serving ([\d.]+\d)", readme)) == {pinned}
     assert set(re.findall(r"tensorflow/serving:([\d.]+)", readme)) == {pinned}
-    assert f"exports of TensorFlow {exporter} were tried on this server" in readme
+    assert f"This server loads exports from TensorFlow {exporter} and answers" in readme
 
 
 @pytest.mark.parametrize("name", ["tensorflow-serving", "nginx", "prometheus", "grafana"])
