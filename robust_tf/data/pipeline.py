@@ -281,7 +281,7 @@ class TaskData:
         num_examples, num_classes = len(self.train_examples.mask), len(self.class_names)
 
         def transform(number: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-            # The number that is folded in is larger than that of any example, and differs between the workers.
+            # The number that is folded in is larger than the number of any example, and differs between the workers.
             batch_seed = tf.random.experimental.stateless_fold_in(
                 seed, num_examples + number * self.num_workers + self.worker
             )

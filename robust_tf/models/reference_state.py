@@ -26,7 +26,7 @@ _MAX_CHANNELS = 16
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """A variable of the classifier, with the conversion between its layout and that of its counterpart in PyTorch.
+    """A variable of the classifier, with the conversion between its layout in Keras and in PyTorch.
 
     Attributes:
         variable: Variable of the classifier.

@@ -395,7 +395,7 @@ def test_probabilities_have_the_calibration_error_of_their_logits(flags, jobs, t
 
 
 def test_a_classifier_of_reduced_images_is_measured_on_reduced_images(jobs, data_dir, tmp_path, flags, capsys):
-    """The accuracy is equal to that of a training job, which reduces its test images, too."""
+    """The accuracy equals the one that a training job reports, because both reduce the test images."""
     job = write_job(tmp_path / "reduced", keras.saving.load_model(jobs["good"].classifier))
     (job.folder / "results.json").write_text(
         json.dumps({"dataset": "digits", "classes": [0, 1, 2, 3, 4], "downscale": 4})

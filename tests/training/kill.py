@@ -1,4 +1,4 @@
-"""Kills a training run at random moments and restarts it: the result equals that of an uninterrupted run bit for bit.
+"""Kills a training run at random moments and restarts it: it ends bit for bit like an uninterrupted run.
 
 python -m tests.training.kill --kills=30
 """
