@@ -46,16 +46,17 @@ def run(job: JobConfig) -> None:
     if job.plan.dry_run:
         plan(job)
         return
-    distribution = start_distribution(job.run.distribution)
-    try:
-        distribution.on_chief(lambda: check_outputs(job))
-        results = run_job(job)
-        baseline = run_baseline(job) if job.transfer.baseline else None
-        distribution.on_chief(lambda: finish_job(job, results, baseline))
-    except PEER_LOST as error:
-        if distribution.num_workers == 1:
-            raise
-        restart_process(error, most=job.run.restarts)
+    distribution = start_distribution(job.run.distribution, worker_timeout=job.run.worker_timeout)
+    with distribution.watched() as watch:
+        try:
+            distribution.on_chief(lambda: check_outputs(job))
+            results = run_job(job)
+            baseline = run_baseline(job) if job.transfer.baseline else None
+            distribution.on_chief(lambda: finish_job(job, results, baseline))
+        except PEER_LOST as error:
+            if distribution.num_workers == 1:
+                raise
+            restart_process(error, most=job.run.restarts, signal_number=watch.signal_number)
 
 
 def plan(job: JobConfig) -> None:
