@@ -46,7 +46,12 @@ def run(job: JobConfig) -> None:
     if job.plan.dry_run:
         plan(job)
         return
-    distribution = start_distribution(job.run.distribution, worker_timeout=job.run.worker_timeout)
+    try:
+        distribution = start_distribution(job.run.distribution, worker_timeout=job.run.worker_timeout)
+    except PEER_LOST as error:
+        if job.run.distribution != "multi_worker":
+            raise
+        restart_process(error, most=job.run.restarts)
     with distribution.watched() as watch:
         try:
             distribution.on_chief(lambda: check_outputs(job))

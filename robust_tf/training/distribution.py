@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -278,7 +278,7 @@ def _multi_worker_strategy(timeout: float) -> tf.distribute.Strategy:
             faulthandler.cancel_dump_traceback_later()
 
 
-def restart_process(error: Exception, *, most: int, signal_number: int | None = None) -> None:
+def restart_process(error: Exception, *, most: int, signal_number: int | None = None) -> NoReturn:
     """Replaces this process with a new one that runs the same command. Use it when another worker was lost.
 
     Args:
