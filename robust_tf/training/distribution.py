@@ -20,7 +20,7 @@ from robust_tf.config.run import DistributionKind
 from robust_tf.console import console
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
-from robust_tf.training.interruption import Interrupted, Watch, signals_end_process
+from robust_tf.training.interruption import Watch, end_process, signals_end_process
 from robust_tf.training.rendezvous import lost_workers, wait_for_workers
 
 Result = TypeVar("Result")
@@ -284,14 +284,14 @@ def restart_process(error: Exception, *, most: int, signal_number: int | None = 
     Args:
         error: Error that showed that a worker was lost.
         most: Highest number of restarts.
-        signal_number: Signal that this process has received, if any.
+        signal_number: Signal that this process has received, if any. The process then ends instead.
 
     Raises:
         UserError: The process has already been restarted that many times.
-        Interrupted: There was a signal, so the process must end.
     """
     if signal_number is not None:
-        raise Interrupted(signal_number) from error
+        # Not by an exception, because TensorFlow would wait for the lost worker when Python ends.
+        end_process(signal_number, "Another worker was lost.")
     restarts = int(os.environ.get(_RESTARTS, "0"))
     if restarts >= most:
         raise UserError(

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SECOND_SIGNAL_SECONDS = 5.0  # time to react to a second signal
@@ -150,15 +151,26 @@ class Watch:
             self._exit(number, "A second signal was received.")
 
     def _exit(self, number: int, reason: str) -> None:
-        if self._ended.is_set():
-            return
-        print(
-            f"Interrupted. {reason} This process ends at once; the same command continues from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        # Nothing is left half written, because every file is written under another name first.
-        os._exit(128 + number)
+        if not self._ended.is_set():
+            end_process(number, reason)
+
+
+def end_process(signal_number: int, reason: str) -> NoReturn:
+    """Ends the process at once, without the usual work at the end of a program.
+
+    Nothing is left half written, because every file is first written under another name.
+
+    Args:
+        signal_number: Signal because of which the process ends. It determines the exit code.
+        reason: Sentence for the user that says why the process cannot end as usual.
+    """
+    print(
+        f"Interrupted. {reason} This process ends at once; the same command continues from the last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.stdout.flush()
+    os._exit(128 + signal_number)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from robust_tf.errors import UserError
 from robust_tf.evaluation.outcomes import read_outcomes
 from robust_tf.models import load_classifier
 from robust_tf.training.distribution import _multi_worker_strategy, restart_process, start_distribution
-from robust_tf.training.interruption import Interrupted, signals_raise
+from robust_tf.training.interruption import signals_raise
 from tests.tasks import make_task
 from tests.training.workers import free_ports, job, job_on_two_cpus, start_worker, wait_for_line, wait_until
 
@@ -133,7 +133,12 @@ def test_a_worker_whose_peer_hangs_in_the_middle_of_training_obeys_sigterm(tmp_p
             worker.kill()
             worker.communicate()
     assert workers[0].returncode == 143
-    assert f"Interrupted. There is no answer from worker 1 (127.0.0.1:{ports[1]})." in out
+    # TensorFlow and the watch each need about ten seconds to notice it, so either may come first.
+    lost = (
+        "Interrupted. Another worker was lost.",
+        f"Interrupted. There is no answer from worker 1 (127.0.0.1:{ports[1]}).",
+    )
+    assert any(text in out for text in lost)
     assert not list((tmp_path / "w").rglob("*.tmp*"))
 
 
@@ -246,11 +251,15 @@ def test_the_timeout_must_not_be_negative():
         JobConfig.from_flags(worker_timeout=-1.0)
 
 
-def test_after_a_signal_a_process_ends_instead_of_restarting(monkeypatch):
+def test_after_a_signal_a_process_ends_instead_of_restarting(monkeypatch, capsys):
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("restarted"))
-    with pytest.raises(Interrupted) as caught:
+    with pytest.raises(SystemExit, match="143"):
         restart_process(RuntimeError("peer lost"), most=2, signal_number=signal.SIGTERM)
-    assert caught.value.exit_code == 143
+    assert "Interrupted. Another worker was lost. " in capsys.readouterr().err
 
 
 def test_the_number_of_restarts_is_limited(monkeypatch):

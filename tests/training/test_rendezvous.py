@@ -158,6 +158,7 @@ def test_a_worker_that_goes_away_again_is_waited_for():
     ("says", "detail"),
     [
         (b"SSH-2.0-OpenSSH_9.2\r\n", "another program answers there"),
+        (bytes(40), "another program answers there"),
         (b"robust_tf worker 0 of 2\n", "it says that it is worker 0 of 2"),  # the same TF_CONFIG on two machines
         (b"robust_tf worker 1 of 3\n", "it says that it is worker 1 of 3"),
         (b"", "no answer"),  # for example a program that waits for a request, or a stopped worker
