@@ -10,6 +10,7 @@ import tensorflow as tf
 from robust_tf.attacks import AttackConfig, climb
 from robust_tf.attacks.checks import assert_pixels
 from robust_tf.errors import UserError
+from robust_tf.models.execution import Execution
 from robust_tf.training.batchnorm import flat_layers, unbiased_statistics
 from robust_tf.training.compiled_loss import CompiledLoss
 from robust_tf.training.image_input import check_has_images, images_of, trial_outputs, with_images
@@ -114,6 +115,7 @@ class AdversarialTrainer(ReplicatedModel):
         if attack.active and classifier.built:
             check_has_images(classifier)
         self.classifier = classifier
+        self._execution = Execution(classifier)
         self.attack = attack
         self.recipe = recipe
         self._validation_attack = attack if validation_attack is None else validation_attack
@@ -196,6 +198,8 @@ class AdversarialTrainer(ReplicatedModel):
         """
         super().compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, **kwargs)
         self._compiled_loss = None
+        if self.classifier.built:
+            self._execution.prepare()
         if self.attack.active:
             names = getattr(self.classifier, "output_names", None) or ()
             outputs = trial_outputs(self.classifier)
@@ -315,7 +319,8 @@ class AdversarialTrainer(ReplicatedModel):
         """Takes one optimizer step as Keras does, but with the inputs, forward pass and loss of the objective."""
         objective = self.objective
         with self._unbiased_statistics(batch.images):
-            inputs = objective.inputs(self, batch)
+            with self._execution.weights_unchanged() if self.attack.active else contextlib.nullcontext():
+                inputs = objective.inputs(self, batch)
             watched = objective.watched(inputs)
             with tf.GradientTape() as tape:
                 tape.watch(watched)
@@ -345,19 +350,20 @@ class AdversarialTrainer(ReplicatedModel):
         return Batch(images, labels, sample_weight, seed, self._network(lambda images: with_images(inputs, images)))
 
     def _network(self, inputs_with: Callable[[Any], Any]) -> Callable[[Any, bool], Any]:
-        return lambda images, training: self.classifier(inputs_with(images), training=training)
+        return lambda images, training: self._execution(inputs_with(images), training=training)
 
     def _attacked(self, batch: Batch, attack: AttackConfig) -> Any:
         """Attacks the compiled loss with the network in inference mode."""
         loss = self.compiled_loss
-        return climb(
-            lambda images: batch.network(images, False),
-            batch.images,
-            loss=lambda outputs: loss(batch.labels, outputs),
-            correct=lambda outputs: loss.hits(batch.labels, outputs),
-            attack=attack,
-            seed=batch.seed,
-        )
+        with self._execution.weights_unchanged():
+            return climb(
+                lambda images: batch.network(images, False),
+                batch.images,
+                loss=lambda outputs: loss(batch.labels, outputs),
+                correct=lambda outputs: loss.hits(batch.labels, outputs),
+                attack=attack,
+                seed=batch.seed,
+            )
 
     def _measure_clean(self, batch: Batch) -> None:
         outputs = keras.tree.map_structure(
