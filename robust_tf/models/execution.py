@@ -121,38 +121,38 @@ class Execution:
         return (getattr(self._kept, "folded", None) or {}).get(name)
 
 
-class _Shared(keras.layers.Layer):
-    """Calls another layer, whose variables and state it shares."""
+class _Wrapper(keras.layers.Layer):
+    """Base class of layers that stand in for another layer and share its variables."""
 
     def __init__(self, layer: keras.layers.Layer) -> None:
         # Neither inputs nor variables are cast here. The other layer casts them as its own dtype policy says.
         super().__init__(name=layer.name, dtype="float32", autocast=False)
         self.layer = layer
-        self.supports_masking = layer.supports_masking
         self.built = True
-
-    def call(self, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
-        if self.layer._call_has_training_arg:
-            kwargs["training"] = training
-        return self.layer(*args, **kwargs)
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         # Does not call the other layer, since that would add a node to the graph of the classifier.
         kwargs.pop("training", None)
         return self.layer.compute_output_spec(*args, **kwargs)
 
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
-        return self.layer.compute_mask(inputs, previous_mask)
+
+class _Shared(_Wrapper):
+    """Calls another layer as it is."""
+
+    def call(self, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+        if self.layer._call_has_training_arg:
+            kwargs["training"] = training
+        return self.layer(*args, **kwargs)
 
 
-class _FusedBatchNorm(_Shared):
+class _FusedBatchNorm(_Wrapper):
     """Calls a BatchNorm as one operation of TensorFlow."""
 
     def call(self, inputs: tf.Tensor, training: bool | None = None, mask: Any = None) -> tf.Tensor:
         norm = self.layer
         updates = bool(training) and norm.trainable
-        shared = norm.synchronized and tf.distribute.get_strategy().num_replicas_in_sync > 1
-        if mask is not None or (updates and shared):
+        synchronized = norm.synchronized and tf.distribute.get_strategy().num_replicas_in_sync > 1
+        if mask is not None or (updates and synchronized):
             return norm(inputs, training=training, mask=mask)
         x = tf.cast(inputs, norm.compute_dtype)
         mean, variance = ops.convert_to_tensor(norm.moving_mean), ops.convert_to_tensor(norm.moving_variance)
@@ -178,7 +178,7 @@ class _FusedBatchNorm(_Shared):
         return outputs.y
 
 
-class _FoldedConvolution(_Shared):
+class _FoldedConvolution(_Wrapper):
     """Calls a convolution and the BatchNorm after it as one convolution with a bias, in inference mode."""
 
     def __init__(self, conv: keras.layers.Layer, norm: keras.layers.BatchNormalization, kept: Any) -> None:
@@ -226,6 +226,8 @@ def _graph_of(model: keras.Model) -> keras.Model | None:
     functional = hasattr(model, "operations") and type(model).call is type(_functional()).call
     if not model.built or not (sequential or functional):
         return None
+    if any(isinstance(layer, (keras.layers.Masking, keras.layers.Embedding)) for layer in model.layers):
+        return None  # the wrappers do not pass masks on
     try:
         return keras.Model(model.inputs, model.outputs[0]) if sequential else keras.Model(model.input, model.output)
     except (AttributeError, ValueError):  # a Sequential model without a known input shape

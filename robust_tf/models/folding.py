@@ -71,9 +71,12 @@ def batch_norm_after_convolution(model: keras.Model, *, dtypes: tuple[str, ...] 
             consumers[name].append(layer["name"])
     outputs = set(keras.tree.flatten(config["output_layers"]))  # names, and numbers that no layer is called by
     pairs = {}
+    conv: Any  # None for operations that are not layers, such as a sum
+    norm: Any
     for name, (first, *others) in consumers.items():
-        conv, norm = layers.get(name), layers.get(first)  # None for operations that are not layers, such as a sum
-        if others or not isinstance(conv, _CONVOLUTIONS) or not isinstance(norm, keras.layers.BatchNormalization):
+        conv, norm = layers.get(name), layers.get(first)
+        # Subclasses may compute something else.
+        if others or type(conv) not in _CONVOLUTIONS or type(norm) is not keras.layers.BatchNormalization:
             continue
         if name in outputs or norm.compute_dtype not in dtypes or norm.axis not in _channel_axes(conv):
             continue
