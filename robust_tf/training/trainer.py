@@ -11,8 +11,6 @@ from robust_tf.attacks import AttackConfig, climb
 from robust_tf.attacks.checks import assert_pixels
 from robust_tf.console import console
 from robust_tf.errors import UserError
-from robust_tf.console import console
-from robust_tf.errors import UserError
 from robust_tf.models.execution import Execution
 from robust_tf.training.batchnorm import flat_layers, has_synchronized_batchnorm, unbiased_statistics
 from robust_tf.training.compiled_loss import CompiledLoss
@@ -134,7 +132,7 @@ class AdversarialTrainer(ReplicatedModel):
         if attack.active and classifier.built:
             check_has_images(classifier)
         self.classifier = classifier
-        self._execution = Execution(classifier)
+        self._execution = Execution(classifier, unbiased=unbiased_batchnorm)
         self.attack = attack
         self.recipe = recipe
         self._validation_attack = attack if validation_attack is None else validation_attack
@@ -446,7 +444,8 @@ class AdversarialTrainer(ReplicatedModel):
         if not (self._unbiased_batchnorm and passes):
             return contextlib.nullcontext()
         count = tf.shape(keras.tree.flatten(images)[0])[0]
-        return unbiased_statistics(self.classifier, count, passes=passes, replicas=self.num_replicas)
+        fused = self._execution.fused_layers
+        return unbiased_statistics(self.classifier, count, passes=passes, replicas=self.num_replicas, besides=fused)
 
     def _checked_data(self, data: Any, labels: Any) -> Any:
         """Returns the data of `fit` or `evaluate`. Checks the first batch if XLA drops the checks inside the step.
