@@ -11,6 +11,9 @@ from robust_tf.attacks import AttackConfig, climb
 from robust_tf.attacks.checks import assert_pixels
 from robust_tf.console import console
 from robust_tf.errors import UserError
+from robust_tf.console import console
+from robust_tf.errors import UserError
+from robust_tf.models.execution import Execution
 from robust_tf.training.batchnorm import flat_layers, has_synchronized_batchnorm, unbiased_statistics
 from robust_tf.training.compiled_loss import CompiledLoss
 from robust_tf.training.image_input import check_has_images, images_of, trial_outputs, with_images
@@ -131,6 +134,7 @@ class AdversarialTrainer(ReplicatedModel):
         if attack.active and classifier.built:
             check_has_images(classifier)
         self.classifier = classifier
+        self._execution = Execution(classifier)
         self.attack = attack
         self.recipe = recipe
         self._validation_attack = attack if validation_attack is None else validation_attack
@@ -213,6 +217,8 @@ class AdversarialTrainer(ReplicatedModel):
         """
         super().compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, **kwargs)
         self._compiled_loss = None
+        if self.classifier.built:
+            self._execution.prepare()
         if self.attack.active:
             names = getattr(self.classifier, "output_names", None) or ()
             outputs = trial_outputs(self.classifier)
@@ -361,7 +367,8 @@ class AdversarialTrainer(ReplicatedModel):
         objective = self.objective
         if first and self.attack.active and self._clean_figures and not objective.knows_clean_figures:
             self._measure_clean(batch)
-        with self._unbiased_statistics(batch.images, objective.input_passes):
+        folded = self._execution.weights_unchanged() if self.attack.active else contextlib.nullcontext()
+        with self._unbiased_statistics(batch.images, objective.input_passes), folded:
             return objective.inputs(self, batch)
 
     def _gradients(self, batch: Batch, inputs: Any) -> _Step:
@@ -401,19 +408,20 @@ class AdversarialTrainer(ReplicatedModel):
         return Batch(images, labels, sample_weight, seed, self._network(lambda images: with_images(inputs, images)))
 
     def _network(self, inputs_with: Callable[[Any], Any]) -> Callable[[Any, bool], Any]:
-        return lambda images, training: self.classifier(inputs_with(images), training=training)
+        return lambda images, training: self._execution(inputs_with(images), training=training)
 
     def _attacked(self, batch: Batch, attack: AttackConfig) -> Any:
         """Attacks the compiled loss with the network in inference mode."""
         loss = self.compiled_loss
-        return climb(
-            lambda images: batch.network(images, False),
-            batch.images,
-            loss=lambda outputs: loss(batch.labels, outputs),
-            correct=lambda outputs: loss.hits(batch.labels, outputs),
-            attack=attack,
-            seed=batch.seed,
-        )
+        with self._execution.weights_unchanged():
+            return climb(
+                lambda images: batch.network(images, False),
+                batch.images,
+                loss=lambda outputs: loss(batch.labels, outputs),
+                correct=lambda outputs: loss.hits(batch.labels, outputs),
+                attack=attack,
+                seed=batch.seed,
+            )
 
     def _measure_clean(self, batch: Batch) -> None:
         outputs = keras.tree.map_structure(
