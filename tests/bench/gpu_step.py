@@ -230,7 +230,7 @@ class Benchmark:
             steps=steps if kind == "adversarial" else 0,
             epsilon=epsilon,
             step_size=step_size,
-            precision=program.precision,  # type: ignore[arg-type]  # `_names` has checked it
+            precision=program.precision,
             compiled=program.name in ("xla", "torch_compile"),
             device=self._arguments.device,
         )

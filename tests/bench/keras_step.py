@@ -30,7 +30,7 @@ class KerasStep:
             std=(0.229, 0.224, 0.225),
         )
         attack = AttackConfig(
-            norm=settings.norm,  # type: ignore[arg-type]  # it comes from JSON, and is checked there
+            norm=settings.norm,
             epsilon=settings.epsilon if settings.steps else 0.0,
             step_size=settings.step_size,
             steps=settings.steps,
