@@ -9,6 +9,7 @@ import sys
 import keras
 import pytest
 import tensorflow as tf
+from scaling_page import PAGE, current_page
 
 from robust_tf import train
 from robust_tf.config.job import JobConfig, read_flag_file
@@ -197,6 +198,11 @@ def test_the_memory_is_the_limit_where_its_share_takes_longer():
     assert given["time of a step"].startswith("4.1 ms / 0.5 utilization")  # now the compute time takes longer
 
 
+def test_a_plan_says_that_deterministic_kernels_cost_time():
+    assert "deterministic kernels" in rows_of(digits(deterministic=True))["not counted"]
+    assert "deterministic kernels" not in rows_of(digits())["not counted"]
+
+
 def test_without_xla_a_job_needs_the_memory_that_was_measured():
     factor = expected(compiled=False, precision="mixed_bfloat16").memory_factor
     assert factor > 1.2
@@ -212,7 +218,7 @@ def test_without_xla_a_job_needs_the_memory_that_was_measured():
         ({"plan_devices": ("8xH100",)}, ""),  # compiled for each device
         ({"jit_compile": "false"}, "--jit_compile=false"),
         ({"jit_compile": "false", "plan_devices": ("v4-8",)}, ""),
-        ({"deterministic": True}, "--deterministic"),
+        ({"deterministic": True}, ""),
         ({"sync_batchnorm": True, "distribution": "mirrored"}, ""),  # on one device
         ({"sync_batchnorm": True, "distribution": "mirrored", "plan_devices": ("8xH200",)}, "--sync_batchnorm"),
     ],
@@ -427,3 +433,9 @@ def test_the_estimated_memory_is_right_within_its_factor(architecture, size, bat
 )
 def test_the_plan_shows_the_drops_of_the_learning_rate_that_the_job_reaches(settings, shown):
     assert plan._learning_rate(OptimizationConfig(epochs=10, **settings)).startswith(f"learning rate {shown}")
+
+
+@pytest.mark.slow
+def test_the_page_on_scaling_shows_what_its_commands_print():
+    page = PAGE.read_text(encoding="utf-8")
+    assert current_page(page) == page, "python tests/job/scaling_page.py brings it up to date"

@@ -97,6 +97,4 @@ def obstacle_to_xla(job: JobConfig, cluster: Cluster) -> str:
         return ""
     if job.optimization.jit_compile == "false":
         return "--jit_compile=false"
-    if job.run.deterministic:
-        return "--deterministic"
     return "--sync_batchnorm" if job.run.sync_batchnorm and cluster.devices > 1 else ""

@@ -203,7 +203,8 @@ def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Clust
         f"{_si(work.weight_bytes + work.optimizer_bytes, 'B')}; two are kept, and the best weights, "
         f"{_si(work.weight_bytes, 'B')}",
         "not counted": "launching kernels (microseconds each, which dominate where images are small and few), "
-        "compiling, waiting for input, writing checkpoints, alarms",
+        "compiling, waiting for input, writing checkpoints, alarms"
+        + (", what deterministic kernels cost" if job.run.deterministic else ""),
     }
     if price is not None:
         rows["cost"] = f"{hours:,.2f} device-hours x {price:g} = {hours * price:,.2f}"
