@@ -93,6 +93,10 @@ class RunConfig:
         return self.model_name or pathlib.Path(self.workdir).name
 
 
+# The default of --plan_utilization until 0.2.0. It stands in the flags.cfg of jobs of that time, which must still be read.
+_FORMER_UTILIZATION = 0.35
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """Whether and for which devices to print the plan of a job. See `--help` for each field.
@@ -121,6 +125,8 @@ class PlanConfig:
     )
 
     def __post_init__(self) -> None:
+        if not self.plan_devices and self.plan_utilization == _FORMER_UTILIZATION:
+            object.__setattr__(self, "plan_utilization", None)
         if not self.plan_devices:
             check_default(self, ("plan_utilization", "plan_price"), "--plan_devices")
         elif not self.dry_run:
