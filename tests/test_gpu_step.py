@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.bench import gpu_step
+from tests.bench import gpu_step, step_process
 from tests.bench.step_process import StepFailure, StepProcess, StepSettings
 
 # Steps of 20 ms with "torch" in bfloat16, 10 ms otherwise. Batches above 8 do not fit.
@@ -44,7 +44,8 @@ def stand_ins(monkeypatch):
         )
         return processes[-1]
 
-    monkeypatch.setattr(gpu_step, "StepProcess", process)
+    for module in (gpu_step, step_process):
+        monkeypatch.setattr(module, "StepProcess", process)
     yield processes
     assert processes and all(started._process.poll() is not None for started in processes)  # nothing is left running
 

@@ -93,7 +93,7 @@ class RunConfig:
         return self.model_name or pathlib.Path(self.workdir).name
 
 
-# The default of --plan_utilization until 0.2.0. It stands in the flags.cfg of jobs of that time, which must still be read.
+# The default of --plan_utilization until 0.2.0. The flags.cfg of jobs of that time holds it, and must still be read.
 _FORMER_UTILIZATION = 0.35
 
 

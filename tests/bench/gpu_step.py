@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import shlex
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tests.bench.step_process import StepFailure, StepProcess, StepSettings
+from tests.bench.step_process import StepFailure, StepProcess, StepSettings, torch_process
 from tests.bench.timing import interleaved
 
 # Architecture, classes, image size, attack steps, epsilon and step size.
@@ -251,18 +250,6 @@ class Benchmark:
         rounded = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in figure.items()}
         with self._arguments.json.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rounded) + "\n")
-
-
-def torch_process(python: str) -> StepProcess:
-    """Starts the process of PyTorch.
-
-    Args:
-        python: Command of a Python with torch and torchvision.
-    """
-    # The libraries that TensorFlow's environment may name there are other versions than PyTorch's.
-    return StepProcess(
-        [*shlex.split(python), "-m", "tests.bench.torch_step"], without=("PYTHONPATH", "LD_LIBRARY_PATH")
-    )
 
 
 def _cells(program: Program, row: dict[str, Any], rows: dict[Program, dict[str, Any]]) -> list[str]:

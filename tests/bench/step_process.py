@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -163,3 +164,15 @@ class StepProcess:
         if "failed" in answer:
             raise StepFailure(answer["failed"])
         return answer
+
+
+def torch_process(python: str) -> StepProcess:
+    """Starts the process of PyTorch.
+
+    Args:
+        python: Command of a Python with torch and torchvision.
+    """
+    # The libraries that TensorFlow's environment may name there are other versions than PyTorch's.
+    return StepProcess(
+        [*shlex.split(python), "-m", "tests.bench.torch_step"], without=("PYTHONPATH", "LD_LIBRARY_PATH")
+    )
