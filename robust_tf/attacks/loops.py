@@ -31,6 +31,9 @@ def repeat(step: Callable[[tf.Tensor, State], State], state: State, times: int |
         new = step(i, dict(zip(keys, values, strict=True)))
         return (i + 1, *(new[key] for key in keys))
 
+    if isinstance(times, int) and times == 1:
+        # Without a loop a step may also update variables that several replicas share, as BatchNorm's statistics.
+        return step(tf.constant(0), state)
     start = (tf.constant(0), *(state[key] for key in keys))
     result = tf.while_loop(lambda i, *_: i < times, body, start, maximum_iterations=times)
     return dict(zip(keys, result[1:], strict=True))

@@ -216,10 +216,7 @@ def _compiled_trainer(
             loss=loss,
             # Weighted, because with several replicas the images that only fill up a batch have weight 0.
             weighted_metrics=[Accuracy(), MeanPerClassAccuracy(len(task.class_names))],
-            # XLA cannot compile the exchange of gradients between replicas.
-            jit_compile={"auto": "auto", "true": True, "false": False}[optimization.jit_compile]
-            if trainer.distribute_strategy.num_replicas_in_sync == 1
-            else False,
+            jit_compile={"auto": "auto", "true": True, "false": False}[optimization.jit_compile],
         )
         trainer.build_metrics()
 

@@ -41,6 +41,16 @@ def prepare_batchnorm(model: keras.Model, *, synchronized: bool) -> None:
             layer.synchronized = synchronized
 
 
+def has_synchronized_batchnorm(model: keras.Model) -> bool:
+    """Returns whether some BatchNorm layer computes its statistics from the images of all replicas in training mode.
+
+    Args:
+        model: Model with the BatchNormalization layers, including those in nested models.
+    """
+    norms = (layer for layer in flat_layers(model) if isinstance(layer, keras.layers.BatchNormalization))
+    return any(layer.synchronized and layer.trainable for layer in norms)
+
+
 def _is_updated(layer: keras.layers.Layer) -> bool:
     is_batchnorm = isinstance(layer, keras.layers.BatchNormalization)
     return is_batchnorm and layer.trainable and _positions(layer) is not None
