@@ -6,10 +6,22 @@ from typing import Any, Literal
 
 import keras
 import tensorflow as tf
+from tensorflow.python.framework import config as tf_config  # there is no public function for it
 
 from robust_tf.console import console
 from robust_tf.environment import seal_xla_cache
+from robust_tf.models.pooling import use_deterministic_pooling
 from robust_tf.training.batchnorm import flat_layers
+
+
+def prepare_for_xla(model: keras.Model) -> None:
+    """Replaces operations of a model that XLA has no deterministic kernels for, if TensorFlow is limited to those.
+
+    Args:
+        model: Model that XLA will compile.
+    """
+    if tf_config.is_op_determinism_enabled():
+        use_deterministic_pooling(model)
 
 
 def compiles_with_xla(jit_compile: bool | Literal["auto"], model: keras.Model) -> bool:
@@ -40,19 +52,19 @@ class CompiledByXla(keras.Model):
     def jit_compile(self, value: bool) -> None:
         self._compiled_by_xla = bool(value)
 
-    def compile(self, *args: Any, jit_compile: bool | Literal["auto"] = "auto", **kwargs: Any) -> None:
-        """Configures the training as `keras.Model.compile` does.
+    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, loss_weights: Any = None, **kwargs: Any) -> None:
+        """Configures the training as `keras.Model.compile` does, with the same arguments.
 
-        Args:
-            *args: Arguments of `keras.Model.compile`.
-            jit_compile: Whether XLA compiles the steps. "auto" uses XLA on accelerators only. A model with a layer that
-                does not support XLA is never compiled.
-            **kwargs: Further arguments of `keras.Model.compile`.
+        `jit_compile="auto"` uses XLA on accelerators only. A model with a layer that does not support XLA is never
+        compiled.
         """
+        jit_compile = kwargs.pop("jit_compile", "auto")
         compiles = not kwargs.get("run_eagerly") and compiles_with_xla(jit_compile, self)
         if jit_compile is True and not compiles and not kwargs.get("run_eagerly"):
             warnings.warn("A layer does not support XLA, so it does not compile the model.", stacklevel=2)
-        super().compile(*args, jit_compile=compiles, **kwargs)
+        if compiles:
+            prepare_for_xla(self)
+        super().compile(optimizer, loss, loss_weights, jit_compile=compiles, **kwargs)
 
 
 class CompilingLines(keras.callbacks.Callback):
