@@ -127,19 +127,25 @@ def use_xla_cache(folder: pathlib.Path, *, deterministic: bool = False, tf32: bo
 _xla_programs: pathlib.Path | None = None
 
 
-def seal_xla_cache() -> None:
+def seal_xla_cache() -> int | None:
     """Writes the SHA-256 of every compiled program in the folder of `use_xla_cache` that has none yet.
 
     Without it the next process removes the program. At the end of a process this function runs by itself; call it when
     compiling has ended, so that a process that is killed does not lose its programs.
+
+    Returns:
+        Number of programs that were sealed, or None if no programs are kept.
     """
     if _xla_programs is None:
-        return
+        return None
+    sealed = 0
     with contextlib.suppress(OSError):
         for program in _xla_programs.glob("*.pb"):
             if not _seal(program).exists():
                 _seal(program).write_text(_sha256(program), encoding="utf-8")
+                sealed += 1
         _xla_programs.rmdir()  # succeeds only if XLA has compiled nothing
+    return sealed
 
 
 def _seal(program: pathlib.Path) -> pathlib.Path:

@@ -131,6 +131,8 @@ def ascend(
             fallen |= correct_of(logits, labels) == targeted
         if use_best:
             better = is_worse(loss_of(logits, labels, labels), margin(logits, labels), state)
-            last = (better & ~state["fallen"]) | (fallen & ~state["fallen"])
+            # One negation, not two equal ones: TensorFlow would merge them, keep the source line of either, and XLA's
+            # cache would not find the program again.
+            last = (better | fallen) & ~state["fallen"]
             images_adv = tf.where(last[:, None, None, None], images_adv, state["best"])
     return {**state, "images_adv": images_adv, "fallen": fallen}

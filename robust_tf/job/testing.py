@@ -13,6 +13,7 @@ from robust_tf.console import console, track
 from robust_tf.evaluation.example_choice import Example, ExampleChoice
 from robust_tf.evaluation.outcomes import Outcomes
 from robust_tf.statistics import Interval, mean_per_class, wilson_interval
+from robust_tf.training.xla import number_functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,7 @@ def evaluate_classifier(
 
     if jit_compile:
         console.print("Compiling the test with XLA.")
+        number_functions("test")
     choice = ExampleChoice()
 
     def outcomes_by_batch() -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -6,12 +6,32 @@ from typing import Any, Literal
 
 import keras
 import tensorflow as tf
-from tensorflow.python.framework import config as tf_config  # there is no public function for it
+from tensorflow.python.framework import config as tf_config  # there are no public functions for these
+from tensorflow.python.framework import ops
 
 from robust_tf.console import console
 from robust_tf.environment import seal_xla_cache
 from robust_tf.models.pooling import use_deterministic_pooling
 from robust_tf.training.batchnorm import flat_layers
+
+# The numbers of functions that are traced later begin with these. An earlier trace has far lower ones.
+_FIRST_NUMBERS = {"training": 10**6, "validation": 2 * 10**6, "test": 3 * 10**6}
+
+
+def number_functions(kind: Literal["training", "validation", "test"]) -> None:
+    """Gives the functions that TensorFlow traces from now on the same numbers in every run.
+
+    TensorFlow puts a number into the name of every function, and XLA's cache finds a program only if all names are the
+    same. Without this call a run that continues after an interruption would compile again, because it traces other
+    functions before.
+
+    Args:
+        kind: The step that will be traced.
+    """
+    first = _FIRST_NUMBERS[kind]
+    number = ops.uid()
+    while number < first or number % 10**6:
+        number = ops.uid()
 
 
 def prepare_for_xla(model: keras.Model) -> None:
@@ -91,19 +111,20 @@ class CompilingLines(keras.callbacks.Callback):
         """Prints how long the first step of the validation took."""
         self._end("validation")
 
-    def _begin(self, kind: str, function: Any) -> None:
+    def _begin(self, kind: Literal["training", "validation"], function: Any) -> None:
         # `compile` replaces the functions, and then XLA compiles again.
         if not self.model.jit_compile or self._compiled.get(kind) is function:
             return
         self._compiled[kind], self._start = function, time.perf_counter()
         console.print(f"Compiling the {kind} step with XLA, which takes about a minute for a large network.")
+        number_functions(kind)
 
     def _end(self, kind: str) -> None:
         if self._start is None:
             return
         seconds, self._start = time.perf_counter() - self._start, None
-        seal_xla_cache()
-        console.print(f"The first {kind} step took {seconds:.0f} s, most of it for compiling.")
+        reason = "the program was in the cache" if seal_xla_cache() == 0 else "most of it for compiling"
+        console.print(f"The first {kind} step took {seconds:.0f} s, {reason}.")
 
 
 def execution_line(
