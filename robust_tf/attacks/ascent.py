@@ -109,14 +109,17 @@ def ascend(
                 new["best"] = tf.where(new["fallen"][:, None, None, None], points, new["best"])
         return new
 
-    zeros = tf.zeros(tf.shape(images)[:1])
+    # Plain constants where the batch size is known: TensorFlow gives constants that it folds itself one of several
+    # names, and XLA's cache would not find the program again.
+    count = [tf.shape(images)[0] if images.shape[0] is None else images.shape[0]]
+    zeros, no_image = tf.zeros(count), tf.zeros(count, tf.bool)
     state = {
         "images": images,
         "labels": labels,
         "points": start,
         "start_loss": zeros,
-        "start_correct": tf.zeros_like(zeros, tf.bool),
-        "fallen": tf.zeros_like(zeros, tf.bool),
+        "start_correct": no_image,
+        "fallen": no_image,
     }
     if use_best:
         worst = tf.fill(tf.shape(zeros), -ascent * float("inf"))
