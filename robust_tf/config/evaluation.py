@@ -72,6 +72,11 @@ class EvaluateConfig:
         "Whether XLA compiles the attacks. auto uses XLA on a GPU if it can compile the classifier. On a CPU, XLA is "
         "usually slower.",
     )
+    tf32: bool = flag(
+        False,
+        "Let NVIDIA GPUs since Ampere multiply float32 numbers in TF32, which is faster. It rounds the factors to 10 "
+        "bits of mantissa, so the verdicts may differ from those of a CPU. Nothing changes on a CPU.",
+    )
     # Further measurements
     corruptions: bool = flag(False, "Also measure the error under the 15 common corruptions at 5 severities.")
     corruption_source: CorruptionSource = flag(

@@ -22,6 +22,7 @@ from robust_tf.config.evaluation import (
 )
 from robust_tf.config.names import AUTOATTACK_VERSIONS
 from robust_tf.console import console, meter
+from robust_tf.environment import seal_xla_cache
 from robust_tf.errors import UserError
 from robust_tf.evaluation import report
 from robust_tf.evaluation.calibration import calibration
@@ -55,6 +56,7 @@ def run_evaluation(config: EvaluateConfig) -> None:
             state of another evaluation.
     """
     check_output_folder(config.folder, "--output")
+    tf.config.experimental.enable_tensor_float_32_execution(config.tf32)
     if config.norm:
         for name in config.attack:
             check_attacks(attacks_in(name), config.norm)
@@ -226,7 +228,7 @@ def attacked(
         subject.classifier,
         config.norm,
         jit_compile="auto" if config.jit_compile == "auto" else config.jit_compile == "true",
-        tell=console.print,
+        tell=tell,
     )
     examples = kept_examples(images.labels, logits.argmax(axis=1) == images.labels, count=config.num_examples)
     epsilons = [value for value in config.epsilon if value > 0]
@@ -254,6 +256,12 @@ def attacked(
                 ),
             )
     return results
+
+
+def tell(sentence: str) -> None:
+    """Prints what XLA is about to compile or has compiled, and keeps the programs that it has compiled."""
+    console.print(sentence, soft_wrap=True)
+    seal_xla_cache()
 
 
 def corruption_errors(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,13 @@ def test_each_other_attack_gives_the_same_result_with_xla(case, name, norm):
 def test_a_cascade_with_xla_gives_the_same_verdicts_and_can_change_over(case):
     """The last batch is a partial one. An interrupted run continues with XLA, without it, and with it again."""
     model, images, labels = case
-    arguments = {"attacks": ["fgsm", "pgd", "apgd-ce"], "norm": "l2", "epsilon": 0.35, "batch_size": 10, "seed": 3}
+    arguments: dict[str, Any] = {
+        "attacks": ["fgsm", "pgd", "apgd-ce"],
+        "norm": "l2",
+        "epsilon": 0.35,
+        "batch_size": 10,
+        "seed": 3,
+    }
     told = []
     both = [CompiledAttacks(model, "l2"), CompiledAttacks(model, "l2", jit_compile=True, tell=told.append)]
     plain, with_xla = (list(cascade(each, images, labels, **arguments)) for each in both)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from typing import cast
 
 import keras
 import numpy as np
@@ -230,7 +231,9 @@ def test_an_evaluation_that_began_elsewhere_keeps_its_batch_size(flags, monkeypa
     evaluate.main(defaults)
     assert "--batch_size=24" in results_of(defaults)["flags"]
     config, _ = parse_flags(EvaluateConfig, flags("new"))
-    small, large = (types.SimpleNamespace(task=types.SimpleNamespace(image_size=size)) for size in (64, 65))
+    small, large = (
+        cast(run.Subject, types.SimpleNamespace(task=types.SimpleNamespace(image_size=size))) for size in (64, 65)
+    )
     assert run.with_batch_size(config, [small]).batch_size == 128
     monkeypatch.setattr(run.tf.config, "list_logical_devices", lambda kind: ["a GPU"] if kind == "GPU" else [])
     assert run.with_batch_size(config, [small]).batch_size == 512
