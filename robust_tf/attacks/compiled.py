@@ -20,6 +20,15 @@ from robust_tf.errors import UserError
 # whole batch at the same time, which could be too much for larger batches.
 _PIXELS_FOR_COMPILING_AT_ONCE = 512 * 64 * 64
 
+# What TensorFlow raises if XLA does not know an operation or a type, or if parts of XLA or CUDA are missing.
+_CANNOT_COMPILE = (
+    tf.errors.InvalidArgumentError,
+    tf.errors.UnimplementedError,
+    tf.errors.InternalError,
+    tf.errors.NotFoundError,
+    tf.errors.UnknownError,
+)
+
 
 class CompiledAttacks:
     """The attacks on one model, each compiled once and kept for all batches, radii and data sets.
@@ -135,6 +144,9 @@ class CompiledAttacks:
 
         Returns:
             The adversarial images (batch, height, width, channels) float32, and their logits (batch, classes) float32.
+
+        Raises:
+            UserError: XLA cannot compile the model, and `jit_compile` is True; or the device has too little memory.
         """
         self.prepare([name], images, batch_size=len(images))
         if not self._whole:  # now, because `prepare` may have fallen back
@@ -161,14 +173,20 @@ class CompiledAttacks:
         *,
         count: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        images_adv, logits = function(
-            tf.constant(images),
-            tf.constant(labels),
-            tf.constant(epsilon, tf.float32),
-            tf.constant(seeds),
-            tf.constant(len(images) if count is None else count),
-        )
-        return images_adv.numpy(), logits.numpy()
+        try:
+            images_adv, logits = function(
+                tf.constant(images),
+                tf.constant(labels),
+                tf.constant(epsilon, tf.float32),
+                tf.constant(seeds),
+                tf.constant(len(images) if count is None else count),
+            )
+            return images_adv.numpy(), logits.numpy()
+        except tf.errors.ResourceExhaustedError:
+            raise UserError(
+                f"The memory of the device is too small for the attack. Received: batches of {len(images)} images. "
+                "Choose a smaller batch_size."
+            ) from None
 
     def _traced(self, name: str, image_shape: tuple[int, ...], size: int | None) -> Any:
         attack = ATTACKS[name]
@@ -214,7 +232,7 @@ class CompiledAttacks:
         try:
             with concurrent.futures.ThreadPoolExecutor(at_once) as threads:
                 list(threads.map(compile_one, names))
-        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+        except _CANNOT_COMPILE as error:
             reason = _reason_of(error)
             if not self._may_fall_back:
                 raise UserError(

@@ -171,6 +171,12 @@ def test_the_sizes_of_batches_are_halves_and_a_larger_batch_is_compiled_anew(cas
         assert compiled.sizes("fgsm") == sizes
 
 
+def test_what_fills_up_a_batch_has_a_wrong_label_and_needs_no_step():
+    logits = tf.constant([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    labels = compiled_module._wrong_from(tf.constant(1), tf.constant([0, 1, 2]), logits)
+    assert labels.numpy().tolist() == [0, 2, 0]
+
+
 def in_python(images):
     """A model of NumPy code, which XLA cannot compile."""
     return tf.ensure_shape(tf.numpy_function(lambda x: x[:, 0, :5, 0] * 10.0, [images], tf.float32), [None, 5])
@@ -197,6 +203,17 @@ def test_a_model_that_xla_cannot_compile_is_refused_or_runs_without_it(case, mon
     monkeypatch.undo()
     plain = last(cascade(in_python, images, labels, **attack))
     assert state.felled_by == plain.felled_by and 0 < plain.robust_accuracy < 1
+
+
+def test_too_little_memory_is_an_error_that_names_the_batch_size(case, monkeypatch):
+    model, images, labels = case
+
+    def too_large(*args, **kwargs):
+        return lambda *values: tf.raw_ops.Empty(shape=[2**31 - 1, 2**20], dtype=tf.float32)
+
+    monkeypatch.setattr(CompiledAttacks, "_traced", too_large)
+    with pytest.raises(UserError, match="Received: batches of 8 images. Choose a smaller batch_size"):
+        list(cascade(model, images, labels, attacks=["fgsm"], norm="linf", epsilon=0.1, batch_size=8))
 
 
 def test_auto_leaves_xla_out_on_a_cpu_and_other_values_are_refused(case):
