@@ -17,9 +17,10 @@ from robust_tf.training.objectives import Batch, Outputs, Recipe, build_objectiv
 from robust_tf.training.optimizers import average_statistics, averages_of
 from robust_tf.training.replicas import ReplicatedModel
 from robust_tf.training.runtime_checks import explained, with_first_batch_checked
+from robust_tf.training.xla import CompiledByXla
 
 
-class AdversarialTrainer(ReplicatedModel):
+class AdversarialTrainer(CompiledByXla, ReplicatedModel):
     """Trains a Keras classifier to be robust against adversarial examples.
 
     Wrap your classifier, then use the trainer like any Keras model, with `compile`, `fit`, `evaluate` and Keras's

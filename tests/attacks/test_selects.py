@@ -71,6 +71,6 @@ def test_choices_between_images_have_inputs_of_their_rank(name, norm, ranks):
 def test_choices_in_free_training_have_inputs_of_their_rank(norm, ranks):
     attack = AttackConfig(norm=norm, epsilon=0.5, step_size=0.1, steps=1)
     images = tf.TensorSpec((4, 8, 8, 3))
-    moved = tf.function(lambda *pair: moved_perturbation(*pair, attack), autograph=False)
+    moved = tf.function(lambda points, gradient: moved_perturbation(points, gradient, attack), autograph=False)
     moved.get_concrete_function(images, images)
     assert set(ranks) == {(4, 4, 4)}
