@@ -22,6 +22,20 @@ def test_the_script_says_that_there_is_no_gpu():
     assert result.returncode == 3 and "sees no GPU" in result.stderr
 
 
+def test_each_failed_check_is_named(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *robust_tf.train*bfloat16*) echo broken; exit 1 ;; *pytest*) echo 3 passed ;; esac\n'
+    )
+    python.chmod(0o755)
+    result = run(SMOKE_DEVICE="CPU", PYTHON=str(python), TMPDIR=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == ["broken", "FAILED: mixed_bfloat16=false, see above"]
+    assert "pgd: 3 passed (" in result.stdout and "float32: " in result.stdout
+    assert "mixed_bfloat16" not in result.stdout and "Everything works" not in result.stdout
+    assert list(tmp_path.iterdir()) == [python]  # it removes its files
+
+
 @pytest.mark.slow
 def test_the_checks_pass_on_a_cpu():
     result = run(SMOKE_DEVICE="CPU")

@@ -22,6 +22,7 @@ from robust_tf.results import BASELINE, JobResults
 from robust_tf.training.checkpoint import Checkpoints, TrainingProgress
 from robust_tf.training.distribution import Distribution, start_distribution
 from robust_tf.training.interruption import Interrupted
+from robust_tf.training.xla import compiles_with_xla, prepare_for_xla
 from robust_tf.transfer import sources
 
 
@@ -32,7 +33,7 @@ def run_job(job: JobConfig) -> JobResults:
         UserError: Something is wrong with the flags, the data or the files. Files that were written before are kept.
     """
     workdir = pathlib.Path(job.run.workdir)
-    distribution = start_distribution(job.run.distribution)
+    distribution = start_distribution(job.run.distribution, worker_timeout=job.run.worker_timeout)
     distribution.check_batch_size(job.optimization.batch_size)
     distribution.on_chief(lambda: claim_workdir(job))
     results = distribution.on_chief(lambda: finished_results(workdir))
@@ -83,7 +84,7 @@ def run_baseline(job: JobConfig) -> JobResults:
 
 def build_job(job: JobConfig) -> tuple[keras.Model, TaskData]:
     """Returns the classifier of a job, with the right layers frozen, and its data. Runs the source's job if needed."""
-    distribution = start_distribution(job.run.distribution)
+    distribution = start_distribution(job.run.distribution, worker_timeout=job.run.worker_timeout)
     source = _source_classifier(job, distribution) if job.is_transfer else None
     with distribution.chief_first():  # only the chief prepares a data set, where all workers see the same disk
         task = load_job_task(job, image_size=source.input_shape[1] if source else None, distribution=distribution)
@@ -133,10 +134,14 @@ def _fit(
 
 def _test(job: JobConfig, classifier: keras.Model, task: TaskData, distribution: Distribution) -> Evaluation:
     """Evaluates on the test part, which no other part of a job uses."""
+    compiled = distribution.num_replicas == 1 and compiles_with_xla(job.optimization.xla, classifier)
+    if compiled:
+        prepare_for_xla(classifier)
     return evaluate_classifier(
         classifier,
-        distribution.test_data(task),
+        task.test_share(replicas=1) if compiled else distribution.test_data(task),  # XLA needs batches of one size
         attack=job.adversarial.evaluation_attack,
         ids=distribution.test_ids(task),
         strategy=distribution.strategy,
+        jit_compile=compiled,
     )
