@@ -198,8 +198,9 @@ def compare() -> None:
 
 def worker() -> None:
     """Prints how far the results with XLA are from those without it, as one of two workers."""
-    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
-    distribution = Distribution(tf.distribute.MultiWorkerMirroredStrategy(), worker=index, num_workers=2)
+    config = json.loads(os.environ["TF_CONFIG"])
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    distribution = Distribution(strategy, worker=config["task"]["index"], addresses=config["cluster"]["worker"])
     compare_cases(distribution, {"madry": {}})
 
 
