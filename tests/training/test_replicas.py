@@ -3,6 +3,7 @@
 Most tests run in a process of two devices, because TensorFlow creates its logical devices only once.
 """
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -16,12 +17,11 @@ import pytest
 import tensorflow as tf
 
 from robust_tf.console import console
-from robust_tf.models import load_classifier
 from robust_tf.training import AdversarialTrainer, AttackConfig
 from robust_tf.training.distribution import Distribution
 from robust_tf.training.objectives import Recipe
 from robust_tf.training.replicas import Scope
-from tests.training.workers import free_ports, start_worker
+from tests.training.workers import free_ports
 
 L2 = AttackConfig(norm="l2", epsilon=0.5, step_size=0.2, steps=3)
 FGSM = AttackConfig(norm="linf", epsilon=0.1, step_size=0.1, steps=1, use_best=False)
@@ -87,25 +87,16 @@ def test_two_hundred_steps_compile_nothing_and_leave_no_threads_or_memory(tmp_pa
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_same_weights_with_xla(tmp_path, monkeypatch):
-    weights = []
-    for jit_compile in ("false", "true"):
-        workdir, ports, dump = tmp_path / jit_compile, free_ports(2), tmp_path / f"xla_{jit_compile}"
-        monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={dump}")
-        # Without synchronized statistics, so that XLA compiles all that a replica computes alone.
-        flags = ("--epochs=2", "--sync_batchnorm=false", f"--jit_compile={jit_compile}")
-        workers = [start_worker(index, ports, workdir, *flags) for index in (0, 1)]
-        try:
-            for worker in workers:
-                out, _ = worker.communicate(timeout=600)
-                assert worker.returncode == 0, out
-        finally:
-            for worker in workers:
-                worker.kill()
-        assert bool(compiled_modules(dump)) == (jit_compile == "true")
-        weights.append(load_classifier(workdir / "classifier.keras").weights)
-    for weight, expected in zip(*weights, strict=True):
-        np.testing.assert_allclose(weight, expected, rtol=0, atol=1e-5, err_msg=weight.path)
+def test_xla_gives_the_same_results_with_two_workers():
+    ports = free_ports(2)
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    configs = [json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}) for index in (0, 1)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        outputs = pool.map(lambda config: in_a_process_of_two_devices("worker", TF_CONFIG=config), configs)
+    for (result,) in outputs:
+        assert result["moved"] > 0.01
+        assert result["difference"] < 1e-5 and result["difference_of_metrics"] < 1e-5
+        assert result["compiled"] == [1, 1]  # in training and in evaluation
 
 
 def test_scopes_can_be_nested():
@@ -189,41 +180,57 @@ def parts_counted() -> list[bool]:
     return made
 
 
+def shared(distribution: Distribution, outputs: int = 1) -> Any:
+    """Returns `batches`, divided among the replicas of all workers, without an end."""
+    shares = batches(outputs).rebatch(8).shard(distribution.num_workers, distribution.worker).repeat()
+    return distribution.strategy.distribute_datasets_from_function(lambda _: shares)
+
+
 def compare() -> None:
-    """Prints for each case how far the results with XLA are from those without it."""
-    distribution, parts = two_devices(), parts_counted()
-    # XLA draws other random numbers, so that the start of the attack of TRADES would differ.
-    # It also starts farther away, because the gradient close to the clean image consists of rounding errors.
+    """Prints for each case how far the results with XLA are from those without it, on two devices."""
+    # XLA draws other random numbers, so that the start of the attack of TRADES would differ. It also starts farther
+    # away, because the gradient close to the clean image consists of rounding errors.
     tf.random.stateless_normal = lambda shape, seed, stddev: (
         0.05 * tf.sin(tf.reshape(tf.range(tf.cast(tf.reduce_prod(shape), tf.float32)), shape))
     )
-    for case, options in CASES.items():
-        states, metrics, compiled, start, said = [], [], [], [], ""
+    compare_cases(two_devices(), CASES)
+
+
+def worker() -> None:
+    """Prints how far the results with XLA are from those without it, as one of two workers."""
+    config = json.loads(os.environ["TF_CONFIG"])
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    distribution = Distribution(strategy, worker=config["task"]["index"], addresses=config["cluster"]["worker"])
+    compare_cases(distribution, {"madry": {}})
+
+
+def compare_cases(distribution: Distribution, cases: dict[str, dict[str, Any]]) -> None:
+    parts = parts_counted()
+    for case, options in cases.items():
+        states, metrics, compiled, start, end, said = [], [], [], [], [], ""
         for jit_compile in (False, True):
             with distribution.scope():
                 trainer, classifier = build(jit_compile=jit_compile, **options)
             start = [weight.numpy() for weight in classifier.trainable_weights]
-            data = batches(options.get("outputs", 1))
+            data = shared(distribution, options.get("outputs", 1))
             parts.clear()
             with console.capture() as printed:
-                history = trainer.fit(data, shuffle=False, verbose=0, epochs=2).history
+                history = trainer.fit(data, shuffle=False, verbose=0, epochs=2, steps_per_epoch=3).history
             in_training = sum(parts)
-            # Without the metrics: they are empty after an evaluation with several replicas.
             metric_ids = {id(variable) for variable in trainer.metrics_variables}
             states.append([variable.numpy() for variable in trainer.state if id(variable) not in metric_ids])
             end = [weight.numpy() for weight in classifier.trainable_weights]
-            evaluated = trainer.evaluate(data, verbose=0, return_dict=True)
+            evaluated = trainer.evaluate(data, steps=3, verbose=0, return_dict=True)
             compiled = [in_training, sum(parts) - in_training]
-            metrics.append([*history.values(), *evaluated.values()])
+            metrics.append(np.concatenate([np.atleast_1d(value) for value in (*history.values(), *evaluated.values())]))
             said = printed.get()
             assert jit_compile or compiled == [0, 0]
         differences = [np.abs(one - other).max() for one, other in zip(*states, strict=True) if one.size]
-        figures = [np.concatenate([np.atleast_1d(value) for value in run]) for run in metrics]
         result = {
             "case": case,
             "difference": float(max(differences)),
             "moved": float(max(np.abs(one - other).max() for one, other in zip(start, end, strict=True))),
-            "difference_of_metrics": float(np.abs(figures[0] - figures[1]).max()),
+            "difference_of_metrics": float(np.abs(metrics[0] - metrics[1]).max()),
             "compiled": compiled,
             "said": said,
         }
@@ -254,4 +261,4 @@ def steady(dump: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    {"compare": compare, "steady": steady}[sys.argv[1]](*map(pathlib.Path, sys.argv[2:]))
+    {"compare": compare, "steady": steady, "worker": worker}[sys.argv[1]](*map(pathlib.Path, sys.argv[2:]))
