@@ -46,16 +46,22 @@ def run(job: JobConfig) -> None:
     if job.plan.dry_run:
         plan(job)
         return
-    distribution = start_distribution(job.run.distribution)
     try:
-        distribution.on_chief(lambda: check_outputs(job))
-        results = run_job(job)
-        baseline = run_baseline(job) if job.transfer.baseline else None
-        distribution.on_chief(lambda: finish_job(job, results, baseline))
+        distribution = start_distribution(job.run.distribution, worker_timeout=job.run.worker_timeout)
     except PEER_LOST as error:
-        if distribution.num_workers == 1:
+        if job.run.distribution != "multi_worker":
             raise
         restart_process(error, most=job.run.restarts)
+    with distribution.watched() as watch:
+        try:
+            distribution.on_chief(lambda: check_outputs(job))
+            results = run_job(job)
+            baseline = run_baseline(job) if job.transfer.baseline else None
+            distribution.on_chief(lambda: finish_job(job, results, baseline))
+        except PEER_LOST as error:
+            if distribution.num_workers == 1:
+                raise
+            restart_process(error, most=job.run.restarts, signal_number=watch.signal_number)
 
 
 def plan(job: JobConfig) -> None:

@@ -47,6 +47,12 @@ class RunConfig:
         "Number of times that a process of --distribution=multi_worker restarts by itself after losing another one.",
         identity=False,
     )
+    worker_timeout: float = flag(
+        600.0,
+        "Seconds that a process of --distribution=multi_worker waits for the others to start, also after a restart, "
+        "before it gives up. 0 waits for ever.",
+        identity=False,
+    )
     checkpoint_every_minutes: float = flag(
         10.0,
         "Minutes between two checkpoints within an epoch, in addition to the one at its end. 0 saves at the end only.",
@@ -76,7 +82,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_ranges(self, ("log_every_steps", "checkpoint_every_steps"), lowest=1)
-        check_ranges(self, ("seed", "checkpoint_every_minutes", "restarts"), lowest=0)
+        check_ranges(self, ("seed", "checkpoint_every_minutes", "restarts", "worker_timeout"), lowest=0)
         steps = self.profile_steps
         if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
             raise UserError(

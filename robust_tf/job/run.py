@@ -32,7 +32,7 @@ def run_job(job: JobConfig) -> JobResults:
         UserError: Something is wrong with the flags, the data or the files. Files that were written before are kept.
     """
     workdir = pathlib.Path(job.run.workdir)
-    distribution = start_distribution(job.run.distribution)
+    distribution = start_distribution(job.run.distribution, worker_timeout=job.run.worker_timeout)
     distribution.check_batch_size(job.optimization.batch_size)
     distribution.on_chief(lambda: claim_workdir(job))
     results = distribution.on_chief(lambda: finished_results(workdir))
@@ -83,7 +83,7 @@ def run_baseline(job: JobConfig) -> JobResults:
 
 def build_job(job: JobConfig) -> tuple[keras.Model, TaskData]:
     """Returns the classifier of a job, with the right layers frozen, and its data. Runs the source's job if needed."""
-    distribution = start_distribution(job.run.distribution)
+    distribution = start_distribution(job.run.distribution, worker_timeout=job.run.worker_timeout)
     source = _source_classifier(job, distribution) if job.is_transfer else None
     with distribution.chief_first():  # only the chief prepares a data set, where all workers see the same disk
         task = load_job_task(job, image_size=source.input_shape[1] if source else None, distribution=distribution)

@@ -5,12 +5,13 @@ the chief writes files. The variables are mirrored: every replica has a copy, an
 """
 
 import contextlib
+import faulthandler
 import functools
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +20,8 @@ from robust_tf.config.run import DistributionKind
 from robust_tf.console import console
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
+from robust_tf.training.interruption import Interrupted, Watch, signals_end_process
+from robust_tf.training.rendezvous import lost_workers, wait_for_workers
 
 Result = TypeVar("Result")
 
@@ -39,12 +42,17 @@ class Distribution:
     Args:
         strategy: TensorFlow's strategy.
         worker: Number of this process, counted from 0. Process 0 is the chief.
-        num_workers: Number of processes.
+        addresses: Address of each process, such as "host0:2222". It may be empty if there is only one.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy, *, worker: int = 0, num_workers: int = 1) -> None:
+    def __init__(self, strategy: tf.distribute.Strategy, *, worker: int = 0, addresses: Sequence[str] = ()) -> None:
         self.strategy = strategy
-        self.worker, self.num_workers = worker, num_workers
+        self.worker, self._addresses = worker, tuple(addresses)
+
+    @property
+    def num_workers(self) -> int:
+        """Number of processes."""
+        return max(len(self._addresses), 1)
 
     @property
     def num_replicas(self) -> int:
@@ -64,6 +72,18 @@ class Distribution:
             return
         with self.strategy.scope(), tf.variable_creator_scope(_with_aggregation):
             yield
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Watch]:
+        """Returns a context in which a signal ends this process even if it waits for a worker that is lost."""
+
+        def stuck(ended: Callable[[], bool]) -> str:
+            lost = lost_workers(self._addresses, worker=self.worker, ended=ended)
+            return f"There is no answer from {lost}." if lost else ""
+
+        watch = Watch(stuck)
+        with watch.running() if self.num_workers > 1 else contextlib.nullcontext():
+            yield watch
 
     def check_batch_size(self, batch_size: int) -> None:
         """Checks that a batch can be divided equally among the replicas.
@@ -200,8 +220,10 @@ class Distribution:
         return summed
 
 
-@functools.cache
-def start_distribution(kind: DistributionKind) -> Distribution:
+_started: dict[DistributionKind, Distribution] = {}
+
+
+def start_distribution(kind: DistributionKind, *, worker_timeout: float = 0.0) -> Distribution:
     """Returns the distribution of the given kind. A second call in the same process returns the same object.
 
     Call it before anything else uses TensorFlow's devices.
@@ -209,17 +231,26 @@ def start_distribution(kind: DistributionKind) -> Distribution:
     Args:
         kind: "none" for one device, "mirrored" for all devices of this machine, "multi_worker" for several machines,
             or "tpu".
+        worker_timeout: Seconds to wait for the other workers of "multi_worker". 0 means for ever.
 
     Raises:
-        UserError: There is no TPU, or the environment variable TF_CONFIG does not describe the processes.
+        UserError: There is no TPU, the environment variable TF_CONFIG does not describe the processes, or another
+            worker has not started.
     """
+    if kind not in _started:
+        _started[kind] = _new_distribution(kind, worker_timeout)
+    return _started[kind]
+
+
+def _new_distribution(kind: DistributionKind, worker_timeout: float) -> Distribution:
     if kind == "mirrored":
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         return Distribution(tf.distribute.MirroredStrategy([device.name for device in devices]))
     if kind == "multi_worker":
         cluster = _cluster()
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
-        distribution = Distribution(strategy, worker=cluster.task_id, num_workers=cluster.num_workers)
+        wait_for_workers(cluster.addresses, worker=cluster.task_id, timeout=worker_timeout)
+        strategy = _multi_worker_strategy(worker_timeout)
+        distribution = Distribution(strategy, worker=cluster.task_id, addresses=cluster.addresses)
         console.quiet = not distribution.is_chief
         return distribution
     if kind == "tpu":
@@ -233,16 +264,34 @@ def start_distribution(kind: DistributionKind) -> Distribution:
     return Distribution(tf.distribute.get_strategy())
 
 
-def restart_process(error: Exception, *, most: int) -> None:
+def _multi_worker_strategy(timeout: float) -> tf.distribute.Strategy:
+    """Connects the workers. If one is lost at this very moment, the process ends after `timeout` seconds."""
+    # TensorFlow holds Python's lock while it connects. Only a signal's default action and a thread of faulthandler,
+    # which is written in C, can end the process then. Usually it takes less than a second.
+    if timeout:
+        faulthandler.dump_traceback_later(timeout, exit=True)
+    try:
+        with signals_end_process():
+            return tf.distribute.MultiWorkerMirroredStrategy()
+    finally:
+        if timeout:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def restart_process(error: Exception, *, most: int, signal_number: int | None = None) -> NoReturn:
     """Replaces this process with a new one that runs the same command. Use it when another worker was lost.
 
     Args:
         error: Error that showed that a worker was lost.
         most: Highest number of restarts.
+        signal_number: Signal that this process has received, if any.
 
     Raises:
         UserError: The process has already been restarted that many times.
+        Interrupted: There was a signal, so the process must end.
     """
+    if signal_number is not None:
+        raise Interrupted(signal_number) from error
     restarts = int(os.environ.get(_RESTARTS, "0"))
     if restarts >= most:
         raise UserError(
@@ -257,10 +306,10 @@ def restart_process(error: Exception, *, most: int) -> None:
 
 
 class _Cluster:
-    """The index of this process and the number of processes, as given by TF_CONFIG."""
+    """The index of this process and the addresses of all processes, as given by TF_CONFIG."""
 
-    def __init__(self, task_id: int, num_workers: int) -> None:
-        self.task_id, self.num_workers = task_id, num_workers
+    def __init__(self, task_id: int, addresses: Sequence[str]) -> None:
+        self.task_id, self.addresses = task_id, tuple(addresses)
 
 
 def _cluster() -> _Cluster:
@@ -279,7 +328,7 @@ def _cluster() -> _Cluster:
             f"{help_text}Every process must be a worker, numbered from 0; worker 0 is the chief. Received: "
             f"TF_CONFIG={os.environ.get('TF_CONFIG', '')!r}."
         )
-    return _Cluster(index, len(spec["worker"]))
+    return _Cluster(index, spec["worker"])
 
 
 def _with_aggregation(next_creator: Callable[..., tf.Variable], **kwargs: Any) -> tf.Variable:

@@ -11,8 +11,6 @@ from robust_tf.attacks import AttackConfig, climb
 from robust_tf.attacks.checks import assert_pixels
 from robust_tf.console import console
 from robust_tf.errors import UserError
-from robust_tf.console import console
-from robust_tf.errors import UserError
 from robust_tf.models.execution import Execution
 from robust_tf.training.batchnorm import flat_layers, has_synchronized_batchnorm, unbiased_statistics
 from robust_tf.training.compiled_loss import CompiledLoss

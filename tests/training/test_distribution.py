@@ -1,20 +1,25 @@
 """Several devices and processes give the same result as one device, even when a process is lost on the way."""
 
+import faulthandler
 import json
+import os
 import pathlib
+import signal
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from robust_tf import train
 from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
 from robust_tf.evaluation.outcomes import read_outcomes
 from robust_tf.models import load_classifier
-from robust_tf.training.distribution import restart_process, start_distribution
+from robust_tf.training.distribution import _multi_worker_strategy, restart_process, start_distribution
+from robust_tf.training.interruption import Interrupted, signals_raise
 from tests.tasks import make_task
-from tests.training.workers import free_ports, job, job_on_two_cpus, start_worker, wait_until
+from tests.training.workers import free_ports, job, job_on_two_cpus, start_worker, wait_for_line, wait_until
 
 # Few steps, because a difference in the last bit grows a thousandfold where it decides the gradient of a ReLU.
 EPOCHS = 2
@@ -79,22 +84,57 @@ def test_two_devices_use_the_same_weight_perturbation(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1], ids=["chief", "worker"])
 def test_two_workers_give_the_same_weights_as_one_even_if_one_is_killed(single, victim):
-    """The other worker notices, restarts by itself, and waits until the killed one has been started again."""
+    """The other worker notices, restarts by itself, and waits until the killed one has been started again.
+
+    While the chief waits, it can be stopped, and a chief that is started alone gives up.
+    """
     workdir, ports = single.with_name(f"workers{victim}"), free_ports(2)
     workers = [start_worker(index, ports, workdir, f"--epochs={EPOCHS}") for index in (0, 1)]
+    survivor = 1 - victim
     try:
         wait_until(lambda: any((workdir / "checkpoints").glob("epoch0001*")))
         workers[victim].kill()
         workers[victim].communicate()
+        printed = wait_for_line(workers[survivor], f"Waiting for worker {victim} (127.0.0.1:{ports[victim]}: ")
+        assert "Restarting (restart 1 of at most 3)" in printed
+        assert "gives up after 600 s (--worker_timeout)" in printed
+        if survivor == 0:
+            workers[0].terminate()
+            assert workers[0].wait(timeout=30) == 143
+            workers[0].communicate()
+            workers[0] = start_worker(0, ports, workdir, "--worker_timeout=0.1", f"--epochs={EPOCHS}")
+            out, _ = workers[0].communicate(timeout=120)
+            assert workers[0].returncode == 2 and f"Received: no worker 1 (127.0.0.1:{ports[1]}: " in out
+            workers[0] = start_worker(0, ports, workdir, f"--epochs={EPOCHS}")
         workers[victim] = start_worker(victim, ports, workdir, f"--epochs={EPOCHS}")
         out = [finish(worker) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    assert "Restarting (restart 1 of at most 3)" in out[1 - victim]
+            worker.communicate()
+    assert all(f"Worker {index}: all 2 workers are there." in out[index] for index in (0, 1))
     assert "Continuing after" in out[0]
     assert_equal_jobs(single, workdir)
     assert "clean accuracy" in out[0] and "clean accuracy" not in out[1]  # only the chief prints the table
+
+
+@pytest.mark.slow
+def test_a_worker_whose_peer_hangs_in_the_middle_of_training_obeys_sigterm(tmp_path):
+    """The main thread is in a collective operation that does not return, so Python's signal handlers do not run."""
+    ports = free_ports(2)
+    workers = [start_worker(index, ports, tmp_path / "w", "--epochs=100") for index in (0, 1)]
+    try:
+        wait_until(lambda: any((tmp_path / "w" / "checkpoints").glob("epoch0000*")))
+        workers[1].send_signal(signal.SIGSTOP)
+        workers[0].terminate()
+        out, _ = workers[0].communicate(timeout=60)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    assert workers[0].returncode == 143
+    assert f"Interrupted. There is no answer from worker 1 (127.0.0.1:{ports[1]})." in out
+    assert not list((tmp_path / "w").rglob("*.tmp*"))
 
 
 @pytest.mark.parametrize("kind", ["validation", "test"])
@@ -171,6 +211,46 @@ def test_the_batch_size_must_be_a_multiple_of_the_number_of_replicas(monkeypatch
     monkeypatch.setattr(type(distribution), "num_replicas", 4)
     with pytest.raises(UserError, match="batch_size=6. Use a multiple of 4"):
         distribution.check_batch_size(6)
+
+
+def test_a_job_gives_up_when_another_worker_does_not_start(monkeypatch, tmp_path):
+    ports = free_ports(2)
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "worker", "index": 1}}))
+    config = JobConfig.from_flags(distribution="multi_worker", worker_timeout=0.5, workdir=str(tmp_path / "w"))
+    with pytest.raises(UserError, match=rf"no worker 0 \(127.0.0.1:{ports[0]}: .*within --worker_timeout=0.5 seconds"):
+        train.run(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("timeout", [0.0, 7.0])
+def test_while_tensorflow_connects_the_workers_signals_and_time_end_the_process(monkeypatch, timeout):
+    """Only what works without Python can end the process there, since TensorFlow holds Python's lock."""
+    limits: list[float] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: limits.append(seconds * exit))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: limits.append(-1))
+    monkeypatch.setattr(
+        tf.distribute, "MultiWorkerMirroredStrategy", lambda: [*limits, *map(signal.getsignal, numbers)]
+    )
+    with signals_raise():
+        before = list(map(signal.getsignal, numbers))
+        within = _multi_worker_strategy(timeout)
+        assert list(map(signal.getsignal, numbers)) == before
+    assert within == [timeout, signal.SIG_DFL, signal.SIG_DFL][0 if timeout else 1 :]
+    assert limits == ([timeout, -1] if timeout else [])
+
+
+def test_the_timeout_must_not_be_negative():
+    with pytest.raises(UserError, match="--worker_timeout must be 0 or more. Received: -1"):
+        JobConfig.from_flags(worker_timeout=-1.0)
+
+
+def test_after_a_signal_a_process_ends_instead_of_restarting(monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("restarted"))
+    with pytest.raises(Interrupted) as caught:
+        restart_process(RuntimeError("peer lost"), most=2, signal_number=signal.SIGTERM)
+    assert caught.value.exit_code == 143
 
 
 def test_the_number_of_restarts_is_limited(monkeypatch):

@@ -55,6 +55,17 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def wait_for_line(process: subprocess.Popen, text: str) -> str:
+    """Reads what a process prints until a line holds the text. Returns all of it."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError(f"{text!r} is missing in:\n{''.join(lines)}")
+
+
 def wait_until(condition: Callable[[], bool], *, seconds: float = 300) -> None:
     """Waits until other processes have made a condition true."""
     end = time.monotonic() + seconds
