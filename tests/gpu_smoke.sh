@@ -114,6 +114,9 @@ start pgd "$python" -m pytest -q -p no:cacheprovider --basetemp="$work/pytest" \
   tests/attacks/test_pgd.py tests/attacks/test_pgd_on_gpu.py \
   -k "equals_the_reference or losses_of_the_reference or graph_equals_eager or on_gpu"
 
+# XLA's deterministic kernels repeat and resume a training bit by bit. On a CPU the tests show that.
+[[ $device == CPU ]] || start deterministic_xla "$python" tests/gpu_checks.py
+
 failed=()
 wait
 for name in "${checks[@]}"; do

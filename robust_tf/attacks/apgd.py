@@ -336,6 +336,6 @@ def _sparse_step(
     pixels = tf.shape(size)[1]
     position = tf.cast((1.0 - state["share"]) * tf.cast(pixels, tf.float32), tf.int32)
     smallest = tf.gather(tf.sort(size, axis=1), tf.clip_by_value(position, 0, pixels - 1), batch_dims=1)
-    sparse = tf.where(tf.abs(gradient) >= smallest[:, None, None, None], gradient, 0.0)
+    sparse = tf.where(tf.abs(gradient) >= smallest[:, None, None, None], gradient, tf.zeros_like(gradient))
     moved = state["points"] + geometry.step(sparse, state["step_size"][:, None, None, None])
     return geometry.project(moved, state["images"], radius)

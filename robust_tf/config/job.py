@@ -233,10 +233,6 @@ def _check_adversarial(job: JobConfig) -> None:
 
 def _check_devices(job: JobConfig) -> None:
     optimization, distribution = job.optimization, job.run.distribution
-    if job.run.deterministic and optimization.jit_compile == "true":
-        raise UserError(
-            "Keras does not compile with XLA in deterministic mode. Received: --deterministic --jit_compile=true."
-        )
     if distribution == "none":
         return
     if optimization.precision == "mixed_float16":

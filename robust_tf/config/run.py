@@ -30,7 +30,9 @@ class RunConfig:
         0, "Seed for the initial weights, the order of the images, augmentation, few-shot selection and random starts."
     )
     deterministic: bool = flag(
-        False, "Use deterministic kernels only, so that repeated runs are bit-equal. This is slower on a GPU."
+        False,
+        "Use deterministic kernels only, so that repeated runs are bit-equal, with XLA as well as without. This is "
+        "slower on a GPU.",
     )
     distribution: DistributionKind = flag(
         "none",

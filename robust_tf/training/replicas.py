@@ -1,6 +1,5 @@
 """Training and evaluation steps of a Keras model on several replicas of a `tf.distribute` strategy."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -62,20 +61,6 @@ class ReplicatedModel(keras.Model):
         """Whether XLA compiles parts of a step, for each replica. A TPU always compiles all of it."""
         on_tpu = isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
         return self.num_replicas > 1 and not on_tpu and bool(self.jit_compile)
-
-    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, loss_weights: Any = None, **kwargs: Any) -> None:
-        """Configures the training as `keras.Model.compile` does, with the same arguments.
-
-        With several replicas Keras turns `jit_compile="auto"` into False. Here it means the same as with one replica:
-        True if there is an accelerator and XLA supports all layers.
-        """
-        automatic = kwargs.get("jit_compile", "auto") == "auto" and not kwargs.get("run_eagerly")
-        with warnings.catch_warnings():
-            if self.num_replicas > 1 and automatic:
-                kwargs["jit_compile"] = {device.device_type for device in tf.config.list_physical_devices()} != {"CPU"}
-                # Keras says that it falls back to False, but nobody has asked for XLA.
-                warnings.filterwarnings("ignore", message="Model doesn't support `jit_compile=True`")
-            super().compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, **kwargs)
 
     def alone(self, part: Callable[[], Result], *, compiled: bool = True) -> Result:
         """Runs a part of a step for which a replica needs no other one, compiled with XLA if `compiles_parts` is True.

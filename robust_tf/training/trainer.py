@@ -19,6 +19,7 @@ from robust_tf.training.objectives import Batch, Outputs, Recipe, build_objectiv
 from robust_tf.training.optimizers import average_statistics, averages_of
 from robust_tf.training.replicas import ReplicatedModel
 from robust_tf.training.runtime_checks import explained, with_first_batch_checked
+from robust_tf.training.xla import CompiledByXla
 
 
 class _Step(NamedTuple):
@@ -37,7 +38,7 @@ class _Step(NamedTuple):
     inputs: Any
 
 
-class AdversarialTrainer(ReplicatedModel):
+class AdversarialTrainer(CompiledByXla, ReplicatedModel):
     """Trains a Keras classifier to be robust against adversarial examples.
 
     Wrap your classifier, then use the trainer like any Keras model, with `compile`, `fit`, `evaluate` and Keras's
@@ -132,7 +133,7 @@ class AdversarialTrainer(ReplicatedModel):
         if attack.active and classifier.built:
             check_has_images(classifier)
         self.classifier = classifier
-        self._execution = Execution(classifier)
+        self._execution = Execution(classifier, unbiased=unbiased_batchnorm)
         self.attack = attack
         self.recipe = recipe
         self._validation_attack = attack if validation_attack is None else validation_attack
@@ -444,7 +445,8 @@ class AdversarialTrainer(ReplicatedModel):
         if not (self._unbiased_batchnorm and passes):
             return contextlib.nullcontext()
         count = tf.shape(keras.tree.flatten(images)[0])[0]
-        return unbiased_statistics(self.classifier, count, passes=passes, replicas=self.num_replicas)
+        fused = self._execution.fused_layers
+        return unbiased_statistics(self.classifier, count, passes=passes, replicas=self.num_replicas, besides=fused)
 
     def _checked_data(self, data: Any, labels: Any) -> Any:
         """Returns the data of `fit` or `evaluate`. Checks the first batch if XLA drops the checks inside the step.

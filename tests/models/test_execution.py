@@ -170,9 +170,26 @@ def test_the_attack_has_one_convolution_for_each_pair_and_no_batchnorm():
     execution = Execution(model)
     graph = tf.function(lambda x: execution(x, training=False)).get_concrete_function(images()).graph
     kinds = [operation.type for operation in graph.get_operations()]
-    # Only the BatchNorm before the first convolution is left.
-    assert kinds.count("FusedBatchNormV3") == 1
-    assert kinds.count("BiasAdd") == 4  # the convolutions' and the Dense layer's
+    assert "FusedBatchNormV3" not in kinds
+    assert kinds.count("BiasAdd") == 4  # the three convolutions' and the Dense layer's
+
+
+@pytest.mark.parametrize(("kernel_size", "height"), [(7, 14), (7, 15), (4, 9), ((3, 5), 8)])
+def test_a_stem_with_stride_two_is_computed_on_blocks(kernel_size, height):
+    inputs = keras.Input((height, 10, 3))
+    x = keras.layers.Conv2D(4, kernel_size, strides=2, use_bias=False)(inputs)
+    model = randomized(keras.Model(inputs, keras.layers.BatchNormalization()(x)))
+    x, execution = tf.constant(RNG.random((2, height, 10, 3), np.float32)), Execution(model)
+    results = []
+    for run in (execution, model):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = run(x, training=False)
+        results.append((outputs, *tape.gradient(outputs, [x, model.layers[1].kernel.value], outputs)))
+    for ours, theirs in zip(*results, strict=True):
+        assert error(ours, theirs) < 1e-5
+    graph = tf.function(lambda x: execution(x, training=False)).get_concrete_function(x).graph
+    assert "SpaceToDepth" in [operation.type for operation in graph.get_operations()]
 
 
 @pytest.mark.parametrize("form", ["sequential", "nested", "sequential in functional", "shared", "axis", "masked"])
