@@ -1,4 +1,8 @@
-"""PGD on a GPU compared with the same attack on a CPU, in true float32. `tests/gpu_smoke.sh` runs it on a GPU."""
+"""PGD on a GPU compared with the same attack on a CPU. `tests/gpu_smoke.sh` runs it on a GPU.
+
+The tests run without TF32 (`conftest.py`). With it, the images would differ by up to 0.03 in L2, and signs would flip
+in Linf.
+"""
 
 import numpy as np
 import pytest
@@ -9,19 +13,10 @@ from test_pgd import CASES
 from robust_tf.attacks import pgd
 
 
-@pytest.fixture
-def true_float32():
-    """Turns TF32 off for a test. With its 10 bits, the images differ by up to 0.03 in L2, and signs flip in Linf."""
-    before = tf.config.experimental.tensor_float_32_execution_enabled()
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    yield
-    tf.config.experimental.enable_tensor_float_32_execution(before)
-
-
 @pytest.mark.skipif(not tf.config.list_physical_devices("GPU"), reason="needs a GPU")
 @pytest.mark.filterwarnings("ignore:The images have values from:robust_tf.errors.AttackWarning")  # the cases "oob"
 @pytest.mark.parametrize("case", CASES)
-def test_images_on_gpu_equal_those_on_the_cpu(case, true_float32):
+def test_images_on_gpu_equal_those_on_the_cpu(case):
     norm, epsilon, step_size, steps = CASES[case]
     data, targeted = inputs(), case.endswith("targeted")
     found = []
