@@ -54,9 +54,12 @@ def finish(name: str, process: subprocess.Popen[str], *, code: int = 0, before: 
 def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns all weights of the classifier of a finished job."""
     found: dict[str, np.ndarray] = {}
-    with zipfile.ZipFile(workdir / "classifier.keras") as archive, archive.open("model.weights.h5") as file:
-        with h5py.File(file) as content:
-            content.visititems(lambda path, item: found.update({path: item[()]} if hasattr(item, "dtype") else {}))
+    with (
+        zipfile.ZipFile(workdir / "classifier.keras") as archive,
+        archive.open("model.weights.h5") as file,
+        h5py.File(file) as content,
+    ):
+        content.visititems(lambda path, item: found.update({path: item[()]} if hasattr(item, "dtype") else {}))
     return found
 
 
@@ -82,7 +85,7 @@ def main() -> None:
         process, seen = start(work, "parts", "cache-first", device), ""
         for line in process.stdout or []:
             seen += line
-            if line.startswith("epoch 1/"):
+            if line.startswith("epoch 1/") and "loss" in line:
                 process.send_signal(signal.SIGTERM)
                 break
         finish("parts", process, code=128 + signal.SIGTERM, before=seen)

@@ -298,6 +298,7 @@ INTERRUPTIONS = [
         ({}, INTERRUPTIONS),
         ({"random_start": True, "ema_decay": 0.8}, INTERRUPTIONS[3:4]),
         ({"accumulate_steps": 2, "optimizer": "adam"}, INTERRUPTIONS[1:2]),
+        ({"jit_compile": "true"}, INTERRUPTIONS[1:2]),
         ({"fast": "free", "attack_steps": None, "free_replays": 2, "epochs": 6}, INTERRUPTIONS[1:2]),
     ],
 )

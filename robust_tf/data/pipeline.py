@@ -147,7 +147,9 @@ class TaskData:
                 records = records.take(self.steps_per_epoch * self.batch_size)
             elif self.fill_remainder:
                 missing = self.steps_per_epoch * self.batch_size - self.num_train
-                records = records.concatenate(records.repeat().take(missing))
+                # Not `records.repeat()`: tf.data would fuse it with the shuffling before it, also where no image repeats.
+                again = tf.data.Dataset.range(-(-missing // self.num_train)).flat_map(lambda _, once=records: once)
+                records = records.concatenate(again.take(missing))
             skipped_steps = tf.where(tf.equal(epoch, first_epoch), tf.constant(first_step, tf.int64), 0)
             records = records.skip(skipped_steps * self.batch_size)
             if self.num_workers > 1:
