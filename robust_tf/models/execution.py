@@ -40,6 +40,8 @@ class Execution:
         unbiased: Whether the moving variances of the layers in `fused_layers` follow the unbiased variance of the
             batch, as in PyTorch, instead of the biased one, as in Keras. Layers whose input size is unknown always
             follow the biased one.
+        fused: Whether one operation computes BatchNorm in training mode. XLA fuses Keras's operations by itself, into
+            faster code (see tests/bench/README.md).
 
     Example:
         >>> import keras, numpy
@@ -52,8 +54,8 @@ class Execution:
         True
     """
 
-    def __init__(self, classifier: keras.Model, *, unbiased: bool = False) -> None:
-        self._classifier, self._unbiased = classifier, unbiased
+    def __init__(self, classifier: keras.Model, *, unbiased: bool = False, fused: bool = True) -> None:
+        self._classifier, self._unbiased, self._is_fused = classifier, unbiased, fused
         # Each replica has its own thread, and must use the tensors of its own device.
         self._kept = threading.local()
         self._foldings: dict[str, _FoldedConvolution] = {}
@@ -95,7 +97,7 @@ class Execution:
 
     @functools.cached_property
     def _in_training(self) -> keras.Model:
-        return self._copy(self._classifier, folded=False)
+        return self._copy(self._classifier, folded=False) if self._is_fused else self._classifier
 
     @functools.cached_property
     def _in_inference(self) -> keras.Model:
@@ -129,7 +131,7 @@ class Execution:
         return keras.models.clone_model(graph, clone_function=wrapper, call_function=call)
 
     def _wrapped(self, layer: keras.layers.Layer) -> keras.layers.Layer:
-        if not _is_fusable(layer):
+        if not (self._is_fused and _is_fusable(layer)):
             return _Shared(layer)
         fused = _FusedBatchNorm(layer, unbiased=self._unbiased and _has_known_size(layer))
         self._fused[id(layer)] = layer

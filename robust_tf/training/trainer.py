@@ -216,6 +216,7 @@ class AdversarialTrainer(CompiledByXla, ReplicatedModel):
         """
         super().compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, **kwargs)
         self._compiled_loss = None
+        self._execution = Execution(self.classifier, unbiased=self._unbiased_batchnorm, fused=not self.jit_compile)
         if self.classifier.built:
             self._execution.prepare()
         if self.attack.active:

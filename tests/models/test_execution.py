@@ -135,6 +135,20 @@ def _in_float32(layer: keras.Operation) -> keras.Operation:
     return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
 
 
+def test_for_xla_only_attacks_are_changed():
+    model, x = network(), images()
+    start, execution = model.get_weights(), Execution(model, unbiased=True, fused=False)
+    assert execution.fused_layers == [] != Execution(model).fused_layers
+    expected = model(x, training=True)
+    statistics = model.get_weights()
+    model.set_weights(start)
+    np.testing.assert_array_equal(execution(x, training=True), expected)
+    for ours, theirs in zip(model.get_weights(), statistics, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    graph = tf.function(lambda x: execution(x, training=False)).get_concrete_function(x).graph
+    assert [operation.type for operation in graph.get_operations()].count("BiasAdd") == 4
+
+
 def test_the_classifier_and_its_file_stay_as_they_are(tmp_path):
     model = network()
     before = model.get_config()
