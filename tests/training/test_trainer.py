@@ -74,8 +74,8 @@ def test_equals_the_reference_over_a_learning_rate_drop(mode, how):
 
 
 def test_training_without_an_attack_equals_keras_training():
-    # Up to rounding, because BatchNorm is computed by another operation than in Keras. The optimizer must not be Adam: it
-    # divides the gradient of the bias before BatchNorm, which is nothing but rounding, by its own size.
+    # Up to rounding, because BatchNorm is computed by another operation than in Keras. Not with Adam: it divides the
+    # gradient of the bias before BatchNorm, which is nothing but rounding, by its own size.
     images, labels = small_data()
     weights = []
     for wrap in (lambda model: AdversarialTrainer(model, ATTACKS["standard"], unbiased_batchnorm=False), lambda m: m):
