@@ -147,7 +147,7 @@ class TaskData:
                 records = records.take(self.steps_per_epoch * self.batch_size)
             elif self.fill_remainder:
                 missing = self.steps_per_epoch * self.batch_size - self.num_train
-                # Not `records.repeat()`: tf.data would fuse it with the shuffling before it, also where no image repeats.
+                # Not `records.repeat()`: tf.data would fuse it with the shuffling, also for the images before.
                 again = tf.data.Dataset.range(-(-missing // self.num_train)).flat_map(lambda _, once=records: once)
                 records = records.concatenate(again.take(missing))
             skipped_steps = tf.where(tf.equal(epoch, first_epoch), tf.constant(first_step, tf.int64), 0)
