@@ -24,7 +24,7 @@ class Scope(keras.StatelessScope):
         >>> one, two = keras.Variable(1.0), keras.Variable(2.0)
         >>> with Scope([(one, keras.ops.convert_to_tensor(10.0))]):
         ...     with Scope() as scope:
-        ...         two.assign(one + two)
+        ...         _ = two.assign(one + two)
         ...     print(float(two), float(scope.get_current_value(two)))
         2.0 12.0
     """
