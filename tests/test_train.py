@@ -571,6 +571,14 @@ def test_transfer_from_a_checkpoint_of_the_reference(transfer, tmp_path):
     np.testing.assert_allclose(classifier.get_layer("normalization").get_config()["mean"], [0.1, 0.2, 0.3])
 
 
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_set_as_its_flag_says(job, tf32):
+    tf.config.experimental.enable_tensor_float_32_execution(not tf32)
+    train.run(job(dry_run=True, tf32=tf32))
+    assert tf.config.experimental.tensor_float_32_execution_enabled() == tf32
+    assert JobConfig.from_flags().optimization.tf32  # TensorFlow's own default
+
+
 @pytest.mark.slow
 def test_a_job_compiled_by_xla_gives_the_same_figures(job, recwarn):
     results = []
