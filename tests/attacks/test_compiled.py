@@ -20,9 +20,22 @@ from robust_tf.errors import UserError
 # At these radii some of the images resist every attack.
 EPSILONS = {"linf": 0.04, "l2": 0.25, "l1": 1.2}
 # The attacks that evaluations mostly use, each with one norm. The others are slow tests, because XLA takes seconds to
-# compile each of them.
+# compile each of them: every other attack once, and all attacks of AutoAttack's standard version with l1.
 USUAL = [("fgsm", "linf"), ("pgd", "l2"), ("apgd-ce", "linf"), ("apgd-t", "l2"), ("fab-t", "linf"), ("square", "l2")]
-OTHERS = [(name, norm) for name, attack in ATTACKS.items() for norm in attack.norms if (name, norm) not in USUAL]
+OTHERS = [
+    ("pgd-100x10", "linf"),
+    ("apgd-dlr", "l2"),
+    ("apgd-ce-x5", "l2"),
+    ("apgd-dlr-x5", "linf"),
+    ("fab-x5", "l2"),
+    ("apgd-ce-rand", "linf"),
+    ("apgd-dlr-rand", "l1"),
+    *((name, "l1") for name in attacks_of_version("standard")),
+]
+
+
+def test_every_attack_is_compared_with_xla():
+    assert {name for name, _ in [*USUAL, *OTHERS]} == set(ATTACKS)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +72,13 @@ def assert_the_same_with_xla(case, name, norm):
     images_adv, resists_xla = results_of(with_xla, 11)
     np.testing.assert_array_equal(resists_xla, resists)
     assert not resists[3] and resists.any()
-    # An image falls within a few steps. In the hundreds of steps on an image that resists, rounding can send a random
-    # search, and a step that follows the signs of a gradient of nearly zero, another way.
-    np.testing.assert_allclose(images_adv[~resists], plain[~resists], atol=1e-5)
+    # Most images fall within a few steps. In the hundreds of steps on an image that resists, rounding can send another
+    # way a random search, or steps along the signs of a gradient of nearly zero. The DLR loss is flat where the label
+    # has the third highest logit. In l1, which starts at three times the radius, this happens to images that fall.
     moved = np.abs(images_adv - plain).max(axis=(1, 2, 3)) > 1e-5
     assert moved.sum() <= 3
+    if (name, norm) != ("apgd-dlr-rand", "l1"):
+        assert not (moved & ~resists).any()
     # What fills up a batch changes nothing, not even the rounding.
     partial, resists_partial = results_of(with_xla, 5)
     np.testing.assert_array_equal(partial, images_adv[:5])
@@ -113,8 +128,9 @@ def test_a_cascade_with_xla_gives_the_same_verdicts_and_can_change_over(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["standard", "rand"])
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize(
+    ("norm", "version"), [("linf", "standard"), ("l2", "standard"), ("l1", "standard"), ("linf", "rand")]
+)
 def test_autoattack_with_xla_gives_the_same_verdicts(case, norm, version):
     model, images, labels = case
     arguments = {"norm": norm, "epsilon": EPSILONS[norm], "version": version, "batch_size": 10}
