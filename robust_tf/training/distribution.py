@@ -291,6 +291,10 @@ def restart_process(error: Exception, *, most: int, signal_number: int | None = 
         Interrupted: There was a signal, so the process must end.
     """
     if signal_number is not None:
+        print(
+            "Interrupted. Another worker was lost; the same command continues from the last checkpoint.",
+            file=sys.stderr,
+        )
         raise Interrupted(signal_number) from error
     restarts = int(os.environ.get(_RESTARTS, "0"))
     if restarts >= most:
