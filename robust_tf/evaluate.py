@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from robust_tf.config.evaluation import EvaluateConfig
-from robust_tf.environment import start_tensorflow
+from robust_tf.environment import start_tensorflow, use_xla_cache
 from robust_tf.errors import UserError, exit_on_user_error
+from robust_tf.files import cache_folder
 from robust_tf.flags import parse_flags
 
 
@@ -20,6 +21,8 @@ def main(argv: Sequence[str]) -> None:
     config, rest = parse_flags(EvaluateConfig, argv, __doc__ or "")
     if rest:
         raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
+    if config.jit_compile != "false":
+        use_xla_cache(cache_folder(None), tf32=config.tf32)
     start_tensorflow()  # which takes seconds, so only after the flags have been checked
     from robust_tf.evaluation.run import run_evaluation
 

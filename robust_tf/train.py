@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from robust_tf.config.job import JobConfig
-from robust_tf.environment import start_tensorflow
+from robust_tf.environment import start_tensorflow, use_xla_cache
 from robust_tf.errors import UserError, exit_on_user_error
+from robust_tf.files import cache_folder
 from robust_tf.flags import parse_flags
 
 
@@ -21,6 +22,9 @@ def main(argv: Sequence[str]) -> None:
     if rest:
         raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
     # TensorFlow is imported only now, so that --help and error messages about flags do not have to wait for it.
+    if job.optimization.jit_compile != "false" and not job.plan.dry_run:
+        folder = cache_folder(job.data.cache_dir or None)
+        use_xla_cache(folder, deterministic=job.run.deterministic, tf32=job.optimization.tf32)
     start_tensorflow()
     from robust_tf.training.interruption import Interrupted, signals_raise
 
@@ -40,6 +44,7 @@ def run(job: JobConfig) -> None:
     from robust_tf.job.workdir import check_export, check_outputs
     from robust_tf.training.distribution import PEER_LOST, restart_process, start_distribution
 
+    tf.config.experimental.enable_tensor_float_32_execution(job.optimization.tf32)
     if job.run.deterministic:
         tf.config.experimental.enable_op_determinism()
     check_export(job)

@@ -14,6 +14,7 @@ set_tensorflow_defaults()
 
 import keras  # noqa: E402
 import pytest  # noqa: E402
+import tensorflow as tf  # noqa: E402
 from tensorflow.python.framework import config as tf_config  # noqa: E402  # there is no public function for it
 
 # Entries that are removed only when their process ends, by `robust_tf.files.temporary_cache` and by AutoGraph.
@@ -44,6 +45,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def _fresh_keras():
     """Sets the seed for each test, and resets the global settings and the layer names after it."""
     keras.utils.set_random_seed(0)
+    # TF32 would hide on a GPU whether results equal a reference. The variable NVIDIA_TF32_OVERRIDE does not reach XLA.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     yield
     keras.config.set_dtype_policy("float32")
     tf_config.disable_op_determinism()  # otherwise Keras does not compile with XLA

@@ -315,7 +315,6 @@ def test_differences_have_both_values_and_skip_flags_that_do_not_change_the_job(
         (["--task=transfer", "--source=x.keras", "--freeze_through=stage1"], "'stage1'"),
         (["--task=transfer", "--source=x.keras", "--transfer_mode=fixed"], "Did you mean 'fixed_feature'"),
         (["--task=transfer", "--source=x.keras", "--unfreeze_at_epoch=10"], "Received: 10"),
-        (["--deterministic", "--jit_compile=true"], "--deterministic --jit_compile=true"),
         (["--lr_schedule=piecewise"], "--lr_milestones"),
         (["--lr_peak=1"], "Received: 1.0"),
         (["--select_by=robust_accuracy"], "--epsilon=0"),

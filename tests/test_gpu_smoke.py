@@ -9,6 +9,14 @@ import pytest
 import tensorflow as tf
 
 SCRIPT = pathlib.Path(__file__).with_name("gpu_smoke.sh")
+# In place of Python: one training fails, and everything else does nothing.
+STAND_IN = """#!/bin/sh
+case "$*" in
+  *robust_tf.train*bfloat16*) echo broken; exit 1 ;;
+  *pytest*) echo 3 passed ;;
+  *gpu_checks*) echo equal ;;
+esac
+"""
 
 
 def run(**variables: str) -> subprocess.CompletedProcess[str]:
@@ -20,6 +28,19 @@ def run(**variables: str) -> subprocess.CompletedProcess[str]:
 def test_the_script_says_that_there_is_no_gpu():
     result = run()
     assert result.returncode == 3 and "sees no GPU" in result.stderr
+
+
+def test_each_failed_check_is_named(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    result = run(SMOKE_DEVICE="GPU", PYTHON=str(python), TMPDIR=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == ["broken", "FAILED: mixed_bfloat16=true, see above"]
+    assert "pgd: 3 passed (" in result.stdout and "deterministic: equal (" in result.stdout
+    assert "float32: " in result.stdout and "float32=true: " in result.stdout
+    assert "mixed_bfloat16" not in result.stdout and "Everything works" not in result.stdout
+    assert list(tmp_path.iterdir()) == [python]  # it removes its files
 
 
 @pytest.mark.slow

@@ -298,6 +298,7 @@ INTERRUPTIONS = [
         ({}, INTERRUPTIONS),
         ({"random_start": True, "ema_decay": 0.8}, INTERRUPTIONS[3:4]),
         ({"accumulate_steps": 2, "optimizer": "adam"}, INTERRUPTIONS[1:2]),
+        ({"jit_compile": "true"}, INTERRUPTIONS[1:2]),
         ({"fast": "free", "attack_steps": None, "free_replays": 2, "epochs": 6}, INTERRUPTIONS[1:2]),
     ],
 )
@@ -568,6 +569,14 @@ def test_transfer_from_a_checkpoint_of_the_reference(transfer, tmp_path):
     before, after = weights_by_path(original), weights_by_path(classifier)
     assert all(np.array_equal(before[path], after[path]) for path in before if not path.startswith("logits"))
     np.testing.assert_allclose(classifier.get_layer("normalization").get_config()["mean"], [0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_set_as_its_flag_says(job, tf32):
+    tf.config.experimental.enable_tensor_float_32_execution(not tf32)
+    train.run(job(dry_run=True, tf32=tf32))
+    assert tf.config.experimental.tensor_float_32_execution_enabled() == tf32
+    assert JobConfig.from_flags().optimization.tf32  # TensorFlow's own default
 
 
 @pytest.mark.slow

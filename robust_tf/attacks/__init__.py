@@ -11,8 +11,9 @@ prediction is wrong, and "resists" as long as it is correct. "The reference" is 
 import robust_tf.keras_backend  # noqa: F401  # before Keras is imported
 from robust_tf.attacks.apgd import apgd
 from robust_tf.attacks.autoattack import VERSIONS, AutoAttackResult, attacks_of_version, autoattack
-from robust_tf.attacks.cascade import CompiledAttacks, cascade
+from robust_tf.attacks.cascade import cascade
 from robust_tf.attacks.cascade_state import CascadeState
+from robust_tf.attacks.compiled import CompiledAttacks
 from robust_tf.attacks.fab import fab
 from robust_tf.attacks.fgsm import fgsm
 from robust_tf.attacks.pgd import AttackResult, climb, pgd, run_pgd

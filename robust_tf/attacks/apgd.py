@@ -225,7 +225,7 @@ def apgd(
         # The image itself is a candidate, so the result is never better for the model than no attack.
         state["worst_loss"] = loss_of(clean, labels, labels)
     if norm == "l1":
-        state |= {"share": empty, "moved_pixels": empty}
+        state |= {"used": empty, "moved_pixels": empty}
     else:
         state |= {"loss": empty, "rises": empty, "checked_loss": empty, "halved": tf.zeros_like(empty, tf.bool)}
     loop = repeat_while_resisting if early_stop else repeat
@@ -311,7 +311,6 @@ def _adapt_sparsity(
     Returns:
         The state, and the gradient at its points.
     """
-    pixels = tf.cast(tf.reduce_prod(tf.shape(slope.gradient)[1:]), tf.float32)
     used = tf.cast(tf.math.count_nonzero(state["best"] - state["images"], axis=(1, 2, 3)), tf.float32)
     checkpoint = window > 0
     before = tf.where(first, used, state["moved_pixels"])
@@ -320,7 +319,7 @@ def _adapt_sparsity(
     slower = tf.where(sparser, radius, tf.maximum(step_size / 1.5, radius / 10.0))
     return {
         **state,
-        "share": tf.where(first | checkpoint, used / pixels / 1.5, state["share"]),
+        "used": tf.where(first | checkpoint, used, state["used"]),
         "moved_pixels": tf.where(checkpoint, used, before),
         "step_size": tf.where(checkpoint, slower, step_size),
         "points": select_images(sparser, state["best"], state["points"]),
@@ -334,8 +333,10 @@ def _sparse_step(
     del first
     size = tf.reshape(tf.abs(gradient), (tf.shape(gradient)[0], -1))
     pixels = tf.shape(size)[1]
-    position = tf.cast((1.0 - state["share"]) * tf.cast(pixels, tf.float32), tf.int32)
+    # Two thirds of the pixels that the best perturbation has changed. In integers, because XLA rounds a division by 1.5
+    # in another way, and the position would then differ where it is a whole number.
+    position = pixels - (2 * tf.cast(state["used"], tf.int32) + 2) // 3
     smallest = tf.gather(tf.sort(size, axis=1), tf.clip_by_value(position, 0, pixels - 1), batch_dims=1)
-    sparse = tf.where(tf.abs(gradient) >= smallest[:, None, None, None], gradient, 0.0)
+    sparse = tf.where(tf.abs(gradient) >= smallest[:, None, None, None], gradient, tf.zeros_like(gradient))
     moved = state["points"] + geometry.step(sparse, state["step_size"][:, None, None, None])
     return geometry.project(moved, state["images"], radius)

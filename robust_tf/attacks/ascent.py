@@ -109,14 +109,17 @@ def ascend(
                 new["best"] = tf.where(new["fallen"][:, None, None, None], points, new["best"])
         return new
 
-    zeros = tf.zeros(tf.shape(images)[:1])
+    # Plain constants where the batch size is known: TensorFlow gives constants that it folds itself one of several
+    # names, and XLA's cache would not find the program again.
+    count = [tf.shape(images)[0] if images.shape[0] is None else images.shape[0]]
+    zeros, no_image = tf.zeros(count), tf.zeros(count, tf.bool)
     state = {
         "images": images,
         "labels": labels,
         "points": start,
         "start_loss": zeros,
-        "start_correct": tf.zeros_like(zeros, tf.bool),
-        "fallen": tf.zeros_like(zeros, tf.bool),
+        "start_correct": no_image,
+        "fallen": no_image,
     }
     if use_best:
         worst = tf.fill(tf.shape(zeros), -ascent * float("inf"))
@@ -131,6 +134,8 @@ def ascend(
             fallen |= correct_of(logits, labels) == targeted
         if use_best:
             better = is_worse(loss_of(logits, labels, labels), margin(logits, labels), state)
-            last = (better & ~state["fallen"]) | (fallen & ~state["fallen"])
+            # One negation, not two equal ones: TensorFlow would merge them, keep the source line of either, and XLA's
+            # cache would not find the program again.
+            last = (better | fallen) & ~state["fallen"]
             images_adv = tf.where(last[:, None, None, None], images_adv, state["best"])
     return {**state, "images_adv": images_adv, "fallen": fallen}

@@ -4,10 +4,9 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 from robust_tf.attacks.cascade_state import CLEAN, CascadeState
 from robust_tf.attacks.checks import (
@@ -18,101 +17,12 @@ from robust_tf.attacks.checks import (
     check_threat_model,
     flat_labels,
 )
-from robust_tf.attacks.losses import Model, logits_of
-from robust_tf.attacks.outputs import callable_in_graphs, with_classes
+from robust_tf.attacks.compiled import CompiledAttacks
+from robust_tf.attacks.losses import Model
 from robust_tf.attacks.seeds import image_seeds
 from robust_tf.attacks.table import ATTACKS, check_attacks
-from robust_tf.attacks.threat_models import NORMS
 from robust_tf.attacks.warning_flags import find_warnings, square_beats_the_others
 from robust_tf.errors import UserError
-
-
-class CompiledAttacks:
-    """The attacks on one model, each traced once and kept for all batches, radii and data sets.
-
-    Args:
-        model: Callable from images in [0, 1] to logits (batch, classes).
-        norm: Norm of the ball, "linf", "l2" or "l1".
-
-    Example:
-        >>> import numpy as np
-        >>> import tensorflow as tf
-        >>> from robust_tf.attacks import CompiledAttacks, cascade
-        >>> def dark_or_bright(images):
-        ...     brightness = tf.reduce_mean(images, axis=(1, 2, 3)) - 0.5
-        ...     return tf.stack([-brightness, brightness], axis=1)
-        >>> images, labels = np.full((2, 8, 8, 3), 0.45, np.float32), np.array([0, 0])
-        >>> compiled = CompiledAttacks(dark_or_bright, "linf")
-        >>> for epsilon in (0.04, 0.06):
-        ...     *_, state = cascade(compiled, images, labels, attacks=["fgsm"], norm="linf", epsilon=epsilon)
-        ...     print(epsilon, state.robust_accuracy)
-        0.04 1.0
-        0.06 0.0
-    """
-
-    def __init__(self, model: Model, norm: str) -> None:
-        check_threat_model(norm, 0.0)
-        self.model = model
-        self.norm = norm
-        self._functions: dict[str, Any] = {}
-
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        """Returns the logits (batch, classes) float32 of images (batch, height, width, channels) float32."""
-        if CLEAN not in self._functions:
-            first = tf.constant(images[:1])
-            model = callable_in_graphs(self.model, first)
-            outputs = logits_of(model, first)
-            check_logits(outputs.numpy(), num_images=1)
-            # Otherwise the output of, for example, a tf.numpy_function would have no static shape in graphs.
-            self.model = with_classes(model, outputs.shape[-1])
-            signature = [tf.TensorSpec([None, *images.shape[1:]], tf.float32)]
-            function = tf.function(lambda x: logits_of(self.model, x), input_signature=signature, autograph=False)
-            self._functions[CLEAN] = function.get_concrete_function()
-        return cast(np.ndarray, self._functions[CLEAN](tf.constant(images)).numpy())
-
-    def attack(
-        self, name: str, images: np.ndarray, labels: np.ndarray, *, epsilon: float, seeds: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Runs one attack and projects its result into the ball and [0, 1], whatever the attack returns.
-
-        Args:
-            name: Name in `ATTACKS`.
-            images: Images (batch, height, width, channels) float32.
-            labels: Labels (batch,) int32.
-            epsilon: Radius of the ball, in [0, 1] pixel units.
-            seeds: Seeds (batch, 2) int32, a pair for each image.
-
-        Returns:
-            The adversarial images (batch, height, width, channels) float32, and their logits (batch, classes) float32.
-        """
-        if name not in self._functions:
-            self._functions[name] = self._compile(name, images.shape[1:])
-        images_adv, logits = self._functions[name](
-            tf.constant(images), tf.constant(labels), tf.constant(epsilon, tf.float32), tf.constant(seeds)
-        )
-        return images_adv.numpy(), logits.numpy()
-
-    def _compile(self, name: str, image_shape: tuple[int, ...]) -> Any:
-        attack = ATTACKS[name]
-
-        # The batch size is left open, so that a smaller batch is not traced again.
-        @tf.function(
-            input_signature=[
-                tf.TensorSpec([None, *image_shape], tf.float32),
-                tf.TensorSpec([None], tf.int32),
-                tf.TensorSpec([], tf.float32),
-                tf.TensorSpec([None, 2], tf.int32),
-            ],
-            autograph=False,
-        )
-        def run(
-            images: tf.Tensor, labels: tf.Tensor, epsilon: tf.Tensor, seeds: tf.Tensor
-        ) -> tuple[tf.Tensor, tf.Tensor]:
-            images_adv = attack(self.model, images, labels, norm=self.norm, epsilon=epsilon, seed=seeds)
-            images_adv = NORMS[self.norm].project(images_adv, images, epsilon)
-            return images_adv, logits_of(self.model, images_adv)
-
-        return run.get_concrete_function()
 
 
 def cascade(
@@ -209,6 +119,9 @@ def cascade(
     while not state.done:
         # The running attack was given the images that still resist and the images that it has felled so far.
         given = np.array([i for i, felled in enumerate(state.felled_by) if felled in ("", state.running)], int)
+        if state.running != CLEAN and given.size:
+            # All at once now, because the attacks to come have no more images than this one.
+            compiled.prepare(attacks[state.attack - 1 :], images[given[:batch_size]], batch_size=batch_size)
         batch = given[state.images_done : state.images_done + batch_size]
         if batch.size:
             state = _after_batch(state, compiled, data, batch)

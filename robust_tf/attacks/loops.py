@@ -4,7 +4,9 @@ A Python loop would be unrolled, which takes minutes of tracing for a deep netwo
 work inside `fit`, where autograph is off.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import tensorflow as tf
@@ -16,6 +18,22 @@ State = dict[str, tf.Tensor]
 # A batch shrinks when an eighth of it has fallen. Shrinking more often would not pay, because the convolution kernels
 # are prepared again for every new batch size.
 _SHRINK_AT = 8
+
+_batches_stay_whole = contextvars.ContextVar("_batches_stay_whole", default=False)
+
+
+@contextlib.contextmanager
+def batches_stay_whole() -> Iterator[None]:
+    """Makes the attacks that are traced inside this block keep all images in the batch, also those that have fallen.
+
+    XLA needs this, because it compiles for fixed shapes. Without XLA it is useful on a GPU, where cuDNN looks for the
+    fastest convolution again for every new batch size. The verdicts are the same either way.
+    """
+    token = _batches_stay_whole.set(True)
+    try:
+        yield
+    finally:
+        _batches_stay_whole.reset(token)
 
 
 def select_images(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
@@ -31,6 +49,9 @@ def repeat(step: Callable[[tf.Tensor, State], State], state: State, times: int |
         new = step(i, dict(zip(keys, values, strict=True)))
         return (i + 1, *(new[key] for key in keys))
 
+    if isinstance(times, int) and times == 1:
+        # Without a loop a step may also update variables that several replicas share, as BatchNorm's statistics.
+        return step(tf.constant(0), state)
     start = (tf.constant(0), *(state[key] for key in keys))
     result = tf.while_loop(lambda i, *_: i < times, body, start, maximum_iterations=times)
     return dict(zip(keys, result[1:], strict=True))
@@ -60,8 +81,11 @@ def repeat_while_resisting(step: Callable[[tf.Tensor, State], State], state: Sta
         times: Largest number of steps.
 
     Returns:
-        The state of all images in their original order. A fallen image has the state in which it left the batch.
+        The state of all images in their original order. A fallen image has the state in which it left the batch, or
+        the last one if batches stay whole.
     """
+    if _batches_stay_whole.get():
+        return _repeat_until_all_fall(step, state, times)
     keys = sorted(state)
     count = tf.shape(state["fallen"])[0]
 
@@ -72,11 +96,7 @@ def repeat_while_resisting(step: Callable[[tf.Tensor, State], State], state: Sta
     def body(
         i: tf.Tensor, rows: tf.Tensor, active: State, everything: State
     ) -> tuple[tf.Tensor, tf.Tensor, State, State]:
-        new = step(i, active)
-        if "images_adv" in new:  # otherwise the result would depend on the other images of the batch
-            gone = active["fallen"][:, None, None, None]
-            new["images_adv"] = tf.where(gone, active["images_adv"], new["images_adv"])
-        active = new
+        active = _without_the_fallen(active, step(i, active))
         fallen = tf.math.count_nonzero(active["fallen"], dtype=tf.int32)
 
         def shrink() -> tuple[tf.Tensor, State, State]:
@@ -99,6 +119,31 @@ def repeat_while_resisting(step: Callable[[tf.Tensor, State], State], state: Sta
         maximum_iterations=times,
     )
     return _scattered(everything, rows, active)
+
+
+def _repeat_until_all_fall(step: Callable[[tf.Tensor, State], State], state: State, times: int | tf.Tensor) -> State:
+    """Does the same as `repeat_while_resisting` with a batch whose size does not change."""
+    keys = sorted(state)
+
+    def going_on(i: tf.Tensor, active: State) -> tf.Tensor:
+        return (i < times) & ~tf.reduce_all(active["fallen"])
+
+    def body(i: tf.Tensor, active: State) -> tuple[tf.Tensor, State]:
+        new = _without_the_fallen(active, step(i, active))
+        return i + 1, {key: new[key] for key in keys}
+
+    _, state = tf.while_loop(going_on, body, (tf.constant(0), dict(state)), maximum_iterations=times)
+    return state
+
+
+def _without_the_fallen(old: State, new: State) -> State:
+    """Returns the new state with the old "images_adv", if the state has this key, of the images that had fallen.
+
+    Otherwise the result of an image would depend on how long it stays in the batch, and so on the other images.
+    """
+    if "images_adv" not in new:
+        return new
+    return {**new, "images_adv": select_images(old["fallen"], old["images_adv"], new["images_adv"])}
 
 
 def _scattered(everything: State, rows: tf.Tensor, active: State) -> State:

@@ -299,7 +299,7 @@ def pgd(
         images, labels = state["images"], state["labels"]
         start = geometry.random_start(images, epsilon, fold_in(state["seeds"], r))
         if not random_start:
-            start = tf.where(tf.equal(r, 0), images, start)
+            start = tf.where(tf.reshape(tf.equal(r, 0), [1, 1, 1, 1]), images, start)
         images_adv = run(images, labels, start)["images_adv"]
         logits = logits_of(model, images_adv)
         loss_now = (-1.0 if targeted else 1.0) * find_loss(loss)(logits, labels, labels)

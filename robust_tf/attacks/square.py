@@ -152,7 +152,7 @@ def _sizes(queries: int, height: int, width: int, *, smallest: int) -> np.ndarra
 
 def _signs(numbers: tf.Tensor) -> tf.Tensor:
     """Turns numbers in [0, 1) into -1 or 1."""
-    return tf.where(numbers < 0.5, -1.0, 1.0)
+    return 2.0 * tf.cast(numbers >= 0.5, tf.float32) - 1.0
 
 
 def _corner(numbers: tf.Tensor, size: tf.Tensor, length: int) -> tf.Tensor:

@@ -99,7 +99,7 @@ def _l2_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> tf.
     # rounding of the norm and the division.
     pixels = tf.cast(tf.reduce_prod(tf.shape(images)[1:]), tf.float32)
     radius = tf.maximum(epsilon - _ROUNDING * tf.sqrt(pixels) - 4e-7 * epsilon, 0.0)
-    scale = tf.where(length > epsilon, radius / (length + 1e-7), 1.0)
+    scale = tf.where(length > epsilon, radius / (length + 1e-7), tf.ones_like(length))
     # Clipping comes last: it moves every pixel towards the clean image, so the point stays in the ball.
     return tf.clip_by_value(images + scale * perturbation, 0.0, 1.0)
 
@@ -141,7 +141,7 @@ def _l1_project(images_adv: tf.Tensor, images: tf.Tensor, epsilon: Scale) -> tf.
     # 26 halvings, because float32 has 24 bits. The upper end always lies inside the ball.
     high = linf_norm(perturbation)
     _, _, high = tf.while_loop(lambda i, *_: i < 26, halve, (0, tf.zeros_like(high), high), maximum_iterations=26)
-    moved = shrunk(tf.where(is_inside(tf.zeros_like(high)), 0.0, high))
+    moved = shrunk(tf.where(is_inside(tf.zeros_like(high)), tf.zeros_like(high), high))
     points = tf.clip_by_value(images + tf.sign(perturbation) * moved, 0.0, 1.0)
     # In this norm rounding errors add up over all pixels, so a pixel that was rounded outwards is moved back to the
     # next float32 number.
@@ -165,8 +165,8 @@ class _Hyperplane(NamedTuple):
 
 
 def _hyperplane(points: tf.Tensor, normal: tf.Tensor, value: tf.Tensor) -> _Hyperplane:
-    direction = -tf.where(value >= 0, 1.0, -1.0) * tf.sign(normal)
-    room = tf.where(direction > 0, 1.0 - points, tf.where(direction < 0, points, 0.0))
+    direction = -tf.where(value >= 0, tf.ones_like(value), -tf.ones_like(value)) * tf.sign(normal)
+    room = tf.where(direction > 0, 1.0 - points, tf.where(direction < 0, points, tf.zeros_like(points)))
     scale = linf_norm(normal)  # without it, the squares of tiny gradients would be 0 in float32
     weight, needed = (tf.math.divide_no_nan(tf.abs(part), scale) for part in (normal, value))
     return _Hyperplane(direction, room, weight, needed)

@@ -87,7 +87,10 @@ class DataConfig:
         identity=False,
     )
     cache_dir: str = flag(
-        "", "Folder for cached images and features. If it is left out, ~/.cache/robust_tf is used.", identity=False
+        "",
+        "Folder for cached images, features and programs that XLA has compiled. If it is left out, ~/.cache/robust_tf "
+        "is used.",
+        identity=False,
     )
 
     def __post_init__(self) -> None:

@@ -7,12 +7,16 @@ from typing import Literal
 
 from robust_tf.config.checks import check_choices
 from robust_tf.config.names import ATTACK_NAMES, AUTOATTACK_VERSIONS, NORM_NAMES
+from robust_tf.config.optimization import JitCompile
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.flags import flag
 
 # The value of --attack that stands for no attack at all.
 NO_ATTACK = "none"
 DEFAULT_NUM_IMAGES = 1000
+DEFAULT_BATCH_SIZE = 128
+GPU_BATCH_SIZE = 512  # of images whose sides have at most SMALL_IMAGE pixels
+SMALL_IMAGE = 64
 
 CorruptionSource = Literal["auto", "computed", "tfds"]
 
@@ -43,7 +47,11 @@ class EvaluateConfig:
         f"Number of test images, drawn at random with --seed. 0 takes all. By default, {DEFAULT_NUM_IMAGES}, or all "
         "images if there are fewer.",
     )
-    batch_size: int = flag(128, "Number of images in a batch.")
+    batch_size: int | None = flag(
+        None,
+        f"Largest number of images in a batch. By default, {DEFAULT_BATCH_SIZE}, or {GPU_BATCH_SIZE} on a GPU if the "
+        f"images have at most {SMALL_IMAGE} x {SMALL_IMAGE} pixels. The verdicts do not depend on it.",
+    )
     seed: int = flag(0, "Seed for the choice of test images, the attacks and the corruptions.")
     # Attacks
     attack: tuple[str, ...] = flag(
@@ -58,6 +66,16 @@ class EvaluateConfig:
         (),
         "Radii of the perturbations in [0, 1] pixel units, separated by commas, e.g. 0,0.25,0.5 or 0,4/255,8/255. By "
         "default, 0 and the radius that was used in training.",
+    )
+    jit_compile: JitCompile = flag(
+        "auto",
+        "Whether XLA compiles the attacks. auto uses XLA on a GPU if it can compile the classifier. On a CPU, XLA is "
+        "usually slower.",
+    )
+    tf32: bool = flag(
+        False,
+        "Let NVIDIA GPUs since Ampere multiply float32 numbers in TF32, which is faster. It rounds the factors to 10 "
+        "bits of mantissa, so the verdicts may differ from those of a CPU. Nothing changes on a CPU.",
     )
     # Further measurements
     corruptions: bool = flag(False, "Also measure the error under the 15 common corruptions at 5 severities.")

@@ -233,22 +233,28 @@ def _check_adversarial(job: JobConfig) -> None:
 
 def _check_devices(job: JobConfig) -> None:
     optimization, distribution = job.optimization, job.run.distribution
-    if job.run.deterministic and optimization.jit_compile == "true":
-        raise UserError(
-            "Keras does not compile with XLA in deterministic mode. Received: --deterministic --jit_compile=true."
-        )
     if distribution == "none":
         return
-    for name, value, instead in (("precision", "mixed_float16", "mixed_bfloat16"), ("jit_compile", "true", "auto")):
-        if getattr(optimization, name) == value:
-            raise UserError(
-                f"--{name}={value} works on one device only; use --{name}={instead} on several. Received: "
-                f"--{name}={value} --distribution={distribution}."
-            )
+    if optimization.precision == "mixed_float16":
+        raise UserError(
+            "--precision=mixed_float16 works on one device only; use --precision=mixed_bfloat16 on several. Received: "
+            f"--precision=mixed_float16 --distribution={distribution}."
+        )
+    if distribution == "tpu" and optimization.jit_compile == "true":
+        raise UserError(
+            "On TPUs XLA always compiles the whole step, so leave out --jit_compile. Received: --jit_compile=true "
+            "--distribution=tpu."
+        )
     if optimization.accumulate_steps > 1:
         raise UserError(
             "--accumulate_steps works on one device only: with several, each has a share of the batch anyway. "
             f"Received: --accumulate_steps={optimization.accumulate_steps} --distribution={distribution}."
+        )
+    attack = job.adversarial.training_attack
+    if attack.active and attack.steps > 1 and job.adversarial.network_mode == "training":
+        raise UserError(
+            "--attack_mode=training with several steps works on one device only. Received: --attack_mode=training "
+            f"--attack_steps={attack.steps} --distribution={distribution}. Use --attack_mode=inference."
         )
     if job.adversarial.fast == "free":
         raise UserError(

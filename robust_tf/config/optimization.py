@@ -71,8 +71,17 @@ class OptimizationConfig:
         "validated, saved and exported. 0 keeps no average.",
     )
     precision: Precision = flag("float32", "Number format in which the layers compute.")
+    tf32: bool = flag(
+        True,
+        "Let NVIDIA GPUs since Ampere multiply float32 numbers in TF32, as TensorFlow does by default. It rounds the "
+        "factors to 10 bits of mantissa, and is several times faster. With --notf32, results on a GPU equal a CPU's up "
+        "to rounding. Nothing changes on a CPU or in half precision.",
+    )
     jit_compile: JitCompile = flag(
-        "auto", "Whether XLA compiles the training step. auto leaves XLA out on a CPU, where it is slow."
+        "auto",
+        "Whether XLA compiles the steps of training, validation and test. auto leaves XLA out on a CPU, where it is "
+        "slow. With XLA the last batch of an epoch is filled up with images from the start of the epoch, so that all "
+        "batches have one size.",
     )
     select_by: SelectBy = flag(
         "auto",
@@ -132,6 +141,11 @@ class OptimizationConfig:
             except UserError as error:
                 raise UserError(f"--learning_rate_multipliers: {error}") from None
         return pairs
+
+    @property
+    def xla(self) -> bool | Literal["auto"]:
+        """`jit_compile` as Keras takes it."""
+        return "auto" if self.jit_compile == "auto" else self.jit_compile == "true"
 
     @property
     def peak_learning_rate(self) -> float:

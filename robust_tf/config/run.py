@@ -30,7 +30,9 @@ class RunConfig:
         0, "Seed for the initial weights, the order of the images, augmentation, few-shot selection and random starts."
     )
     deterministic: bool = flag(
-        False, "Use deterministic kernels only, so that repeated runs are bit-equal. This is slower on a GPU."
+        False,
+        "Use deterministic kernels only, so that repeated runs are bit-equal, with XLA as well as without. This is "
+        "slower on a GPU.",
     )
     distribution: DistributionKind = flag(
         "none",
@@ -99,13 +101,17 @@ class RunConfig:
         return self.model_name or pathlib.Path(self.workdir).name
 
 
+# The default of --plan_utilization until 0.2.0. The flags.cfg of jobs of that time holds it, and must still be read.
+_FORMER_UTILIZATION = 0.35
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """Whether and for which devices to print the plan of a job. See `--help` for each field.
 
     Example:
-        >>> PlanConfig(dry_run=True, plan_devices=("8xA100",), plan_price=2.5).plan_utilization
-        0.35
+        >>> PlanConfig(dry_run=True, plan_devices=("8xA100",), plan_utilization=0.25).plan_utilization
+        0.25
     """
 
     dry_run: bool = flag(False, "Print the plan of the job and stop, without training.", identity=False)
@@ -115,9 +121,10 @@ class PlanConfig:
         "example 8xA100,4x8xH100,v4-128: 8 devices, 4 hosts with 8 devices each, and a TPU slice.",
         identity=False,
     )
-    plan_utilization: float = flag(
-        0.35,
-        "Share of the peak speed, or of the memory bandwidth, that --plan_devices assumes a job reaches.",
+    plan_utilization: float | None = flag(
+        None,
+        "Share of the peak speed, or of the memory bandwidth, that --plan_devices assumes a job reaches. By default, "
+        "what was measured on a GPU with and without XLA; the plan names it.",
         identity=False,
         formerly="plan_utilisation",
     )
@@ -126,6 +133,8 @@ class PlanConfig:
     )
 
     def __post_init__(self) -> None:
+        if not self.plan_devices and self.plan_utilization == _FORMER_UTILIZATION:
+            object.__setattr__(self, "plan_utilization", None)
         if not self.plan_devices:
             check_default(self, ("plan_utilization", "plan_price"), "--plan_devices")
         elif not self.dry_run:
@@ -133,7 +142,7 @@ class PlanConfig:
                 f"--plan_devices is for --dry_run. Received: --plan_devices={to_text(self.plan_devices)} without "
                 "--dry_run."
             )
-        if not 0 < self.plan_utilization <= 1:
+        if self.plan_utilization is not None and not 0 < self.plan_utilization <= 1:
             raise UserError(f"--plan_utilization must be above 0 and at most 1. Received: {self.plan_utilization}.")
         if self.plan_price is not None and not 0 < self.plan_price < math.inf:
             raise UserError(f"--plan_price must be a number above 0. Received: {self.plan_price}.")

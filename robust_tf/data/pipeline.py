@@ -54,6 +54,8 @@ class TaskData:
         num_workers: Number of workers, each of which prepares an equal share of every training batch.
         drop_remainder: Whether to leave out the last batch of an epoch if it is smaller than the others. Workers that
             share batches need this.
+        fill_remainder: Whether to fill up the last batch of an epoch with images from the start of the epoch, so that
+            all training batches have one size, for which XLA compiles once. Ignored with `drop_remainder`.
 
     Example:
         >>> import tempfile
@@ -86,6 +88,7 @@ class TaskData:
     worker: int = 0
     num_workers: int = 1
     drop_remainder: bool = False
+    fill_remainder: bool = False
 
     @property
     def num_train(self) -> int:
@@ -142,13 +145,20 @@ class TaskData:
             records = self.train_examples.shuffled(tf.cast(order_seed[0], tf.int64))
             if self.drop_remainder:
                 records = records.take(self.steps_per_epoch * self.batch_size)
+            elif self.fill_remainder:
+                missing = self.steps_per_epoch * self.batch_size - self.num_train
+                # Not `records.repeat()`, because tf.data would fuse it with the shuffling even where no image repeats.
+                again = tf.data.Dataset.range(-(-missing // self.num_train)).flat_map(lambda _, once=records: once)
+                records = records.concatenate(again.take(missing))
             skipped_steps = tf.where(tf.equal(epoch, first_epoch), tf.constant(first_step, tf.int64), 0)
             records = records.skip(skipped_steps * self.batch_size)
             if self.num_workers > 1:
                 # Shards before decoding, so that each worker decodes only its own images. The k-th batches of all
                 # workers together have the same images as the k-th batch of a single worker.
                 records = records.shard(self.num_workers, self.worker)
-            batches = self._augmented(records, augmentation_seed).batch(self.batch_size // self.num_workers)
+            batches = self._augmented(records, augmentation_seed).batch(
+                self.batch_size // self.num_workers, drop_remainder=self.fill_remainder
+            )
             return batches if self.mixing == "none" else self._mixed(batches, augmentation_seed, skipped_steps)
 
         return _with_options(tf.data.Dataset.range(first_epoch, epochs).flat_map(one_epoch)).prefetch(2)

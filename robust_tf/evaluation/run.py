@@ -6,14 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from robust_tf.attacks.autoattack import VERSIONS
-from robust_tf.attacks.cascade import CompiledAttacks
+from robust_tf.attacks.compiled import CompiledAttacks
 from robust_tf.attacks.outputs import looks_like_probabilities
 from robust_tf.attacks.table import check_attacks
-from robust_tf.config.evaluation import DEFAULT_NUM_IMAGES, NO_ATTACK, EvaluateConfig
+from robust_tf.config.evaluation import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_NUM_IMAGES,
+    GPU_BATCH_SIZE,
+    NO_ATTACK,
+    SMALL_IMAGE,
+    EvaluateConfig,
+)
 from robust_tf.config.names import AUTOATTACK_VERSIONS
 from robust_tf.console import console, meter
+from robust_tf.environment import seal_xla_cache
 from robust_tf.errors import UserError
 from robust_tf.evaluation import report
 from robust_tf.evaluation.calibration import calibration
@@ -28,11 +37,13 @@ from robust_tf.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from robust_tf.evaluation.pictures import Measured, draw_figures, kept_examples
 from robust_tf.evaluation.prediction import Predict, batched_logits
 from robust_tf.evaluation.robustness import Robustness, attack_epsilons, unattacked
-from robust_tf.evaluation.state_file import StateFile
+from robust_tf.evaluation.state_file import StateFile, stored_identity
 from robust_tf.evaluation.subject import Images, Subject, draw_images, load_subject, short_names
 from robust_tf.files import check_output_folder, write_json
 from robust_tf.flags import to_flag_file
 from robust_tf.models import pixel_warning
+
+STATE_NAME = "state.json"  # in the output folder
 
 
 def run_evaluation(config: EvaluateConfig) -> None:
@@ -45,6 +56,7 @@ def run_evaluation(config: EvaluateConfig) -> None:
             state of another evaluation.
     """
     check_output_folder(config.folder, "--output")
+    tf.config.experimental.enable_tensor_float_32_execution(config.tf32)
     if config.norm:
         for name in config.attack:
             check_attacks(attacks_in(name), config.norm)
@@ -53,8 +65,9 @@ def run_evaluation(config: EvaluateConfig) -> None:
         if warning := pixel_warning(subject.classifier):
             console.print(f"WARNING for {subject.name}: {warning}")
     config = with_threat_model(config, subjects)
+    config = with_batch_size(config, subjects)
     images = [draw_images(subject.task, count=count_of(config, subject), seed=config.seed) for subject in subjects]
-    state_file = StateFile(config.folder / "state.json", identity(config, subjects, images))
+    state_file = StateFile(config.folder / STATE_NAME, identity(config, subjects, images))
     try:
         measured = [
             measure(config, subject, drawn, state_file) for subject, drawn in zip(subjects, images, strict=True)
@@ -89,9 +102,7 @@ def flags_of(config: EvaluateConfig) -> list[str]:
 
 def load(config: EvaluateConfig, name: str) -> Subject:
     """Loads a classifier together with its data."""
-    return load_subject(
-        name, dataset=config.dataset, classes=config.classes, data_dir=config.data_dir, batch_size=config.batch_size
-    )
+    return load_subject(name, dataset=config.dataset, classes=config.classes, data_dir=config.data_dir)
 
 
 def count_of(config: EvaluateConfig, subject: Subject) -> int | None:
@@ -146,6 +157,30 @@ def with_threat_model(config: EvaluateConfig, subjects: Sequence[Subject]) -> Ev
     return dataclasses.replace(config, norm=norm, epsilon=tuple(sorted(epsilon)))
 
 
+def batch_size_of(config: EvaluateConfig) -> int:
+    """Returns the largest number of images in a batch."""
+    return config.batch_size or DEFAULT_BATCH_SIZE
+
+
+def with_batch_size(config: EvaluateConfig, subjects: Sequence[Subject]) -> EvaluateConfig:
+    """Returns the config with a batch size.
+
+    If the flag leaves it out, it is the one of the evaluation that is to be continued, because that may have begun on
+    another device. Otherwise a GPU gets larger batches of small images, which would not keep it busy.
+
+    Args:
+        config: Flags of the evaluation.
+        subjects: Classifiers. The size of their images counts.
+    """
+    if config.batch_size is not None:
+        return config
+    size = stored_identity(config.folder / STATE_NAME).get("--batch_size")
+    if not isinstance(size, int) or size < 1:
+        small = all(subject.task.image_size <= SMALL_IMAGE for subject in subjects)
+        size = GPU_BATCH_SIZE if small and tf.config.list_logical_devices("GPU") else DEFAULT_BATCH_SIZE
+    return dataclasses.replace(config, batch_size=size)
+
+
 def attacks_in(name: str) -> tuple[str, ...]:
     """Returns the attacks that a value of `--attack` stands for, in the order in which they run."""
     if name == NO_ATTACK:
@@ -155,7 +190,7 @@ def attacks_in(name: str) -> tuple[str, ...]:
 
 def measure(config: EvaluateConfig, subject: Subject, images: Images, state_file: StateFile) -> Measured:
     """Measures one classifier: calibration, robust accuracy and, if asked for, the error under corruptions."""
-    predict = batched_logits(subject.classifier, batch_size=config.batch_size)
+    predict = batched_logits(subject.classifier, batch_size=batch_size_of(config))
     logits = predict(images.pixels)
     if looks_like_probabilities(logits):
         console.print(
@@ -189,7 +224,12 @@ def attacked(
     """Runs every attack at every epsilon."""
     if config.attack == (NO_ATTACK,):
         return []
-    compiled = CompiledAttacks(subject.classifier, config.norm)
+    compiled = CompiledAttacks(
+        subject.classifier,
+        config.norm,
+        jit_compile="auto" if config.jit_compile == "auto" else config.jit_compile == "true",
+        tell=tell,
+    )
     examples = kept_examples(images.labels, logits.argmax(axis=1) == images.labels, count=config.num_examples)
     epsilons = [value for value in config.epsilon if value > 0]
     results = []
@@ -205,7 +245,7 @@ def attacked(
                 name=name,
                 attacks=attacks_in(name),
                 epsilons=epsilons,
-                batch_size=config.batch_size,
+                batch_size=batch_size_of(config),
                 seed=config.seed,
                 randomized=name == "autoattack-rand",
                 keep=images.ids[examples].tolist(),
@@ -216,6 +256,12 @@ def attacked(
                 ),
             )
     return results
+
+
+def tell(sentence: str) -> None:
+    """Prints what XLA is about to compile or has compiled, and keeps the programs that it has compiled."""
+    console.print(sentence, soft_wrap=True)
+    seal_xla_cache()
 
 
 def corruption_errors(

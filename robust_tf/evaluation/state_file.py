@@ -8,6 +8,19 @@ from robust_tf.errors import UserError
 from robust_tf.files import write_json
 
 
+def stored_identity(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the identity of the run that wrote a state file; empty if there is no such file or it is damaged.
+
+    Args:
+        path: Path of the file.
+    """
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError, TypeError):  # `StateFile` says what is wrong
+        return {}
+    return identity if isinstance(identity, dict) else {}
+
+
 class StateFile:
     """A JSON file with the finished and unfinished parts of an evaluation.
 

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.config.data import DataConfig
+from robust_tf.config.evaluation import DEFAULT_BATCH_SIZE
 from robust_tf.data import TaskData, load_task
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
@@ -74,9 +75,7 @@ class Images:
         return digest.hexdigest()
 
 
-def load_subject(
-    name: str, *, dataset: str = "", classes: Sequence[int] = (), data_dir: str = "", batch_size: int = 128
-) -> Subject:
+def load_subject(name: str, *, dataset: str = "", classes: Sequence[int] = (), data_dir: str = "") -> Subject:
     """Loads a classifier and the data that it is evaluated on.
 
     Args:
@@ -85,7 +84,6 @@ def load_subject(
             `results.json` next to the file, or of the published model.
         classes: Labels to keep. If both `dataset` and `classes` are left out, the labels of the training job are kept.
         data_dir: Folder of TFDS. "" uses TFDS's default.
-        batch_size: Number of images in a test batch.
 
     Raises:
         UserError: If there is no such classifier, if the data set is unknown or cannot be prepared, or if it does not
@@ -122,7 +120,7 @@ def load_subject(
             skip_bad_images=same_data and job.skip_bad_images,
             data_dir=data_dir,
         ),
-        batch_size=batch_size,
+        batch_size=DEFAULT_BATCH_SIZE,  # of the training batches, which an evaluation does not use
     )
     if same_data and job.resize_size is not None:
         preprocessing = dataclasses.replace(task.preprocessing, resize_size=job.resize_size)

@@ -31,6 +31,7 @@ from robust_tf.training.progress import ProgressBar
 from robust_tf.training.tensorboard import ProfileSteps, TensorBoardLogger, write_config
 from robust_tf.training.trainer import AdversarialTrainer
 from robust_tf.training.unfreezing import UnfreezeAtEpoch
+from robust_tf.training.xla import CompilingLines, execution_line
 from robust_tf.transfer.stages import freeze
 
 _PREVIEW_IMAGES = 8
@@ -125,6 +126,8 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
     prepare_batchnorm(fit.classifier, synchronized=job.run.sync_batchnorm)
     with distribution.scope():
         trainer, compile_with = _compiled_trainer(fit, rollbacks=progress.rollbacks)
+    if trainer.jit_compile and distribution.num_replicas == 1:  # XLA would compile anew for a smaller last batch
+        task = dataclasses.replace(task, fill_remainder=True)
     if state:
         state.assign_to(trainer.state)
         console.print(
@@ -136,6 +139,16 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
     if progress.epochs_done == job.data_epochs or patience_of(job).is_exhausted(progress):
         return progress, False
 
+    console.print(
+        execution_line(
+            job.optimization.jit_compile,
+            compiled=trainer.jit_compile,
+            deterministic=job.run.deterministic,
+            replicas=distribution.num_replicas,
+            precision=job.optimization.precision,
+            tf32=job.optimization.tf32,
+        )
+    )
     if distribution.is_chief:
         write_config(fit.board, to_flag_file(job.resolved()))
     bar = ProgressBar(
@@ -144,6 +157,7 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
         epochs=job.data_epochs,
         adversarial=fit.attacked,
         epsilon=(lambda: trainer.epsilon) if job.adversarial.fast == "epsilon_warmup" else None,
+        compiles=trainer.jit_compile,
     )
     try:
         with out_of_memory_explained(job, fit.classifier), signals_held_back() as pending:
@@ -216,10 +230,7 @@ def _compiled_trainer(
             loss=loss,
             # Weighted, because with several replicas the images that only fill up a batch have weight 0.
             weighted_metrics=[Accuracy(), MeanPerClassAccuracy(len(task.class_names))],
-            # XLA cannot compile the exchange of gradients between replicas.
-            jit_compile={"auto": "auto", "true": True, "false": False}[optimization.jit_compile]
-            if trainer.distribute_strategy.num_replicas_in_sync == 1
-            else False,
+            jit_compile=optimization.xla,
         )
         trainer.build_metrics()
 
@@ -246,6 +257,8 @@ def _run_epochs(
     steps = task.steps_per_epoch - first_step
     listed = CallbacksFromStep(callbacks, first_step=first_step, model=trainer, epochs=until, steps=steps)
     validation, validation_steps = distribution.validation_data(task)
+    if task.fill_remainder:
+        validation = task.validation_share(replicas=1)  # all batches have one size, and extra images have weight 0
     if steps == 0:
         _finish_epoch(trainer, validation, validation_steps, listed, epoch)
         return
@@ -292,7 +305,7 @@ def _callbacks(
 ) -> list[keras.callbacks.Callback]:
     """Returns the callbacks in the order in which they must see the end of an epoch."""
     run, adversarial = fit.job.run, fit.job.adversarial
-    callbacks: list[keras.callbacks.Callback] = [StopOnNaN(), bar]
+    callbacks: list[keras.callbacks.Callback] = [StopOnNaN(), CompilingLines(), bar]
     if run.profile_steps and fit.distribution.is_chief:
         callbacks.append(ProfileSteps(fit.board, *run.profile_steps))
     alarms = None

@@ -22,6 +22,7 @@ from robust_tf.results import BASELINE, JobResults
 from robust_tf.training.checkpoint import Checkpoints, TrainingProgress
 from robust_tf.training.distribution import Distribution, start_distribution
 from robust_tf.training.interruption import Interrupted
+from robust_tf.training.xla import compiles_with_xla, prepare_for_xla
 from robust_tf.transfer import sources
 
 
@@ -133,10 +134,14 @@ def _fit(
 
 def _test(job: JobConfig, classifier: keras.Model, task: TaskData, distribution: Distribution) -> Evaluation:
     """Evaluates on the test part, which no other part of a job uses."""
+    compiled = distribution.num_replicas == 1 and compiles_with_xla(job.optimization.xla, classifier)
+    if compiled:
+        prepare_for_xla(classifier)
     return evaluate_classifier(
         classifier,
-        distribution.test_data(task),
+        task.test_share(replicas=1) if compiled else distribution.test_data(task),  # XLA needs batches of one size
         attack=job.adversarial.evaluation_attack,
         ids=distribution.test_ids(task),
         strategy=distribution.strategy,
+        jit_compile=compiled,
     )

@@ -9,10 +9,11 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks import AttackConfig, run_pgd
-from robust_tf.console import track
+from robust_tf.console import console, track
 from robust_tf.evaluation.example_choice import Example, ExampleChoice
 from robust_tf.evaluation.outcomes import Outcomes
 from robust_tf.statistics import Interval, mean_per_class, wilson_interval
+from robust_tf.training.xla import number_functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ def evaluate_classifier(
     attack: AttackConfig,
     ids: np.ndarray,
     strategy: tf.distribute.Strategy | None = None,
+    jit_compile: bool = False,
 ) -> Evaluation:
     """Measures the clean accuracy and the accuracy under PGD.
 
@@ -87,6 +89,8 @@ def evaluate_classifier(
         strategy: Strategy of the job. With several replicas, `dataset` is a distributed data set whose batches
             also have weights (batch,), and images of weight 0 only fill up a batch. Every process returns the outcomes
             of all images, but only examples from its own share.
+        jit_compile: Whether XLA compiles the attack and the predictions, for each batch size in `dataset`. The data set
+            may then have weights, too. Only for one replica.
     """
     replicas: Any = strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
 
@@ -106,7 +110,7 @@ def evaluate_classifier(
 
     if replicas is None:
         # The signature leaves the batch size open, so that a smaller last batch does not trace the function again.
-        outcomes_of = tf.function(outcomes, input_signature=dataset.element_spec)
+        outcomes_of = tf.function(outcomes, input_signature=dataset.element_spec, jit_compile=jit_compile)
     else:
 
         @tf.function(reduce_retracing=True, autograph=False)
@@ -114,6 +118,9 @@ def evaluate_classifier(
             rows, images_adv = replicas.run(outcomes, args=batch)
             return replicas.gather(rows, axis=0), rows, images_adv
 
+    if jit_compile:
+        console.print("Compiling the test with XLA.")
+        number_functions("test")
     choice = ExampleChoice()
 
     def outcomes_by_batch() -> Iterator[tuple[np.ndarray, np.ndarray]]:

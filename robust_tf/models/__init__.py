@@ -10,6 +10,7 @@ import robust_tf.keras_backend  # noqa: F401  # before Keras is imported
 from robust_tf.models.architectures import ARCHITECTURES, Architecture, build_classifier
 from robust_tf.models.classifier_file import load_classifier, read_model, save_classifier
 from robust_tf.models.conversion import classifier_from_checkpoint
+from robust_tf.models.execution import Execution
 from robust_tf.models.plain import image_shape, outputs_of, pixel_warning, plain_classifier
 from robust_tf.models.published import PUBLISHED, PublishedModel, fetch_published, standard_twin
 from robust_tf.models.reference_checkpoint import ReferenceCheckpoint, read_reference_checkpoint
@@ -25,6 +26,7 @@ from robust_tf.models.representation import features_of
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "Execution",
     "PUBLISHED",
     "PublishedModel",
     "ReferenceCheckpoint",

@@ -27,7 +27,7 @@ def fold_batch_norm(classifier: keras.Model) -> keras.Model:
         that compute in half precision are not folded, because that would round the folded kernels. If there is nothing
         to fold, the classifier itself is returned.
     """
-    folded = _folded_pairs(classifier)
+    folded = batch_norm_after_convolution(classifier)
     if not folded:
         return classifier
     layers = {layer.name: layer for layer in classifier.layers}
@@ -51,33 +51,45 @@ def fold_batch_norm(classifier: keras.Model) -> keras.Model:
     return result
 
 
-def _folded_pairs(classifier: keras.Model) -> dict[str, str]:
-    """Returns the name of the BatchNorm to fold by the name of its convolution.
+def batch_norm_after_convolution(model: keras.Model, *, dtypes: tuple[str, ...] = ("float32",)) -> dict[str, str]:
+    """Returns the convolutions of a model whose only use is in a BatchNorm, which can be folded into them.
 
-    The BatchNorm must be the only layer that uses the output of the convolution, and both must compute in float32.
+    Args:
+        model: Built model. Only Functional models are searched, and only at their own level, not in nested models.
+        dtypes: Compute dtypes of the convolution and the BatchNorm that count.
+
+    Returns:
+        Name of the BatchNorm by the name of its convolution.
     """
-    if not hasattr(classifier, "operations"):  # not a Functional model
+    if not hasattr(model, "operations"):  # not a Functional model
         return {}
-    layers = {layer.name: layer for layer in classifier.layers}
+    layers = {layer.name: layer for layer in model.layers}
     consumers = collections.defaultdict(list)
-    for layer in classifier.get_config()["layers"]:
+    config = model.get_config()
+    for layer in config["layers"]:
         for name in _inputs(layer["inbound_nodes"]):
             consumers[name].append(layer["name"])
+    outputs = set(keras.tree.flatten(config["output_layers"]))  # names, and numbers that no layer is called by
     pairs = {}
+    conv: Any  # None for operations that are not layers, such as a sum
+    norm: Any
     for name, (first, *others) in consumers.items():
-        conv, norm = layers.get(name), layers.get(first)  # None for operations that are not layers, such as a sum
-        if others or not isinstance(conv, _CONVOLUTIONS) or not isinstance(norm, keras.layers.BatchNormalization):
+        conv, norm = layers.get(name), layers.get(first)
+        # Subclasses may compute something else.
+        if others or type(conv) not in _CONVOLUTIONS or type(norm) is not keras.layers.BatchNormalization:
             continue
-        if _is_foldable(conv) and norm.compute_dtype == "float32" and norm.axis in _channel_axes(conv):
+        if name in outputs or norm.compute_dtype not in dtypes or norm.axis not in _channel_axes(conv):
+            continue
+        if _is_foldable(conv, dtypes):
             pairs[name] = first
-    # A BatchNorm that is also called on another input cannot be folded.
+    # A layer that is called several times cannot be folded.
     calls = collections.Counter(consumer for found in consumers.values() for consumer in found)
-    return {conv: norm for conv, norm in pairs.items() if calls[norm] == 1}
+    return {conv: norm for conv, norm in pairs.items() if calls[norm] == calls[conv] == 1}
 
 
-def _is_foldable(conv: keras.layers.Layer) -> bool:
+def _is_foldable(conv: keras.layers.Layer, dtypes: tuple[str, ...]) -> bool:
     own_kernel = conv.quantization_mode is None and not getattr(conv, "lora_enabled", False)
-    return own_kernel and conv.compute_dtype == "float32" and conv.activation is keras.activations.linear
+    return own_kernel and conv.compute_dtype in dtypes and conv.activation is keras.activations.linear
 
 
 def _channel_axes(conv: keras.layers.Layer) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """BatchNorm in training: PyTorch's rule for the moving variance, and statistics over several replicas."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import keras
 import tensorflow as tf
@@ -9,7 +9,12 @@ import tensorflow as tf
 
 @contextlib.contextmanager
 def unbiased_statistics(
-    model: keras.Model, batch_size: tf.Tensor, *, passes: int = 1, replicas: int = 1
+    model: keras.Model,
+    batch_size: tf.Tensor,
+    *,
+    passes: int = 1,
+    replicas: int = 1,
+    besides: Collection[keras.layers.Layer] = (),
 ) -> Iterator[None]:
     """Returns a context in which forward passes update the moving variance with the unbiased variance of the batch.
 
@@ -21,8 +26,10 @@ def unbiased_statistics(
         batch_size: Number of images on this replica, a scalar int32.
         passes: Number of forward passes in training mode within the context.
         replicas: Number of replicas that share the statistics of a synchronized layer.
+        besides: Layers that follow PyTorch's rule by themselves.
     """
-    layers = [layer for layer in flat_layers(model) if _is_updated(layer)]
+    done = set(map(id, besides))
+    layers = [layer for layer in flat_layers(model) if _is_updated(layer) and id(layer) not in done]
     before = [tf.identity(layer.moving_variance) for layer in layers]
     yield
     for layer, variance in zip(layers, before, strict=True):
@@ -39,6 +46,16 @@ def prepare_batchnorm(model: keras.Model, *, synchronized: bool) -> None:
     for layer in flat_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = synchronized
+
+
+def has_synchronized_batchnorm(model: keras.Model) -> bool:
+    """Returns whether some BatchNorm layer computes its statistics from the images of all replicas in training mode.
+
+    Args:
+        model: Model with the BatchNormalization layers, including those in nested models.
+    """
+    norms = (layer for layer in flat_layers(model) if isinstance(layer, keras.layers.BatchNormalization))
+    return any(layer.synchronized and layer.trainable for layer in norms)
 
 
 def _is_updated(layer: keras.layers.Layer) -> bool:

@@ -18,6 +18,12 @@ def true_classes(labels: Any) -> Any:
     return keras.ops.reshape(keras.ops.cast(labels, "int32"), (-1,))
 
 
+def _counts(sample_weight: Any, dtype: str) -> Any:
+    """Returns 1 for images that count and 0 for images of weight 0, (batch,), or None without weights."""
+    # Not the weights themselves: sums of a weight such as 1.1 are rounded, and sums of 1 are exact.
+    return None if sample_weight is None else keras.ops.cast(keras.ops.not_equal(sample_weight, 0), dtype)
+
+
 def _are_shares(labels: Any) -> bool:
     return len(labels.shape) == 2 and labels.shape[-1] != 1
 
@@ -111,10 +117,11 @@ class Accuracy(keras.metrics.Mean):
         Args:
             y_true: Labels (batch,) or (batch, 1), or shares (batch, num_classes).
             y_pred: Logits or probabilities (batch, num_classes).
-            sample_weight: Weights of the images, (batch,), or None.
+            sample_weight: Weights of the images, (batch,), or None. Images of weight 0 are not counted, and all others
+                count equally.
         """
         hits = keras.ops.equal(true_classes(y_true), keras.ops.cast(keras.ops.argmax(y_pred, axis=-1), "int32"))
-        return super().update_state(keras.ops.cast(hits, self.dtype), sample_weight)
+        return super().update_state(keras.ops.cast(hits, self.dtype), _counts(sample_weight, self.dtype))
 
 
 @keras.saving.register_keras_serializable(package="robust_tf")
@@ -149,12 +156,14 @@ class MeanPerClassAccuracy(keras.metrics.Metric):
         Args:
             y_true: Labels (batch,) or (batch, 1), or shares (batch, num_classes).
             y_pred: Logits or probabilities (batch, num_classes).
-            sample_weight: Weights of the images, (batch,), or None.
+            sample_weight: Weights of the images, (batch,), or None. Images of weight 0 are not counted, and all others
+                count equally.
         """
         labels = keras.ops.one_hot(true_classes(y_true), self.num_classes)
         labels = keras.ops.cast(labels, self.dtype)
-        if sample_weight is not None:
-            labels = labels * keras.ops.reshape(keras.ops.cast(sample_weight, self.dtype), (-1, 1))
+        counts = _counts(sample_weight, self.dtype)
+        if counts is not None:
+            labels = labels * keras.ops.reshape(counts, (-1, 1))
         predicted = keras.ops.one_hot(keras.ops.argmax(y_pred, axis=-1), self.num_classes)
         hits = labels * keras.ops.cast(predicted, self.dtype)
         self._hits.assign_add(keras.ops.sum(hits, axis=0))

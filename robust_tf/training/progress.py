@@ -19,6 +19,7 @@ class ProgressBar(keras.callbacks.Callback):
         epochs: Number of epochs of the whole training.
         adversarial: Whether the compiled metrics are measured on adversarial images.
         epsilon: Function that returns the current epsilon of the attack. None if epsilon is constant during training.
+        compiles: Whether XLA compiles the first step.
     """
 
     def __init__(
@@ -29,11 +30,13 @@ class ProgressBar(keras.callbacks.Callback):
         epochs: int,
         adversarial: bool,
         epsilon: Callable[[], float] | None = None,
+        compiles: bool = False,
     ) -> None:
         super().__init__()
         self.images_per_second = 0.0  # in the last epoch; other callbacks log it
         self._num_images, self._batch_size, self._epochs = num_images, batch_size, epochs
         self._adversarial, self._epsilon = adversarial, epsilon
+        self._before_first_step = "compiling" if compiles else "starting"
         self._lines = LogLines()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -52,7 +55,8 @@ class ProgressBar(keras.callbacks.Callback):
         """Starts measuring the speed of the epoch."""
         if self._bar is not None and self._task is None:
             self._first_epoch = epoch
-            self._task = self._bar.add_task("", total=self._total, rate="", ends=None, figures="")
+            # Without a total, the bar moves to and fro until the first step has ended.
+            self._task = self._bar.add_task(self._before_first_step, total=None, rate="", ends=None, figures="")
         self._epoch = epoch
         self._start = time.perf_counter()
         if self._steps_ended is not None:
@@ -82,6 +86,7 @@ class ProgressBar(keras.callbacks.Callback):
                 self._task,
                 description=name,
                 completed=done,
+                total=self._total,
                 rate=rate,
                 ends=end_time(seconds),
                 figures=f"loss {(logs or {}).get('loss', float('nan')):.3f}",

@@ -72,6 +72,15 @@ def explained() -> Iterator[None]:
             "The attack needs gradients, so the classifier must consist of TensorFlow operations or keras.ops. "
             "Received: a classifier whose `call` converts its input to a NumPy array."
         ) from None
+    except tf.errors.UnimplementedError as error:
+        # From TensorFlow's conversion to XLA, or from XLA itself.
+        text = next((line for line in str(error.message).splitlines() if "deterministic" in line), None)
+        if text is None:
+            raise
+        raise UserError(
+            f"XLA has no deterministic kernel for an operation of the classifier. Received: {text} Train without XLA "
+            "(jit_compile=False), or without op determinism."
+        ) from None
     except tf.errors.InvalidArgumentError as error:
         if pixels := pixel_error(error):
             raise pixels from None

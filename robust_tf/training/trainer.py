@@ -2,24 +2,43 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from robust_tf.attacks import AttackConfig, climb
 from robust_tf.attacks.checks import assert_pixels
+from robust_tf.console import console
 from robust_tf.errors import UserError
-from robust_tf.training.batchnorm import flat_layers, unbiased_statistics
+from robust_tf.models.execution import Execution
+from robust_tf.training.batchnorm import flat_layers, has_synchronized_batchnorm, unbiased_statistics
 from robust_tf.training.compiled_loss import CompiledLoss
 from robust_tf.training.image_input import check_has_images, images_of, trial_outputs, with_images
 from robust_tf.training.objectives import Batch, Outputs, Recipe, build_objective
 from robust_tf.training.optimizers import average_statistics, averages_of
 from robust_tf.training.replicas import ReplicatedModel
 from robust_tf.training.runtime_checks import explained, with_first_batch_checked
+from robust_tf.training.xla import CompiledByXla
 
 
-class AdversarialTrainer(ReplicatedModel):
+class _Step(NamedTuple):
+    """What a replica has computed alone when it meets the others to update the weights.
+
+    Attributes:
+        logs: Values of the metrics by name.
+        of_weights: Gradients with respect to the trainable weights.
+        of_watched: Gradients with respect to the tensors that the objective watches.
+        inputs: Inputs of the forward pass, or None if the objective watches none of them.
+    """
+
+    logs: dict[str, tf.Tensor]
+    of_weights: list[tf.Tensor]
+    of_watched: list[tf.Tensor]
+    inputs: Any
+
+
+class AdversarialTrainer(CompiledByXla, ReplicatedModel):
     """Trains a Keras classifier to be robust against adversarial examples.
 
     Wrap your classifier, then use the trainer like any Keras model, with `compile`, `fit`, `evaluate` and Keras's
@@ -114,6 +133,7 @@ class AdversarialTrainer(ReplicatedModel):
         if attack.active and classifier.built:
             check_has_images(classifier)
         self.classifier = classifier
+        self._execution = Execution(classifier, unbiased=unbiased_batchnorm)
         self.attack = attack
         self.recipe = recipe
         self._validation_attack = attack if validation_attack is None else validation_attack
@@ -196,6 +216,9 @@ class AdversarialTrainer(ReplicatedModel):
         """
         super().compile(optimizer=optimizer, loss=loss, loss_weights=loss_weights, **kwargs)
         self._compiled_loss = None
+        self._execution = Execution(self.classifier, unbiased=self._unbiased_batchnorm, fused=not self.jit_compile)
+        if self.classifier.built:
+            self._execution.prepare()
         if self.attack.active:
             names = getattr(self.classifier, "output_names", None) or ()
             outputs = trial_outputs(self.classifier)
@@ -265,6 +288,9 @@ class AdversarialTrainer(ReplicatedModel):
                 loss = self._compiled_loss
                 if loss is not None and (loss.integer_labels is not None or self.num_replicas > 1):
                     self.build_metrics()
+        if self.compiles_parts and (force or self.train_function is None) and not self._compiled_parts[1]:
+            what = "only the attack" if self._compiled_parts[0] else "none of the training step"
+            console.print(f"XLA compiles {what}, because BatchNorm is synchronized between the devices.")
         super().make_train_function(force)
 
     def make_test_function(self, force: bool = False) -> None:
@@ -285,24 +311,25 @@ class AdversarialTrainer(ReplicatedModel):
             seed = tf.random.experimental.stateless_fold_in(seed, replica)
         self._steps.assign_add(1)
         batch = self._batch_of(data, seed)
-        if self.attack.active and self._clean_figures and not self.objective.knows_clean_figures:
-            self._measure_clean(batch)
         logs: dict[str, tf.Tensor] = {}
-        for _ in range(self.objective.replays):
-            logs = self._update(batch)
+        for replay in range(self.objective.replays):
+            logs = self._update(batch, first=replay == 0)
         if self._clean_figures or self.objective.knows_clean_figures:
             return logs
         return {name: value for name, value in logs.items() if name not in ("clean_loss", "clean_accuracy")}
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Attacks one batch with the validation attack and measures the metrics on the adversarial images."""
+        batch = self._batch_of(data, tf.constant([self._seed, -1], tf.int64))
+        return self.alone(lambda: self._tested(data, batch))
+
+    def _tested(self, data: Any, batch: Batch) -> dict[str, tf.Tensor]:
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         attack = self._validation_attack
         logs: dict[str, tf.Tensor]
         if not attack.active:
             logs = super().test_step(data)
             return logs
-        batch = self._batch_of(data, tf.constant([self._seed, -1], tf.int64))
         result = self._attacked(batch, attack)
         if attack.random_start:
             self._measure_clean(batch)
@@ -311,31 +338,67 @@ class AdversarialTrainer(ReplicatedModel):
         logs = super().test_step((with_images(images, result.images_adv), labels, sample_weight))
         return logs
 
-    def _update(self, batch: Batch) -> dict[str, tf.Tensor]:
-        """Takes one optimizer step as Keras does, but with the inputs, forward pass and loss of the objective."""
+    def _update(self, batch: Batch, *, first: bool) -> dict[str, tf.Tensor]:
+        """Takes one optimizer step as Keras does, but with the inputs, forward pass and loss of the objective.
+
+        With several replicas XLA compiles what lies between the exchanges, as far as it can.
+
+        Args:
+            batch: Batch of this replica.
+            first: Whether this is the first step on the batch.
+        """
         objective = self.objective
-        with self._unbiased_statistics(batch.images):
-            inputs = objective.inputs(self, batch)
-            watched = objective.watched(inputs)
-            with tf.GradientTape() as tape:
-                tape.watch(watched)
-                outputs: Outputs = objective.forward(self, batch, inputs)
-                loss = objective.loss(self, batch, outputs)
-                scaled_loss = self.optimizer.scale_loss(loss)
+        attack_alone, update_alone = self._compiled_parts
+        if objective.exchanges or attack_alone != update_alone:
+            inputs = self.alone(lambda: self._inputs(batch, first=first), compiled=attack_alone)
+            inputs = objective.exchanged(self, inputs)
+            step = self.alone(lambda: self._gradients(batch, inputs), compiled=update_alone)
+        else:
+            step = self.alone(lambda: self._gradients(batch, self._inputs(batch, first=first)), compiled=update_alone)
+        weights = self.trainable_weights
+        if weights:
+            self.optimizer.apply_gradients(zip(step.of_weights, weights, strict=True))
+        if step.of_watched:
+            objective.learn(self, batch, step.inputs, step.of_watched)
+        return step.logs
+
+    def _inputs(self, batch: Batch, *, first: bool) -> Any:
+        """Returns the inputs of the forward pass, such as the adversarial images."""
+        objective = self.objective
+        if first and self.attack.active and self._clean_figures and not objective.knows_clean_figures:
+            self._measure_clean(batch)
+        folded = self._execution.weights_unchanged() if self.attack.active else contextlib.nullcontext()
+        with self._unbiased_statistics(batch.images, objective.input_passes), folded:
+            return objective.inputs(self, batch)
+
+    def _gradients(self, batch: Batch, inputs: Any) -> _Step:
+        """Runs the forward and the backward pass, and updates the metrics."""
+        objective = self.objective
+        weights = [weight.value for weight in self.trainable_weights]
+        watched = objective.watched(inputs)
+        with self._unbiased_statistics(batch.images, objective.passes), tf.GradientTape() as tape:
+            tape.watch([*watched, *(weight for weight in weights if not isinstance(weight, tf.Variable))])
+            outputs: Outputs = objective.forward(self, batch, inputs)
+            loss = objective.loss(self, batch, outputs)
+            scaled_loss = self.optimizer.scale_loss(loss)
         count = tf.shape(keras.tree.flatten(batch.images)[0])[0]
         for metric in self.metrics:
             if metric.name == "loss":  # each replica computes only its share of the loss
                 metric.update_state(loss * self.num_replicas, sample_weight=count)
-        weights = self.trainable_weights
         gradients = tape.gradient(scaled_loss, [*weights, *watched])
-        if weights:
-            self.optimizer.apply_gradients(zip(gradients[: len(weights)], weights, strict=True))
-        if watched:
-            objective.learn(self, batch, inputs, gradients[len(weights) :])
-        logs: dict[str, tf.Tensor] = self.compute_metrics(
-            batch.images, batch.labels, outputs.adversarial, batch.sample_weight
-        )
-        return logs
+        logs = self.compute_metrics(batch.images, batch.labels, outputs.adversarial, batch.sample_weight)
+        of_weights, of_watched = gradients[: len(weights)], gradients[len(weights) :]
+        return _Step(logs, of_weights, of_watched, inputs if watched else None)
+
+    @property
+    def _compiled_parts(self) -> tuple[bool, bool]:
+        """Whether XLA compiles the search for the inputs (the attack), and the computation of the gradients.
+
+        It cannot compile a synchronized BatchNorm in training mode, whose statistics are those of all replicas.
+        """
+        synchronized = has_synchronized_batchnorm(self.classifier)
+        searches = self.attack.active and not (synchronized and self.objective.inputs_train)
+        return self.compiles_parts and searches, self.compiles_parts and not synchronized
 
     def _batch_of(self, data: Any, seed: tf.Tensor) -> Batch:
         inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -345,19 +408,20 @@ class AdversarialTrainer(ReplicatedModel):
         return Batch(images, labels, sample_weight, seed, self._network(lambda images: with_images(inputs, images)))
 
     def _network(self, inputs_with: Callable[[Any], Any]) -> Callable[[Any, bool], Any]:
-        return lambda images, training: self.classifier(inputs_with(images), training=training)
+        return lambda images, training: self._execution(inputs_with(images), training=training)
 
     def _attacked(self, batch: Batch, attack: AttackConfig) -> Any:
         """Attacks the compiled loss with the network in inference mode."""
         loss = self.compiled_loss
-        return climb(
-            lambda images: batch.network(images, False),
-            batch.images,
-            loss=lambda outputs: loss(batch.labels, outputs),
-            correct=lambda outputs: loss.hits(batch.labels, outputs),
-            attack=attack,
-            seed=batch.seed,
-        )
+        with self._execution.weights_unchanged():
+            return climb(
+                lambda images: batch.network(images, False),
+                batch.images,
+                loss=lambda outputs: loss(batch.labels, outputs),
+                correct=lambda outputs: loss.hits(batch.labels, outputs),
+                attack=attack,
+                seed=batch.seed,
+            )
 
     def _measure_clean(self, batch: Batch) -> None:
         outputs = keras.tree.map_structure(
@@ -378,15 +442,19 @@ class AdversarialTrainer(ReplicatedModel):
         if self.compiled_loss.counts_hits:
             self._clean_accuracy.update_state(correct, counts)
 
-    def _unbiased_statistics(self, images: Any) -> contextlib.AbstractContextManager[None]:
-        if not self._unbiased_batchnorm:
+    def _unbiased_statistics(self, images: Any, passes: int) -> contextlib.AbstractContextManager[None]:
+        if not (self._unbiased_batchnorm and passes):
             return contextlib.nullcontext()
         count = tf.shape(keras.tree.flatten(images)[0])[0]
-        return unbiased_statistics(self.classifier, count, passes=self.objective.passes, replicas=self.num_replicas)
+        fused = self._execution.fused_layers
+        return unbiased_statistics(self.classifier, count, passes=passes, replicas=self.num_replicas, besides=fused)
 
     def _checked_data(self, data: Any, labels: Any) -> Any:
-        """Returns the data of `fit` or `evaluate`. Checks the first batch if XLA drops the checks inside the step."""
-        if not (self.attack.active and self.jit_compile):
+        """Returns the data of `fit` or `evaluate`. Checks the first batch if XLA drops the checks inside the step.
+
+        With several replicas the checks lie outside the compiled parts.
+        """
+        if not (self.attack.active and self.jit_compile) or self.compiles_parts:
             return data
         return with_first_batch_checked(data, labels, check=self._checked_images)
 

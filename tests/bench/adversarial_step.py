@@ -1,11 +1,13 @@
 """Compares the time of an adversarial training step with its floor: the same passes, timed alone on the same model.
 
     python -m tests.bench.adversarial_step [--cases=resnet18_64,cifar_resnet18_32] [--precision=float32] [--steps=3,7]
-        [--norms=l2] [--quick]
+        [--norms=l2] [--beside=torch [--torch_python=python3]] [--quick]
 
 Each step is timed with and without `use_best`, which keeps the iterate with the highest loss and needs one more forward
 pass. The PyTorch reference library was timed with the same models and batches. All cases of one model take turns in one
-process. With --memory, a new process measures the peak memory of each kind of step.
+process. With --beside=torch, the same steps in tuned PyTorch (`torch_step.py`) take turns with them in another process,
+and a column shows the ratio of the times, ours / PyTorch. With --memory, a new process measures the peak memory of each
+kind of step.
 """
 
 from robust_tf.environment import set_tensorflow_defaults
@@ -13,7 +15,9 @@ from robust_tf.environment import set_tensorflow_defaults
 set_tensorflow_defaults()
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
+import functools  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -26,6 +30,7 @@ from robust_tf.attacks import AttackConfig, run_pgd  # noqa: E402
 from robust_tf.models import build_classifier  # noqa: E402
 from robust_tf.training import AdversarialTrainer  # noqa: E402
 from robust_tf.training.optimizers import build_optimizer  # noqa: E402
+from tests.bench.step_process import StepProcess, StepSettings, torch_process  # noqa: E402
 from tests.bench.timing import interleaved, peak_memory  # noqa: E402
 
 
@@ -66,6 +71,7 @@ class Step:
 
 
 STANDARD = Step(0)
+_IN_TORCH = "torch "  # before the title of a step that runs in PyTorch
 
 
 def main() -> None:
@@ -79,6 +85,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--quick", action="store_true", help="Use batches of 2 and 2 repeats, only to see that it runs."
+    )
+    parser.add_argument("--beside", choices=("torch",), help="Other framework that takes turns with ours.")
+    parser.add_argument(
+        "--torch_python", default=sys.executable, help="Command of a Python with torch and torchvision."
     )
     parser.add_argument("--memory", action="store_true", help="Also measure the peak memory of each step.")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # title of the step that a new process measures
@@ -102,10 +112,15 @@ def main() -> None:
 
 def _report(name: str, shape: Shape, precision: str, steps: dict[str, Step], arguments: argparse.Namespace) -> None:
     repeats = 2 if arguments.quick else arguments.repeats
-    timings = interleaved(_cases(shape, steps), repeats=repeats, warmup=2)
+    with contextlib.ExitStack() as stack:
+        cases = _cases(shape, steps)
+        if arguments.beside:
+            process = stack.enter_context(contextlib.closing(torch_process(arguments.torch_python)))
+            cases |= _cases_in_torch(process, shape, precision, steps)
+        timings = interleaved(cases, repeats=repeats, warmup=2)
     median = {case: timing.median for case, timing in timings.items()}
     print(f"\n{name}, batch {shape.batch_size}, {precision}, median of {repeats}")
-    print(f"{'':32}{'s/step':>9}{'images/s':>10}{'/ floor':>9}{'first s':>9}{'peak MiB':>10}")
+    print(f"{'':32}{'s/step':>9}{'images/s':>10}{'/ floor':>9}{'/ torch':>9}{'first s':>9}{'peak MiB':>10}")
     for case, timing in timings.items():
         step = steps.get(case)
         floor = 0.0
@@ -113,8 +128,13 @@ def _report(name: str, shape: Shape, precision: str, steps: dict[str, Step], arg
             floor = median[STANDARD.title] + step.steps * median["input gradient"] + step.use_best * median["forward"]
         memory = _peak_memory(name, precision, case, arguments) if arguments.memory and step else ""
         ratio = f"{timing.median / floor:.2f}" if floor else ""
+        other = median.get(_IN_TORCH + case)
+        beside = f"{timing.median / other:.2f}" if other else ""
         speed = shape.batch_size / timing.median
-        print(f"{case:32}{timing.median:9.4f}{speed:10.1f}{ratio:>9}{timing.first:9.1f}{memory:>10}", flush=True)
+        print(
+            f"{case:32}{timing.median:9.4f}{speed:10.1f}{ratio:>9}{beside:>9}{timing.first:9.1f}{memory:>10}",
+            flush=True,
+        )
 
 
 def _cases(shape: Shape, steps: dict[str, Step]) -> dict[str, Callable[[], object]]:
@@ -143,6 +163,30 @@ def _cases(shape: Shape, steps: dict[str, Step]) -> dict[str, Callable[[], objec
         "attack alone (PGD-3)": lambda: attack().numpy(),
         **{title: _step(shape, classifier, step) for title, step in steps.items()},
     }
+
+
+def _cases_in_torch(
+    process: StepProcess, shape: Shape, precision: str, steps: dict[str, Step]
+) -> dict[str, Callable[[], object]]:
+    """Builds the same steps in the process of PyTorch. Returns a function for each that runs it there."""
+    for title, step in steps.items():
+        attack = _attack(shape, step)
+        settings = StepSettings(
+            architecture=shape.architecture,
+            num_classes=shape.num_classes,
+            image_size=shape.image_size,
+            batch_size=shape.batch_size,
+            steps=step.steps,
+            norm=step.norm,
+            epsilon=attack.epsilon,
+            step_size=attack.step_size,
+            use_best=step.use_best,
+            precision="float32" if precision == "float32" else "bfloat16",
+            compiled=False,
+            device="CPU",
+        )
+        process.build(title, settings)
+    return {_IN_TORCH + title: functools.partial(process.run, title) for title in steps}
 
 
 def _step(shape: Shape, classifier: keras.Model, step: Step) -> Callable[[], object]:

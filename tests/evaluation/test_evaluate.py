@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from typing import cast
 
 import keras
 import numpy as np
@@ -208,6 +209,39 @@ def test_later_attacks_are_expected_to_run_on_the_images_that_resist():
     assert robustness.passes_of(finished, epsilons_left=1) == (900 * fgsm + 800 * pgd, 0)
 
 
+def test_xla_gives_the_same_verdicts_and_says_that_it_compiles(flags, capsys):
+    settings = {"attack": "pgd", "epsilon": "0.25,1", "batch_size": 24}
+    plain, compiled = (flags(name, jit_compile=name, **settings) for name in ("false", "true"))
+    evaluate.main(plain)
+    assert "XLA" not in capsys.readouterr().out
+    evaluate.main(compiled)
+    out = capsys.readouterr().out
+    # Once for both radii and the partial batches.
+    assert out.count("XLA compiles pgd for batches of 24 images.\n") == out.count("XLA has compiled pgd in ") == 1
+    rows, rows_compiled = (results_of(each)["classifiers"][0]["attacks"] for each in (plain, compiled))
+    assert rows_compiled == rows
+    assert 0 < rows[1]["accuracy"] < rows[0]["accuracy"]
+
+
+def test_an_evaluation_that_began_elsewhere_keeps_its_batch_size(flags, monkeypatch):
+    """The default is larger on a GPU, but an evaluation that began on a CPU can be continued there, and vice versa."""
+    arguments = flags("begun", epsilon="0.25", batch_size=24)
+    evaluate.main(arguments)
+    defaults = flags("begun", epsilon="0.25,0.5")
+    evaluate.main(defaults)
+    assert "--batch_size=24" in results_of(defaults)["flags"]
+    config, _ = parse_flags(EvaluateConfig, flags("new"))
+    small, large = (
+        cast(run.Subject, types.SimpleNamespace(task=types.SimpleNamespace(image_size=size))) for size in (64, 65)
+    )
+    assert run.with_batch_size(config, [small]).batch_size == 128
+    monkeypatch.setattr(run.tf.config, "list_logical_devices", lambda kind: ["a GPU"] if kind == "GPU" else [])
+    assert run.with_batch_size(config, [small]).batch_size == 512
+    assert run.with_batch_size(config, [small, large]).batch_size == 128
+    begun, _ = parse_flags(EvaluateConfig, defaults)
+    assert run.with_batch_size(begun, [small]).batch_size == 24
+
+
 @pytest.mark.slow
 def test_an_interrupted_evaluation_is_resumed(flags, tmp_path, monkeypatch, capsys):
     settings = {"attack": "fgsm+pgd", "epsilon": "0.25,1", "batch_size": 24, "corruptions": "true"}
@@ -271,6 +305,7 @@ def test_an_evaluation_that_was_killed_is_resumed_with_the_same_result(flags, tm
         ({"norm": "linf"}, "another norm. Received: --norm=linf. Add --epsilon"),
         ({"num_images": "1000"}, r"Received: 1000; there are \d+"),
         ({"batch_size": "0"}, "--batch_size must be 1 or more. Received: 0"),
+        ({"jit_compile": "maybe"}, "'maybe'"),
         ({"dataset": "digits"}, "with 5 logits for 10 classes"),
         ({"dataset": "digit"}, "Did you mean 'digits'"),
         ({"corruption_source": "tfd"}, "Did you mean 'tfds'"),

@@ -1,5 +1,6 @@
 """Plans of `--dry_run`: work against hand counts, time against published speeds, memory against measurements."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -8,12 +9,15 @@ import sys
 import keras
 import pytest
 import tensorflow as tf
+from scaling_page import PAGE, current_page
 
 from robust_tf import train
 from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.config.optimization import OptimizationConfig
 from robust_tf.errors import UserError
+from robust_tf.job.planning import calibration
 from robust_tf.job.planning import table as plan
+from robust_tf.job.planning.calibration import expected, obstacle_to_xla
 from robust_tf.job.planning.devices import DEVICES, parse_clusters
 from robust_tf.job.planning.flops import GraphWork, Loop, Work, count_work
 from robust_tf.job.planning.plan import PlannedTask, planned_job, planned_task
@@ -173,6 +177,90 @@ def test_the_arithmetic_of_a_plan():
     assert config_rows["cost"] == f"{run * 8 / 3600:,.2f} device-hours x 3 = {run * 8 / 1200:,.2f}"
     assert f"= {80 / step / 2:,.0f} images/s to decode" in config_rows["input"]
     assert config_rows["checkpoint"].startswith("100 MB weights + 100 MB optimizer = 200 MB")
+
+
+def test_the_memory_is_the_limit_where_its_share_takes_longer():
+    moving = Work(forward=1e9, bytes_moved=2.5e6)  # 4.1 ms of compute time on an A100, 2.06 ms of memory time
+    work = dataclasses.replace(
+        WORK, step=GraphWork(loops=(Loop(iterations=3, iteration=moving * 2),), outside=moving * 4)
+    )
+    with_xla = rows_of(digits(), work)
+    assert with_xla["XLA"].startswith("yes") and "0.35 utilization" in with_xla["time of a step"]
+    slow = rows_of(digits(jit_compile="false"), work)
+    share = expected(compiled=False, precision="float32").utilization
+    memory = 10 * 2 * 2.5e6 * 64 / 1.555e12
+    assert slow["XLA"] == "no: --jit_compile=false"
+    assert slow["utilization"].startswith(f"{share:g} of the memory bandwidth") and "without XLA" in slow["utilization"]
+    assert slow["time of a step"].startswith(f"{memory * 1e3:.3g} ms / {share:g} utilization + 0 ms = ")
+    assert f"= {memory / share * 1e3:.3g} ms, {64 * share / memory:,.0f} images/s" in slow["time of a step"]
+    given = rows_of(digits(jit_compile="false", plan_utilization=0.5), work)
+    assert given["utilization"] == "0.5 (--plan_utilization)"
+    assert given["time of a step"].startswith("4.1 ms / 0.5 utilization")  # now the compute time takes longer
+
+
+def test_a_plan_says_that_deterministic_kernels_cost_time():
+    assert "deterministic kernels" in rows_of(digits(deterministic=True))["not counted"]
+    assert "deterministic kernels" not in rows_of(digits())["not counted"]
+
+
+def test_without_xla_a_job_needs_the_memory_that_was_measured():
+    factor = expected(compiled=False, precision="mixed_bfloat16").memory_factor
+    assert factor > 1.2
+    slow = rows_of(digits(precision="mixed_bfloat16", jit_compile="false"))
+    assert f"activations of 64 images of {100 * factor:.3g} MB" in slow["memory"]
+    assert "activations of 64 images of 100 MB" in rows_of(digits(precision="mixed_bfloat16"))["memory"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "obstacle"),
+    [
+        ({}, ""),
+        ({"plan_devices": ("8xH100",)}, ""),  # compiled for each device
+        ({"jit_compile": "false"}, "--jit_compile=false"),
+        ({"jit_compile": "false", "plan_devices": ("v4-8",)}, ""),
+        ({"deterministic": True}, ""),
+        ({"sync_batchnorm": True, "distribution": "mirrored"}, ""),  # on one device
+        ({"sync_batchnorm": True, "distribution": "mirrored", "plan_devices": ("8xH200",)}, "--sync_batchnorm"),
+    ],
+)
+def test_a_plan_says_what_keeps_xla_out(changes, obstacle):
+    config = digits(**changes)
+    (cluster,) = parse_clusters(config.plan.plan_devices)
+    assert obstacle_to_xla(config, cluster) == obstacle
+
+
+def test_the_precision_of_a_measurement_gives_way_before_the_compiler():
+    assert expected(compiled=True, precision="float32").compiled
+    for row in calibration.MEASURED:
+        assert expected(compiled=row.compiled, precision=row.precision) == row
+        assert 0 < row.utilization < 1 and 1 <= row.memory_factor < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "float32"])
+def test_plans_return_what_was_measured(precision):
+    size = calibration.MEASURED_BATCH_SIZE
+    shape = {"dataset": "imagenet2012", "architecture": "resnet50", "epsilon": 3.0, "attack_steps": 3}
+    config = digits(**shape, batch_size=size, precision=precision, plan_devices=(calibration.MEASURED_ON,))
+    work, task = work_of(config), planned_task(config)
+    index = precision == "float32"
+    counted = (work.step.total.bytes_moved, work.fixed_bytes, work.image_bytes)
+    written = (calibration._MOVED[index], calibration._FIXED[index], calibration._PER_IMAGE[index])
+    assert counted == pytest.approx(written, rel=1e-3)
+    for row in (row for row in calibration.MEASURED if row.precision == precision):
+        rows = rows_of(
+            digits(
+                **{**shape, "batch_size": size, "precision": precision},
+                plan_devices=(calibration.MEASURED_ON,),
+                jit_compile="true" if row.compiled else "false",
+            ),
+            work,
+            task,
+        )
+        predicted = float(rows["time of a step"].split()[-2].replace(",", ""))
+        assert predicted == pytest.approx(row.images_per_second, rel=0.01)
+        needed = work.fixed_bytes + size * work.image_bytes * row.memory_factor
+        assert row.peak_gib * 2**30 * 0.99 < needed < row.peak_gib * 2**30 * 1.25
 
 
 def test_a_job_that_does_not_fit_gets_ways_out():
@@ -345,3 +433,9 @@ def test_the_estimated_memory_is_right_within_its_factor(architecture, size, bat
 )
 def test_the_plan_shows_the_drops_of_the_learning_rate_that_the_job_reaches(settings, shown):
     assert plan._learning_rate(OptimizationConfig(epochs=10, **settings)).startswith(f"learning rate {shown}")
+
+
+@pytest.mark.slow
+def test_the_page_on_scaling_shows_what_its_commands_print():
+    page = PAGE.read_text(encoding="utf-8")
+    assert current_page(page) == page, "python tests/job/scaling_page.py brings it up to date"

@@ -73,7 +73,8 @@ _H100 = Device(
     network=400 * _GB,
     memory=80 * _GIB,
     bandwidth=3350 * _GB,
-    source="NVIDIA H100 (SXM5, 80 GB) data sheet; links and network of the DGX H100 (8 x 400 Gb/s), recalled",
+    source="NVIDIA H100 (SXM5, 80 GB HBM3) data sheet (half of its figures with sparsity); network of the DGX H100 "
+    "(8 x 400 Gb/s), recalled",
 )
 # "Recalled" marks numbers that were written down from memory of the maker's data sheet, without looking them up.
 DEVICES = {
@@ -116,9 +117,10 @@ DEVICES = {
     "H100": _H100,
     "H200": dataclasses.replace(
         _H100,
-        memory=141 * _GB,
+        memory=143_771 * 2**20,
         bandwidth=4800 * _GB,
-        source="NVIDIA H200 (SXM, 141 GB) data sheet, DGX H200 (8 x 400 Gb/s); recalled",
+        source="NVIDIA H200 (SXM, 141 GB HBM3e) data sheet (half of its figures with sparsity); memory as nvidia-smi "
+        "reports it; network of the DGX H200 (8 x 400 Gb/s), recalled",
     ),
     "RTX4090": Device(
         float32=82.6 * _TERA,

@@ -2,7 +2,8 @@
 
 The work is counted on the traced training step. The time follows from a roofline (Williams et al. 2009): the operations
 of the convolutions and matrix products at the peak speed of the device, or the bytes that they move at the bandwidth of
-its memory, whichever takes longer, divided by the share of that speed which a job reaches (`--plan_utilization`).
+its memory, whichever takes longer, divided by the share of that speed which a job reaches: `--plan_utilization`, by
+default what was measured with and without XLA (`calibration.py`).
 """
 
 import dataclasses
@@ -18,6 +19,14 @@ from robust_tf.config.job import JobConfig
 from robust_tf.config.optimization import Precision
 from robust_tf.errors import UserError
 from robust_tf.job.building import job_optimizer, job_recipe, optimizer_steps_per_epoch
+from robust_tf.job.planning.calibration import (
+    COMPUTE_UTILIZATION,
+    MEASURED_ON,
+    TRAFFIC_FACTOR,
+    Measured,
+    expected,
+    obstacle_to_xla,
+)
 from robust_tf.job.planning.devices import Cluster
 from robust_tf.job.planning.flops import GraphWork, Work, count_work
 from robust_tf.job.planning.table import fused_activation_bytes
@@ -25,9 +34,6 @@ from robust_tf.job.task import TaskSummary
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.trainer import AdversarialTrainer
 
-# Between two convolutions there are BatchNorm, an activation and additions. Even when XLA fuses them, they read and
-# write about as many bytes as the convolutions do.
-_TRAFFIC_FACTOR = 2
 # GPU memory that CUDA, cuDNN's workspaces and TensorFlow take in addition to the tensors. This number is quoted
 # from memory, not measured.
 _RESERVED_BYTES = 2**30
@@ -126,7 +132,7 @@ def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Clust
     """
     device, count = cluster.device, cluster.devices
     precision, batch_size = job.optimization.precision, job.optimization.batch_size
-    utilization, price = job.plan.plan_utilization, job.plan.plan_price
+    price, given = job.plan.plan_price, job.plan.plan_utilization
     peak = device.peak(precision)
     if peak is None:
         raise UserError(
@@ -141,21 +147,28 @@ def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Clust
     attack = job.adversarial.training_attack
     attack_steps = attack.steps if attack.active else 0
     per_device, step = batch_size // count, work.step.total
-    compute = step.flops * batch_size / (count * peak)
-    traffic = _TRAFFIC_FACTOR * step.bytes_moved * batch_size / (count * device.bandwidth)
-    busy = max(compute, traffic) / utilization
+    obstacle = obstacle_to_xla(job, cluster)
+    measured = expected(compiled=not obstacle, precision=precision)
+    shares = (given, given) if given is not None else (COMPUTE_UTILIZATION, measured.utilization)
+
+    def roofline(needed: Work) -> tuple[float, float, float, float]:
+        """Returns the compute time, the memory time, and of the one that takes longer at its share also that share."""
+        times = needed.flops / (count * peak), TRAFFIC_FACTOR * needed.bytes_moved / (count * device.bandwidth)
+        longest, share = max(zip(times, shares, strict=True), key=lambda pair: pair[0] / pair[1])
+        return *times, longest, share
+
+    compute, traffic, longest, share = roofline(step * batch_size)
     reduce_seconds, reduce_text = _all_reduce(work.gradient_bytes, cluster)
-    step_seconds = busy + reduce_seconds
+    step_seconds = longest / share + reduce_seconds
 
-    def evaluation_seconds(images: int, steps: int, devices: int) -> float:
-        needed = work.evaluation(steps) * images
-        longest = max(needed.flops / peak, _TRAFFIC_FACTOR * needed.bytes_moved / device.bandwidth)
-        return longest / devices / utilization
+    def evaluation_seconds(images: int, steps: int) -> float:
+        *_, longest, share = roofline(work.evaluation(steps) * images)
+        return longest / share
 
-    validation = evaluation_seconds(task.num_validation, attack_steps, count)
+    validation = evaluation_seconds(task.num_validation, attack_steps)
     evaluation_attack = job.adversarial.evaluation_attack
     final_steps = evaluation_attack.steps if evaluation_attack.active else 0
-    test = evaluation_seconds(task.num_test, final_steps, count)
+    test = evaluation_seconds(task.num_test, final_steps)
     epoch = task.steps_per_epoch * step_seconds + validation
     run = job.data_epochs * epoch + test
     hours = run * count / 3600
@@ -172,10 +185,11 @@ def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Clust
         f"x {batch_size} = {_si(step.flops * batch_size, 'FLOP')}",
         "compute time": f"{_si(step.flops * batch_size, 'FLOP')} / ({count} x {_si(peak, 'FLOP/s')}) = "
         f"{_time(compute)}",
-        "memory time": f"{_TRAFFIC_FACTOR} x {_si(step.bytes_moved, 'B')} an image x {batch_size} / "
+        "memory time": f"{TRAFFIC_FACTOR} x {_si(step.bytes_moved, 'B')} an image x {batch_size} / "
         f"({count} x {_si(device.bandwidth, 'B/s')}) = {_time(traffic)}",
         "all-reduce": reduce_text,
-        "time of a step": f"{_time(max(compute, traffic))} / {utilization:g} utilization "
+        **_utilization_rows(measured, obstacle, given),
+        "time of a step": f"{_time(longest)} / {share:g} utilization "
         f"+ {_time(reduce_seconds)} = {_time(step_seconds)}, {batch_size / step_seconds:,.0f} images/s",
         "time of an epoch": f"{task.steps_per_epoch:,} steps x {_time(step_seconds)} + validation "
         f"({task.num_validation:,} images, PGD-{attack_steps}) {_time(validation)} = {_time(epoch)}",
@@ -184,18 +198,31 @@ def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Clust
         "device-hours": f"{count} x {_time(run)} = {hours:,.2f} h",
         "input": f"{batch_size / step_seconds:,.0f} images/s / {cluster.hosts} (hosts) = "
         f"{batch_size / step_seconds / cluster.hosts:,.0f} images/s to decode and augment on each host",
-        **_memory_rows(precision, work, cluster, per_device),
+        **_memory_rows(precision, work, cluster, per_device, measured.memory_factor),
         "checkpoint": f"{_si(work.weight_bytes, 'B')} weights + {_si(work.optimizer_bytes, 'B')} optimizer = "
         f"{_si(work.weight_bytes + work.optimizer_bytes, 'B')}; two are kept, and the best weights, "
         f"{_si(work.weight_bytes, 'B')}",
         "not counted": "launching kernels (microseconds each, which dominate where images are small and few), "
-        "compiling, waiting for input, writing checkpoints, alarms",
+        "compiling, waiting for input, writing checkpoints, alarms"
+        + (", what deterministic kernels cost" if job.run.deterministic else ""),
     }
     if price is not None:
         rows["cost"] = f"{hours:,.2f} device-hours x {price:g} = {hours * price:,.2f}"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _utilization_rows(measured: Measured, obstacle: str, given: float | None) -> dict[str, str]:
+    xla = f"no: {obstacle}" if obstacle else "yes: it compiles each device's attack, forward pass and gradients"
+    if given is not None:
+        return {"XLA": xla, "utilization": f"{given:g} (--plan_utilization)"}
+    return {
+        "XLA": xla,
+        "utilization": f"{measured.utilization:g} of the memory bandwidth, as measured on one {MEASURED_ON} "
+        f"{'with' if measured.compiled else 'without'} XLA in {measured.precision} (ResNet-50 at 224x224, PGD-3: "
+        f"{measured.images_per_second:,.0f} images/s), or {COMPUTE_UTILIZATION:g} of the peak speed, as assumed",
+    }
 
 
 def _step_rows(work: JobWork) -> dict[str, str]:
@@ -238,16 +265,20 @@ def _all_reduce(gradient_bytes: int, cluster: Cluster) -> tuple[float, str]:
     return seconds, f"{terms} = {_time(seconds)}"
 
 
-def _memory_rows(precision: Precision, work: JobWork, cluster: Cluster, per_device: int) -> dict[str, str]:
+def _memory_rows(
+    precision: Precision, work: JobWork, cluster: Cluster, per_device: int, factor: float
+) -> dict[str, str]:
+    """Returns the rows on memory. `factor` multiplies the bytes of an image where XLA does not fuse the layers."""
     reserved = 0 if cluster.device.slice_unit else _RESERVED_BYTES
+    image_bytes = work.image_bytes * factor
     free = cluster.device.memory - reserved - work.fixed_bytes
-    needed = work.fixed_bytes + reserved + per_device * work.image_bytes
+    needed = work.fixed_bytes + reserved + per_device * image_bytes
     parts = {
         "weights": work.weight_bytes,
         "copies in lower precision": work.compute_copy_bytes,
         "gradients": work.gradient_bytes,
         "optimizer": work.optimizer_bytes,
-        f"activations of {per_device} images of {_si(work.image_bytes, 'B')}": per_device * work.image_bytes,
+        f"activations of {per_device} images of {_si(image_bytes, 'B')}": per_device * image_bytes,
         "CUDA and TensorFlow": reserved,
     }
     listed = " + ".join(f"{_si(value, 'B')} {name}" for name, value in parts.items() if value)
@@ -255,7 +286,7 @@ def _memory_rows(precision: Precision, work: JobWork, cluster: Cluster, per_devi
     if needed <= cluster.device.memory:
         rows["memory verdict"] = f"fits: {needed / cluster.device.memory:.0%} of {_si(cluster.device.memory, 'B')}"
         return rows
-    most = int(max(free, 0) // work.image_bytes)
+    most = int(max(free, 0) // image_bytes)
     rows["memory verdict"] = (
         f"OUT OF MEMORY: {_si(needed, 'B')} of {_si(cluster.device.memory, 'B')}. At most {most} images fit on a "
         f"device, {most * cluster.devices} in a batch. {_ways_out(precision, most, per_device)}"

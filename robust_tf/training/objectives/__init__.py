@@ -18,7 +18,10 @@ To add an objective:
 5. Test it in `tests/training/test_objectives.py`.
 """
 
+import tensorflow as tf
+
 from robust_tf.attacks import AttackConfig
+from robust_tf.errors import UserError
 from robust_tf.training.objectives.awp import AdversarialWeights, perturbed_weights, weight_perturbation
 from robust_tf.training.objectives.base import Batch, Objective, Outputs, Trainer
 from robust_tf.training.objectives.free import FreeReplays, moved_perturbation
@@ -52,6 +55,9 @@ def build_objective(recipe: Recipe, trainer: Trainer, attack: AttackConfig) -> O
         recipe: Choice of the objective and its parameters.
         trainer: Trainer that will minimize the objective.
         attack: Attack of the training batches. Without an active attack the objective is the compiled loss.
+
+    Raises:
+        UserError: The objective does not work with several replicas, and there are several.
     """
     if not attack.active:
         return StandardLoss()
@@ -60,6 +66,13 @@ def build_objective(recipe: Recipe, trainer: Trainer, attack: AttackConfig) -> O
     if recipe.trades_beta is not None:
         objective: Objective = Trades(recipe.trades_beta)
     else:
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if recipe.attack_mode == "training" and attack.steps > 1 and replicas > 1:
+            raise UserError(
+                "In training mode every step of the attack updates statistics that the replicas share, which cannot be "
+                f"done in a loop. Received: attack_mode='training' and {attack.steps} steps on {replicas} "
+                "replicas. Use one step, attack_mode='inference', or one device."
+            )
         passes = attack.steps + attack.use_best  # `use_best` needs one more forward pass, for the last iterate
         objective = AdversarialLoss(
             attack_mode=recipe.attack_mode, attack_passes=passes, random_start=attack.random_start

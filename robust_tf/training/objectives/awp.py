@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from robust_tf.attacks.threat_models import Scale
 from robust_tf.training.objectives.base import Batch, Objective, Outputs, Trainer
+from robust_tf.training.replicas import Scope
 
 
 class AtPerturbedWeights(NamedTuple):
@@ -17,7 +18,8 @@ class AtPerturbedWeights(NamedTuple):
 
     Attributes:
         inputs: Inputs of the wrapped objective.
-        perturbations: One tensor for each of `perturbed_weights`, in the same order.
+        perturbations: One tensor for each of `perturbed_weights`, in the same order. Before the replicas have exchanged
+            them, the gradients that give the directions of the perturbations.
     """
 
     inputs: Any
@@ -37,14 +39,27 @@ class AdversarialWeights(Objective):
         warmup_steps: Number of optimizer steps before the first perturbation.
     """
 
+    exchanges = True
+    inputs_train = True
+
     def __init__(self, objective: Objective, *, gamma: float, warmup_steps: float) -> None:
         self._objective, self._gamma, self._warmup_steps = objective, gamma, warmup_steps
-        self.passes, self.knows_clean_figures = objective.passes, objective.knows_clean_figures
+        self.passes, self.input_passes = objective.passes, objective.input_passes
+        self.knows_clean_figures = objective.knows_clean_figures
 
     def inputs(self, trainer: Trainer, batch: Batch) -> AtPerturbedWeights:
-        """Returns the inputs of the wrapped objective and the perturbations of the weights."""
+        """Returns the inputs of the wrapped objective and the gradients for the perturbations of the weights."""
         inputs = self._objective.inputs(trainer, batch)
-        return AtPerturbedWeights(inputs, self._perturbations(trainer, batch, inputs))
+        return AtPerturbedWeights(inputs, self._ascent(trainer, batch, inputs))
+
+    def exchanged(self, trainer: Trainer, inputs: AtPerturbedWeights) -> AtPerturbedWeights:
+        """Returns the inputs with the perturbations of the weights, which depend on the loss of the whole batch."""
+        gradients = inputs.perturbations
+        if trainer.num_replicas > 1:
+            gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+        weights = [tf.convert_to_tensor(weight.value) for weight in perturbed_weights(trainer.classifier)]
+        perturbations = [weight_perturbation(*pair, self._gamma) for pair in zip(weights, gradients, strict=True)]
+        return inputs._replace(perturbations=perturbations)
 
     def forward(self, trainer: Trainer, batch: Batch, inputs: AtPerturbedWeights) -> Outputs:
         """Runs the forward pass of the wrapped objective at the perturbed weights."""
@@ -53,7 +68,7 @@ class AdversarialWeights(Objective):
         pairs = zip(weights, inputs.perturbations, strict=True)
         # The variables keep their values, but their gradient is taken at the perturbed values.
         values = [(weight, weight.value + perturbation) for weight, perturbation in pairs]
-        with keras.StatelessScope(values) as scope:
+        with Scope(values) as scope:
             outputs = self._objective.forward(trainer, batch, inputs.inputs)
         for variable in classifier.non_trainable_variables:
             value = scope.get_current_value(variable)
@@ -65,15 +80,15 @@ class AdversarialWeights(Objective):
         """Returns the loss of the wrapped objective."""
         return self._objective.loss(trainer, batch, outputs)
 
-    def _perturbations(self, trainer: Trainer, batch: Batch, inputs: Any) -> list[tf.Tensor]:
-        """Finds the perturbations by one gradient step that increases the loss of this batch."""
+    def _ascent(self, trainer: Trainer, batch: Batch, inputs: Any) -> list[tf.Tensor]:
+        """Returns the gradients of the loss of this batch with respect to the weights to perturb."""
         weights = [tf.convert_to_tensor(weight.value) for weight in perturbed_weights(trainer.classifier)]
         none = [tf.zeros_like(weight) for weight in weights]
 
         def gradients() -> list[tf.Tensor]:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(none)
-                with keras.StatelessScope():  # this pass must update neither statistics nor metrics
+                with Scope():  # this pass must update neither statistics nor metrics
                     outputs = self.forward(trainer, batch, AtPerturbedWeights(inputs, none))
                     loss = self.loss(trainer, batch, outputs)
                 scaled_loss = trainer.optimizer.scale_loss(loss)
@@ -84,12 +99,8 @@ class AdversarialWeights(Objective):
 
         if self._warmup_steps:
             started = tf.cast(trainer.optimizer.iterations, tf.float32) >= self._warmup_steps
-            found = tf.cond(started, gradients, lambda: none)
-        else:
-            found = gradients()
-        if trainer.num_replicas > 1:  # the perturbation depends on the loss of the whole batch
-            found = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, found)
-        return [weight_perturbation(*pair, self._gamma) for pair in zip(weights, found, strict=True)]
+            return list(tf.cond(started, gradients, lambda: none))
+        return gradients()
 
 
 def perturbed_weights(classifier: keras.Model) -> list[keras.Variable]:

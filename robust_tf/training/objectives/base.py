@@ -73,17 +73,24 @@ class Trainer(Protocol):
 class Objective:
     """Base class of the objectives: defines what a training step minimizes.
 
-    In each step the trainer calls `inputs`, `forward` and `loss`, in this order. Only `forward` and `loss` run under
-    the gradient tape of the weights.
+    In each step the trainer calls `inputs`, `exchanged`, `forward` and `loss`, in this order. Only `forward` and `loss`
+    run under the gradient tape of the weights. With several replicas XLA may compile all of them but `exchanged`, so
+    only `exchanged` may use what the other replicas have computed.
 
     Attributes:
-        passes: Number of forward passes per step that update BatchNorm's moving statistics.
+        passes: Number of forward passes in `forward` that update BatchNorm's moving statistics.
+        input_passes: Number of forward passes in `inputs` that update BatchNorm's moving statistics.
+        inputs_train: Whether `inputs` runs the network in training mode, whether or not it updates the statistics.
+        exchanges: Whether `exchanged` does anything.
         replays: Number of optimizer steps on each batch.
         knows_clean_figures: Whether the clean metrics are known without an extra forward pass, because `inputs` updates
             them with `trainer.update_clean` or because there is no attack.
     """
 
     passes = 1
+    input_passes = 0
+    inputs_train = False
+    exchanges = False
     replays = 1
     knows_clean_figures = True
 
@@ -93,8 +100,12 @@ class Objective:
         return []
 
     def inputs(self, trainer: Trainer, batch: Batch) -> Any:
-        """Returns the inputs of `forward`, such as the adversarial images."""
+        """Returns the inputs of `exchanged` and `forward`, such as the adversarial images: tensors in any structure."""
         raise NotImplementedError
+
+    def exchanged(self, trainer: Trainer, inputs: Any) -> Any:
+        """Returns the inputs of `forward` after the replicas have exchanged what they need of each other."""
+        return inputs
 
     def forward(self, trainer: Trainer, batch: Batch, inputs: Any) -> Outputs:
         """Returns the outputs for these inputs, with the network in training mode."""

@@ -96,9 +96,9 @@ def moved_perturbation(perturbation: tf.Tensor, gradient: tf.Tensor, attack: Att
     Source: Shafahi et al. 2019, arXiv 1904.12843, algorithm 1 (linf; the step is epsilon there).
     """
     finite = tf.reduce_all(tf.math.is_finite(gradient), axis=(1, 2, 3), keepdims=True)
-    gradient = tf.where(finite, gradient, 0.0)
+    gradient = tf.where(finite, gradient, tf.zeros_like(gradient))
     moved = perturbation + NORMS[attack.norm].step(gradient, attack.step_size)
     if attack.norm == "linf":
         return tf.clip_by_value(moved, -attack.epsilon, attack.epsilon)
     length = l2_norm(moved)
-    return moved * tf.where(length > attack.epsilon, attack.epsilon / (length + 1e-7), 1.0)
+    return moved * tf.where(length > attack.epsilon, attack.epsilon / (length + 1e-7), tf.ones_like(length))

@@ -24,7 +24,8 @@ class AdversarialLoss(Objective):
 
     def __init__(self, *, attack_mode: AttackMode, attack_passes: int, random_start: bool) -> None:
         self._training = attack_mode == "training"
-        self.passes = 1 + (attack_passes if self._training else 0)
+        self.inputs_train = self._training
+        self.input_passes = attack_passes if self._training else 0
         # Without a random start the first forward pass of the attack is on the clean images. In training mode it
         # does not provide the clean metrics, which are defined for inference mode.
         self.knows_clean_figures = not (self._training or random_start)
