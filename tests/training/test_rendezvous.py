@@ -14,7 +14,7 @@ from robust_tf.errors import UserError
 from robust_tf.training import rendezvous
 from robust_tf.training.interruption import Interrupted, signals_raise
 from robust_tf.training.rendezvous import ask, lost_workers, wait_for_workers
-from tests.training.workers import free_ports
+from tests.training.workers import free_ports, wait_until
 
 # The first bytes that TensorFlow 2.21 sends to whoever connects: a SETTINGS frame of HTTP/2.
 TENSORFLOW = bytes.fromhex("000018040000000000000400400000000500400000")
@@ -133,25 +133,36 @@ def test_signals_are_obeyed_even_while_the_name_of_a_host_is_looked_up(monkeypat
     assert time.monotonic() - start < 5
 
 
-def test_a_worker_that_goes_away_again_is_waited_for():
+def test_a_worker_that_goes_away_again_is_waited_for(monkeypatch):
     addresses = free_addresses(3)
     ports = [int(address.rpartition(":")[2]) for address in addresses]
-    asked = threading.Event()
+    seen: list[bool] = []  # whether worker 1 was there, each time that it was asked
+    ended = threading.Event()
+
+    def remembered(address: str, *, worker: int, num_workers: int) -> rendezvous.Answer:
+        answer = ask(address, worker=worker, num_workers=num_workers)
+        if worker == 1:
+            seen.append(answer.present)
+        return answer
 
     def come_and_go() -> None:
         with server(b"robust_tf worker 1 of 3\n", port=ports[1]):
-            time.sleep(0.5)
+            wait_until(lambda: any(seen), seconds=30)
+        gone = len(seen)
+        wait_until(lambda: len(seen) > gone + 1, seconds=30)
         with server(b"robust_tf worker 2 of 3\n", port=ports[2]):
-            asked.wait(30)
+            ended.wait(30)
 
+    monkeypatch.setattr(rendezvous, "ask", remembered)
     thread = threading.Thread(target=come_and_go)
     thread.start()
     try:
         with pytest.raises(UserError, match=r"no worker 1 \([^)]*\) within"):
-            wait_for_workers(addresses, worker=0, timeout=2)
+            wait_for_workers(addresses, worker=0, timeout=5)
     finally:
-        asked.set()
+        ended.set()
         thread.join()
+    assert True in seen
 
 
 @pytest.mark.parametrize(
