@@ -186,6 +186,10 @@ def test_the_ids_are_in_the_order_of_the_results(data_dir, workers, replicas):
     [
         ({"distribution": "mirored"}, "Did you mean 'mirrored'"),
         ({"distribution": "mirrored", "precision": "mixed_float16"}, "--precision=mixed_bfloat16 on several"),
+        (
+            {"distribution": "mirrored", "epsilon": 0.5, "attack_mode": "training", "attack_steps": 3},
+            "works on one device only. Received: --attack_mode=training --attack_steps=3",
+        ),
         ({"distribution": "tpu", "jit_compile": "true"}, "leave out --jit_compile. Received: --jit_compile=true"),
         ({"distribution": "tpu", "accumulate_steps": 2}, "--accumulate_steps works on one device only"),
     ],

@@ -17,6 +17,7 @@ import pytest
 import tensorflow as tf
 
 from robust_tf.console import console
+from robust_tf.errors import UserError
 from robust_tf.training import AdversarialTrainer, AttackConfig
 from robust_tf.training.distribution import Distribution
 from robust_tf.training.objectives import Recipe
@@ -82,7 +83,8 @@ def test_two_hundred_steps_compile_nothing_and_leave_no_threads_or_memory(tmp_pa
     early, late = in_a_process_of_two_devices("steady", str(tmp_path), **environment)
     assert late["steps"] - early["steps"] == 200
     assert early["modules"] == late["modules"] == 4  # training and evaluation on two replicas
-    assert late["threads"] <= early["threads"]
+    # The last thread of a pool may start late. A leak would be of one or more in each step.
+    assert late["threads"] - early["threads"] <= 3
     assert late["megabytes"] - early["megabytes"] < 20
 
 
@@ -109,6 +111,15 @@ def test_scopes_can_be_nested():
     assert float(inner.get_current_value(one)) == 11.0
     assert outer.get_current_value(two) is None
     assert float(one) == 1.0 and float(two) == 2.0
+
+
+def test_an_attack_of_several_steps_in_training_mode_is_refused(monkeypatch):
+    strategy = tf.distribute.get_strategy()
+    monkeypatch.setattr(type(strategy.extended), "_num_replicas_in_sync", 2)
+    assert strategy.num_replicas_in_sync == 2
+    build(jit_compile=False, attack=FGSM, recipe=Recipe(attack_mode="training"))
+    with pytest.raises(UserError, match="attack_mode='training' and 3 steps on 2 replicas. Use one step"):
+        build(jit_compile=False, recipe=Recipe(attack_mode="training"))
 
 
 def test_one_replica_compiles_no_parts():
