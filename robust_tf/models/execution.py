@@ -56,7 +56,7 @@ class Execution:
 
     def __init__(self, classifier: keras.Model, *, unbiased: bool = False, fused: bool = True) -> None:
         self._classifier, self._unbiased, self._is_fused = classifier, unbiased, fused
-        # Each replica has its own thread, and must use the tensors of its own device.
+        # Each replica has its own thread, and must use the tensors that are on its device.
         self._kept = threading.local()
         self._foldings: dict[str, _FoldedConvolution] = {}
         self._fused: dict[int, keras.layers.BatchNormalization] = {}
@@ -202,7 +202,11 @@ class _FoldedConvolution(_Wrapper):
 
     def __init__(self, conv: keras.layers.Layer, norm: keras.layers.BatchNormalization, kept: Any) -> None:
         super().__init__(conv)
-        self._norm, self._kept = norm, kept
+        self._norm, self._kept, self._known_size = norm, kept, False
+
+    def compute_output_spec(self, inputs: keras.KerasTensor) -> Any:
+        self._known_size = None not in inputs.shape[1:]
+        return super().compute_output_spec(inputs)
 
     def folded(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the kernel and the bias (channels,) that replace both layers, in the compute dtype."""
@@ -227,9 +231,8 @@ class _FoldedConvolution(_Wrapper):
         """Whether the convolution is computed on blocks of 2 x 2 pixels."""
         conv = self.layer
         few = type(conv) is keras.layers.Conv2D and conv.groups == 1 and conv.kernel.shape[2] <= _IMAGE_CHANNELS
-        known = None not in self.layer.input.shape[1:]
         plain = conv.data_format == "channels_last" and conv.padding == "valid" and conv.dilation_rate == (1, 1)
-        return few and known and plain and conv.strides == (2, 2)
+        return self._known_size and few and plain and conv.strides == (2, 2)
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         conv = self.layer

@@ -206,6 +206,17 @@ def test_a_stem_with_stride_two_is_computed_on_blocks(kernel_size, height):
     assert "SpaceToDepth" in [operation.type for operation in graph.get_operations()]
 
 
+def test_a_stem_that_was_first_called_on_images_of_another_size():
+    conv, norm = keras.layers.Conv2D(4, 3, strides=2), keras.layers.BatchNormalization()
+    for size in (12, None):
+        inputs = keras.Input((size, size, 3))
+        model = keras.Model(inputs, norm(conv(inputs)))
+    execution, x = Execution(model), tf.constant(RNG.random((2, 9, 10, 3), np.float32))
+    of_any_size = [tf.TensorSpec((None, None, None, 3))]
+    outputs = tf.function(lambda x: execution(x, training=False), input_signature=of_any_size)(x)
+    assert error(outputs, model(x, training=False)) < 1e-5
+
+
 @pytest.mark.parametrize("form", ["sequential", "nested", "sequential in functional", "shared", "axis", "masked"])
 def test_other_forms_of_models_give_the_answers_of_keras(form):
     layers = keras.layers
