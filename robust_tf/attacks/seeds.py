@@ -84,7 +84,7 @@ def _random_bits(seeds: tf.Tensor, shape: tf.Tensor | Sequence[int]) -> list[tf.
     """
     seeds = tf.cast(seeds, tf.int64)  # keeps the sign, as TensorFlow does
     counter = [_low(seeds[:, 0]), _high(seeds[:, 0]), _low(seeds[:, 1]), _high(seeds[:, 1])]
-    # TensorFlow first scrambles the pair with a key of its own, into a key and the upper half of the counter.
+    # As in TensorFlow, a fixed key scrambles the pair. The result is the key and the upper half of the counter.
     zero = tf.zeros_like(counter[0])
     *key, third, fourth = _philox(counter, [zero + 0x3EC8F720, zero + 0x02461E29])
     blocks = -(-tf.reduce_prod(tf.cast(shape, tf.int64)) // 4)

@@ -74,7 +74,7 @@ class OptimizationConfig:
     tf32: bool = flag(
         True,
         "Let NVIDIA GPUs since Ampere multiply float32 numbers in TF32, as TensorFlow does by default. It rounds the "
-        "factors to 10 bits of mantissa, and is several times faster. With --notf32, results on a GPU equal a CPU's up "
+        "factors to 10 bits of mantissa, and is faster. With --notf32, results on a GPU equal a CPU's up "
         "to rounding. Nothing changes on a CPU or in half precision.",
     )
     jit_compile: JitCompile = flag(

@@ -29,7 +29,7 @@ class Execution:
       every call, so the folded kernel follows the training and passes gradients on to the weights.
     - A folded convolution of an image with stride 2, as in the stem of a ResNet, is computed on blocks of 2 x 2 pixels,
       as a convolution of four times as many channels with stride 1. The gradient of the image, which only an attack
-      needs, is several times faster that way.
+      needs, is faster that way (see tests/bench/README.md).
 
     The classifier is not changed. It stays an ordinary Keras model, and its file can be loaded without this package,
     because only the calls of its layers are replaced here. Layers for which there is no faster way, and models that
@@ -40,8 +40,8 @@ class Execution:
         unbiased: Whether the moving variances of the layers in `fused_layers` follow the unbiased variance of the
             batch, as in PyTorch, instead of the biased one, as in Keras. Layers whose input size is unknown always
             follow the biased one.
-        fused: Whether one operation computes BatchNorm in training mode. XLA fuses Keras's operations by itself, into
-            faster code (see tests/bench/README.md).
+        fused: Whether one operation computes BatchNorm in training mode. XLA fuses Keras's operations by itself, and the
+            one operation was not found to be faster there (see tests/bench/README.md).
 
     Example:
         >>> import keras, numpy

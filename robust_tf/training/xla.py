@@ -146,7 +146,7 @@ def execution_line(
         how = "compiled with XLA" if jit_compile == "auto" or accelerated else "compiled with XLA, slow on a CPU"
         how += ", except for the exchange between the replicas" if replicas > 1 else ""
     elif jit_compile == "false":
-        how = f"not compiled with XLA (--jit_compile=false){', which is several times slower on a GPU' if gpu else ''}"
+        how = f"not compiled with XLA (--jit_compile=false){', which is slower on a GPU' if gpu else ''}"
     elif jit_compile == "auto" and not accelerated:
         how = "not compiled with XLA, which is slow on a CPU (--jit_compile=true compiles anyway)"
     else:

@@ -214,7 +214,7 @@ def test_a_model_that_xla_cannot_compile_is_refused_or_runs_without_it(case, mon
     state = last(cascade(compiled, images, labels, **attack))
     assert not compiled.jit_compile
     assert len(told) == 2 and told[1].endswith("The attacks run without XLA.")
-    # On a GPU the batches stay whole without XLA, too.
+    # On a GPU, batches keep their size even without XLA.
     assert compiled.sizes("square") == [10]
     monkeypatch.undo()
     plain = last(cascade(in_python, images, labels, **attack))

@@ -162,7 +162,7 @@ def test_a_worker_that_goes_away_again_is_waited_for(monkeypatch):
     finally:
         ended.set()
         thread.join()
-    assert True in seen
+    assert any(seen)  # worker 1 was there for a while
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ LINES = [
     ("GPU", {"compiled": True, "deterministic": True}, "compiled with XLA; deterministic kernels, slower on a GPU; "),
     ("GPU", {"compiled": True}, "products in TF32 (--notf32: in float32)."),
     ("GPU", {"compiled": True, "tf32": False}, "products in full precision."),
-    ("GPU", {"jit_compile": "false", "precision": "mixed_bfloat16"}, "(--jit_compile=false), which is several times"),
+    ("GPU", {"jit_compile": "false", "precision": "mixed_bfloat16"}, "(--jit_compile=false), which is slower on a GPU"),
     ("GPU", {"compiled": True, "replicas": 2}, "compiled with XLA, except for the exchange between the replicas;"),
     ("GPU", {}, "because a layer of the network does not support it"),
 ]
