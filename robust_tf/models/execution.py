@@ -40,8 +40,8 @@ class Execution:
         unbiased: Whether the moving variances of the layers in `fused_layers` follow the unbiased variance of the
             batch, as in PyTorch, instead of the biased one, as in Keras. Layers whose input size is unknown always
             follow the biased one.
-        fused: Whether one operation computes BatchNorm in training mode. XLA fuses Keras's operations by itself, and the
-            one operation was not found to be faster there (see tests/bench/README.md).
+        fused: Whether one operation computes BatchNorm in training mode. XLA fuses Keras's operations by itself, and
+            the one operation was not found to be faster there (see tests/bench/README.md).
 
     Example:
         >>> import keras, numpy
