@@ -29,7 +29,8 @@ def start(work: pathlib.Path, name: str, cache: str, device: str) -> subprocess.
     flags = ["--flagfile=configs/quickstart_source.cfg", "--epochs=3", "--alarm_every_epochs=100", "--deterministic"]
     flags += [f"--workdir={work / name}", f"--cache_dir={work / cache}"]
     flags += ["--precision=mixed_bfloat16"] if device == "GPU" else ["--jit_compile=true", *SMALL]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
     if device == "CPU":
         environment["CUDA_VISIBLE_DEVICES"] = "-1"
     command = [sys.executable, "-u", "-m", "robust_tf.train", *flags]

@@ -105,9 +105,6 @@ for precision in float32 mixed_bfloat16 mixed_float16; do
   train "${precision}${xla[0]#--jit_compile}" --nodeterministic --precision="$precision" "${xla[@]}" "${smaller[@]}"
 done
 
-# With XLA and deterministic kernels, a repeated and a continued training end bit-equal.
-[[ $device == GPU ]] && start deterministic "$python" tests/gpu_checks.py
-
 # PGD equals the reference within the tolerance of the tests, and a GPU finds the images that a CPU finds. The tests turn
 # TF32 off, whose mantissa has 10 bits.
 start pgd "$python" -m pytest -q -p no:cacheprovider --basetemp="$work/pytest" \

@@ -161,6 +161,7 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
     )
     try:
         with out_of_memory_explained(job, fit.classifier), signals_held_back() as pending:
+            stop_on_nan = StopOnNaN()
             save = SaveProgress(
                 checkpoints,
                 progress,
@@ -170,8 +171,9 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
                 pending=pending,
                 rate=lambda: bar.images_per_second,
                 distribution=distribution,
+                before_save=stop_on_nan.check,
             )
-            callbacks = _callbacks(fit, bar, save, progress)
+            callbacks = _callbacks(fit, stop_on_nan, bar, save, progress)
             unfreeze_at = job.transfer.unfreeze_at_epoch
             if unfreeze_at is not None and not unfrozen:
                 callbacks.insert(0, UnfreezeAtEpoch(unfreeze_at, fit.classifier, recompile=compile_with))
@@ -301,11 +303,11 @@ def _position(progress: TrainingProgress, steps_per_epoch: int, epochs: int) -> 
 
 
 def _callbacks(
-    fit: _Fit, bar: ProgressBar, save: SaveProgress, progress: TrainingProgress
+    fit: _Fit, stop_on_nan: StopOnNaN, bar: ProgressBar, save: SaveProgress, progress: TrainingProgress
 ) -> list[keras.callbacks.Callback]:
     """Returns the callbacks in the order in which they must see the end of an epoch."""
     run, adversarial = fit.job.run, fit.job.adversarial
-    callbacks: list[keras.callbacks.Callback] = [StopOnNaN(), CompilingLines(), bar]
+    callbacks: list[keras.callbacks.Callback] = [stop_on_nan, CompilingLines(), bar]
     if run.profile_steps and fit.distribution.is_chief:
         callbacks.append(ProfileSteps(fit.board, *run.profile_steps))
     alarms = None

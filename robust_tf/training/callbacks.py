@@ -71,6 +71,8 @@ class SaveProgress(keras.callbacks.Callback):
             has run none of its steps.
         distribution: Distribution of the job. The chief writes the files. All processes save and stop after the same
             step, whichever of them received the signal.
+        before_save: Function that is called before the state of a training step is saved, and that raises an error if
+            it must not be saved.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class SaveProgress(keras.callbacks.Callback):
         pending: PendingSignal,
         rate: Callable[[], float],
         distribution: Distribution,
+        before_save: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
+        self._before_save = before_save
         self._checkpoints, self._progress, self._select_by, self._rate = checkpoints, progress, select_by, rate
         self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
         self._pending, self._distribution = pending, distribution
@@ -159,6 +163,7 @@ class SaveProgress(keras.callbacks.Callback):
             variable.assign(value)
 
     def _save(self) -> None:
+        self._before_save()
         now = time.perf_counter()
         self._progress.seconds += now - self._since
         state = named_arrays(self.model.state)  # in every process, because reading the metrics involves all of them
@@ -176,22 +181,43 @@ class StopOnNaN(keras.callbacks.Callback):
 
     The loss of a step is measured before its update. If the update of the last step of an epoch breaks the weights,
     the validation loss shows it.
+
+    A loss is read one step later than it is computed, because reading it waits for the device. This way a GPU already
+    has the next step to compute while Python prepares the one after it.
     """
+
+    _unread: tuple[int, Any] | None = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes the number of the epoch."""
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Checks the training loss."""
-        self._check(logs, "loss", f"step {batch + 1}")
+        """Checks the training loss of the step before."""
+        self.check()
+        self._unread = (batch, (logs or {}).get("loss", 0.0))
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Checks the training loss of the last step of the epoch."""
+        self.check()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Checks the validation loss."""
-        self._check(logs, "val_loss", "the validation")
+        """Checks the losses of the last step and of the validation."""
+        self.check()
+        self._check((logs or {}).get("val_loss", 0.0), "val_loss", "the validation")
 
-    def _check(self, logs: dict[str, Any] | None, name: str, where: str) -> None:
-        loss = float((logs or {}).get(name, 0.0))
+    def check(self) -> None:
+        """Checks the training loss of the latest step now. Call it before the state of that step is saved.
+
+        Raises:
+            UserError: The loss is NaN or infinite.
+        """
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            self._check(unread[1], "loss", f"step {unread[0] + 1}")
+
+    def _check(self, value: Any, name: str, where: str) -> None:
+        loss = float(value)
         if not math.isfinite(loss):
             raise UserError(
                 f"The loss is no longer a finite number. Received: {name}={loss} in {where} of epoch "

@@ -42,6 +42,7 @@ class ProgressBar(keras.callbacks.Callback):
         self._task: TaskID | None = None
         self._epoch = self._first_epoch = 0
         self._traced = False
+        self._loss: Any = None
         self._steps_ended: float | None = None
         self._between_epochs = 0.0  # seconds for validation, alarms and checkpoints after the last finished epoch
 
@@ -64,7 +65,7 @@ class ProgressBar(keras.callbacks.Callback):
         self._images_before_start = 0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Updates the bar."""
+        """Updates the bar. It shows the loss of the step before, whose value is there without waiting for the device."""
         now = time.perf_counter()
         images = min((batch + 1) * self._batch_size, self._num_images)
         if not self._traced and images < self._num_images:
@@ -89,8 +90,9 @@ class ProgressBar(keras.callbacks.Callback):
                 total=self._total,
                 rate=rate,
                 ends=end_time(seconds),
-                figures=f"loss {(logs or {}).get('loss', float('nan')):.3f}",
+                figures="" if self._loss is None else f"loss {self._loss:.3f}",
             )
+        self._loss = (logs or {}).get("loss")
 
     @property
     def _total(self) -> int:

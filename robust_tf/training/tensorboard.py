@@ -133,6 +133,7 @@ class ProfileSteps(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Stops the profiler after the last step of the range."""
         if self._recording and self._step == self._last:
+            float((logs or {}).get("loss", 0.0))  # waits until the device has done the step
             self._stop()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
