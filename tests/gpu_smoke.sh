@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks a machine with one GPU in two minutes: training jobs run on it, PGD finds the same images as on a CPU, and
+# Checks a machine with one GPU in a few minutes: training jobs run on it, PGD finds the same images as on a CPU, and
 # compiled training repeats bit by bit.
 #   python -m pip install '.[and-cuda,test]' && tests/gpu_smoke.sh
 # Exits with 0 if everything works, with 1 if something is wrong, and with 3 if there is no GPU.

@@ -65,7 +65,7 @@ class ProgressBar(keras.callbacks.Callback):
         self._images_before_start = 0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Updates the bar. It shows the loss of the step before, whose value is there without waiting for the device."""
+        """Updates the bar. It shows the loss of the step before, which can be read without waiting for the device."""
         now = time.perf_counter()
         images = min((batch + 1) * self._batch_size, self._num_images)
         if not self._traced and images < self._num_images:

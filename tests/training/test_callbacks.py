@@ -2,6 +2,7 @@
 
 import types
 
+import keras
 import pytest
 
 from robust_tf.errors import UserError
@@ -27,7 +28,8 @@ class Loss:
 
 def test_the_loss_of_a_step_is_read_one_step_later():
     read: list[int] = []
-    callbacks = [StopOnNaN(), ProgressBar(num_images=40, batch_size=10, epochs=1, adversarial=False)]
+    stop_on_nan, bar = StopOnNaN(), ProgressBar(num_images=40, batch_size=10, epochs=1, adversarial=False)
+    callbacks: tuple[keras.callbacks.Callback, ...] = (stop_on_nan, bar)
     for callback in callbacks:
         callback.on_train_begin()
         callback.on_epoch_begin(0)
@@ -36,8 +38,8 @@ def test_the_loss_of_a_step_is_read_one_step_later():
             callback.on_train_batch_end(step, {"loss": Loss(step, 1.0, read)})
         assert step not in read
         assert read.count(step - 1) == 2 * (step > 0)
-    callbacks[0].on_test_begin()
-    callbacks[1].close()
+    stop_on_nan.on_test_begin()
+    bar.close()
     assert read.count(3) == 1
 
 

@@ -1,7 +1,7 @@
 """The share of a device's speed that a training step reaches, as measured on a GPU, and the flags that keep XLA out.
 
-After a new measurement, change the numbers in MEASURED, and the GPU and the command beside them if they differ. Nothing
-else depends on them: the plans, and the tests that compare plans with the measurements, follow.
+After a new measurement, change the numbers in MEASURED, and the command beside them if it differs. Nothing else depends
+on them: the plans, and the tests that compare plans with the measurements, follow.
 """
 
 import dataclasses
@@ -23,12 +23,14 @@ class Measured:
     """What one kind of training step reached.
 
     Attributes:
+        gpu: Name of the GPU in `DEVICES`.
         compiled: Whether XLA compiled the step.
         precision: Value of `--precision`.
         images_per_second: Speed of the training step, including the attack.
         peak_gib: Peak memory of the tensors in GiB.
     """
 
+    gpu: str
     compiled: bool
     precision: Precision
     images_per_second: float
@@ -38,7 +40,7 @@ class Measured:
     def utilization(self) -> float:
         """Share of the memory's bandwidth that this step reached, by the bytes that plans count."""
         moved = TRAFFIC_FACTOR * _MOVED[self.precision == "float32"] * self.images_per_second
-        return round(moved / DEVICES[MEASURED_ON].bandwidth, 3)
+        return round(moved / DEVICES[self.gpu].bandwidth, 3)
 
     @property
     def memory_factor(self) -> float:
@@ -48,17 +50,17 @@ class Measured:
         return max(1.0, round(images / (MEASURED_BATCH_SIZE * _PER_IMAGE[is_float32]), 2))
 
 
-# Measured with this command on one H200 (driver 580.159, TensorFlow 2.21), on 26 November 2026: PGD-3 training of
-# ResNet-50 at 224x224, L2, best iterate, batch 128. Its figures are the medians of 5 steps.
+# PGD-3 training of ResNet-50 at 224x224, L2, best iterate, batch 128, with TensorFlow 2.21 and driver 580.159:
 #   python -m tests.bench.gpu_step --shape=resnet50_224 --batches=128
-# The first row that fits is used; XLA has not been measured in float32 and float16.
-MEASURED_ON = "H200"
+# The H100 was measured on 27 November 2026 (medians of 9 steps), the H200 on 26 November (medians of 5 steps), when
+# Keras computed BatchNorm from several operations. XLA has not been measured in float32 and float16.
 MEASURED_BATCH_SIZE = 128
 MEASURED = (
-    Measured(compiled=True, precision="mixed_bfloat16", images_per_second=1702, peak_gib=5.20),
-    Measured(compiled=False, precision="mixed_bfloat16", images_per_second=352, peak_gib=9.44),
-    Measured(compiled=False, precision="mixed_float16", images_per_second=369, peak_gib=9.18),
-    Measured(compiled=False, precision="float32", images_per_second=394, peak_gib=12.2),
+    Measured(gpu="H100", compiled=True, precision="mixed_bfloat16", images_per_second=1590, peak_gib=5.20),
+    Measured(gpu="H100", compiled=False, precision="mixed_bfloat16", images_per_second=773, peak_gib=6.36),
+    Measured(gpu="H200", compiled=True, precision="mixed_bfloat16", images_per_second=1702, peak_gib=5.20),
+    Measured(gpu="H200", compiled=False, precision="mixed_float16", images_per_second=369, peak_gib=9.18),
+    Measured(gpu="H200", compiled=False, precision="float32", images_per_second=394, peak_gib=12.2),
 )
 # What plans count for this step, in half precision and in float32: the bytes that convolutions and matrix products move
 # for an image, the bytes that do not depend on the batch, and those for an image. A test counts them again.
@@ -67,19 +69,20 @@ _FIXED = (358.1e6, 306.9e6)
 _PER_IMAGE = (43.87e6, 87.74e6)
 
 
-def expected(*, compiled: bool, precision: Precision) -> Measured:
-    """Returns the measurement that is nearest to a job: the same precision if possible, compiled or not in any case.
-
-    Example:
-        >>> expected(compiled=True, precision="float32").precision
-        'mixed_bfloat16'
+def expected(*, compiled: bool, precision: Precision, gpu: str) -> Measured:
+    """Returns the measurement that is nearest to a job: compiled or not in any case, then the precision, then the GPU.
 
     Args:
         compiled: Whether XLA compiles the training step.
         precision: Value of `--precision`.
+        gpu: Name of the device in `DEVICES`. If it has not been measured, the first GPU that has been stands for it.
+
+    Example:
+        >>> expected(compiled=True, precision="float32", gpu="A100").gpu
+        'H100'
     """
     candidates = [row for row in MEASURED if row.compiled == compiled]
-    return next((row for row in candidates if row.precision == precision), candidates[0])
+    return max(candidates, key=lambda row: (row.precision == precision, row.gpu == gpu))
 
 
 def obstacle_to_xla(job: JobConfig, cluster: Cluster) -> str:

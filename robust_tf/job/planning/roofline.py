@@ -21,7 +21,6 @@ from robust_tf.errors import UserError
 from robust_tf.job.building import job_optimizer, job_recipe, optimizer_steps_per_epoch
 from robust_tf.job.planning.calibration import (
     COMPUTE_UTILIZATION,
-    MEASURED_ON,
     TRAFFIC_FACTOR,
     Measured,
     expected,
@@ -148,7 +147,7 @@ def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Clust
     attack_steps = attack.steps if attack.active else 0
     per_device, step = batch_size // count, work.step.total
     obstacle = obstacle_to_xla(job, cluster)
-    measured = expected(compiled=not obstacle, precision=precision)
+    measured = expected(compiled=not obstacle, precision=precision, gpu=cluster.device_name)
     shares = (given, given) if given is not None else (COMPUTE_UTILIZATION, measured.utilization)
 
     def roofline(needed: Work) -> tuple[float, float, float, float]:
@@ -219,7 +218,7 @@ def _utilization_rows(measured: Measured, obstacle: str, given: float | None) ->
         return {"XLA": xla, "utilization": f"{given:g} (--plan_utilization)"}
     return {
         "XLA": xla,
-        "utilization": f"{measured.utilization:g} of the memory bandwidth, as measured on one {MEASURED_ON} "
+        "utilization": f"{measured.utilization:g} of the memory bandwidth, as measured on one {measured.gpu} "
         f"{'with' if measured.compiled else 'without'} XLA in {measured.precision} (ResNet-50 at 224x224, PGD-3: "
         f"{measured.images_per_second:,.0f} images/s), or {COMPUTE_UTILIZATION:g} of the peak speed, as assumed",
     }
