@@ -172,6 +172,7 @@ class JobResults(Record):
         validation_value: Validation metric of the epoch that was kept.
         trainable_parameters: Number of parameters that were trained.
         total_parameters: Number of parameters of the classifier.
+        weights_sha256: SHA-256 of the classifier's weights.
         seconds: Seconds spent in training, including validation and checkpoints.
         images_per_second: Speed of the training steps in images per second, the median over the epochs.
         seed: Seed of the job.
@@ -221,6 +222,7 @@ class JobResults(Record):
     validation_value: float | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None
+    weights_sha256: str | None = None
     seconds: float | None = None
     images_per_second: float | None = None
     seed: int | None = None

@@ -20,7 +20,7 @@ LAYERS = [
     {"attacks", "data", "models", "results"},
     {"config"},
     {"flags", "console"},
-    {"errors", "files", "environment", "json_records", "keras_backend", "statistics"},
+    {"errors", "files", "sharing", "environment", "json_records", "keras_backend", "statistics"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Packages that are a public interface: `__all__` lists it.

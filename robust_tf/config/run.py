@@ -10,6 +10,7 @@ from robust_tf.errors import UserError
 from robust_tf.flags import flag, to_text
 
 DistributionKind = Literal["none", "mirrored", "multi_worker", "tpu"]
+OutputKind = Literal["all", "results"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,12 @@ class RunConfig:
         "recorded.",
         identity=False,
     )
+    outputs: OutputKind = flag(
+        "all",
+        "Files of a finished job. all: also the classifier, the report and the logs for TensorBoard. results: only "
+        "results.json, predictions.csv, history.csv and flags.cfg, for experiments with many jobs.",
+        identity=False,
+    )
     log_every_steps: int = flag(10, "Number of steps between two points in TensorBoard's step charts.", identity=False)
     export_dir: str = flag(
         "", "Folder below which the finished classifier is published as a new SavedModel version.", identity=False
@@ -94,6 +101,11 @@ class RunConfig:
         if self.seed >= 2**32:  # the limit of NumPy's global generator
             raise UserError(f"--seed must be below 2**32. Received: {self.seed}.")
         check_local_folders(self, ("workdir", "export_dir"))
+        if self.outputs == "results" and self.export_dir:
+            raise UserError(
+                "--outputs=results keeps no classifier that could be exported. Received: --outputs=results "
+                f"--export_dir={self.export_dir}. Use --outputs=all, or leave out --export_dir."
+            )
 
     @property
     def served_name(self) -> str:

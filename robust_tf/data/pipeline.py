@@ -25,6 +25,7 @@ from robust_tf.data.selection import checked_classes, part_masks
 from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.files import cache_folder
+from robust_tf.sharing import shared
 
 # The batch size does not change the results of an evaluation, but small batches take longer.
 _SMALLEST_EVALUATION_BATCH = 64
@@ -48,6 +49,7 @@ class TaskData:
             float32 of shape (batch, classes).
         seed: Seed for the order and the augmentation.
         fingerprint: Text that changes when other images or labels are in use.
+        test_fingerprint: Text that changes when other test images or labels are in use.
         skipped: Names of the broken images that were left out.
         notes: Sentences about the data that its users should read.
         worker: Number of this worker, from 0.
@@ -83,6 +85,7 @@ class TaskData:
     mixing: Mixing
     seed: int
     fingerprint: str
+    test_fingerprint: str = ""
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     worker: int = 0
@@ -358,8 +361,11 @@ def load_task(
             "worker must be a number from 0 to num_workers - 1, and batch_size a multiple of num_workers. Received: "
             f"worker={worker}, num_workers={num_workers}, batch_size={batch_size}."
         )
-    images = open_dataset(
-        name, data_folder(data.data_dir), split_seed=data.split_seed, skip_bad_images=data.skip_bad_images
+    images = shared(
+        ("data set", name, data.data_dir, data.split_seed, data.skip_bad_images),
+        lambda: open_dataset(
+            name, data_folder(data.data_dir), split_seed=data.split_seed, skip_bad_images=data.skip_bad_images
+        ),
     )
     names = images.class_names
     if classes is not None:
@@ -387,6 +393,8 @@ def load_task(
         new_labels = np.zeros(len(names), np.int32)
         new_labels[list(classes)] = np.arange(len(classes))
     digest = hashlib.sha256(f"{images.fingerprint} {classes}".encode())
+    test_digest = digest.copy()
+    test_digest.update(test_mask.tobytes())
     for mask in (train_mask, validation_mask, test_mask):
         digest.update(mask.tobytes())
     fingerprint = digest.hexdigest()
@@ -420,6 +428,7 @@ def load_task(
         mixing=data.mixing,
         seed=seed,
         fingerprint=fingerprint,
+        test_fingerprint=test_digest.hexdigest(),
         skipped=(
             *images.bad_images,
             *(getattr(images, part).name(int(index)) for part in broken for index in broken[part]),

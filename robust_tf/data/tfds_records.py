@@ -1,6 +1,7 @@
 """Reads a data set of TensorFlow Datasets (TFDS)."""
 
 import dataclasses
+import functools
 import pathlib
 import re
 from typing import Any
@@ -52,6 +53,10 @@ class TfdsPart:
 
     def labels(self) -> np.ndarray:
         """Returns all labels, (num_examples,) int64."""
+        return self._labels
+
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
         batches = self._read({self.label_key}).map(lambda example: example[self.label_key]).batch(4096)
         return np.concatenate([np.zeros(0, np.int64), *batches.as_numpy_iterator()])
 

@@ -13,7 +13,7 @@ from robust_tf.config.data import DataConfig
 from robust_tf.config.evaluation import DEFAULT_BATCH_SIZE
 from robust_tf.data import TaskData, load_task
 from robust_tf.errors import UserError, unknown_name
-from robust_tf.models import PUBLISHED, fetch_published, load_classifier
+from robust_tf.models import PUBLISHED, fetch_published, load_classifier, weights_sha256
 from robust_tf.results import FILE_NAME, JobResults, MeasuredAttack
 
 _PUBLISHED_DATASETS = {"imagenet": "imagenet2012", "fashion_mnist": "fashion_mnist"}
@@ -44,11 +44,7 @@ class Subject:
     @property
     def weights_sha256(self) -> str:
         """SHA-256 of the values and shapes of all weights. It does not depend on the file that holds them."""
-        digest = hashlib.sha256()
-        for weight in self.classifier.get_weights():
-            digest.update(f"{weight.dtype}{weight.shape}".encode())
-            digest.update(np.ascontiguousarray(weight).tobytes())
-        return digest.hexdigest()
+        return weights_sha256(self.classifier)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
             tf32=job.optimization.tf32,
         )
     )
-    if distribution.is_chief:
+    if distribution.is_chief and job.run.outputs == "all":
         write_config(fit.board, to_flag_file(job.resolved()))
     bar = ProgressBar(
         num_images=task.num_train,
@@ -321,7 +321,7 @@ def _callbacks(
             agree=fit.distribution.any,
         )
         callbacks.append(alarms)  # adds its measurements to the logs that the next callback charts
-    if fit.distribution.is_chief:
+    if fit.distribution.is_chief and run.outputs == "all":
         tensorboard = TensorBoardLogger(
             fit.board,
             attack=adversarial.validation_attack,

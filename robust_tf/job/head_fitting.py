@@ -14,14 +14,16 @@ from robust_tf.config.job import JobConfig
 from robust_tf.console import console, meter, track
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
+from robust_tf.evaluation.outcomes import Outcomes
 from robust_tf.files import cache_folder
 from robust_tf.flags import to_flag_file
 from robust_tf.job.building import job_loss, job_optimizer, optimizer_steps_per_epoch
 from robust_tf.job.patience import patience_of
+from robust_tf.job.testing import Evaluation
 from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.tensorboard import write_config, write_history
-from robust_tf.transfer.features import Features, stored_features
+from robust_tf.transfer.features import Features, stored_features, test_features
 from robust_tf.transfer.probes import PENALTIES, PROBES, metric_of
 
 # Bytes of features that an epoch holds in memory at once.
@@ -74,9 +76,10 @@ def fit_head(job: JobConfig, classifier: keras.Model, task: TaskData, workdir: p
     console.print(f"Features: {features.computed} computed, {features.hits} found stored, in {feature_seconds:.1f} s.")
     penalty = None
     if transfer.head == "sgd":
-        write_config(workdir / "tensorboard", to_flag_file(job.resolved()))
         progress = _train(job, classifier, features, task)
-        write_history(workdir / "tensorboard", progress.history)
+        if job.run.outputs == "all":
+            write_config(workdir / "tensorboard", to_flag_file(job.resolved()))
+            write_history(workdir / "tensorboard", progress.history)
     else:
         with meter("head", total=PENALTIES[transfer.head], unit="penalties") as bar:
             probe = PROBES[transfer.head](
@@ -96,6 +99,23 @@ def fit_head(job: JobConfig, classifier: keras.Model, task: TaskData, workdir: p
         f"{progress.best_value:.1%} on the validation part{f', penalty {penalty:.2g}' if penalty is not None else ''}."
     )
     return HeadFit(progress, features.hits, features.computed, feature_seconds, penalty)
+
+
+def can_test_features(job: JobConfig) -> bool:
+    """Returns whether the test of a job needs nothing but features: no attack, and no pictures of examples."""
+    return job.transfer.cached and job.run.outputs == "results" and not job.adversarial.evaluation_attack.active
+
+
+def evaluate_features(classifier: keras.Model, task: TaskData) -> Evaluation:
+    """Measures the clean accuracy as `evaluate_classifier` does, from the features of the test images.
+
+    Args:
+        classifier: Classifier whose head has been fitted.
+        task: Data of the job.
+    """
+    logits = np.asarray(_copy_of_head(classifier)(test_features(classifier, task), training=False))
+    labels = task.test_examples.labels().astype(np.int64)
+    return Evaluation(Outcomes(task.test_ids(), labels, logits.argmax(axis=1), None), logits.shape[-1])
 
 
 def _train(job: JobConfig, classifier: keras.Model, features: Features, task: TaskData) -> TrainingProgress:

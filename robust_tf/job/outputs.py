@@ -1,6 +1,7 @@
 """What a finished job writes and prints: its files, its table, its export, and the commands to run next."""
 
 import pathlib
+import shutil
 
 import keras
 
@@ -41,6 +42,12 @@ def write_job(
         results: Content of results.json.
     """
     workdir = pathlib.Path(job.run.workdir)
+    if job.run.outputs == "results":
+        evaluation.outcomes.write(workdir)
+        write_history(workdir, progress.history)
+        results.write(workdir / FILE_NAME)
+        shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+        return
     save_classifier(classifier, classifier_path(job))
     write_result(
         workdir / "tensorboard",
@@ -82,7 +89,7 @@ def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None 
         compared = with_baseline(results, baseline, workdir)
         if compared != results:  # the folder of a finished job may be read-only
             compared.write(workdir / FILE_NAME)
-        if compared != results or not (workdir / REPORT).exists():
+        if job.run.outputs == "all" and (compared != results or not (workdir / REPORT).exists()):
             with only_a_warning(f"The report of {workdir}"):
                 write_report(workdir)
         results = compared
@@ -91,7 +98,8 @@ def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None 
         console.print(line, soft_wrap=True)
     if job.run.export_dir:
         _publish(job, results)
-    print_next_commands(job)
+    if job.run.outputs == "all":
+        print_next_commands(job)
 
 
 def print_next_commands(job: JobConfig) -> None:

@@ -19,6 +19,7 @@ from robust_tf.flags import to_flag_file
 from robust_tf.job.head_fitting import HeadFit
 from robust_tf.job.patience import patience_of
 from robust_tf.job.testing import Evaluation
+from robust_tf.models import weights_sha256
 from robust_tf.results import BASELINE, FeatureCache, JobResults, MeasuredAttack
 from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.transfer.stages import parameter_counts
@@ -87,6 +88,7 @@ def job_results(
         validation_value=progress.best_value,
         trainable_parameters=trainable,
         total_parameters=total,
+        weights_sha256=weights_sha256(classifier),
         seconds=round(progress.seconds, 1),
         # Training steps only, at the median speed of the epochs; `seconds` includes validation and checkpoints.
         images_per_second=round(statistics.median(progress.rates), 1) if progress.rates else None,

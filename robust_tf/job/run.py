@@ -11,13 +11,13 @@ from robust_tf.errors import UserError
 from robust_tf.job.building import adapted_classifier, new_classifier
 from robust_tf.job.fitting import fit_classifier
 from robust_tf.job.half_precision import emulation_warning
-from robust_tf.job.head_fitting import HeadFit, fit_head
+from robust_tf.job.head_fitting import HeadFit, can_test_features, evaluate_features, fit_head
 from robust_tf.job.outputs import write_job, write_missing_report
 from robust_tf.job.results import job_results
 from robust_tf.job.sources import classifier_path, open_source, source_is_job, source_job, twin_job
 from robust_tf.job.task import load_job_task
 from robust_tf.job.testing import Evaluation, evaluate_classifier
-from robust_tf.job.workdir import claim_workdir, finished_results, release_workdir
+from robust_tf.job.workdir import check_kept, claim_workdir, finished_results, release_workdir
 from robust_tf.results import BASELINE, JobResults
 from robust_tf.training.checkpoint import Checkpoints, TrainingProgress
 from robust_tf.training.distribution import Distribution, start_distribution
@@ -39,7 +39,9 @@ def run_job(job: JobConfig) -> JobResults:
     results = distribution.on_chief(lambda: finished_results(workdir))
     if distribution.any(results is not None):
         console.print(f"{workdir} is finished already.")
-        if distribution.is_chief and not job.transfer.baseline:
+        if results is not None:
+            check_kept(job, results)
+        if distribution.is_chief and not job.transfer.baseline and job.run.outputs == "all":
             write_missing_report(workdir)
         return results or JobResults()
 
@@ -134,6 +136,8 @@ def _fit(
 
 def _test(job: JobConfig, classifier: keras.Model, task: TaskData, distribution: Distribution) -> Evaluation:
     """Evaluates on the test part, which no other part of a job uses."""
+    if can_test_features(job):
+        return evaluate_features(classifier, task)
     compiled = distribution.num_replicas == 1 and compiles_with_xla(job.optimization.xla, classifier)
     if compiled:
         prepare_for_xla(classifier)

@@ -1,5 +1,6 @@
 """The source of a transfer: a file, a published model, or the classifier of another job."""
 
+import contextlib
 import pathlib
 
 import keras
@@ -8,6 +9,7 @@ from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.config.transfer import TransferConfig
 from robust_tf.console import console
 from robust_tf.models import pixel_warning
+from robust_tf.sharing import shared
 from robust_tf.transfer import sources
 
 
@@ -49,7 +51,17 @@ def open_source(path: str, transfer: TransferConfig, *, image_size: int | None) 
         transfer: Settings of the transfer.
         image_size: Image size, needed only for a checkpoint, since checkpoints do not store it.
     """
-    source = sources.load_source(path, architecture=transfer.architecture, image_size=image_size)
-    if warning := pixel_warning(source):
-        console.print(f"WARNING for {path}: {warning}")
-    return source
+
+    def load() -> keras.Model:
+        source = sources.load_source(path, architecture=transfer.architecture, image_size=image_size)
+        if warning := pixel_warning(source):
+            console.print(f"WARNING for {path}: {warning}")
+        return source
+
+    if not transfer.cached:  # training may change the weights
+        return load()
+    with contextlib.suppress(OSError):  # a published model is no file
+        status = pathlib.Path(path).stat()
+        key = (path, status.st_mtime_ns, status.st_size, transfer.architecture, image_size)
+        return shared(("source", *key), load)
+    return load()

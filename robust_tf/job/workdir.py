@@ -52,6 +52,20 @@ def finished_results(workdir: pathlib.Path) -> JobResults | None:
     return results
 
 
+def check_kept(job: JobConfig, results: JobResults) -> None:
+    """Refuses a finished job that kept less than is asked for now.
+
+    Args:
+        job: Job that is asked for.
+        results: Results that its workdir holds.
+    """
+    if job.run.outputs == "all" and "--outputs=results" in results.flags:
+        raise UserError(
+            f"{job.run.workdir} is finished, but only its results were kept. Received: --outputs=all, and "
+            "--outputs=results before. Choose another --workdir, or delete this one to run the job again."
+        )
+
+
 def check_export(job: JobConfig) -> None:
     """Refuses a name under which the classifier can't be published."""
     if job.run.export_dir:

@@ -10,6 +10,7 @@ import robust_tf.keras_backend  # noqa: F401  # before Keras is imported
 from robust_tf.models.architectures import ARCHITECTURES, Architecture, build_classifier
 from robust_tf.models.classifier_file import load_classifier, read_model, save_classifier
 from robust_tf.models.conversion import classifier_from_checkpoint
+from robust_tf.models.digest import weights_sha256
 from robust_tf.models.execution import Execution
 from robust_tf.models.plain import image_shape, outputs_of, pixel_warning, plain_classifier
 from robust_tf.models.published import PUBLISHED, PublishedModel, fetch_published, standard_twin
@@ -48,4 +49,5 @@ __all__ = [
     "save_classifier",
     "standard_twin",
     "to_reference_state",
+    "weights_sha256",
 ]

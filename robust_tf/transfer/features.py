@@ -19,7 +19,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -31,6 +31,7 @@ from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.files import is_not_writable, temporary_cache, write_json
 from robust_tf.models import features_of
+from robust_tf.sharing import shared
 
 # Raise this number when the content of a store changes. Stores of other formats are then not found, and the features
 # are computed again.
@@ -122,10 +123,7 @@ def stored_features(
     row_bytes = 4 * backbone.output_shape[-1]
     files = _files(task, views)
 
-    # Traced once for all files.
-    @tf.function(input_signature=[tf.TensorSpec([None, *backbone.input_shape[1:]], tf.float32)])
-    def compute(images: tf.Tensor) -> tf.Tensor:
-        return tf.cast(backbone(images, training=False), tf.float32)
+    compute = _function_of(backbone, key)
 
     def fill(store: pathlib.Path) -> int:
         """Completes a store and returns the number of rows that were computed."""
@@ -174,6 +172,44 @@ def stored_features(
         hits=sum(file.rows for file in files) - computed,
         computed=computed,
     )
+
+
+def test_features(classifier: keras.Model, task: TaskData) -> np.ndarray:
+    """Returns the features of the test images. They are not stored on disk.
+
+    Several jobs of one process that share objects compute them once.
+
+    Args:
+        classifier: Classifier whose features, the outputs of `features_of`, are computed in inference mode.
+        task: Task with the images.
+
+    Returns:
+        (num_test, feature_dim) float32, in the order of `task.test`.
+    """
+    backbone = features_of(classifier, name="backbone")
+    key = store_key(backbone, task, views=1)
+    compute = _function_of(backbone, key)
+    preprocessing = json.dumps(key["preprocessing"], sort_keys=True)
+    return shared(
+        ("test features", key["weights"], key["layers"], preprocessing, task.test_fingerprint),
+        lambda: np.concatenate([compute(images).numpy() for images, _ in task.test]),
+    )
+
+
+def _function_of(backbone: keras.Model, key: Mapping[str, Any]) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns the function of images that computes the features. It is traced once for all files of a store.
+
+    Args:
+        backbone: Model from images to features.
+        key: Key of a store with these features.
+    """
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *backbone.input_shape[1:]], tf.float32)])
+    def compute(images: tf.Tensor) -> tf.Tensor:
+        return tf.cast(backbone(images, training=False), tf.float32)
+
+    function: Callable[[tf.Tensor], tf.Tensor] = shared(("features", key["weights"], key["layers"]), lambda: compute)
+    return function
 
 
 def store_key(backbone: keras.Model, task: TaskData, views: int) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""Jobs that keep their results only, and jobs of one process that share objects: they compute what other jobs compute."""
+
+import json
+import pathlib
+
+import keras
+import pytest
+
+from robust_tf import train
+from robust_tf.config.job import JobConfig
+from robust_tf.errors import UserError
+from robust_tf.job import sources
+from robust_tf.models import build_classifier
+from robust_tf.sharing import shared, sharing
+
+SAME = ("clean_accuracy", "clean_accuracy_interval", "validation_value", "head_penalty", "weights_sha256", "seed")
+
+
+@pytest.fixture
+def job(tmp_path, data_dir):
+    """Returns a function that makes transfer jobs from one of two untrained sources to three digits."""
+    for seed, name in enumerate(("one", "other")):
+        keras.utils.set_random_seed(seed)
+        model = build_classifier("resnet8", 10, image_size=8, mean=(0.3,) * 3, std=(0.4,) * 3)
+        model.save(tmp_path / f"{name}.keras")
+
+    def make(name: str, source: str = "one", **changes) -> JobConfig:
+        settings = {
+            "task": "transfer",
+            "source": str(tmp_path / f"{source}.keras"),
+            "classes": (0, 1, 2),
+            "examples_per_class": 10,
+            "features": "cached",
+            "head": "lbfgs",
+            "augmentation": "none",
+            "epsilon": 0.0,
+            "outputs": "results",
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        return JobConfig.from_flags(workdir=str(tmp_path / name), data_dir=str(data_dir), **{**settings, **changes})
+
+    return make
+
+
+def run(config: JobConfig) -> tuple[dict, str]:
+    """Returns the results that a job must repeat, and its predictions.csv."""
+    train.run(config)
+    workdir = pathlib.Path(config.run.workdir)
+    results = json.loads((workdir / "results.json").read_text())
+    return {name: results[name] for name in SAME}, (workdir / "predictions.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head": "sgd", "epochs": 2, "hidden_layers": 1},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"eval_epsilon": 0.1}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_job_that_keeps_its_results_only_has_the_results_of_one_that_keeps_all(job, changes):
+    few, all_files = job("few", **changes), job("all", outputs="all", **changes)
+    assert run(few) == run(all_files)
+    kept = {path.name for path in pathlib.Path(few.run.workdir).iterdir()}
+    assert kept == {"results.json", "predictions.csv", "flags.cfg"} | (
+        {"history.csv"} if "epochs" in changes else set()
+    )
+
+
+@pytest.mark.slow
+def test_a_trained_network_leaves_its_results_only(job):
+    live = {"features": "live", "head": "sgd", "transfer_mode": "full_network", "epochs": 2, "learning_rate": 0.01}
+    few, all_files = job("few", **live), job("all", outputs="all", **live)
+    assert run(few) == run(all_files)
+    kept = {path.name for path in pathlib.Path(few.run.workdir).iterdir()}
+    assert kept == {"results.json", "predictions.csv", "flags.cfg", "history.csv"}
+
+
+@pytest.mark.slow
+def test_jobs_that_share_objects_compute_what_single_jobs_compute(job, monkeypatch):
+    kinds = [("one", 0), ("one", 1), ("other", 0), ("one", 0)]
+    alone = [run(job(f"alone{n}", source, seed=seed)) for n, (source, seed) in enumerate(kinds)]
+    loaded = []
+    original = sources.sources.load_source
+    monkeypatch.setattr(sources.sources, "load_source", lambda *a, **k: loaded.append(a) or original(*a, **k))
+    with sharing():
+        together = [run(job(f"shared{n}", source, seed=seed)) for n, (source, seed) in enumerate(kinds)]
+    assert together == alone
+    assert alone[0] != alone[1] != alone[2]
+    assert len(loaded) == 2
+
+
+def test_a_source_that_was_replaced_is_loaded_again(job, tmp_path):
+    with sharing():
+        first = run(job("first"))
+        (tmp_path / "one.keras").write_bytes((tmp_path / "other.keras").read_bytes())
+        assert run(job("second")) != first
+        assert run(job("third", "other")) == run(job("fourth"))
+
+
+def test_shared_objects_are_dropped_after_a_while_and_with_the_context():
+    made: list[str] = []
+
+    def make(name: str) -> str:
+        made.append(name)
+        return name
+
+    with sharing(most=2):
+        for name in ("a", "b", "a", "c", "a", "b"):
+            assert shared(name, lambda name=name: make(name)) == name
+        assert made == ["a", "b", "c", "b"]  # "b" was the least recently used when "c" came
+    shared("a", lambda: make("a"))
+    assert made[-1] == "a" and len(made) == 5
+
+
+def test_results_alone_cannot_be_exported_or_completed_later(job):
+    with pytest.raises(UserError, match=r"Received: --outputs=results --export_dir=exports\."):
+        job("few", export_dir="exports")
+    run(job("few"))
+    with pytest.raises(UserError, match="only its results were kept"):
+        train.run(job("few", outputs="all"))
+    train.run(job("few"))  # finished already
