@@ -150,7 +150,7 @@ def read_cells(path: pathlib.Path) -> list[Cell]:
         UserError: The file cannot be read, a column is missing, or a value has the wrong type.
 
     Example:
-        >>> _ = pathlib.Path("cells.csv").write_text("cell,seed\\n")
+        >>> _ = pathlib.Path("cells.csv").write_text("cell,seed")
         >>> read_cells(pathlib.Path("cells.csv"))
         Traceback (most recent call last):
         ...
