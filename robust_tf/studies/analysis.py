@@ -337,7 +337,7 @@ def _group(key: GroupKey, cells: Sequence[Cell]) -> Group:
         compared = {}
         for number, ((epsilon, _), _) in enumerate(ordered):
             pairs = {run: value - standard[run] for run, value in runs[number].items() if run in standard}
-            if epsilon != 0 and pairs:
+            if epsilon and pairs:
                 compared[number] = (pairs, _resolution(ordered[number][1]))
         differences = dict(zip(compared, _judged(list(compared.values())), strict=True))
         for number, each in enumerate(runs):

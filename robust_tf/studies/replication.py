@@ -104,7 +104,7 @@ class Replication:
         variance = between + fixed
         if variance == 0:
             return float(self.mean != 0)
-        freedom = _satterthwaite([(between, clusters - 1), (fixed, self.num_draws - 1)])
+        freedom = _satterthwaite(variance, [(between, clusters - 1), (fixed, self.num_draws - 1)])
         shift = abs(self.mean) / math.sqrt(variance)
         bound = stats.t.ppf(1 - level / 2, freedom)
         # The normal distribution stands in where SciPy's noncentral t has no number: for a very large shift.
@@ -159,11 +159,12 @@ def replicate(
         )
     rounding = resolution**2 / 12
     between = max(float(means.var(ddof=1)), rounding)
-    fixed, freedom_of_draws = _variance_of_draws(table)
+    fixed, parts = _variance_of_draws(table)
+    variance = between / count + fixed
     return Replication(
         **result,
-        standard_error=math.sqrt(between / count + fixed),
-        degrees_of_freedom=_satterthwaite([(between / count, count - 1), (fixed, freedom_of_draws)]),
+        standard_error=math.sqrt(variance),
+        degrees_of_freedom=_satterthwaite(variance, [(between / count, count - 1), *parts]),
         cluster_variance=between,
         draw_variance=fixed,
     )
@@ -225,20 +226,22 @@ def _table(values: Sequence[float], seeds: Sequence[int | None], draws: Sequence
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _variance_of_draws(table: np.ndarray) -> tuple[float, int]:
-    """Returns the variance of the mean that comes from the columns alone, and its degrees of freedom.
+def _variance_of_draws(table: np.ndarray) -> tuple[float, list[tuple[float, int]]]:
+    """Returns the variance of the mean that comes from the columns alone, and the parts that it was computed from.
 
     In the two-way random model, the mean of a column varies by the variance between columns and by a share of the
-    residual variance. The variance between the means of the rows holds that share, too, so it is taken away here.
+    residual variance. The variance between the means of the rows holds that share, too, so it is taken away here. Each
+    part is a variance with its degrees of freedom.
     """
     rows, columns = table.shape
-    filled = np.isfinite(table)
     residuals, freedom = _additive_residuals(table)
     if columns < 2 or freedom < 1:
-        return 0.0, 1
+        return 0.0, []
     of_columns = float(np.nanmean(table, axis=0).var(ddof=1)) / columns
-    residual = float((residuals**2).sum()) / freedom / int(filled.sum())
-    return max(0.0, of_columns - residual), columns - 1
+    residual = float((residuals**2).sum()) / freedom / int(np.isfinite(table).sum())
+    if of_columns <= residual:
+        return 0.0, []
+    return of_columns - residual, [(of_columns, columns - 1), (residual, freedom)]
 
 
 def _additive_residuals(table: np.ndarray) -> tuple[np.ndarray, int]:
@@ -253,9 +256,7 @@ def _additive_residuals(table: np.ndarray) -> tuple[np.ndarray, int]:
     return values - design @ effects, len(values) - int(rank)
 
 
-def _satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
-    """Returns the degrees of freedom of a sum of variances, each given with its own degrees of freedom."""
-    total = sum(variance for variance, _ in parts)
-    if total == 0:
-        return min(freedom for _, freedom in parts)
-    return total**2 / sum(variance**2 / freedom for variance, freedom in parts if variance > 0)
+def _satterthwaite(variance: float, parts: Sequence[tuple[float, float]]) -> float:
+    """Returns the degrees of freedom of a variance that is a sum or difference of parts, each with its own freedom."""
+    uncertainty = sum(part**2 / freedom for part, freedom in parts if part > 0)
+    return variance**2 / uncertainty if uncertainty else min(freedom for _, freedom in parts)
