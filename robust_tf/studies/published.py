@@ -87,6 +87,8 @@ _BEST: dict[str, tuple[tuple[tuple[float, float], ...], tuple[tuple[float, float
     ),
 }
 
+_MODES: tuple[Literal["fixed_feature", "full_network"], ...] = ("fixed_feature", "full_network")
+
 PUBLISHED_TRANSFERS: tuple[PublishedTransfer, ...] = tuple(
     PublishedTransfer(
         dataset=dataset,
@@ -95,8 +97,8 @@ PUBLISHED_TRANSFERS: tuple[PublishedTransfer, ...] = tuple(
         epsilon=float(epsilon),
         accuracy=round(percent / 100, 4),
     )
-    for dataset, (fixed_feature, full_network) in _BEST.items()
-    for mode, cells in (("fixed_feature", fixed_feature), ("full_network", full_network))
+    for dataset, modes in _BEST.items()
+    for mode, cells in zip(_MODES, modes, strict=True)
     for architecture, (epsilon, percent) in zip(_ARCHITECTURES, cells, strict=True)
 )
 
