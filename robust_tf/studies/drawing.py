@@ -76,6 +76,11 @@ def draw_panels(panels: Sequence[Panel], legend: str, y_label: str) -> Figure:
     colors = _colors(len(names), ordered=all(map(_is_number, names)))
     for axis, panel in zip(grid, panels, strict=True):
         _draw_panel(axis, panel, order, colors, narrow=len(panels) > 1)
+    means = [100 * estimate.mean for panel in panels for line in panel.lines for estimate in line.estimates]
+    means += [100 * accuracy for panel in panels for line in panel.lines for _, accuracy in line.published]
+    # A very wide band, as from two draws, may leave the plot, so that the lines do not become flat.
+    room = max(6.0, 0.5 * (max(means) - min(means)))
+    grid[0].set_ylim(max(-2.0, min(means) - room), min(102.0, max(means) + room))
     for axis in grid[::2]:
         axis.set_ylabel(f"{y_label}, %\n(band: 95 % interval)")
     handles: dict[str, Any] = {}

@@ -33,15 +33,16 @@ _OPEN_GROUPS = 6  # with more groups, their tables are collapsed
 _METHOD = (
     "Each cell is one training job, whose test images were used once, after the training. Hyperparameters such as the "
     "learning rate were chosen on the validation part.",
-    "A group is what has the same data set, mode, labels per class and kind of source. Its mean covers source seeds and "
-    "draws of the training labels.",
-    "Differences are paired: a robust source is compared with the standard source (epsilon 0) of the same seed, with the "
-    "same draw of the labels.",
+    "A group is what has the same data set, mode, labels per class and kind of source. Its mean covers source seeds "
+    "and draws of the training labels.",
+    "Differences are paired: a robust source is compared with the standard source (epsilon 0) of the same seed, with "
+    "the same draw of the labels.",
+    "The answer at the top averages the groups over the source seeds and draws that all of them share.",
     "Intervals and p-values come from one t test, clustered by source seed and by draw (two-way random effects). A "
     "percentile bootstrap clustered by source seed is in summary.csv for comparison; it is too narrow for few seeds, "
     "because it never reaches beyond the smallest and the largest mean of a seed.",
-    "Sources without a seed, such as published ones, are clustered by draw. Their intervals hold for other draws of the "
-    "labels, but not for other sources.",
+    "Sources without a seed, such as published ones, are clustered by draw. Their intervals hold for other draws of "
+    "the labels, but not for other sources.",
     "Better or worse means: p below 5 % after Holm's adjustment for the epsilons of the group. The number of runs that "
     "would decide is for 80 % power, if the true difference and variances equal the measured ones.",
     "The intervals hold for these test images. They do not say what other test images would give.",
@@ -268,17 +269,16 @@ def _published(groups: Sequence[Group]) -> str:
     if not rows:
         return ""
     head = ("group", "L2 epsilon", "published", "this study")
-    note = (
-        f'<p class="soft">{escape(SOURCE[0].upper() + SOURCE[1:])}. The best epsilon was chosen by the test images.</p>'
-    )
-    return note + table(head, rows, numbers=True)
+    note = f"{SOURCE[0].upper()}{SOURCE[1:]}. The best epsilon was chosen by the test images."
+    return f'<p class="soft">{escape(note)}</p>{table(head, rows, numbers=True)}'
 
 
 def _failures(failed: Sequence[Failure]) -> str:
-    return "".join(
-        f"<details><summary>{escape(each.name)}: {escape(each.error)}</summary><pre>{escape(each.details)}</pre></details>"
-        for each in failed
-    )
+    parts = []
+    for each in failed:
+        summary = escape(f"{each.name}: {each.error}")
+        parts.append(f"<details><summary>{summary}</summary><pre>{escape(each.details)}</pre></details>")
+    return "".join(parts)
 
 
 def _gaps(missing: Sequence[Gap], groups: Sequence[Group]) -> str:

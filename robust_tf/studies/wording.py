@@ -123,4 +123,5 @@ def _over(estimate: Replication) -> str:
     draws = f"{estimate.num_draws} draw{'s' if estimate.num_draws > 1 else ''} of the labels"
     if estimate.cluster == "draw":
         return f", over {draws}; it says nothing about other sources, because each is a single one"
-    return f", over {estimate.num_seeds} source seeds and {draws}"
+    alone = "; it says nothing about other draws" if estimate.num_draws == 1 else ""
+    return f", over {estimate.num_seeds} source seeds and {draws}{alone}"
