@@ -7,13 +7,14 @@ color-blind readers and black-and-white prints can tell them apart.
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from robust_tf.evaluation.figures import pyplot
 from robust_tf.studies.analysis import Group, Place
@@ -26,7 +27,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 _STAR: dict[str, Any] = {"linestyle": "", "marker": "*", "markersize": 13, "markerfacecolor": "none"}
 _DASHES = ("-", "--", "-.", ":")
-_WIDTH = 6.4  # inches: 11-point letters are still legible when a phone shows the figure at half size
+_WIDTH = 5.6  # inches: 11-point letters are still legible when a phone shows the figure at half size
 
 
 class Line(NamedTuple):
@@ -111,7 +112,7 @@ def _draw_panel(axis: Axes, panel: Panel, order: dict[str, int], colors: Sequenc
                 x, 100 * y, "*", markersize=13, markerfacecolor="none", markeredgecolor=color, label=PUBLISHED_LABEL
             )
     axis.set_xticks(range(len(panel.ticks)), panel.ticks)
-    if sum(map(len, panel.ticks)) > (18 if narrow else 40):
+    if sum(map(len, panel.ticks)) > (15 if narrow else 34):
         axis.tick_params(axis="x", rotation=60)
     axis.set_xlim(-0.4, len(panel.ticks) - 0.6)
     axis.set_xlabel(panel.x_label, fontsize="small")
@@ -179,7 +180,9 @@ def draw_sources(panels: Sequence[tuple[str, Sequence[tuple[Group, Place]]]]) ->
     names = list(dict.fromkeys(group.key.source_architecture for group, _ in points))
     markers = {name: _MARKERS[number % len(_MARKERS)] for number, name in enumerate(names)}
     handles = {
-        (f"{norm_text(norm)} {epsilon_text(epsilon, norm)}" if epsilon else "epsilon 0"): Line2D([], [], color=color)
+        (f"{norm_text(norm)} {epsilon_text(epsilon, norm)}" if epsilon else "epsilon 0"): Line2D(
+            [], [], color=color, linestyle=_line_style(norm)
+        )
         for (norm, epsilon), color in colors.items()
     }
     handles |= {name: Line2D([], [], color="gray", linestyle="", marker=markers[name]) for name in names}
@@ -189,7 +192,7 @@ def draw_sources(panels: Sequence[tuple[str, Sequence[tuple[Group, Place]]]]) ->
     for axis, (title, inside) in zip(grid, panels, strict=True):
         for threat in sources:
             found = [point for point in inside if _threat(*point) == threat]
-            _draw_threat(axis, found, colors[threat], markers)
+            _draw_threat(axis, found, colors[threat], markers, hollow=threat[0] == "linf")
         groups = {group.key: group for group, _ in inside}
         for group in groups.values():
             cell = published_of(group)
@@ -199,24 +202,33 @@ def draw_sources(panels: Sequence[tuple[str, Sequence[tuple[Group, Place]]]]) ->
                 axis.plot(100 * of_source, 100 * cell.accuracy, color=color, **_STAR)
         _finish(axis, title)
         axis.set_xlabel("accuracy of the source, %", fontsize="small")
+        axis.xaxis.set_major_locator(MaxNLocator(4))  # more labels would touch in two columns
     for axis in grid[::2]:
-        axis.set_ylabel("accuracy after the transfer, %\n(line: 95 % interval)", fontsize="small")
+        axis.set_ylabel("accuracy after transfer, %\n(line: 95 % interval)", fontsize="small")
     _legend(figure, handles, "epsilon of the source, and its architecture")
     return figure
 
 
-def _draw_threat(axis: Axes, points: Sequence[tuple[Group, Place]], color: Any, markers: Mapping[str, str]) -> None:
+def _draw_threat(
+    axis: Axes, points: Sequence[tuple[Group, Place]], color: Any, markers: Mapping[str, str], *, hollow: bool
+) -> None:
     """Draws the sources of one epsilon, joined by a line in the order of their accuracy."""
     ordered = sorted(points, key=lambda point: point[1].source_accuracy or 0.0)
     x = [100 * (place.source_accuracy or 0.0) for _, place in ordered]
     estimates = [place.measures["accuracy"].estimate for _, place in ordered]
-    axis.plot(x, [100 * estimate.mean for estimate in estimates], color=color, linewidth=1)
+    style = _line_style("linf" if hollow else "")
+    axis.plot(x, [100 * estimate.mean for estimate in estimates], style, color=color, linewidth=1)
     for at, estimate, (group, _) in zip(x, estimates, ordered, strict=True):
         beside = np.abs(100 * np.array(_ends(estimate)).reshape(2, 1) - 100 * estimate.mean)
         marker = markers[group.key.source_architecture]
         axis.errorbar(
             at, 100 * estimate.mean, beside, color=color, marker=marker, markersize=6, capsize=2, elinewidth=1
         )
+
+
+def _line_style(norm: str) -> Literal["-", "--"]:
+    """Returns dashes for linf, whose epsilons share the scale of colors with those of l2."""
+    return "--" if norm == "linf" else "-"
 
 
 def _threat(group: Group, place: Place) -> tuple[str, float]:
@@ -243,7 +255,7 @@ def _grid(count: int, *, height: float, below: float) -> tuple[Figure, list[Axes
 
 def _finish(axis: Axes, title: str) -> None:
     if title:
-        axis.set_title(textwrap.fill(title, 36), fontsize="small")
+        axis.set_title(textwrap.fill(title, 30), fontsize="small")
     axis.tick_params(labelleft=True)
     axis.grid(alpha=0.3)
 

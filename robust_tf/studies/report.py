@@ -101,7 +101,7 @@ def failures(workdir: pathlib.Path) -> list[Failure]:
         workdir: Folder of the study.
     """
     found = []
-    for path in sorted(path for kind in ("sources", "cells") for path in workdir.glob(f"{kind}/*/{ERROR}")):
+    for path in [*sorted(workdir.glob(f"sources/*/{ERROR}")), *sorted(workdir.glob(f"cells/*/{ERROR}"))]:
         if not (path.parent / FILE_NAME).exists():  # otherwise a later attempt has succeeded
             details = path.read_text(encoding="utf-8", errors="replace").strip()
             last = details.splitlines()[-1] if details else "unknown error"
