@@ -8,49 +8,10 @@ from typing import Any
 from robust_tf.reporting.facts import BASELINE_NOTE, changed_flags, commands, limitations_of, title_of, training_of
 from robust_tf.reporting.job_figures import class_accuracies
 from robust_tf.reporting.job_files import ExamplePicture, FinishedJob
+from robust_tf.reporting.page import bullets, page, table
 from robust_tf.results import JobResults
 from robust_tf.statistics import Interval, wilson_interval
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1a1a1a; --soft: #5c5c5c; --ground: #fff; --card: #f4f5f7; --line: #d5d8dd; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #ececec; --soft: #a9adb5; --ground: #16181c; --card: #22252b; --line: #3b3f47; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--text); background: var(--ground);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0; }
-h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem; border-bottom: 1px solid var(--line); }
-.soft, figcaption { color: var(--soft); font-size: 0.9rem; }
-.tiles, .examples { display: grid; gap: 1rem; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); }
-.figures { columns: 2 28rem; }
-.figures figure { padding-bottom: 1rem; }
-.figures .wide { column-span: all; }
-.examples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
-.tile { background: var(--card); border-radius: 0.5rem; padding: 0.75rem 1rem; }
-.tile data { display: block; font-size: 2rem; font-weight: 600; line-height: 1.2; }
-.alarm { border-left: 0.3rem solid #d55e00; padding-left: 0.75rem; }
-figure { margin: 0; break-inside: avoid; }
-figure svg { display: block; width: 100%; height: auto; max-height: 52rem; background: #ffffff; border-radius: 0.5rem; }
-.examples img { display: block; max-width: 100%; image-rendering: pixelated; border-radius: 0.25rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { text-align: left; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.numbers td:first-child { overflow-wrap: anywhere; min-width: 6rem; }
-pre { background: var(--card); padding: 0.5rem 0.75rem; border-radius: 0.5rem; margin: 0.25rem 0 0.75rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 32rem) {
-  .numbers { font-size: 0.8rem; }
-  th, td { padding-right: 0.5rem; }
-}
-@media print {
-  :root { color-scheme: light; --text: #000; --soft: #444; --ground: #fff; --card: #f4f5f7; --line: #bbb; }
-  body { max-width: none; font-size: 10pt; }
-  h2 { break-after: avoid; }
-  details > * { display: block; }
-}
-"""
 _OPEN_CLASSES = 12  # with more classes, the table is collapsed and the confusion matrix is wide
 # Text between the ends of an interval. Its spaces do not break, so the interval stays on one line in a narrow cell.
 _TO = "\u00a0to\u00a0"
@@ -70,39 +31,21 @@ def job_page(job: FinishedJob, figures: dict[str, tuple[str, str]]) -> str:
         figures: SVG element of each plot by its name, with a text for readers who cannot see it.
     """
     results = job.results
-    title = escape(title_of(job))
     sections = [
         ("Accuracy on the test images", _tiles(job)),
         ("Comparison with the standard source", _comparison(results)),
-        ("Warnings", _list(results.alarms, "alarm")),
+        ("Warnings", bullets(results.alarms, "alarm")),
         ("Training, mistakes and classes", _figures(figures, len(results.class_names))),
         ("Examples of test images", _examples(job)),
         ("Accuracy of each class", _classes(job)),
         ("Data", _data(results)),
-        ("Limitations", _list(limitations_of(job))),
-        ("Flags that differ from their defaults", _table(("flag", "value", "default"), changed_flags(job.config))),
-        ("Training run", _table((), _training_facts(results))),
+        ("Limitations", bullets(limitations_of(job))),
+        ("Flags that differ from their defaults", table(("flag", "value", "default"), changed_flags(job.config))),
+        ("Training run", table((), _training_facts(results))),
         ("Next steps", _commands(job)),
-        ("Versions", _table((), results.versions.items())),
+        ("Versions", table((), results.versions.items())),
     ]
-    body = "\n".join(f"<section>\n<h2>{name}</h2>\n{content}\n</section>" for name, content in sections if content)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="soft">{escape(training_of(job))}</p>
-{body}
-</body>
-</html>
-"""
+    return page(title_of(job), f'<p class="soft">{escape(training_of(job))}</p>', sections)
 
 
 def _tiles(job: FinishedJob) -> str:
@@ -131,7 +74,7 @@ def _comparison(results: JobResults) -> str:
     ]
     head = ["", *(figure.short_title for figure in figures)]
     note = f'<p class="soft">{BASELINE_NOTE}</p>'
-    return note + _table(head, rows, numbers=True) + _list(results.comparison_in_words())
+    return note + table(head, rows, numbers=True) + bullets(results.comparison_in_words())
 
 
 def _figures(figures: dict[str, tuple[str, str]], num_classes: int) -> str:
@@ -185,7 +128,7 @@ def _classes(job: FinishedJob) -> str:
             [name, total, *(f"{_percent(hits / of)} {_within(wilson_interval(hits, of))}" for hits, of in shares)]
         )
     opened = " open" if len(rows) <= _OPEN_CLASSES else ""
-    return f"<details{opened}><summary>{len(rows)} classes</summary>{_table(head, rows, numbers=True)}</details>"
+    return f"<details{opened}><summary>{len(rows)} classes</summary>{table(head, rows, numbers=True)}</details>"
 
 
 def _data(results: JobResults) -> str:
@@ -198,11 +141,11 @@ def _data(results: JobResults) -> str:
     ]
     skipped = results.skipped_images
     left_out = (
-        f"<p>Images that were left out because they cannot be decoded: {len(skipped)}</p>{_list(skipped)}"
+        f"<p>Images that were left out because they cannot be decoded: {len(skipped)}</p>{bullets(skipped)}"
         if skipped
         else ""
     )
-    return _table((), rows) + left_out
+    return table((), rows) + left_out
 
 
 def _training_facts(results: JobResults) -> list[tuple[str, Any]]:
@@ -223,20 +166,6 @@ def _commands(job: FinishedJob) -> str:
     return "".join(
         f"{escape(what)}<pre>{escape(command)}</pre>" for what, command in commands(job, workdir=job.workdir)
     )
-
-
-def _table(head: Sequence[str], rows: Any, *, numbers: bool = False) -> str:
-    top = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>" if head else ""
-    lines = (f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    kind = ' class="numbers"' if numbers else ""
-    return f'<div class="scroll"><table{kind}>{top}{"".join(lines)}</table></div>'
-
-
-def _list(texts: Sequence[str], kind: str = "") -> str:
-    if not texts:
-        return ""
-    items = "".join(f"<li{f' class={kind!r}' if kind else ''}>{escape(text)}</li>" for text in texts)
-    return f"<ul>{items}</ul>"
 
 
 def _percent(share: float | None) -> str:
