@@ -132,8 +132,9 @@ def _norms(groups: Sequence[Group]) -> Iterator[StudyFigure]:
         rest = [axis for axis in axes_of(found) if axis not in (NORM, LABELS)]
         for inside_about, inside in _split(found, rest):
             if len(values_on(inside, NORM)) > 1:
+                line = LABELS if LABELS in axes_of(inside) else ARCHITECTURE
                 where = f"{about}, {inside_about}" if inside_about else about
-                yield from _curves(inside, "accuracy against epsilon, Linf beside L2", where, line=LABELS, panel=[NORM])
+                yield from _curves(inside, "accuracy against epsilon, Linf beside L2", where, line=line, panel=[NORM])
 
 
 def _flags(groups: Sequence[Group]) -> Iterator[StudyFigure]:

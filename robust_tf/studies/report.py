@@ -1,4 +1,4 @@
-"""Writes the report of a study from the files in its folder: report.html, its figures, and summary.csv."""
+"""Writes the report of a study from the files in its folder: report.html, figures/, summary.csv and tensorboard/."""
 
 import os
 import pathlib
@@ -14,6 +14,7 @@ from robust_tf.studies.analysis import MEASURES, Group, Measure, Place, analyze,
 from robust_tf.studies.axes import axes_of, describe, epsilon_text, norm_text
 from robust_tf.studies.drawing import published_of
 from robust_tf.studies.figures import StudyFigure, study_figures, write_figures
+from robust_tf.studies.hparams import write_hparams
 from robust_tf.studies.published import SOURCE
 from robust_tf.studies.records import CELLS, Cell, read_cells
 from robust_tf.studies.summary import SUMMARY, write_summary
@@ -78,7 +79,7 @@ class Gap(NamedTuple):
 
 
 def write_report(workdir: pathlib.Path) -> None:
-    """Writes summary.csv, figures/ and report.html of a study, from its cells.csv and the folders of its cells.
+    """Writes summary.csv, figures/, tensorboard/ and report.html of a study, from cells.csv and the cells' folders.
 
     Args:
         workdir: Folder of the study. It may be unfinished: the report shows the gaps.
@@ -88,6 +89,7 @@ def write_report(workdir: pathlib.Path) -> None:
     """
     groups = analyze(cells := read_cells(workdir / CELLS))
     write_summary(workdir / SUMMARY, groups)
+    write_hparams(workdir, cells)
     figures = study_figures(groups)
     content = _page(workdir, cells, groups, figures, write_figures(workdir, figures))
     with replaced_atomically(workdir / REPORT) as temporary:
@@ -165,7 +167,7 @@ def _page(
 def _counts(groups: Sequence[Group]) -> str:
     texts = [answer_sentence(answer, groups) for answer in answers(groups, "robust_accuracy")]
     for measure in MEASURES:
-        if compared := comparisons(groups, measure):
+        if len(compared := comparisons(groups, measure)) > 1:
             texts.append(counts_sentence(compared, measure))
     return bullets(texts)
 
@@ -219,7 +221,14 @@ def _table(group: Group, measure: Measure) -> str:
         title = (
             f"accuracy under attack ({norm_text(key.robust_norm)} {epsilon_text(key.robust_epsilon, key.robust_norm)})"
         )
-    head = [f"source, {norm_text(key.source_norm)} epsilon", title, "difference, points", "p (Holm)", "verdict", "runs"]
+    head = [
+        f"source, {norm_text(key.source_norm)} epsilon",
+        title,
+        "difference, points",
+        "verdict",
+        "p (Holm)",
+        "runs (seeds x draws)",
+    ]
     rows = []
     for place in group.places:
         measured = place.measures.get(measure)
@@ -232,19 +241,17 @@ def _table(group: Group, measure: Measure) -> str:
             if verdict.startswith("not"):
                 verdict = f"{verdict}; {needed(difference)}"
             interval = interval_points(difference.estimate.interval).removeprefix("95 % interval ")
-            row += [f"{signed_points(difference.estimate.mean)} ({interval})", p_text(difference.holm_p_value), verdict]
+            row += [f"{signed_points(difference.estimate.mean)} ({interval})", verdict, p_text(difference.holm_p_value)]
         else:
-            row += ["", "", "standard source" if place.epsilon == 0 else "not compared"]
+            row += ["", "standard source" if place.epsilon == 0 else "not compared", ""]
         rows.append([*row, _runs(place, measure)])
     return table(head, rows, numbers=True)
 
 
 def _runs(place: Place, measure: Measure) -> str:
     estimate = place.measures[measure].estimate
-    seeds = f"{estimate.num_seeds} seed{'s' if estimate.num_seeds > 1 else ''}"
-    if estimate.cluster == "draw":
-        seeds = "1 source"
-    return f"{estimate.num_runs} ({seeds}, {estimate.num_draws} draw{'s' if estimate.num_draws > 1 else ''})"
+    sources = "1 source" if estimate.cluster == "draw" else str(estimate.num_seeds)
+    return f"{estimate.num_runs} ({sources} x {estimate.num_draws})"
 
 
 def _figures(figures: Sequence[StudyFigure], elements: dict[str, str]) -> str:
