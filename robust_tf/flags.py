@@ -8,7 +8,6 @@ import dataclasses
 import fractions
 import functools
 import os
-import pathlib
 import re
 import sys
 import textwrap
@@ -40,9 +39,8 @@ def flag(default: Any, help_text: str, **metadata: Any) -> Any:
     Args:
         default: Value of the flag when the user leaves it out.
         help_text: Text that `--help` prints, in whole sentences.
-        **metadata: `formerly` is an older name of the flag that still works, `heading` replaces the heading of the
-            record in `--help`, and with `repeated`, each use of the flag adds one text to a tuple, which may contain
-            commas. The dataclass may use further keys, as `JobConfig` does with `identity`.
+        **metadata: `formerly` is an older name of the flag that still works, and `heading` replaces the heading of the
+            record in `--help`. The dataclass may use further keys, as `JobConfig` does with `identity`.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
@@ -138,42 +136,13 @@ def parse_flags(
     Raises:
         UserError: A flag is unknown (the message suggests the most similar one), or a value has the wrong type.
     """
-    parsed, _, positional = _parse(config_class, argv, usage, announce_former_names=announce_former_names)
-    return from_flat_values(config_class, parsed), positional
-
-
-def given_flags(config_class: type[Any], argv: Sequence[str]) -> dict[str, Any]:
-    """Reads arguments as `parse_flags` does, and returns only the flags that they give, by name.
-
-    Args:
-        config_class: Dataclass of the flags. Its own checks are not made, since further flags may follow.
-        argv: Name of the program and its arguments.
-
-    Raises:
-        UserError: A flag is unknown, a value has the wrong type, or an argument is no flag.
-
-    Example:
-        >>> from robust_tf.config.job import JobConfig
-        >>> given_flags(JobConfig, ["", "--epsilon=8/255", "--classes=1,2"])
-        {'classes': (1, 2), 'epsilon': 0.03137254901960784}
-    """
-    parsed, present, positional = _parse(config_class, argv, "", announce_former_names=False)
-    if positional:
-        raise UserError(f"A flag is needed, --name=value. Received: {positional[0]!r}.")
-    return {name: value for name, value in parsed.items() if name in present}
-
-
-def _parse(
-    config_class: type[Any], argv: Sequence[str], usage: str, *, announce_former_names: bool
-) -> tuple[dict[str, Any], set[str], list[str]]:
-    """Returns the values of all flags, the names of those that were given, and the arguments that are not flags."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     fields = flat_fields(config_class)
     for field in fields:
         for name in (field.name, field.metadata.get("formerly")):
             if name:
-                _define(name, field, values)
+                _define(name, field.kind, field.default, field.metadata["help"], values)
     flags.DEFINE_boolean("help", False, "Show this help.", short_name="h", flag_values=values)
     flags.DEFINE_string("verbosity", "error", "Show messages of the libraries.", flag_values=values)
     try:
@@ -186,38 +155,13 @@ def _parse(
         raise SystemExit(0)
     if values["verbosity"].present:
         _set_verbosity(values["verbosity"].value)
-    parsed, present = {}, set()
+    parsed = {}
     for field in fields:
-        used = values[_name_used(field, values, announce=announce_former_names)]
-        value: Any = used.value
-        if field.metadata.get("repeated"):
-            value = tuple(value)
-        elif typing.get_origin(field.kind) is tuple:
+        value: Any = values[_name_used(field, values, announce=announce_former_names)].value
+        if typing.get_origin(field.kind) is tuple:
             value = _parse_items(field.name, value, typing.get_args(field.kind)[0])
         parsed[field.name] = value
-        if used.present:
-            present.add(field.name)
-    return parsed, present, positional
-
-
-def flag_file_name(argv: Sequence[str]) -> str:
-    """Returns the name of the last flag file in the arguments of a program, without its suffix; "" if there is none.
-
-    Args:
-        argv: Name of the program and its arguments.
-
-    Example:
-        >>> flag_file_name(["train.py", "--flagfile=configs/pets.cfg"])
-        'pets'
-    """
-    arguments = [argument.lstrip("-").partition("=") for argument in argv]
-    following = [*argv[1:], ""]  # absl also accepts "--flagfile FILE"
-    files = [
-        value if separator else after
-        for (name, separator, value), after in zip(arguments, following, strict=True)
-        if name == "flagfile"
-    ]
-    return pathlib.Path(files[-1]).stem if files else ""
+    return from_flat_values(config_class, parsed), positional
 
 
 def _print_help(text: str) -> None:
@@ -229,13 +173,7 @@ def _print_help(text: str) -> None:
 
 def to_flag_file(config: Any) -> str:
     """Returns a flag file that gives the same config, with all flags except those without a value."""
-    lines = []
-    for field in flat_fields(type(config)):
-        value = field.value_in(config)
-        if _is_set(value):
-            texts = value if field.metadata.get("repeated") else [to_text(value)]
-            lines += [f"--{field.name}={text}\n" for text in texts]
-    return "".join(lines)
+    return "".join(f"--{name}={to_text(value)}\n" for name, value in flat_values(config).items() if _is_set(value))
 
 
 def to_text(value: Any) -> str:
@@ -322,11 +260,8 @@ def _name_used(field: FlatField, values: flags.FlagValues, *, announce: bool) ->
     return str(former)
 
 
-def _define(name: str, field: FlatField, values: flags.FlagValues) -> None:
-    kind, default, help_text = field.kind, field.default, field.metadata["help"]
-    if field.metadata.get("repeated"):
-        flags.DEFINE_multi_string(name, list(default), help_text, flag_values=values)
-    elif typing.get_origin(kind) is tuple:
+def _define(name: str, kind: Any, default: Any, help_text: str, values: flags.FlagValues) -> None:
+    if typing.get_origin(kind) is tuple:
         flags.DEFINE_list(name, list(default), help_text, flag_values=values)
     elif kind is float:
         flags.DEFINE(_NumberParser(), name, default, help_text, flag_values=values)

@@ -13,7 +13,7 @@ from robust_tf.config.job import JobConfig
 from robust_tf.environment import start_tensorflow, use_xla_cache
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import cache_folder
-from robust_tf.flags import flag_file_name, parse_flags
+from robust_tf.flags import parse_flags
 
 
 def main(argv: Sequence[str]) -> None:
@@ -84,7 +84,14 @@ def plan(job: JobConfig) -> None:
 
 def default_workdir(argv: Sequence[str]) -> str:
     """Returns runs/<name of the flag file>, or runs/train without one."""
-    return str(pathlib.Path("runs") / (flag_file_name(argv) or "train"))
+    arguments = [arg.lstrip("-").partition("=") for arg in argv]
+    following = [*argv[1:], ""]  # absl also accepts "--flagfile FILE"
+    flag_files = [
+        value if separator else after
+        for (name, separator, value), after in zip(arguments, following, strict=True)
+        if name == "flagfile"
+    ]
+    return str(pathlib.Path("runs") / (pathlib.Path(flag_files[-1]).stem if flag_files else "train"))
 
 
 if __name__ == "__main__":
