@@ -41,6 +41,11 @@ def sharing(most: int = 32) -> Iterator[None]:
         _most.reset(number)
 
 
+def is_sharing() -> bool:
+    """Returns whether `shared` keeps objects now."""
+    return _current.get() is not None
+
+
 def shared(key: Hashable, make: Callable[[], Shared]) -> Shared:
     """Returns the object of a key, which an earlier job of this process may have made. Nobody may change it.
 

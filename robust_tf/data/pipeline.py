@@ -49,6 +49,7 @@ class TaskData:
             float32 of shape (batch, classes).
         seed: Seed for the order and the augmentation.
         fingerprint: Text that changes when other images or labels are in use.
+        train_fingerprint: Text that changes with the part from which training and validation images are chosen.
         test_fingerprint: Text that changes when other test images or labels are in use.
         skipped: Names of the broken images that were left out.
         notes: Sentences about the data that its users should read.
@@ -85,6 +86,7 @@ class TaskData:
     mixing: Mixing
     seed: int
     fingerprint: str
+    train_fingerprint: str = ""
     test_fingerprint: str = ""
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -428,6 +430,7 @@ def load_task(
         mixing=data.mixing,
         seed=seed,
         fingerprint=fingerprint,
+        train_fingerprint=images.fingerprint,
         test_fingerprint=test_digest.hexdigest(),
         skipped=(
             *images.bad_images,

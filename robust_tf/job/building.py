@@ -11,6 +11,7 @@ from robust_tf.data import TaskData, dataset_info
 from robust_tf.errors import unknown_name
 from robust_tf.job.task import TaskSummary
 from robust_tf.models import build_classifier
+from robust_tf.sharing import shared
 from robust_tf.training.metrics import CrossEntropy, balanced_class_weights
 from robust_tf.training.objectives import Recipe
 from robust_tf.training.optimizers import build_optimizer
@@ -41,13 +42,22 @@ def adapted_classifier(source: keras.Model, job: JobConfig, task: TaskSummary) -
     The image size, normalization and precision follow the job, the head is new, and the layers that transfer keeps are
     frozen.
     """
-    classifier = source
-    if classifier.input_shape[1] != task.image_size:
-        classifier = with_image_size(classifier, task.image_size)
-    if job.transfer.normalization == "dataset":
-        info = dataset_info(job.data.dataset)
-        classifier = with_normalization(classifier, info.mean, info.std)
-    classifier = with_dtype_policy(classifier, job.optimization.precision)
+
+    def adapt() -> tuple[keras.Model, keras.Model]:
+        classifier = source
+        if classifier.input_shape[1] != task.image_size:
+            classifier = with_image_size(classifier, task.image_size)
+        if job.transfer.normalization == "dataset":
+            info = dataset_info(job.data.dataset)
+            classifier = with_normalization(classifier, info.mean, info.std)
+        return with_dtype_policy(classifier, job.optimization.precision), source
+
+    if job.transfer.cached:  # the backbone does not change, so that other jobs can use it
+        dataset = job.data.dataset if job.transfer.normalization == "dataset" else ""
+        key = ("adapted", id(source), task.image_size, dataset, job.optimization.precision)
+        classifier, _ = shared(key, adapt)  # it keeps the source, too, so that no other model gets its id
+    else:
+        classifier, _ = adapt()
     classifier = replace_head(
         classifier, len(task.class_names), hidden_layers=job.transfer.hidden_layers, seed=job.run.seed
     )

@@ -31,12 +31,15 @@ from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.files import is_not_writable, temporary_cache, write_json
 from robust_tf.models import features_of
-from robust_tf.sharing import shared
+from robust_tf.sharing import is_sharing, shared
 
 # Raise this number when the content of a store changes. Stores of other formats are then not found, and the features
 # are computed again.
 _FORMAT = 1
 _KEY, _COMPLETE = "key.json", "complete.json"
+# Jobs of one process share the features of a whole part up to this size, and if they use enough of its images.
+_MOST_SHARED_BYTES = 256 * 1024**2
+_LEAST_SHARE_USED = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,9 @@ def stored_features(
     folder, max_bytes = cache_dir / "features", features_cache_size_gb * 1e9
     backbone = features_of(classifier, name="backbone")
     key = store_key(backbone, task, views)
+    if is_sharing() and views == 1 and _is_worth_sharing(task, backbone.output_shape[-1]):
+        with contextlib.suppress(tf.errors.OpError):  # a broken image that this task does not even use
+            return _shared_features(backbone, task, key)
     store = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
     row_bytes = 4 * backbone.output_shape[-1]
     files = _files(task, views)
@@ -170,6 +176,40 @@ def stored_features(
         validation=rows(files[-1].name, files[-1].rows),
         validation_labels=task.validation_examples.labels(),
         hits=sum(file.rows for file in files) - computed,
+        computed=computed,
+    )
+
+
+def _is_worth_sharing(task: TaskData, feature_dim: int) -> bool:
+    total, used = len(task.train_examples.mask), task.num_train + task.num_validation
+    return not task.skipped and used >= _LEAST_SHARE_USED * total and 4 * feature_dim * total <= _MOST_SHARED_BYTES
+
+
+def _shared_features(backbone: keras.Model, task: TaskData, key: Mapping[str, Any]) -> Features:
+    """Returns the features of a task from those of all images of its data set, which other jobs share.
+
+    They are not stored on disk. Each draw of a few labels would otherwise need a store of its own.
+    """
+    compute, preprocessing = _function_of(backbone, key), json.dumps(key["preprocessing"], sort_keys=True)
+    every = np.ones_like(task.train_examples.mask)
+    whole = dataclasses.replace(task, train_examples=dataclasses.replace(task.train_examples, mask=every))
+    computed = 0
+
+    def compute_all() -> np.ndarray:
+        nonlocal computed
+        computed = len(every)
+        return np.concatenate([compute(images).numpy() for images, _ in whole.train_view(0)])
+
+    part = shared(
+        ("features of a part", key["weights"], key["layers"], preprocessing, task.train_fingerprint), compute_all
+    )
+    train, validation = (part[examples.mask] for examples in (task.train_examples, task.validation_examples))
+    return Features(
+        train=(train,),
+        train_labels=task.train_examples.labels(),
+        validation=validation,
+        validation_labels=task.validation_examples.labels(),
+        hits=0 if computed else len(train) + len(validation),
         computed=computed,
     )
 
