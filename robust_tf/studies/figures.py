@@ -98,7 +98,9 @@ def _epsilon(groups: Sequence[Group]) -> Iterator[StudyFigure]:
     with_curves = [group for group in groups if _num_epsilons(group) > 1]
     measures: tuple[Measure, ...] = ("accuracy", "robust_accuracy")
     for measure, (about, found) in itertools.product(measures, _split(with_curves, [DATASET, MODE])):
-        line = next((axis for axis in (LABELS, ARCHITECTURE, *axes_of(found)) if axis in axes_of(found)), ARCHITECTURE)
+        # Never the norm: the epsilons of two norms cannot share an axis.
+        axes = [axis for axis in axes_of(found) if axis != NORM]
+        line = next((axis for axis in (LABELS, ARCHITECTURE, *axes) if axis in axes), ARCHITECTURE)
         yield from _curves(found, f"{_TITLES[measure]} against epsilon", about, line=line, measure=measure)
 
 
