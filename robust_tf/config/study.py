@@ -216,9 +216,7 @@ def parse_study(argv: Sequence[str], usage: str = "") -> Study:
             raise UserError(f"--also={path}: {error}") from error
         grid = _grid(further, path)
         grids.append(dataclasses.replace(grid, fixed={**shared, **grid.fixed}))
-    return Study(
-        config=config, workdir=parsed.values["workdir"], dry_run=parsed.values["dry_run"], grids=tuple(grids)
-    )
+    return Study(config=config, workdir=parsed.values["workdir"], dry_run=parsed.values["dry_run"], grids=tuple(grids))
 
 
 def _study_names() -> list[str]:

@@ -179,9 +179,7 @@ class _Builder:
             name = _source_name(job, axes)
             if name in {source.name for source in self.sources.values()}:
                 name = f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}"
-            self.sources[key] = SourceRun(
-                name=name, job=job.with_flags(workdir=str(self.workdir / SOURCES / name))
-            )
+            self.sources[key] = SourceRun(name=name, job=job.with_flags(workdir=str(self.workdir / SOURCES / name)))
         return self.sources[key]
 
 
