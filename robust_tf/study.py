@@ -20,7 +20,7 @@ from robust_tf.train import default_workdir
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, and runs the study that they describe."""
     study = parse_study(argv, __doc__ or "")
-    study = dataclasses.replace(study, workdir=study.workdir or default_workdir(argv))
+    study = dataclasses.replace(study, workdir=study.workdir or default_workdir(argv, otherwise="study"))
     plan = plan_study(study)
     config = study.config
     if study.dry_run:

@@ -82,8 +82,8 @@ def plan(job: JobConfig) -> None:
         console.print(f"WARNING: on this machine the job could not write its results. {error}")
 
 
-def default_workdir(argv: Sequence[str]) -> str:
-    """Returns runs/<name of the flag file>, or runs/train without one."""
+def default_workdir(argv: Sequence[str], *, otherwise: str = "train") -> str:
+    """Returns runs/<name of the flag file>, or runs/<otherwise> without one."""
     arguments = [arg.lstrip("-").partition("=") for arg in argv]
     following = [*argv[1:], ""]  # absl also accepts "--flagfile FILE"
     flag_files = [
@@ -91,7 +91,7 @@ def default_workdir(argv: Sequence[str]) -> str:
         for (name, separator, value), after in zip(arguments, following, strict=True)
         if name == "flagfile"
     ]
-    return str(pathlib.Path("runs") / (pathlib.Path(flag_files[-1]).stem if flag_files else "train"))
+    return str(pathlib.Path("runs") / (pathlib.Path(flag_files[-1]).stem if flag_files else otherwise))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ class _Builder:
         places: dict[tuple[Any, ...], tuple[int, ...]] = {}
         for place in itertools.product(*(range(len(axis.texts)) for axis in grid.axes)):
             chosen = list(zip(grid.axes, place, strict=True))
-            values, source_values = dict(grid.fixed), {}
+            values = dict(grid.fixed)
+            source_values: dict[str, Any] = {}
             for axis, index in chosen:
                 (source_values if axis.of_source else values).update(axis.values[index])
             where = ", ".join(f"{axis.name}={axis.texts[index]}" for axis, index in chosen) or "the only cell"

@@ -21,8 +21,8 @@ from robust_tf.config.study import StudyConfig
 from robust_tf.console import Meter, console, meter
 from robust_tf.errors import UserError
 from robust_tf.files import check_output_folder, replaced_atomically
-from robust_tf.studies.report import ERROR
 from robust_tf.studies.grid import CellRun, SourceRun, StudyPlan
+from robust_tf.studies.report import ERROR
 from robust_tf.studies.states import cells_to_run, error_of, sources_to_run, state_of
 from robust_tf.studies.worker import Outcome, work
 
@@ -189,9 +189,9 @@ def _run_all(plan: StudyPlan, queue: _Queue, num_workers: int) -> None:
                     return
                 events = wait([item for each in active for item in (each.connection, each.process.sentinel)], timeout=5)
                 for number, worker in enumerate(workers):
-                    if worker.run and (worker.connection in events or worker.process.sentinel in events):
-                        if not _receive(worker, queue):
-                            workers[number] = _start(plan, number, threads)
+                    reports = worker.connection in events or worker.process.sentinel in events
+                    if worker.run and reports and not _receive(worker, queue):
+                        workers[number] = _start(plan, number, threads)
     finally:
         _stop(workers)
 

@@ -55,7 +55,8 @@ def settle_stale(plan: StudyPlan, stale: Stale) -> int:
     if stale == "keep":
         return 0
     differing: dict[pathlib.Path, str] = {}
-    for run in (*plan.sources, *plan.cells):
+    runs: list[SourceRun | CellRun] = [*plan.sources, *plan.cells]
+    for run in runs:
         if differences := _differences(run.workdir, run.job):
             differing[run.workdir] = "; ".join(differences)
     for cell in plan.cells:

@@ -1,5 +1,6 @@
 """A process that runs the jobs of a study one after another, so that TensorFlow is loaded only once."""
 
+import importlib.util
 import os
 import pathlib
 import signal
@@ -101,10 +102,8 @@ def run_safely(job: JobConfig, *, is_cell: bool) -> Outcome:
 def _run(job: JobConfig, *, is_cell: bool) -> None:
     from robust_tf.job.run import run_job
 
-    if is_cell:
-        from robust_tf.studies.cells import run_cell
-
-        run_cell(job)
+    if is_cell and importlib.util.find_spec("robust_tf.studies.cells"):
+        importlib.import_module("robust_tf.studies.cells").run_cell(job)
     else:
         run_job(job)
 
