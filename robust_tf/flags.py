@@ -8,6 +8,7 @@ import dataclasses
 import fractions
 import functools
 import os
+import pathlib
 import re
 import sys
 import textwrap
@@ -225,6 +226,27 @@ def to_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def default_workdir(argv: Sequence[str], *, otherwise: str = "train") -> str:
+    """Returns runs/<name of the flag file>, or runs/<otherwise> without one.
+
+    Args:
+        argv: Name of the program and its arguments.
+        otherwise: Name of the folder without a flag file.
+
+    Example:
+        >>> default_workdir(["train", "--flagfile=configs/pets.cfg"])
+        'runs/pets'
+    """
+    arguments = [arg.lstrip("-").partition("=") for arg in argv]
+    following = [*argv[1:], ""]  # absl also accepts "--flagfile FILE"
+    flag_files = [
+        value if separator else after
+        for (name, separator, value), after in zip(arguments, following, strict=True)
+        if name == "flagfile"
+    ]
+    return str(pathlib.Path("runs") / (pathlib.Path(flag_files[-1]).stem if flag_files else otherwise))
 
 
 def parse_number(text: str) -> float:

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from robust_tf.config.study import Study, parse_study
+from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
+from robust_tf.flags import default_workdir
 from robust_tf.studies.grid import CellRun, SourceRun, StudyPlan, plan_study
-from robust_tf.train import default_workdir
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,6 +25,7 @@ def main(argv: Sequence[str]) -> None:
     plan = plan_study(study)
     config = study.config
     if study.dry_run:
+        start_tensorflow()
         from robust_tf.studies.dry_run import print_study_plan
 
         print_study_plan(study, plan)
@@ -40,8 +42,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run_whole(study: Study, plan: StudyPlan) -> None:
-    from robust_tf.environment import start_tensorflow
-
     start_tensorflow()
     from robust_tf.console import console
     from robust_tf.studies.collect import collect_study

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "robust_tf"
 # Each layer may import itself and the layers below it.
 LAYERS = [
     {"train", "evaluate", "export", "convert", "serve", "predict", "visualize", "study"},  # the programs
+    {"studies"},
     {"job"},
     {"reporting"},
     {"serving", "evaluation"},

@@ -15,6 +15,7 @@ from robust_tf.flags import flat_fields, flat_values, from_flat_values, parse_va
 
 SOURCES, CELLS_FOLDER = "sources", "cells"
 CLASSIFIER = "classifier.keras"
+ERROR = "error.txt"
 _LONGEST_NAME = 120
 # Architecture of a job that names none.
 _DEFAULT_ARCHITECTURE = "resnet20"

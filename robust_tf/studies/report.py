@@ -1,4 +1,4 @@
-"""Writes the report of a study from the files in its folder: report.html, its figures, and summary.csv."""
+"""Writes the report of a study from the files in its folder: report.html, figures/, summary.csv and tensorboard/."""
 
 import os
 import pathlib
@@ -14,6 +14,7 @@ from robust_tf.studies.analysis import MEASURES, Group, Measure, Place, analyze,
 from robust_tf.studies.axes import axes_of, describe, epsilon_text, norm_text
 from robust_tf.studies.drawing import published_of
 from robust_tf.studies.figures import StudyFigure, study_figures, write_figures
+from robust_tf.studies.hparams import write_hparams
 from robust_tf.studies.published import SOURCE
 from robust_tf.studies.records import CELLS, Cell, read_cells
 from robust_tf.studies.summary import SUMMARY, write_summary
@@ -78,7 +79,7 @@ class Gap(NamedTuple):
 
 
 def write_report(workdir: pathlib.Path) -> None:
-    """Writes summary.csv, figures/ and report.html of a study, from its cells.csv and the folders of its cells.
+    """Writes summary.csv, figures/, tensorboard/ and report.html of a study, from cells.csv and the cells' folders.
 
     Args:
         workdir: Folder of the study. It may be unfinished: the report shows the gaps.
@@ -88,6 +89,7 @@ def write_report(workdir: pathlib.Path) -> None:
     """
     groups = analyze(cells := read_cells(workdir / CELLS))
     write_summary(workdir / SUMMARY, groups)
+    write_hparams(workdir, cells)
     figures = study_figures(groups)
     content = _page(workdir, cells, groups, figures, write_figures(workdir, figures))
     with replaced_atomically(workdir / REPORT) as temporary:

@@ -21,8 +21,7 @@ from robust_tf.config.study import StudyConfig
 from robust_tf.console import Meter, console, meter
 from robust_tf.errors import UserError
 from robust_tf.files import check_output_folder, replaced_atomically
-from robust_tf.studies.grid import CellRun, SourceRun, StudyPlan
-from robust_tf.studies.report import ERROR
+from robust_tf.studies.grid import ERROR, CellRun, SourceRun, StudyPlan
 from robust_tf.studies.states import cells_to_run, error_of, sources_to_run, state_of
 from robust_tf.studies.worker import Outcome, work
 

@@ -9,8 +9,7 @@ from robust_tf.config.study import Stale
 from robust_tf.errors import UserError
 from robust_tf.flags import to_flag_file
 from robust_tf.results import FILE_NAME
-from robust_tf.studies.grid import CellRun, SourceRun, StudyPlan
-from robust_tf.studies.report import ERROR
+from robust_tf.studies.grid import ERROR, CellRun, SourceRun, StudyPlan
 
 State = Literal["missing", "finished", "failed"]
 _SHOWN = 5

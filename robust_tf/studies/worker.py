@@ -14,7 +14,7 @@ from robust_tf.config.job import JobConfig
 from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
-from robust_tf.studies.report import ERROR
+from robust_tf.studies.grid import ERROR
 
 
 class Outcome(NamedTuple):

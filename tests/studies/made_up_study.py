@@ -24,7 +24,7 @@ def cell(epsilon: float | None, seed: int | None, draw: int, accuracy: float, **
         "examples_per_class": 20,
         **changes,
     }
-    name = "-".join(str(value) for value in [*values.values(), epsilon, seed, draw])
+    name = f"eps{epsilon}-seed{seed}-draw{draw}-{zlib.crc32(repr(values).encode()):08x}"
     return Cell(
         cell=name, source_epsilon=epsilon, source_seed=seed, seed=draw, accuracy=accuracy, num_test_images=500, **values
     )

@@ -6,6 +6,7 @@ from made_up_study import study
 
 from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
+from robust_tf.flags import to_flag_file
 from robust_tf.models import build_classifier
 from robust_tf.studies import advice
 from robust_tf.studies.advice import Probed, Source, SourceKind, check_advice, cross_validated, rank_sources
@@ -69,6 +70,25 @@ def test_a_source_that_sees_nothing_is_ranked_last(tmp_path, job):
     table = advice.advice_table([first, last], "digits")
     assert list(table.columns[3].cells) == ["first choice", "worse"]
     assert "cross-validated" in table.title and "does not cover other images" in table.caption
+
+
+def test_a_finished_study_ranks_its_own_sources_and_checks_the_ranking(tmp_path, job):
+    cells = study(epsilons=(0, 1.0), gain=-0.3, seeds=(3,), classes=("0,1,2",), source_architecture=("resnet8",))
+    for epsilon in (0.0, 1.0):
+        folder = tmp_path / "sources" / f"eps{epsilon}"
+        folder.mkdir(parents=True)
+        source(folder, "classifier", epsilon, blind=epsilon > 0)
+        flags = f"--architecture=resnet8\n--epsilon={epsilon}\n--classes=0,1,2,3,4\n--seed=3\n"
+        (folder / "flags.cfg").write_text(flags)
+        (folder / "results.json").write_text("{}")
+    for each in cells:
+        (tmp_path / "cells" / each.cell).mkdir(parents=True)
+        (tmp_path / "cells" / each.cell / "flags.cfg").write_text(to_flag_file(job.with_flags(examples_per_class=5)))
+    found = advice.study_sources(tmp_path)
+    assert [(each.kind.norm, each.kind.epsilon, each.seed) for each in found] == [("", 0.0, 3), ("l2", 1.0, 3)]
+    assert {(each.kind.dataset, each.kind.classes) for each in found} == {("digits", "0,1,2,3,4")}
+    checked = advice.advice_on_study(tmp_path, analyze(cells), repeats=2)
+    assert (checked.hits, checked.groups) == (1, 1)
 
 
 def test_without_sources_the_error_says_what_to_do(job):
