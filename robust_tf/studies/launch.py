@@ -80,8 +80,8 @@ spec:
 
 _KUBERNETES_SUBMIT = """\
 #!/bin/bash
-# Runs the study on Kubernetes: the sources, then the cells, then the step that writes cells.csv and the report. The claim
-# `study` must be ReadWriteMany and hold the files of the study's command; the workdir is written there, too.
+# Runs the study on Kubernetes: the sources, then the cells, then the step that writes cells.csv and the report. The
+# claim `study` must be ReadWriteMany and hold the files of the study's command; the workdir is written there, too.
 set -eu
 
 here=$(dirname "$0")
@@ -115,8 +115,8 @@ def write_launch_files(config: StudyConfig, plan: StudyPlan, argv: Sequence[str]
             temporary.write_text(content, encoding="utf-8")
         paths.append(folder / name)
     console.print(
-        f"{len(plan.sources)} sources and {len(plan.cells)} cells. Look through the files in {folder} (time, memory and "
-        f"devices of an element), and submit them: bash {paths[-1]}"
+        f"{len(plan.sources)} sources and {len(plan.cells)} cells. Look through the files in {folder} (time, memory "
+        f"and devices of an element), and submit them: bash {paths[-1]}"
     )
     return paths
 
