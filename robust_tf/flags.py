@@ -8,13 +8,14 @@ import dataclasses
 import fractions
 import functools
 import os
+import pathlib
 import re
 import sys
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from absl import flags
 
@@ -40,7 +41,9 @@ def flag(default: Any, help_text: str, **metadata: Any) -> Any:
         default: Value of the flag when the user leaves it out.
         help_text: Text that `--help` prints, in whole sentences.
         **metadata: `formerly` is an older name of the flag that still works, and `heading` replaces the heading of the
-            record in `--help`. The dataclass may use further keys, as `JobConfig` does with `identity`.
+            record in `--help`. With `repeated=True` a flag of type `tuple[str, ...]` may be given several times, and
+            each time adds one text, which may hold commas. The dataclass may use further keys, as `JobConfig` does
+            with `identity`.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
@@ -116,6 +119,20 @@ def from_flat_values(config_class: type[Config], values: Mapping[str, Any]) -> C
     return _build(config_class, values)
 
 
+class ParsedFlags(NamedTuple):
+    """Flags as they were read, before a config has checked them together.
+
+    Attributes:
+        values: Values of all flags by name.
+        given: Names of the flags that do not have their defaults because the user gave them.
+        rest: Arguments that are not flags.
+    """
+
+    values: dict[str, Any]
+    given: frozenset[str]
+    rest: list[str]
+
+
 def parse_flags(
     config_class: type[Config], argv: Sequence[str], usage: str = "", *, announce_former_names: bool = True
 ) -> tuple[Config, list[str]]:
@@ -136,13 +153,31 @@ def parse_flags(
     Raises:
         UserError: A flag is unknown (the message suggests the most similar one), or a value has the wrong type.
     """
+    parsed = parse_values(config_class, argv, usage, announce_former_names=announce_former_names)
+    return from_flat_values(config_class, parsed.values), parsed.rest
+
+
+def parse_values(
+    config_class: type[Any], argv: Sequence[str], usage: str = "", *, announce_former_names: bool = True
+) -> ParsedFlags:
+    """Reads flags as `parse_flags` does, without building the config, so that other values can be added first.
+
+    Args:
+        config_class: As in `parse_flags`.
+        argv: As in `parse_flags`.
+        usage: As in `parse_flags`.
+        announce_former_names: As in `parse_flags`.
+
+    Raises:
+        UserError: A flag is unknown (the message suggests the most similar one), or a value has the wrong type.
+    """
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     fields = flat_fields(config_class)
     for field in fields:
         for name in (field.name, field.metadata.get("formerly")):
             if name:
-                _define(name, field.kind, field.default, field.metadata["help"], values)
+                _define(name, field, values)
     flags.DEFINE_boolean("help", False, "Show this help.", short_name="h", flag_values=values)
     flags.DEFINE_string("verbosity", "error", "Show messages of the libraries.", flag_values=values)
     try:
@@ -155,13 +190,18 @@ def parse_flags(
         raise SystemExit(0)
     if values["verbosity"].present:
         _set_verbosity(values["verbosity"].value)
-    parsed = {}
+    parsed, given = {}, set()
     for field in fields:
-        value: Any = values[_name_used(field, values, announce=announce_former_names)].value
-        if typing.get_origin(field.kind) is tuple:
+        name = _name_used(field, values, announce=announce_former_names)
+        value: Any = values[name].value
+        if field.metadata.get("repeated"):
+            value = tuple(value)
+        elif typing.get_origin(field.kind) is tuple:
             value = _parse_items(field.name, value, typing.get_args(field.kind)[0])
         parsed[field.name] = value
-    return from_flat_values(config_class, parsed), positional
+        if values[name].present:
+            given.add(field.name)
+    return ParsedFlags(parsed, frozenset(given), positional)
 
 
 def _print_help(text: str) -> None:
@@ -173,7 +213,12 @@ def _print_help(text: str) -> None:
 
 def to_flag_file(config: Any) -> str:
     """Returns a flag file that gives the same config, with all flags except those without a value."""
-    return "".join(f"--{name}={to_text(value)}\n" for name, value in flat_values(config).items() if _is_set(value))
+    lines = []
+    for field in flat_fields(type(config)):
+        value = field.value_in(config)
+        texts = value if field.metadata.get("repeated") else (to_text(value),)
+        lines += [f"--{field.name}={text}\n" for text in texts if _is_set(value)]
+    return "".join(lines)
 
 
 def to_text(value: Any) -> str:
@@ -181,6 +226,27 @@ def to_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def default_workdir(argv: Sequence[str], *, otherwise: str = "train") -> str:
+    """Returns runs/<name of the flag file>, or runs/<otherwise> without one.
+
+    Args:
+        argv: Name of the program and its arguments.
+        otherwise: Name of the folder without a flag file.
+
+    Example:
+        >>> default_workdir(["train", "--flagfile=configs/pets.cfg"])
+        'runs/pets'
+    """
+    arguments = [arg.lstrip("-").partition("=") for arg in argv]
+    following = [*argv[1:], ""]  # absl also accepts "--flagfile FILE"
+    flag_files = [
+        value if separator else after
+        for (name, separator, value), after in zip(arguments, following, strict=True)
+        if name == "flagfile"
+    ]
+    return str(pathlib.Path("runs") / (pathlib.Path(flag_files[-1]).stem if flag_files else otherwise))
 
 
 def parse_number(text: str) -> float:
@@ -260,8 +326,11 @@ def _name_used(field: FlatField, values: flags.FlagValues, *, announce: bool) ->
     return str(former)
 
 
-def _define(name: str, kind: Any, default: Any, help_text: str, values: flags.FlagValues) -> None:
-    if typing.get_origin(kind) is tuple:
+def _define(name: str, field: FlatField, values: flags.FlagValues) -> None:
+    kind, default, help_text = field.kind, field.default, field.metadata["help"]
+    if field.metadata.get("repeated"):
+        flags.DEFINE_multi_string(name, list(default), help_text, flag_values=values)
+    elif typing.get_origin(kind) is tuple:
         flags.DEFINE_list(name, list(default), help_text, flag_values=values)
     elif kind is float:
         flags.DEFINE(_NumberParser(), name, default, help_text, flag_values=values)

@@ -5,7 +5,6 @@
 Run the same command again after an interruption, and the job continues from its last checkpoint.
 """
 
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from robust_tf.config.job import JobConfig
 from robust_tf.environment import start_tensorflow, use_xla_cache
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import cache_folder
-from robust_tf.flags import parse_flags
+from robust_tf.flags import default_workdir, parse_flags
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,18 +79,6 @@ def plan(job: JobConfig) -> None:
         check_outputs(job)
     except UserError as error:  # the plan may be for another machine
         console.print(f"WARNING: on this machine the job could not write its results. {error}")
-
-
-def default_workdir(argv: Sequence[str]) -> str:
-    """Returns runs/<name of the flag file>, or runs/train without one."""
-    arguments = [arg.lstrip("-").partition("=") for arg in argv]
-    following = [*argv[1:], ""]  # absl also accepts "--flagfile FILE"
-    flag_files = [
-        value if separator else after
-        for (name, separator, value), after in zip(arguments, following, strict=True)
-        if name == "flagfile"
-    ]
-    return str(pathlib.Path("runs") / (pathlib.Path(flag_files[-1]).stem if flag_files else "train"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "robust_tf"
 # Each layer may import itself and the layers below it.
 LAYERS = [
-    {"train", "evaluate", "export", "convert", "serve", "predict", "visualize"},  # the programs
+    {"train", "evaluate", "export", "convert", "serve", "predict", "visualize", "study"},  # the programs
     {"studies"},
     {"job"},
     {"reporting"},

@@ -153,6 +153,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         parameters=269_072,
         reference_module=cifar_resnet.reference_module,
     ),
+    "resnet20_width8": Architecture(
+        backbone=functools.partial(cifar_resnet.resnet_6n, blocks=3, width=8),
+        feature_dim=32,
+        parameters=67_720,
+        reference_module=cifar_resnet.reference_module,
+    ),
     "resnet8": Architecture(
         backbone=functools.partial(cifar_resnet.resnet_6n, blocks=1),
         feature_dim=64,
