@@ -45,6 +45,7 @@ pre { background: var(--card); padding: 0.5rem 0.75rem; border-radius: 0.5rem; m
   body { max-width: none; font-size: 10pt; }
   h2 { break-after: avoid; }
   details > * { display: block; }
+  details::details-content { content-visibility: visible; block-size: auto; }
 }
 """
 

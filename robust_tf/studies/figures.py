@@ -98,7 +98,9 @@ def _epsilon(groups: Sequence[Group]) -> Iterator[StudyFigure]:
     with_curves = [group for group in groups if _num_epsilons(group) > 1]
     measures: tuple[Measure, ...] = ("accuracy", "robust_accuracy")
     for measure, (about, found) in itertools.product(measures, _split(with_curves, [DATASET, MODE])):
-        line = next((axis for axis in (LABELS, ARCHITECTURE, *axes_of(found)) if axis in axes_of(found)), ARCHITECTURE)
+        # Never the norm: the epsilons of two norms cannot share an axis.
+        axes = [axis for axis in axes_of(found) if axis != NORM]
+        line = next((axis for axis in (LABELS, ARCHITECTURE, *axes) if axis in axes), ARCHITECTURE)
         yield from _curves(found, f"{_TITLES[measure]} against epsilon", about, line=line, measure=measure)
 
 
@@ -132,8 +134,9 @@ def _norms(groups: Sequence[Group]) -> Iterator[StudyFigure]:
         rest = [axis for axis in axes_of(found) if axis not in (NORM, LABELS)]
         for inside_about, inside in _split(found, rest):
             if len(values_on(inside, NORM)) > 1:
+                line = LABELS if LABELS in axes_of(inside) else ARCHITECTURE
                 where = f"{about}, {inside_about}" if inside_about else about
-                yield from _curves(inside, "accuracy against epsilon, Linf beside L2", where, line=LABELS, panel=[NORM])
+                yield from _curves(inside, "accuracy against epsilon, Linf beside L2", where, line=line, panel=[NORM])
 
 
 def _flags(groups: Sequence[Group]) -> Iterator[StudyFigure]:

@@ -167,7 +167,7 @@ def _page(
 def _counts(groups: Sequence[Group]) -> str:
     texts = [answer_sentence(answer, groups) for answer in answers(groups, "robust_accuracy")]
     for measure in MEASURES:
-        if compared := comparisons(groups, measure):
+        if len(compared := comparisons(groups, measure)) > 1:
             texts.append(counts_sentence(compared, measure))
     return bullets(texts)
 
@@ -221,7 +221,14 @@ def _table(group: Group, measure: Measure) -> str:
         title = (
             f"accuracy under attack ({norm_text(key.robust_norm)} {epsilon_text(key.robust_epsilon, key.robust_norm)})"
         )
-    head = [f"source, {norm_text(key.source_norm)} epsilon", title, "difference, points", "p (Holm)", "verdict", "runs"]
+    head = [
+        f"source, {norm_text(key.source_norm)} epsilon",
+        title,
+        "difference, points",
+        "verdict",
+        "p (Holm)",
+        "runs (seeds x draws)",
+    ]
     rows = []
     for place in group.places:
         measured = place.measures.get(measure)
@@ -234,19 +241,17 @@ def _table(group: Group, measure: Measure) -> str:
             if verdict.startswith("not"):
                 verdict = f"{verdict}; {needed(difference)}"
             interval = interval_points(difference.estimate.interval).removeprefix("95 % interval ")
-            row += [f"{signed_points(difference.estimate.mean)} ({interval})", p_text(difference.holm_p_value), verdict]
+            row += [f"{signed_points(difference.estimate.mean)} ({interval})", verdict, p_text(difference.holm_p_value)]
         else:
-            row += ["", "", "standard source" if place.epsilon == 0 else "not compared"]
+            row += ["", "standard source" if place.epsilon == 0 else "not compared", ""]
         rows.append([*row, _runs(place, measure)])
     return table(head, rows, numbers=True)
 
 
 def _runs(place: Place, measure: Measure) -> str:
     estimate = place.measures[measure].estimate
-    seeds = f"{estimate.num_seeds} seed{'s' if estimate.num_seeds > 1 else ''}"
-    if estimate.cluster == "draw":
-        seeds = "1 source"
-    return f"{estimate.num_runs} ({seeds}, {estimate.num_draws} draw{'s' if estimate.num_draws > 1 else ''})"
+    sources = "1 source" if estimate.cluster == "draw" else str(estimate.num_seeds)
+    return f"{estimate.num_runs} ({sources} x {estimate.num_draws})"
 
 
 def _figures(figures: Sequence[StudyFigure], elements: dict[str, str]) -> str:

@@ -44,11 +44,10 @@ def counts_sentence(comparisons: Sequence[Comparison], measure: Measure) -> str:
     """Returns how many comparisons came out better, worse and not decided."""
     verdicts = [comparison.difference.verdict for comparison in comparisons]
     better, worse = verdicts.count("better"), verdicts.count("worse")
-    comparisons_text = f"{len(verdicts)} comparison{'s' if len(verdicts) > 1 else ''}"
     return (
-        f"Of {comparisons_text} of the {_MEASURES[measure]} at one epsilon with the standard source, {better} came out "
-        f"better, {worse} worse, and {len(verdicts) - better - worse} were not decided by this many runs (5 % level, "
-        "adjusted by Holm's method for the epsilons of a group)."
+        f"Of {len(verdicts)} comparisons of the {_MEASURES[measure]} at one epsilon with the standard source, {better} "
+        f"came out better, {worse} worse, and {len(verdicts) - better - worse} were not decided by this many runs (5 % "
+        "level, adjusted by Holm's method for the epsilons of a group)."
     )
 
 

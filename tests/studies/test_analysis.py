@@ -90,7 +90,9 @@ def test_holm_makes_a_verdict_harder_the_more_epsilons_there_are():
     beside = analyze(cells + nothing)[0].places[1].measures["accuracy"].difference
     assert alone.p_value == beside.p_value == alone.holm_p_value and beside.holm_p_value == 2 * alone.p_value
     assert alone.verdict == "better" and beside.verdict == "not decided by this many runs"
-    assert alone.clusters_to_decide is None and 5 < beside.clusters_to_decide < 10
+    # Two comparisons are open, so each has to pass half of the level.
+    assert alone.clusters_to_decide is None
+    assert beside.clusters_to_decide == beside.estimate.clusters_to_decide(0.025) > 5
 
 
 def test_worse_sources_are_called_worse_and_robust_accuracies_are_compared_too():

@@ -59,6 +59,7 @@ def test_two_cells_of_one_name_are_refused_and_the_file_stays(tmp_path):
     ("before", "after", "message"),
     [
         (",4,0.1", ",four,0.1", "seed in line 2 .* type int. Received: 'four'"),
+        (",20,4,", ",20,,", "seed in line 2 .* type int. Received: ''"),
         ("false", "maybe", "chosen in line 2 .* Received: 'maybe'"),
         (",600", ",600,1", "Line 2 .* as many values"),
         ("cell,source,", "cell,sauce,", "no column 'source'"),

@@ -63,6 +63,22 @@ def test_the_draws_count_where_they_vary():
     assert both.standard_error == pytest.approx(stats.sem(np.reshape(values, (5, 5)).mean(axis=0)), rel=0.05)
 
 
+def test_the_standard_error_is_that_of_the_analysis_of_variance():
+    values, seeds, draws = made_up_table(np.random.default_rng(0), seeds=4, draws=6)
+    table = np.reshape(values, (4, 6))
+    rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    of_seeds, of_draws = 6 * table.mean(axis=1).var(ddof=1), 4 * table.mean(axis=0).var(ddof=1)
+    of_rest = (rest**2).sum() / 15
+    assert of_draws > of_rest
+    variance = (of_seeds + of_draws - of_rest) / 24
+    freedom = variance**2 / ((of_seeds / 24) ** 2 / 3 + (of_draws / 24) ** 2 / 5 + (of_rest / 24) ** 2 / 15)
+    ours = replicate(values, seeds, draws)
+    assert ours.standard_error**2 == pytest.approx(variance)
+    assert ours.degrees_of_freedom == pytest.approx(freedom)
+    half = stats.t.ppf(0.975, freedom) * variance**0.5
+    assert ours.interval == pytest.approx((table.mean() - half, table.mean() + half))
+
+
 def test_an_interval_excludes_zero_exactly_when_the_p_value_is_below_5_percent():
     random = np.random.default_rng(1)
     outcomes = set()
@@ -113,7 +129,7 @@ def test_no_number_of_seeds_decides_where_nothing_differs_or_the_draws_vary_too_
 
 
 def test_holm_multiplies_the_smallest_by_the_number_of_comparisons_and_keeps_the_order():
-    p_values = [0.2, 0.001, 0.04, 0.03, 0.9]
+    p_values = [0.2, 0.001, 0.035, 0.03, 0.9]
     adjusted = holm(p_values)
     assert adjusted[1] == pytest.approx(0.005) and adjusted[3] == adjusted[2] == pytest.approx(0.12)
     in_order = [after for _, after in sorted(zip(p_values, adjusted, strict=True))]

@@ -123,3 +123,17 @@ def test_in_a_browser_every_figure_is_visible_and_nothing_is_too_wide(tmp_path, 
     assert browser.find_element("id", "answer").rect["y"] < 200
     assert [entry["message"] for entry in browser.get_log("browser")] == []
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.slow
+def test_on_paper_the_tables_are_open(tmp_path, browser):
+    write_cells(tmp_path / "cells.csv", study(**SMALL, examples_per_class=range(1, 9)))
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").as_uri()
+    browser.get(page)
+    closed = browser.execute_script("return document.body.scrollHeight")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    opened = browser.execute_script("return document.body.scrollHeight")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert browser.find_elements("css selector", "details:not([open])")
+    assert opened > closed + 8 * 100

@@ -25,6 +25,9 @@ def test_each_place_is_a_line_with_its_figures(tmp_path):
             if difference := measured.difference:
                 assert float(line[f"{measure}_difference"]) == pytest.approx(difference.estimate.mean, rel=1e-4)
                 assert line[f"{measure}_verdict"] == difference.verdict
+                assert int(line[f"{measure}_wins"]) == difference.wins
+                assert float(line[f"{measure}_bootstrap_high"]) == pytest.approx(difference.bootstrap.high, rel=1e-4)
+                assert float(line[f"{measure}_holm_p_value"]) == pytest.approx(difference.holm_p_value, rel=1e-4)
             else:
                 assert line[f"{measure}_difference"] == line[f"{measure}_verdict"] == ""
     assert {line["clusters"] for line in lines} == {"source seeds"}
