@@ -238,6 +238,11 @@ def _grid(parsed: ParsedFlags, where: str) -> GridConfig:
         raise UserError(f"The cells of a study are transfers. Received: --task={fixed['task']} in {where}.")
     if fixed.get("baseline"):
         raise UserError(f"--baseline cannot be used here: {_NOT_AXES['baseline']}. Received: --baseline in {where}.")
+    if "plan_devices" in fixed:
+        raise UserError(
+            "--plan_devices plans a single job. Received: --plan_devices for a study. Give the flags of one cell to "
+            "robust_tf.train --dry_run, and multiply its device-hours by the number of cells."
+        )
     axes = [parse_axis(text) for text in parsed.values["vary"]]
     axes += [parse_axis(text, chosen=True) for text in parsed.values["choose"]]
     seen = {name: "as a flag" for name in fixed}

@@ -64,6 +64,8 @@ def _time(plan: StudyPlan, cells: Sequence[CellRun], sources: Sequence[SourceRun
         if left and median is None:
             unknown += left
         seconds += left * (median or 0.0)
+    if unknown and not seconds:
+        return f"unknown until the first of {unknown} jobs is finished"
     text = f"{datetime.timedelta(seconds=round(seconds / workers))} with {workers} workers, measured on finished jobs"
     if unknown:
         text += f"; unknown for {unknown} jobs of a kind of which none is finished"

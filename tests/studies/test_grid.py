@@ -102,6 +102,11 @@ def test_source_flags_need_a_flag_file(tmp_path):
         plan(tmp_path, "a.keras", "--vary=source.seed=0 1")
 
 
+def test_plans_for_other_devices_are_refused(tmp_path, source):
+    with pytest.raises(UserError, match="multiply its device-hours by the number of cells"):
+        plan(tmp_path, source, "--plan_devices=8xA100", "--vary=seed=0 1")
+
+
 def test_repeated_flags_keep_their_commas():
     parsed = parse_study(["study", "--source=a.keras", "--vary=classes=1,2 3,4", "--vary=seed=0 1"])
     assert parsed.config.vary == ("classes=1,2 3,4", "seed=0 1")

@@ -1,4 +1,4 @@
-"""The program that runs a study, end to end with tiny jobs: killed and continued, and with a data set that is missing."""
+"""The program that runs a study, with tiny jobs: killed and continued, and with a data set that is missing."""
 
 import csv
 import os
