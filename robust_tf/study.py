@@ -8,9 +8,11 @@ command again after an interruption, and the study continues.
 """
 
 import dataclasses
+import pathlib
 import sys
 from collections.abc import Sequence
 
+from robust_tf.config.job import JobConfig
 from robust_tf.config.study import Study, parse_study
 from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
@@ -22,8 +24,11 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, and runs the study that they describe."""
     study = parse_study(argv, __doc__ or "")
     study = dataclasses.replace(study, workdir=study.workdir or default_workdir(argv, otherwise="study"))
-    plan = plan_study(study)
     config = study.config
+    if config.advise:
+        _advise(study)
+        return
+    plan = plan_study(study)
     if study.dry_run:
         start_tensorflow()
         from robust_tf.studies.dry_run import print_study_plan
@@ -39,6 +44,14 @@ def main(argv: Sequence[str]) -> None:
         _run_one("only_cell", config.only_cell, plan.cells)
     else:
         _run_whole(study, plan)
+
+
+def _advise(study: Study) -> None:
+    start_tensorflow()
+    from robust_tf.studies.advice import advise
+
+    # The probes replace the source by each of those that they rank.
+    advise(JobConfig.from_flags(**{"source": "any", **study.grids[0].fixed}), pathlib.Path(study.workdir))
 
 
 def _run_whole(study: Study, plan: StudyPlan) -> None:

@@ -51,7 +51,8 @@ if sys.argv[1] == "GPU":
     details = tf.config.experimental.get_device_details(gpus[0])
     print(f"{details.get('device_name', gpus[0].name)}, compute capability {details.get('compute_capability')}")
 for path in sorted(pathlib.Path("configs").glob("*.cfg")):
-    read_flag_file(path)
+    if "--vary=" not in path.read_text(encoding="utf-8"):  # the grid of a study
+        read_flag_file(path)
 prepared_builder("digits")
 PY
 

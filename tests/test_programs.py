@@ -12,7 +12,7 @@ from robust_tf.attacks import ATTACKS, NORMS, VERSIONS
 from robust_tf.config.names import ATTACK_NAMES, AUTOATTACK_VERSIONS, NORM_NAMES
 
 ROOT = pathlib.Path(__file__).parents[1]
-PROGRAMS = ["train", "evaluate", "visualize", "data", "convert", "export", "serve", "predict"]
+PROGRAMS = ["train", "evaluate", "visualize", "data", "convert", "export", "serve", "predict", "study"]
 # Runs a program, and then prints its exit code and which slow packages it has imported.
 WITH_IMPORTS = """
 import runpy, sys

@@ -1,7 +1,9 @@
 """The code, the commands and the paths in README.md work."""
 
+import dataclasses
 import pathlib
 import re
+import shlex
 
 import keras
 import numpy as np
@@ -11,12 +13,14 @@ import tensorflow as tf
 from robust_tf.attacks import pgd
 from robust_tf.config.evaluation import EvaluateConfig
 from robust_tf.config.job import JobConfig
+from robust_tf.config.study import parse_study
 from robust_tf.config.visualization import VisualizeConfig
 from robust_tf.convert import ConvertConfig
 from robust_tf.export import ExportConfig
 from robust_tf.flags import parse_flags
 from robust_tf.predict import PredictConfig
 from robust_tf.serving.server.serve_config import ServeConfig
+from robust_tf.studies.grid import plan_study
 from tests.test_structure import LEVEL
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -62,7 +66,7 @@ CONFIGS = {
 
 def test_every_program_and_file_that_is_named_exists():
     programs = set(re.findall(r"python -m robust_tf\.(\w+)", README))
-    assert set(CONFIGS) | {"data"} == programs
+    assert set(CONFIGS) | {"data", "study"} == programs
     package = ROOT / "robust_tf"
     assert all((package / f"{name}.py").exists() or (package / name / "__main__.py").exists() for name in programs)
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
@@ -73,10 +77,15 @@ def test_every_program_and_file_that_is_named_exists():
 
 def test_the_commands_of_the_readme_have_flags_that_exist(monkeypatch):
     monkeypatch.chdir(ROOT)  # --flagfile is relative
-    commands = re.findall(r"^(?:.* && )?python -m robust_tf\.(\w+) (--.*?)(?:\s+#.*)?$", README, re.MULTILINE)
-    assert {program for program, _ in commands} == set(CONFIGS)
+    text = README.replace("\\\n", "")
+    commands = re.findall(r"^(?:.* && )?python -m robust_tf\.(\w+) (--.*?)(?:\s+#.*)?$", text, re.MULTILINE)
+    assert {program for program, _ in commands} == {*CONFIGS, "study"}
     for program, arguments in commands:
-        parse_flags(CONFIGS[program], [program, *arguments.split()])
+        argv = [program, *shlex.split(arguments)]
+        if program == "study":
+            assert plan_study(dataclasses.replace(parse_study(argv), workdir="runs/study")).cells
+        else:
+            parse_flags(CONFIGS[program], argv)
 
 
 def test_the_rooms_of_the_readme_are_those_of_the_package():

@@ -67,6 +67,11 @@ class StudyConfig:
     )
     only_source: int | None = flag(None, "Run just the source with this number, for an element of an array job.")
     only_cell: int | None = flag(None, "Run just the cell with this number, for an element of an array job.")
+    advise: bool = flag(
+        False,
+        "Run nothing; rank the sources of the study for --dataset by cheap probes. If there are none, the published "
+        "models on this machine are ranked.",
+    )
     collect: bool = flag(False, "Run nothing; only write cells.csv, the statistics and the report.")
 
     def __post_init__(self) -> None:
@@ -74,7 +79,7 @@ class StudyConfig:
         check_ranges(self, ("workers",), lowest=1)
         check_ranges(self, ("only_source", "only_cell"), lowest=0)
         modes = [name for name in ("only_source", "only_cell") if getattr(self, name) is not None]
-        modes += ["collect"] * self.collect + ["launcher"] * (self.launcher != "none")
+        modes += ["advise"] * self.advise + ["collect"] * self.collect + ["launcher"] * (self.launcher != "none")
         if len(modes) > 1:
             raise UserError(f"A study does one thing at a time. Received: --{' and --'.join(modes)}. Leave out one.")
 

@@ -8,6 +8,7 @@ from robust_tf.studies.analysis import Group, GroupKey
 # Width of a network relative to the narrowest common form of its architecture, with the name of the architecture.
 WIDTHS: dict[str, tuple[str, float]] = {
     "resnet20": ("ResNet-20", 1.0),
+    "resnet20_width8": ("ResNet-20", 0.5),
     "resnet50": ("ResNet-50", 1.0),
     "wide_resnet50_2": ("ResNet-50", 2.0),
     "wide_resnet50_4": ("ResNet-50", 4.0),

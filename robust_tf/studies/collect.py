@@ -5,12 +5,11 @@ import pathlib
 from typing import Any
 
 from robust_tf.config.job import JobConfig
-from robust_tf.console import console, only_a_warning
+from robust_tf.console import console
 from robust_tf.flags import flat_values, parse_flags, to_text
 from robust_tf.models import PUBLISHED
 from robust_tf.results import FILE_NAME, JobResults
 from robust_tf.studies.grid import SOURCE_PREFIX, CellRun, StudyPlan
-from robust_tf.studies.hparams import write_hparams
 from robust_tf.studies.records import CELLS, Cell, write_cells
 from robust_tf.studies.report import write_report
 
@@ -30,8 +29,6 @@ def collect_study(plan: StudyPlan) -> list[Cell]:
         console.print(f"No cell of {plan.workdir} is finished, so there is no report.")
         return cells
     write_report(plan.workdir)
-    with only_a_warning("the HParams of the study"):
-        write_hparams(plan.workdir, cells)
     return cells
 
 

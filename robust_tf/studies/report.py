@@ -14,6 +14,7 @@ from robust_tf.studies.analysis import MEASURES, Group, Measure, Place, analyze,
 from robust_tf.studies.axes import axes_of, describe, epsilon_text, norm_text
 from robust_tf.studies.drawing import published_of
 from robust_tf.studies.figures import StudyFigure, study_figures, write_figures
+from robust_tf.studies.grid import ERROR
 from robust_tf.studies.hparams import write_hparams
 from robust_tf.studies.published import SOURCE
 from robust_tf.studies.records import CELLS, Cell, read_cells
@@ -29,7 +30,6 @@ from robust_tf.studies.wording import (
 )
 
 REPORT = "report.html"
-ERROR = "error.txt"  # in the folder of a cell or a source that failed
 _OPEN_GROUPS = 6  # with more groups, their tables are collapsed
 _METHOD = (
     "Each cell is one training job, whose test images were used once, after the training. Hyperparameters such as the "

@@ -27,6 +27,8 @@ from robust_tf.studies.worker import Outcome, work
 
 LOGS = "logs"
 _LOCK = ".lock"
+# TensorFlow and Keras keep a little of every job. A new process from time to time keeps the memory bounded.
+_MOST_JOBS = 300
 _SECONDS_TO_SAVE = 120.0  # for a worker to save its job after SIGTERM
 
 
@@ -48,6 +50,7 @@ class _Worker:
     connection: Connection
     run: SourceRun | CellRun | None = None
     last: SourceRun | CellRun | None = None
+    jobs: int = 0
 
 
 @dataclasses.dataclass
@@ -179,6 +182,10 @@ def _run_all(plan: StudyPlan, queue: _Queue, num_workers: int) -> None:
     try:
         with meter("study", total=sources + cells, unit="jobs") as bar:
             while True:
+                for number, worker in enumerate(workers):
+                    if worker.run is None and worker.jobs >= _MOST_JOBS:
+                        _stop([worker])
+                        workers[number] = _start(plan, number, threads)
                 for worker in workers:
                     if worker.run is None:
                         _give(worker, queue, workers)
@@ -236,7 +243,7 @@ def _receive(worker: _Worker, queue: _Queue) -> bool:
             f"There is no space left for the study. {run.name} was not saved; everything before it is. Free some disk "
             f"space, and start the same command again with --retry_failed. Received: {outcome.error}"
         )
-    worker.run, worker.last = None, run
+    worker.run, worker.last, worker.jobs = None, run, worker.jobs + 1
     queue.finish(run, outcome)
     if outcome.error:
         console.print(f"FAILED {run.name}: {outcome.error}")

@@ -1,6 +1,5 @@
 """A process that runs the jobs of a study one after another, so that TensorFlow is loaded only once."""
 
-import importlib.util
 import os
 import pathlib
 import signal
@@ -101,11 +100,9 @@ def run_safely(job: JobConfig, *, is_cell: bool) -> Outcome:
 
 def _run(job: JobConfig, *, is_cell: bool) -> None:
     from robust_tf.job.run import run_job
+    from robust_tf.studies.cells import run_cell
 
-    if is_cell and importlib.util.find_spec("robust_tf.studies.cells"):
-        importlib.import_module("robust_tf.studies.cells").run_cell(job)
-    else:
-        run_job(job)
+    (run_cell if is_cell else run_job)(job)
 
 
 def _redirect_output(log: str) -> None:
