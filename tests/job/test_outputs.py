@@ -1,4 +1,4 @@
-"""Jobs that keep their results only, and jobs of one process that share objects: they compute what other jobs compute."""
+"""Jobs that keep their results only, and jobs that share objects in one process: they compute what others compute."""
 
 import json
 import pathlib
