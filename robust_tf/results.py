@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 from robust_tf.config.data import AlphaBackground, Exif
@@ -24,6 +24,12 @@ FILE_NAME = "results.json"
 FORMAT = 1
 # Subfolder of a workdir for the baseline: the same job, run from the standard source.
 BASELINE = "baseline"
+
+# What the intervals of a comparison over several draws cover.
+DRAWS_NOTE = (
+    "These intervals cover other draws of the labeled images and other test images, but for this one pair of sources: "
+    "sources trained with other seeds may differ by more, or by less."
+)
 
 FigureName = Literal["clean_accuracy", "mean_per_class_accuracy", "robust_accuracy"]
 # Older versions did not write these keys, and listed their values only among the flags of the job.
@@ -84,6 +90,41 @@ class FeatureCache(Record):
     seconds: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class AccuracyDifference(PairedDifference):
+    """Paired difference between an accuracy of a job and that of its baseline, both in [0, 1].
+
+    Attributes:
+        draws: Number of draws of the labeled images whose mean this is.
+        claimed: Whether the documentation of the experiment names this accuracy, see `--claims`.
+    """
+
+    draws: int = 1
+    claimed: bool = False
+
+    @classmethod
+    def of(cls, compared: PairedDifference, *, draws: int = 1) -> Self:
+        """Returns a difference with the number of its draws."""
+        return cls(compared.difference, compared.interval, compared.p_value, draws)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawMeans(Record):
+    """Mean accuracies over several draws of the labeled images, in [0, 1].
+
+    Attributes:
+        draws: Number of draws, including the job itself.
+        clean_accuracy: Mean clean accuracy.
+        mean_per_class_accuracy: Mean of the mean-per-class accuracies.
+        robust_accuracy: Mean robust accuracy; None without an attack.
+    """
+
+    draws: int = 1
+    clean_accuracy: float | None = None
+    mean_per_class_accuracy: float | None = None
+    robust_accuracy: float | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison(Record):
     """Paired differences between a job and its baseline on the same test images.
@@ -94,9 +135,20 @@ class Comparison(Record):
         robust_accuracy: Difference between the robust accuracies; None if one of the two was not attacked.
     """
 
-    clean_accuracy: PairedDifference | None = None
-    mean_per_class_accuracy: PairedDifference | None = None
-    robust_accuracy: PairedDifference | None = None
+    clean_accuracy: AccuracyDifference | None = None
+    mean_per_class_accuracy: AccuracyDifference | None = None
+    robust_accuracy: AccuracyDifference | None = None
+
+    @property
+    def draws(self) -> int:
+        """Number of draws of the labeled images that were compared."""
+        return self.clean_accuracy.draws if self.clean_accuracy else 1
+
+    def with_claims(self, claims: Sequence[str]) -> Self:
+        """Returns the same differences, of which those with these names are marked as claimed."""
+        named = {name: getattr(self, name) for name in claims}
+        claimed = {name: dataclasses.replace(each, claimed=True) for name, each in named.items() if each is not None}
+        return dataclasses.replace(self, **claimed)
 
 
 class Figure(NamedTuple):
@@ -180,6 +232,7 @@ class JobResults(Record):
         flags: All flags of the job, one "--name=value" each.
         baseline: Results of the same job from the standard source.
         comparison: Paired differences between this job and the baseline.
+        draw_means: Mean accuracies over the draws of a job with `--draws`; all other values are those of the first.
     """
 
     task: JobKind | None = None
@@ -230,6 +283,7 @@ class JobResults(Record):
     flags: tuple[str, ...] = ()
     baseline: "JobResults | None" = None
     comparison: Comparison | None = None
+    draw_means: DrawMeans | None = None
 
     @classmethod
     def read(cls, path: pathlib.Path) -> Self | None:
@@ -306,6 +360,20 @@ class JobResults(Record):
             return {alone: self}
         return {"from the robust source": self, "from the standard source": self.baseline}
 
+    def rows(self, alone: str) -> list[tuple[str, list[str]]]:
+        """Returns the rows of the table of results: the title of each and its accuracies, in the order of `figures`.
+
+        There is one row for each of `by_source(alone)`, and one with its mean if there are several draws.
+        """
+        names, rows = [figure.name for figure in self.figures()], []
+        for title, results in self.by_source(alone).items():
+            rows.append((title, [results.figure(name).in_words for name in names]))
+            if means := results.draw_means:
+                values = [getattr(means, name) for name in names]
+                cells = ["not measured" if value is None else f"{value:.1%}" for value in values]
+                rows.append((f"{title}, mean of {means.draws} draws", cells))
+        return rows
+
     def comparison_in_words(self) -> list[str]:
         """Returns a line for each paired difference between a job and its baseline; none without a baseline."""
         if self.baseline is None:
@@ -316,11 +384,14 @@ class JobResults(Record):
                 "the jobs has no predictions.csv, because an older version ran it."
             ]
         differences = {name: getattr(self.comparison, name) for name in typing.get_args(FigureName)}
-        return [
-            f"{self.figure(name).title}, robust minus standard source: {in_words(difference)}"
+        draws = self.comparison.draws
+        mean = f", mean of {draws} draws" if draws > 1 else ""
+        lines = [
+            f"{self.figure(name).title}, robust minus standard source{mean}: {in_words(difference)}"
             for name, difference in differences.items()
             if difference is not None
         ]
+        return [*lines, DRAWS_NOTE] if draws > 1 else lines
 
     def check_image_size(self, image_size: int | None, path: pathlib.Path) -> None:
         """Refuses a classifier that takes images of another size, because it must be from another job.

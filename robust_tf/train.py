@@ -38,8 +38,9 @@ def run(job: JobConfig) -> None:
     """Runs a job, its baseline and its export, and prints the results."""
     import tensorflow as tf
 
+    from robust_tf.job.draws import sharing_of
     from robust_tf.job.outputs import finish_job
-    from robust_tf.job.run import run_baseline, run_job
+    from robust_tf.job.run import run_baseline, run_draws, run_job
     from robust_tf.job.workdir import check_export, check_outputs
     from robust_tf.training.distribution import PEER_LOST, restart_process, start_distribution
 
@@ -59,8 +60,10 @@ def run(job: JobConfig) -> None:
     with distribution.watched() as watch:
         try:
             distribution.on_chief(lambda: check_outputs(job))
-            results = run_job(job)
-            baseline = run_baseline(job) if job.transfer.baseline else None
+            with sharing_of(job):
+                results = run_job(job)
+                baseline = run_baseline(job) if job.transfer.baseline else None
+                run_draws(job)
             distribution.on_chief(lambda: finish_job(job, results, baseline))
         except PEER_LOST as error:
             if distribution.num_workers == 1:

@@ -37,7 +37,7 @@ def test_each_failed_check_is_named(tmp_path):
     result = run(SMOKE_DEVICE="GPU", PYTHON=str(python), TMPDIR=str(tmp_path))
     assert result.returncode == 1
     assert result.stderr.splitlines() == ["broken", "FAILED: mixed_bfloat16=true, see above"]
-    assert "pgd: 3 passed (" in result.stdout and "deterministic: equal (" in result.stdout
+    assert "pgd: 3 passed (" in result.stdout and "deterministic_xla: equal (" in result.stdout
     assert "float32: " in result.stdout and "float32=true: " in result.stdout
     assert "mixed_bfloat16" not in result.stdout and "Everything works" not in result.stdout
     assert list(tmp_path.iterdir()) == [python]  # it removes its files

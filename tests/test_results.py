@@ -18,8 +18,16 @@ from robust_tf.errors import UserError
 from robust_tf.evaluation import subject as subject_module
 from robust_tf.flags import to_flag_file
 from robust_tf.json_records import WrongValueError, from_json, to_json
-from robust_tf.results import FORMAT, Comparison, FeatureCache, JobResults, MeasuredAttack
-from robust_tf.statistics import Interval, PairedDifference
+from robust_tf.results import (
+    FORMAT,
+    AccuracyDifference,
+    Comparison,
+    DrawMeans,
+    FeatureCache,
+    JobResults,
+    MeasuredAttack,
+)
+from robust_tf.statistics import Interval
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "robust_tf"
 # Fields of `DataConfig` that do not change the test images, and those that every program sets itself.
@@ -193,7 +201,7 @@ JSON = st.recursive(
 # No such key of a record exists.
 UNKNOWN = st.dictionaries(TEXT.map(lambda name: f"{name}!"), JSON, max_size=3)
 INTERVALS = st.builds(Interval, NUMBERS, NUMBERS)
-DIFFERENCES = st.builds(PairedDifference, NUMBERS, INTERVALS, NUMBERS)
+DIFFERENCES = st.builds(AccuracyDifference, NUMBERS, INTERVALS, NUMBERS, COUNTS, st.booleans())
 
 
 def strategy_of(kind: typing.Any) -> st.SearchStrategy:
@@ -204,6 +212,8 @@ def strategy_of(kind: typing.Any) -> st.SearchStrategy:
         return st.none() | st.builds(MeasuredAttack, name=TEXT, epsilon=NUMBERS, steps=COUNTS, extra=UNKNOWN)
     if kind == FeatureCache | None:
         return st.none() | st.builds(FeatureCache, hits=COUNTS, seconds=NUMBERS, extra=UNKNOWN)
+    if kind == DrawMeans | None:
+        return st.none() | st.builds(DrawMeans, draws=COUNTS, clean_accuracy=NUMBERS, extra=UNKNOWN)
     if kind == Comparison | None:
         others = {name: st.none() | DIFFERENCES for name in ("mean_per_class_accuracy", "robust_accuracy")}
         return st.none() | st.builds(Comparison, clean_accuracy=DIFFERENCES, **others, extra=UNKNOWN)

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t, ttest_1samp
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix
 
 from robust_tf.statistics import (
     PairedDifference,
     decides,
     in_words,
+    mean_over_draws,
     mean_per_class,
     paired_difference,
     paired_mean_per_class,
@@ -144,3 +145,38 @@ def test_the_intervals_hold_the_true_difference_in_95_percent_of_the_runs(per_cl
 def test_a_difference_in_words(compared, text):
     assert text in in_words(PairedDifference(*compared))
     assert decides(PairedDifference(*compared)) == ("does not show" not in text)
+
+
+def test_the_mean_over_draws_equals_a_t_test_when_only_the_draws_differ():
+    draws = np.array([0.1, 0.04, 0.07, 0.12, -0.01])
+    compared = mean_over_draws(np.tile(draws[:, None], (1, 50)))  # the same difference on every image
+    expected = ttest_1samp(draws, 0)
+    assert compared.difference == pytest.approx(draws.mean())
+    assert compared.p_value == pytest.approx(expected.pvalue, rel=1e-4)
+    np.testing.assert_allclose(compared.interval, expected.confidence_interval(), atol=1e-6)
+
+
+def test_the_mean_over_draws_adds_the_variances_of_draws_and_images():
+    differences = np.random.default_rng(1).choice([-1.0, 0.0, 1.0], size=(6, 80), p=[0.1, 0.6, 0.3])
+    parts = differences.mean(axis=1).var(ddof=1) / 6, differences.mean(axis=0).var(ddof=1) / 80
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 5 + parts[1] ** 2 / 79)
+    half = t.ppf(0.975, freedom) * sum(parts) ** 0.5
+    compared = mean_over_draws(differences)
+    np.testing.assert_allclose(compared.interval, (differences.mean() - half, differences.mean() + half), atol=1e-6)
+    assert compared.p_value == pytest.approx(2 * t.sf(differences.mean() / sum(parts) ** 0.5, freedom), rel=1e-4)
+
+
+def test_the_interval_of_a_mean_over_draws_covers_the_truth():
+    rng = np.random.default_rng(0)
+    misses = 0
+    for _ in range(300):
+        differences = 0.1 + 0.05 * rng.normal(size=(5, 1)) + rng.normal(size=(1, 60)) + rng.normal(size=(5, 60))
+        low, high = mean_over_draws(differences / 4).interval
+        misses += not low <= 0.025 <= high
+    assert misses / 300 <= 0.07
+
+
+@pytest.mark.parametrize(("value", "p_value"), [(0.0, 1.0), (0.2, 0.0)])
+def test_the_mean_over_draws_of_one_value_everywhere(value, p_value):
+    compared = mean_over_draws(np.full((3, 8), value))
+    assert compared.p_value == p_value and compared.interval == (pytest.approx(value), pytest.approx(value))

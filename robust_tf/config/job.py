@@ -50,6 +50,7 @@ class JobConfig:
         _check_data(self)
         if self.transfer.cached:
             _check_cached_features(self)
+        _check_draws(self)
         _check_length(self)
         _check_adversarial(self)
         _check_devices(self)
@@ -199,6 +200,21 @@ def _check_cached_features(job: JobConfig) -> None:
             "--plan_devices plans steps through the whole network, which stored features don't need: one device "
             "is enough. Received: --features=cached."
         )
+
+
+def _check_draws(job: JobConfig) -> None:
+    draws = job.transfer.draws
+    if draws > 1 and job.data.examples_per_class is None:
+        raise UserError(
+            "--draws repeats the job with other labeled images, so it needs --examples_per_class. Received: "
+            f"--draws={draws}."
+        )
+    if job.run.seed + draws > 2**32:
+        raise UserError(
+            f"The seed of the last draw must be below 2**32. Received: --seed={job.run.seed} --draws={draws}."
+        )
+    if "robust_accuracy" in job.transfer.claims and not job.adversarial.evaluation_attack.active:
+        raise UserError("--claims=robust_accuracy needs an attack in the test. Received: --eval_epsilon=0.")
 
 
 def _check_length(job: JobConfig) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from robust_tf.config.checks import check_choices, check_default, check_ranges
+from robust_tf.config.checks import check_choice, check_choices, check_default, check_ranges
 from robust_tf.errors import UserError
 from robust_tf.flags import flag
 
@@ -12,6 +12,7 @@ FrozenBatchNorm = Literal["frozen", "update"]
 Normalization = Literal["source", "dataset"]
 FeatureMode = Literal["live", "cached"]
 HeadMethod = Literal["sgd", "lbfgs", "ridge"]
+Claim = Literal["clean_accuracy", "robust_accuracy"]
 # Flags that have no effect on a network that is trained from scratch.
 TRANSFER_ONLY = ("transfer_mode", "hidden_layers", "normalization", "unfreeze_at_epoch")
 
@@ -82,9 +83,27 @@ class TransferConfig:
         identity=False,
     )
 
+    draws: int = flag(
+        1,
+        "Number of draws of the labeled images, with --features=cached and --examples_per_class. A head is fitted for "
+        "each of the seeds --seed, --seed + 1, ..., also from the source of --baseline, and the comparison takes the "
+        "mean over the draws. The published classifier is from the first draw.",
+        identity=False,
+    )
+    claims: tuple[Claim, ...] = flag(
+        (),
+        "Accuracies for which the documentation of an experiment claims that the robust source is better. results.json "
+        "marks them as claimed; nothing else changes.",
+        identity=False,
+    )
+
     def __post_init__(self) -> None:
         check_choices(self)
-        check_ranges(self, ("views",), lowest=1)
+        check_ranges(self, ("views", "draws"), lowest=1)
+        for claim in self.claims:
+            check_choice("--claims", claim, Claim)
+        if not self.baseline:
+            check_default(self, ("claims",), "--baseline")
         check_ranges(self, ("hidden_layers",), lowest=0)
         if self.unfreeze_at_epoch is not None and self.transfer_mode == "full_network":
             raise UserError(
@@ -97,7 +116,7 @@ class TransferConfig:
                 f"--transfer_mode={self.transfer_mode} --freeze_through={self.freeze_through!r}."
             )
         if not self.cached:
-            check_default(self, ("views", "head"), "--features=cached")
+            check_default(self, ("views", "head", "draws"), "--features=cached")
         elif not self.features_cache_size_gb > 0:
             raise UserError(f"--features_cache_size_gb must be more than 0. Received: {self.features_cache_size_gb}.")
 

@@ -3,13 +3,15 @@
 import csv
 import dataclasses
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
-from robust_tf.results import Comparison
-from robust_tf.statistics import paired_difference, paired_mean_per_class
+from robust_tf.results import AccuracyDifference, Comparison
+from robust_tf.statistics import mean_over_draws, paired_difference, paired_mean_per_class
 
 FILE_NAME = "predictions.csv"
 _COLUMNS = ("id", "label", "prediction", "prediction_under_attack")
@@ -103,11 +105,51 @@ def compare_outcomes(ours: Outcomes | None, theirs: Outcomes | None, *, metric: 
         return None
     per_class = robust = None
     if metric == "mean_per_class_accuracy":
-        per_class = paired_mean_per_class(ours.right, theirs.right, ours.labels)
+        per_class = AccuracyDifference.of(paired_mean_per_class(ours.right, theirs.right, ours.labels))
     if ours.robust is not None and theirs.robust is not None:
-        robust = paired_difference(ours.robust, theirs.robust)
+        robust = AccuracyDifference.of(paired_difference(ours.robust, theirs.robust))
     return Comparison(
-        clean_accuracy=paired_difference(ours.right, theirs.right),
+        clean_accuracy=AccuracyDifference.of(paired_difference(ours.right, theirs.right)),
         mean_per_class_accuracy=per_class,
         robust_accuracy=robust,
+    )
+
+
+def compare_draws(
+    ours: Sequence[Outcomes | None], theirs: Sequence[Outcomes | None], *, metric: str | None
+) -> Comparison | None:
+    """Returns the mean paired differences between two sources over several draws, the first source minus the second.
+
+    Args:
+        ours: Predictions of the jobs from the first source, one for each draw of the labeled images.
+        theirs: Predictions of the jobs from the second source, in the same order.
+        metric: Usual metric of the data set. "mean_per_class_accuracy" is compared as well.
+
+    Returns:
+        The differences, or None if predictions are missing or not all jobs tested the same images.
+    """
+    pairs = [(our, their) for our, their in zip(ours, theirs, strict=True) if our is not None and their is not None]
+    if not pairs or len(pairs) < len(ours):
+        return None
+    ids, labels = pairs[0][0].ids, pairs[0][0].labels
+    if not all(
+        np.array_equal(each.ids, ids) and np.array_equal(each.labels, labels) for pair in pairs for each in pair
+    ):
+        return None
+
+    def difference(sides: list[list[np.ndarray]], weights: Any = 1.0) -> AccuracyDifference:
+        first, second = (np.stack(side).astype(float) for side in sides)
+        return AccuracyDifference.of(mean_over_draws((first - second) * weights), draws=len(pairs))
+
+    right = [[each.right for each in side] for side in zip(*pairs, strict=True)]
+    robust = [[each.robust for each in side if each.robust is not None] for side in zip(*pairs, strict=True)]
+    per_class = None
+    if metric == "mean_per_class_accuracy":
+        _, classes = np.unique(labels, return_inverse=True)
+        totals = np.bincount(classes)
+        per_class = difference(right, len(labels) / len(totals) / totals[classes])
+    return Comparison(
+        clean_accuracy=difference(right),
+        mean_per_class_accuracy=per_class,
+        robust_accuracy=difference(robust) if all(len(side) == len(pairs) for side in robust) else None,
     )

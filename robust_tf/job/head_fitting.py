@@ -20,6 +20,8 @@ from robust_tf.flags import to_flag_file
 from robust_tf.job.building import job_loss, job_optimizer, optimizer_steps_per_epoch
 from robust_tf.job.patience import patience_of
 from robust_tf.job.testing import Evaluation
+from robust_tf.models import features_of, weights_sha256
+from robust_tf.sharing import shared
 from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.tensorboard import write_config, write_history
@@ -116,6 +118,24 @@ def evaluate_features(classifier: keras.Model, task: TaskData) -> Evaluation:
     logits = np.asarray(_copy_of_head(classifier)(test_features(classifier, task), training=False))
     labels = task.test_examples.labels().astype(np.int64)
     return Evaluation(Outcomes(task.test_ids(), labels, logits.argmax(axis=1), None), logits.shape[-1])
+
+
+def classifier_to_attack(job: JobConfig, classifier: keras.Model) -> keras.Model:
+    """Returns a classifier that computes what the given one computes, and that other jobs of this process share.
+
+    Jobs that differ in their heads only can then use one traced attack, which takes longer to trace than to run. A
+    later call may change the weights of the head, so use the classifier at once, and for the test only.
+
+    Args:
+        job: Job with `--features=cached`, whose backbone nothing has changed.
+        classifier: Classifier whose head has been fitted.
+    """
+    backbone = features_of(classifier, name="backbone")
+    key = (weights_sha256(backbone), backbone.to_json(), job.transfer.hidden_layers, classifier.output_shape[-1])
+    same = shared(("classifier to attack", *key), lambda: classifier)
+    for layer, fitted in zip(_head_layers(same), _head_layers(classifier), strict=True):
+        layer.set_weights(fitted.get_weights())
+    return same
 
 
 def _train(job: JobConfig, classifier: keras.Model, features: Features, task: TaskData) -> TrainingProgress:

@@ -9,7 +9,8 @@ from robust_tf.config.job import JobConfig
 from robust_tf.console import console, only_a_warning
 from robust_tf.data import TaskData
 from robust_tf.flags import flat_values
-from robust_tf.job.results import closing_table, with_baseline
+from robust_tf.job.draws import complete_results
+from robust_tf.job.results import closing_table
 from robust_tf.job.sources import classifier_path
 from robust_tf.job.task import load_job_task
 from robust_tf.job.testing import Evaluation
@@ -85,14 +86,14 @@ def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None 
         baseline: Results of the same job with the standard source, or None if there is no baseline.
     """
     workdir = pathlib.Path(job.run.workdir)
-    if baseline:
-        compared = with_baseline(results, baseline, workdir)
-        if compared != results:  # the folder of a finished job may be read-only
-            compared.write(workdir / FILE_NAME)
-        if job.run.outputs == "all" and (compared != results or not (workdir / REPORT).exists()):
+    if baseline or job.transfer.draws > 1:
+        complete = complete_results(job, results, baseline)
+        if complete != results:  # the folder of a finished job may be read-only
+            complete.write(workdir / FILE_NAME)
+        if job.run.outputs == "all" and (complete != results or not (workdir / REPORT).exists()):
             with only_a_warning(f"The report of {workdir}"):
                 write_report(workdir)
-        results = compared
+        results = complete
     console.print(closing_table(results))
     for line in results.comparison_in_words():
         console.print(line, soft_wrap=True)

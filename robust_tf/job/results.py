@@ -1,8 +1,6 @@
 """The results of a finished job: the record for results.json, and the table that the program prints last."""
 
-import dataclasses
 import importlib.metadata
-import pathlib
 import platform
 import statistics
 
@@ -14,13 +12,12 @@ import robust_tf
 from robust_tf.config.attack import AttackConfig
 from robust_tf.config.job import JobConfig
 from robust_tf.data import TaskData
-from robust_tf.evaluation.outcomes import compare_outcomes, read_outcomes
 from robust_tf.flags import to_flag_file
 from robust_tf.job.head_fitting import HeadFit
 from robust_tf.job.patience import patience_of
 from robust_tf.job.testing import Evaluation
 from robust_tf.models import weights_sha256
-from robust_tf.results import BASELINE, FeatureCache, JobResults, MeasuredAttack
+from robust_tf.results import FeatureCache, JobResults, MeasuredAttack
 from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.transfer.stages import parameter_counts
 
@@ -115,20 +112,8 @@ def measured_attack(attack: AttackConfig) -> MeasuredAttack | None:
     )
 
 
-def with_baseline(results: JobResults, baseline: JobResults, workdir: pathlib.Path) -> JobResults:
-    """Returns the results of a job with those of its baseline and the paired differences between the two.
-
-    Args:
-        results: Results of the job.
-        baseline: Results of its baseline.
-        workdir: Folder of the job. The folder of the baseline is its subfolder baseline/.
-    """
-    compared = compare_outcomes(read_outcomes(workdir), read_outcomes(workdir / BASELINE), metric=results.metric)
-    return dataclasses.replace(results, baseline=baseline, comparison=compared)
-
-
 def closing_table(results: JobResults) -> Table:
-    """Returns the table of the accuracies on the test images, with one row, or two if there is a baseline."""
+    """Returns the table of the accuracies on the test images, see `JobResults.rows`."""
     table = Table(
         title=f"{results.dataset}: {results.num_test_images} test images", title_justify="left", box=box.SIMPLE
     )
@@ -136,8 +121,8 @@ def closing_table(results: JobResults) -> Table:
     figures = results.figures()
     for figure in figures:
         table.add_column(figure.short_title)
-    for name, row in results.by_source(alone=results.architecture or "").items():
-        table.add_row(name, *(row.figure(figure.name).in_words for figure in figures))
+    for name, cells in results.rows(alone=results.architecture or ""):
+        table.add_row(name, *cells)
     return table
 
 

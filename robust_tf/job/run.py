@@ -9,21 +9,21 @@ from robust_tf.console import console
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.job.building import adapted_classifier, new_classifier
+from robust_tf.job.draws import draw_jobs
 from robust_tf.job.fitting import fit_classifier
 from robust_tf.job.half_precision import emulation_warning
-from robust_tf.job.head_fitting import HeadFit, can_test_features, evaluate_features, fit_head
+from robust_tf.job.head_fitting import HeadFit, can_test_features, classifier_to_attack, evaluate_features, fit_head
 from robust_tf.job.outputs import write_job, write_missing_report
 from robust_tf.job.results import job_results
-from robust_tf.job.sources import classifier_path, open_source, source_is_job, source_job, twin_job
+from robust_tf.job.sources import baseline_job, classifier_path, open_source, source_is_job, source_job, twin_job
 from robust_tf.job.task import load_job_task
 from robust_tf.job.testing import Evaluation, evaluate_classifier
 from robust_tf.job.workdir import check_kept, claim_workdir, finished_results, release_workdir
-from robust_tf.results import BASELINE, JobResults
+from robust_tf.results import JobResults
 from robust_tf.training.checkpoint import Checkpoints, TrainingProgress
 from robust_tf.training.distribution import Distribution, start_distribution
 from robust_tf.training.interruption import Interrupted
 from robust_tf.training.xla import compiles_with_xla, prepare_for_xla
-from robust_tf.transfer import sources
 
 
 def run_job(job: JobConfig) -> JobResults:
@@ -75,13 +75,16 @@ def run_job(job: JobConfig) -> JobResults:
 def run_baseline(job: JobConfig) -> JobResults:
     """Runs the same job from the standard counterpart of its source, in the subfolder baseline/ of its workdir."""
     if source_is_job(job):
-        twin = twin_job(job)
-        run_job(twin)
-        source = str(classifier_path(twin))
-    else:
-        source = sources.published_twin(job.transfer.source)
-    workdir = str(pathlib.Path(job.run.workdir) / BASELINE)
-    return run_job(job.with_flags(source=source, workdir=workdir, baseline=False, export_dir=""))
+        run_job(twin_job(job))
+    return run_job(baseline_job(job).with_flags(draws=1))
+
+
+def run_draws(job: JobConfig) -> None:
+    """Runs the draws of a job, and of its baseline if it has one. Draws that are finished are not run again."""
+    for each in (job, *([baseline_job(job)] if job.transfer.baseline else [])):
+        for draw in draw_jobs(each):
+            if finished_results(pathlib.Path(draw.run.workdir)) is None:
+                run_job(draw)
 
 
 def build_job(job: JobConfig) -> tuple[keras.Model, TaskData]:
@@ -141,6 +144,9 @@ def _test(job: JobConfig, classifier: keras.Model, task: TaskData, distribution:
     compiled = distribution.num_replicas == 1 and compiles_with_xla(job.optimization.xla, classifier)
     if compiled:
         prepare_for_xla(classifier)
+    share_trace = job.transfer.cached and not compiled
+    if share_trace:
+        classifier = classifier_to_attack(job, classifier)
     return evaluate_classifier(
         classifier,
         task.test_share(replicas=1) if compiled else distribution.test_data(task),  # XLA needs batches of one size
@@ -148,4 +154,5 @@ def _test(job: JobConfig, classifier: keras.Model, task: TaskData, distribution:
         ids=distribution.test_ids(task),
         strategy=distribution.strategy,
         jit_compile=compiled,
+        share_trace=share_trace,
     )

@@ -9,6 +9,7 @@ from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.config.transfer import TransferConfig
 from robust_tf.console import console
 from robust_tf.models import pixel_warning
+from robust_tf.results import BASELINE
 from robust_tf.sharing import shared
 from robust_tf.transfer import sources
 
@@ -36,6 +37,14 @@ def twin_job(job: JobConfig) -> JobConfig:
     """Returns the standard counterpart of a source that is a flag file: the same job, trained without an attack."""
     robust = source_job(job)
     return robust.standard_twin().with_flags(workdir=f"{robust.run.workdir}_eps0")
+
+
+def baseline_job(job: JobConfig) -> JobConfig:
+    """Returns the same job from the standard counterpart of its source, which may have to be trained first."""
+    is_job = source_is_job(job)
+    source = str(classifier_path(twin_job(job))) if is_job else sources.published_twin(job.transfer.source)
+    workdir = str(pathlib.Path(job.run.workdir) / BASELINE)
+    return job.with_flags(source=source, workdir=workdir, baseline=False, claims=(), export_dir="")
 
 
 def classifier_path(job: JobConfig) -> pathlib.Path:

@@ -12,6 +12,7 @@ from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.console import console, track
 from robust_tf.evaluation.example_choice import Example, ExampleChoice
 from robust_tf.evaluation.outcomes import Outcomes
+from robust_tf.sharing import shared
 from robust_tf.statistics import Interval, mean_per_class, wilson_interval
 from robust_tf.training.xla import number_functions
 
@@ -76,6 +77,7 @@ def evaluate_classifier(
     ids: np.ndarray,
     strategy: tf.distribute.Strategy | None = None,
     jit_compile: bool = False,
+    share_trace: bool = False,
 ) -> Evaluation:
     """Measures the clean accuracy and the accuracy under PGD.
 
@@ -91,6 +93,8 @@ def evaluate_classifier(
             of all images, but only examples from its own share.
         jit_compile: Whether XLA compiles the attack and the predictions, for each batch size in `dataset`. The data set
             may then have weights, too. Only for one replica.
+        share_trace: Whether later calls with the same classifier object, which may have other weights by then, use the
+            traced function again. This needs `robust_tf.sharing.sharing`, and only for one replica.
     """
     replicas: Any = strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
 
@@ -110,7 +114,9 @@ def evaluate_classifier(
 
     if replicas is None:
         # The signature leaves the batch size open, so that a smaller last batch does not trace the function again.
-        outcomes_of = tf.function(outcomes, input_signature=dataset.element_spec, jit_compile=jit_compile)
+        traced = tf.function(outcomes, input_signature=dataset.element_spec, jit_compile=jit_compile)
+        key = ("outcomes", classifier, attack, dataset.element_spec, jit_compile)
+        outcomes_of = shared(key, lambda: traced) if share_trace else traced
     else:
 
         @tf.function(reduce_retracing=True, autograph=False)

@@ -68,10 +68,7 @@ def _comparison(results: JobResults) -> str:
     if results.baseline is None:
         return ""
     figures = results.figures()
-    rows = [
-        [name, *(row.figure(figure.name).in_words.replace(" to ", _TO) for figure in figures)]
-        for name, row in results.by_source(alone="").items()
-    ]
+    rows = [[title, *(cell.replace(" to ", _TO) for cell in cells)] for title, cells in results.rows(alone="")]
     head = ["", *(figure.short_title for figure in figures)]
     note = f'<p class="soft">{BASELINE_NOTE}</p>'
     return note + table(head, rows, numbers=True) + bullets(results.comparison_in_words())

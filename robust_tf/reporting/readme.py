@@ -82,8 +82,8 @@ def _figures_table(job: FinishedJob) -> list[str]:
     figures = results.figures()
     titles = " | ".join(figure.title for figure in figures)
     table = [f"| {results.num_test_images:,} test images | {titles} |", "|---" * (len(figures) + 1) + "|"]
-    for title, row in results.by_source(alone="this classifier").items():
-        table.append(f"| {title} | {' | '.join(row.figure(figure.name).in_words for figure in figures)} |")
+    for title, cells in results.rows(alone="this classifier"):
+        table.append(f"| {title} | {' | '.join(cells)} |")
     return [*table, "", "95 % Wilson confidence intervals are in brackets."]
 
 

@@ -5,8 +5,8 @@ from rich.console import Console
 
 from robust_tf.attacks import AttackConfig
 from robust_tf.job.results import closing_table, measured_attack
-from robust_tf.results import Comparison, JobResults, MeasuredAttack
-from robust_tf.statistics import Interval, PairedDifference
+from robust_tf.results import AccuracyDifference, Comparison, JobResults, MeasuredAttack
+from robust_tf.statistics import Interval
 
 ATTACK = MeasuredAttack(name="PGD-20 (highest-loss iterate)", norm="l2", epsilon=0.5, steps=20)
 BASELINE = JobResults(clean_accuracy=0.5)
@@ -14,9 +14,9 @@ BASELINE = JobResults(clean_accuracy=0.5)
 
 def test_each_figure_that_was_compared_has_a_line():
     compared = Comparison(
-        clean_accuracy=PairedDifference(0.058, Interval(0.012, 0.104), 0.013),
-        mean_per_class_accuracy=PairedDifference(0.02, Interval(-0.01, 0.05), 0.2),
-        robust_accuracy=PairedDifference(0.13, Interval(0.08, 0.18), 1e-7),
+        clean_accuracy=AccuracyDifference(0.058, Interval(0.012, 0.104), 0.013),
+        mean_per_class_accuracy=AccuracyDifference(0.02, Interval(-0.01, 0.05), 0.2),
+        robust_accuracy=AccuracyDifference(0.13, Interval(0.08, 0.18), 1e-7),
     )
     results = JobResults(baseline=BASELINE, robust_accuracy_attack=ATTACK, comparison=compared)
     assert results.comparison_in_words() == [
@@ -35,7 +35,7 @@ def test_a_line_says_when_a_baseline_could_not_be_compared():
 
 
 def test_without_an_attack_only_the_clean_accuracy_is_compared():
-    compared = Comparison(clean_accuracy=PairedDifference(0.1, Interval(0.05, 0.15), 0.001))
+    compared = Comparison(clean_accuracy=AccuracyDifference(0.1, Interval(0.05, 0.15), 0.001))
     assert len(JobResults(baseline=BASELINE, comparison=compared).comparison_in_words()) == 1
 
 
