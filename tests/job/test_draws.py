@@ -120,6 +120,7 @@ def test_draws_that_cannot_be_paired_are_not_compared():
     assert compare_draws(clean, theirs, metric="accuracy").robust_accuracy is None
 
 
+@pytest.mark.slow
 def test_a_claim_holds_for_a_single_draw_too(job, tmp_path):
     train.run(job("w", baseline=True, claims=("robust_accuracy",), eval_steps=1))
     comparison = results_of(tmp_path / "w")["comparison"]

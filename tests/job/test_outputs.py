@@ -53,7 +53,7 @@ def run(config: JobConfig) -> tuple[dict, str]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"head": "sgd", "epochs": 2, "hidden_layers": 1},
+        pytest.param({"head": "sgd", "epochs": 2, "hidden_layers": 1}, marks=pytest.mark.slow),
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"eval_epsilon": 0.1}, marks=pytest.mark.slow),
     ],

@@ -61,6 +61,7 @@ def source(folder, name, epsilon, *, blind):
     return Source(str(folder / f"{name}.keras"), SourceKind("resnet8", "l2" if epsilon else "", epsilon, "", ""), None)
 
 
+@pytest.mark.slow
 def test_a_source_that_sees_nothing_is_ranked_last(tmp_path, job):
     sources = [source(tmp_path, "blind", 1.0, blind=True), source(tmp_path, "seeing", 0.0, blind=False)]
     first, last = rank_sources(job, sources, repeats=3)
@@ -72,6 +73,7 @@ def test_a_source_that_sees_nothing_is_ranked_last(tmp_path, job):
     assert "cross-validated" in table.title and "does not cover other images" in table.caption
 
 
+@pytest.mark.slow
 def test_a_finished_study_ranks_its_own_sources_and_checks_the_ranking(tmp_path, job):
     cells = study(epsilons=(0, 1.0), gain=-0.3, seeds=(3,), classes=("0,1,2",), source_architecture=("resnet8",))
     for epsilon in (0.0, 1.0):
