@@ -90,10 +90,10 @@ class TransferConfig:
         "mean over the draws. The published classifier is from the first draw.",
         identity=False,
     )
-    claims: tuple[Claim, ...] = flag(
+    claims: tuple[str, ...] = flag(
         (),
-        "Accuracies for which the documentation of an experiment claims that the robust source is better. results.json "
-        "marks them as claimed; nothing else changes.",
+        "Accuracies for which the documentation of an experiment claims that the robust source is better: "
+        "clean_accuracy, robust_accuracy or both. results.json marks them as claimed; nothing else changes.",
         identity=False,
     )
 
