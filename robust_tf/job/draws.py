@@ -14,7 +14,7 @@ from robust_tf.config.job import JobConfig
 from robust_tf.evaluation.outcomes import Outcomes, compare_draws, compare_outcomes, read_outcomes
 from robust_tf.job.sources import baseline_job, classifier_path, source_is_job, source_job
 from robust_tf.job.workdir import finished_results
-from robust_tf.results import DrawMeans, JobResults
+from robust_tf.results import BASELINE, DrawMeans, JobResults
 from robust_tf.sharing import sharing
 
 DRAWS = "draws"
@@ -56,13 +56,13 @@ def complete_results(job: JobConfig, results: JobResults, baseline: JobResults |
         results = _with_means(results, job)
     if baseline is None:
         return results
-    other = baseline_job(job)
-    ours, theirs = _outcomes(job), _outcomes(other)
     if job.transfer.draws > 1:
+        other = baseline_job(job)
         baseline = _with_means(baseline, other)
-        comparison = compare_draws(ours, theirs, metric=results.metric)
+        comparison = compare_draws(_outcomes(job), _outcomes(other), metric=results.metric)
     else:
-        comparison = compare_outcomes(ours[0], theirs[0], metric=results.metric)
+        workdir = pathlib.Path(job.run.workdir)
+        comparison = compare_outcomes(read_outcomes(workdir), read_outcomes(workdir / BASELINE), metric=results.metric)
     if comparison is not None:
         comparison = comparison.with_claims(job.transfer.claims)
     return dataclasses.replace(results, baseline=baseline, comparison=comparison)
