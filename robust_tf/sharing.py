@@ -19,11 +19,13 @@ _most: contextvars.ContextVar[int] = contextvars.ContextVar("most_shared_objects
 
 
 @contextlib.contextmanager
-def sharing(most: int = 32) -> Iterator[None]:
+def sharing(most: int = 32, *, objects: "collections.OrderedDict[Hashable, Any] | None" = None) -> Iterator[None]:
     """Returns a context in which `shared` keeps the objects that it makes.
 
     Args:
         most: Number of objects that are kept. The least recently used ones are dropped.
+        objects: Dictionary for the objects, for a caller that opens several such contexts one after another. With None
+            the objects are dropped at the end of the context.
 
     Example:
         >>> made = []
@@ -33,11 +35,12 @@ def sharing(most: int = 32) -> Iterator[None]:
         >>> one is other, len(made)
         (True, 1)
     """
-    objects, number = _current.set(collections.OrderedDict()), _most.set(most)
+    current = _current.set(collections.OrderedDict() if objects is None else objects)
+    number = _most.set(most)
     try:
         yield
     finally:
-        _current.reset(objects)
+        _current.reset(current)
         _most.reset(number)
 
 

@@ -106,6 +106,11 @@ class RunConfig:
                 "--outputs=results keeps no classifier that could be exported. Received: --outputs=results "
                 f"--export_dir={self.export_dir}. Use --outputs=all, or leave out --export_dir."
             )
+        if self.outputs == "results" and steps:
+            raise UserError(
+                "--outputs=results keeps no logs for TensorBoard, which a profile is part of. Received: "
+                f"--outputs=results --profile_steps={to_text(steps)}. Use --outputs=all, or leave out --profile_steps."
+            )
 
     @property
     def served_name(self) -> str:

@@ -30,6 +30,9 @@ from robust_tf.sharing import shared
 # The batch size does not change the results of an evaluation, but small batches take longer.
 _SMALLEST_EVALUATION_BATCH = 64
 
+# Decoded validation images up to this size stay in memory.
+_MOST_CACHED_BYTES = 64 * 1024**2
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskData:
@@ -170,8 +173,11 @@ class TaskData:
 
     @functools.cached_property
     def validation(self) -> tf.data.Dataset:
-        """Batches of the validation part, in a fixed order."""
-        return self._evaluated(self.validation_examples)
+        """Batches of the validation part, in a fixed order. A pass must read all of them."""
+        batches = self._evaluated(self.validation_examples)
+        # For few images it takes longer to start the pipeline than to read them, and every epoch would start it again.
+        size = 4 * 3 * self.image_size**2 * self.num_validation
+        return batches.cache() if size <= _MOST_CACHED_BYTES else batches
 
     @functools.cached_property
     def test(self) -> tf.data.Dataset:
@@ -238,7 +244,7 @@ class TaskData:
 
     def preview(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the first `count` validation images and their labels, the same in every call."""
-        images, labels = next(iter(self.validation.unbatch().batch(count)))
+        images, labels = next(iter(self.validation_from(0).unbatch().batch(count)))
         return images.numpy(), labels.numpy()
 
     def sample(self) -> bytes:

@@ -8,6 +8,7 @@ import keras
 from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.config.transfer import TransferConfig
 from robust_tf.console import console
+from robust_tf.errors import UserError
 from robust_tf.models import pixel_warning
 from robust_tf.results import BASELINE
 from robust_tf.sharing import shared
@@ -23,9 +24,17 @@ def source_job(job: JobConfig) -> JobConfig:
     """Reads the job of a source that is a flag file.
 
     Its workdir is a sibling of this job's workdir, unless the flag file names one.
+
+    Raises:
+        UserError: The flag file cannot be read, or its job would not keep its classifier.
     """
     path = pathlib.Path(job.transfer.source)
     source = read_flag_file(path)
+    if source.run.outputs == "results":  # refused now, because the job might take hours
+        raise UserError(
+            f"The job of a source has to keep its classifier. Received: --outputs=results in {path}. Leave the flag "
+            "out there."
+        )
     return source.with_flags(
         workdir=source.run.workdir or str(pathlib.Path(job.run.workdir).with_name(path.stem)),
         data_dir=source.data.data_dir or job.data.data_dir,

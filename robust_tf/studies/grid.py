@@ -144,6 +144,7 @@ class _Builder:
         if "outputs" in _job_flags():  # a study of hundreds of cells has one report for all
             values.setdefault("outputs", "results")
         job = from_flat_values(JobConfig, values)
+        _check_cell(job)
         key = _identity(job)
         if key in self.cells:
             self.merged += 1
@@ -172,6 +173,11 @@ class _Builder:
         job = from_flat_values(JobConfig, {**values, "workdir": ""})
         if job.is_transfer:
             raise UserError("The flag file of a source describes its pretraining. Received: --task=transfer in it.")
+        if job.run.outputs == "results":
+            raise UserError(
+                "The job of a source has to keep its classifier. Received: --outputs=results for a source. Leave the "
+                "flag out of the source's flag file."
+            )
         standard = job.adversarial.epsilon == 0
         if standard:
             job = job.standard_twin()
@@ -183,6 +189,21 @@ class _Builder:
                 name = f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}"
             self.sources[key] = SourceRun(name=name, job=job.with_flags(workdir=str(self.workdir / SOURCES / name)))
         return self.sources[key]
+
+
+def _check_cell(job: JobConfig) -> None:
+    """Refuses what `robust_tf.train` does besides a single job, since a cell would leave it out silently."""
+    received = {
+        "--baseline": job.transfer.baseline,
+        f"--draws={job.transfer.draws}": job.transfer.draws > 1,
+        f"--export_dir={job.run.export_dir}": bool(job.run.export_dir),
+    }
+    if any(received.values()):
+        raise UserError(
+            "A cell is a single job, without a baseline, further draws or an export. Received: "
+            f"{' '.join(flag for flag, is_set in received.items() if is_set)}. Use --vary=source.epsilon=0 1 instead "
+            "of --baseline, --vary=seed=0 1 2 instead of --draws, and robust_tf.export for an export."
+        )
 
 
 def plan_study(study: Study) -> StudyPlan:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from robust_tf.data import pipeline
+from robust_tf.data.preprocessing import Preprocessing
 from robust_tf.errors import UserError
 from tests.tasks import make_task
 
@@ -47,6 +49,28 @@ def test_parts_are_complete_and_disjoint(digits):
 
 def test_validation_part_is_the_same_for_every_seed(digits):
     np.testing.assert_array_equal(batches(digits(seed=1).validation)[0], batches(digits(seed=2).validation)[0])
+
+
+def test_validation_images_in_memory_are_those_of_the_data_set(digits, monkeypatch):
+    read = []
+    evaluated = Preprocessing.for_evaluation
+
+    def noted(self, encoded):
+        tf.py_function(lambda: read.append(1), [], [])
+        return evaluated(self, encoded)
+
+    monkeypatch.setattr(Preprocessing, "for_evaluation", noted)
+    passes = []
+    for limit, expected in ((pipeline._MOST_CACHED_BYTES, 100), (4 * 3 * 16**2 * 100 - 1, 200)):
+        monkeypatch.setattr(pipeline, "_MOST_CACHED_BYTES", limit)
+        task = digits()
+        read.clear()
+        passes += [batches(task.validation) for _ in range(2)]
+        assert len(read) == expected
+    for images, labels in passes[1:]:
+        np.testing.assert_array_equal(images, passes[0][0])
+        np.testing.assert_array_equal(labels, passes[0][1])
+    np.testing.assert_array_equal(task.preview(5)[0], passes[0][0][:5])
 
 
 def test_evaluation_has_a_fixed_order(digits):

@@ -1,5 +1,6 @@
 """Jobs that keep their results only, and jobs of one process that share objects, compute what other jobs compute."""
 
+import collections
 import json
 import pathlib
 
@@ -11,7 +12,7 @@ from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
 from robust_tf.job import sources
 from robust_tf.models import build_classifier
-from robust_tf.sharing import shared, sharing
+from robust_tf.sharing import is_sharing, shared, sharing
 
 SAME = ("clean_accuracy", "clean_accuracy_interval", "validation_value", "head_penalty", "weights_sha256", "seed")
 
@@ -98,6 +99,41 @@ def test_a_source_that_was_replaced_is_loaded_again(job, tmp_path):
         assert run(job("third", "other")) == run(job("fourth"))
 
 
+def test_a_source_that_would_not_keep_its_classifier_is_refused_before_it_is_trained(job, tmp_path):
+    flags = tmp_path / "source.cfg"
+    flags.write_text("--dataset=digits\n--architecture=resnet8\n--epochs=1\n--outputs=results\n")
+    with pytest.raises(UserError, match=r"Received: --outputs=results in .*source\.cfg"):
+        train.run(job("transfer", source=str(flags)))
+    assert not (tmp_path / "source").exists()
+    assert not (tmp_path / "transfer" / "flags.cfg").exists()
+
+
+@pytest.mark.slow
+def test_a_baseline_is_compared_without_a_report(job, tmp_path):
+    flags = tmp_path / "source.cfg"
+    flags.write_text(
+        "--dataset=digits\n--classes=3,4\n--architecture=resnet8\n--image_size=8\n--epochs=1\n--subset=100\n"
+        "--norm=l2\n--epsilon=0.5\n--attack_steps=1\n"
+    )
+    compared = job("compared", source=str(flags), baseline=True)
+    train.run(compared)
+    workdir = pathlib.Path(compared.run.workdir)
+    assert json.loads((workdir / "results.json").read_text())["baseline"] is not None
+    assert {path.name for path in workdir.iterdir()} == {"results.json", "predictions.csv", "flags.cfg", "baseline"}
+    assert {path.name for path in (workdir / "baseline").iterdir()} == {"results.json", "predictions.csv", "flags.cfg"}
+    assert (tmp_path / "source" / "classifier.keras").exists()
+
+
+def test_contexts_may_keep_their_objects_for_later_ones():
+    objects: collections.OrderedDict = collections.OrderedDict()
+    made: list[str] = []
+    for _ in range(2):
+        with sharing(objects=objects):
+            shared("a", lambda: made.append("a"))
+        assert not is_sharing()
+    assert made == ["a"]
+
+
 def test_shared_objects_are_dropped_after_a_while_and_with_the_context():
     made: list[str] = []
 
@@ -116,6 +152,8 @@ def test_shared_objects_are_dropped_after_a_while_and_with_the_context():
 def test_results_alone_cannot_be_exported_or_completed_later(job):
     with pytest.raises(UserError, match=r"Received: --outputs=results --export_dir=exports\."):
         job("few", export_dir="exports")
+    with pytest.raises(UserError, match=r"Received: --outputs=results --profile_steps=1,2\."):
+        job("few", profile_steps=(1, 2))
     run(job("few"))
     with pytest.raises(UserError, match="only its results were kept"):
         train.run(job("few", outputs="all"))

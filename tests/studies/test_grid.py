@@ -107,6 +107,21 @@ def test_plans_for_other_devices_are_refused(tmp_path, source):
         plan(tmp_path, source, "--plan_devices=8xA100", "--vary=seed=0 1")
 
 
+@pytest.mark.parametrize(
+    "flags", [("--baseline",), ("--draws=5", "--features=cached"), ("--outputs=all", "--export_dir=exports")]
+)
+def test_what_a_cell_would_leave_out_is_refused(tmp_path, source, flags):
+    named = next(flag for flag in flags if flag.startswith(("--baseline", "--draws", "--export_dir")))
+    with pytest.raises(UserError, match=f"A cell is a single job.* Received: {named}\\."):
+        plan(tmp_path, source, *flags, "--vary=seed=0 1")
+
+
+def test_a_source_has_to_keep_its_classifier(tmp_path, source):
+    source.write_text(source.read_text() + "--outputs=results\n")
+    with pytest.raises(UserError, match="Received: --outputs=results for a source"):
+        plan(tmp_path, source, "--vary=seed=0 1")
+
+
 def test_repeated_flags_keep_their_commas():
     parsed = parse_study(["study", "--source=a.keras", "--vary=classes=1,2 3,4", "--vary=seed=0 1"])
     assert parsed.config.vary == ("classes=1,2 3,4", "seed=0 1")
