@@ -28,7 +28,7 @@ def job(tmp_path, data_dir):
     def make(name: str, source: str = "one", **changes) -> JobConfig:
         settings = {
             "task": "transfer",
-            "source": str(tmp_path / f"{source}.keras"),
+            "source": source if source.endswith(".cfg") else str(tmp_path / f"{source}.keras"),
             "classes": (0, 1, 2),
             "examples_per_class": 10,
             "features": "cached",
