@@ -6,7 +6,7 @@ from robust_tf.config.job import JobConfig, read_flag_file
 from robust_tf.errors import UserError
 from robust_tf.files import check_output_folder, replaced_atomically
 from robust_tf.flags import to_flag_file
-from robust_tf.job.sources import source_is_job, twin_job
+from robust_tf.job.sources import baseline_job, source_is_job, twin_job
 from robust_tf.results import FILE_NAME, JobResults
 from robust_tf.serving.publish.export import model_folder
 
@@ -76,9 +76,11 @@ def check_outputs(job: JobConfig) -> None:
     """Refuses folders that can't be written to, before training starts.
 
     Raises:
-        UserError: A folder can't be written to. The message names its flag.
+        UserError: A folder can't be written to, and the message names its flag, or there is no source for the baseline.
     """
     workdirs = [pathlib.Path(job.run.workdir)]
+    if job.transfer.baseline:
+        baseline_job(job)  # refuses a source whose standard counterpart is not known
     if job.transfer.baseline and source_is_job(job):
         workdirs.append(pathlib.Path(twin_job(job).run.workdir))
     for workdir in workdirs:
