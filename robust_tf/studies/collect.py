@@ -99,7 +99,7 @@ def _cell(run: CellRun, results: JobResults, source: dict[str, Any]) -> Cell:
         robust_epsilon=attack.epsilon if attack else None,
         num_test_images=results.num_test_images or 0,
         seconds=results.seconds or 0.0,
-        weights_sha256=str(getattr(results, "weights_sha256", None) or ""),
+        weights_sha256=results.weights_sha256 or "",
         robust_tf=versions.get("robust_tf", ""),
         tensorflow=versions.get("tensorflow", ""),
         keras=versions.get("keras", ""),

@@ -141,8 +141,7 @@ class _Builder:
                 "Flags of the source vary only where --source is a flag file, whose job is run. Received: "
                 f"--source={origin} with {SOURCE_PREFIX}{min(source_values)}."
             )
-        if "outputs" in _job_flags():  # a study of hundreds of cells has one report for all
-            values.setdefault("outputs", "results")
+        values.setdefault("outputs", "results")  # a study of hundreds of cells has one report for all
         job = from_flat_values(JobConfig, values)
         _check_cell(job)
         key = _identity(job)
@@ -246,10 +245,6 @@ def _flag_file(path: str) -> dict[str, Any]:
 
 def _only_sources_differ(axes: Sequence[Axis], first: Sequence[int], second: Sequence[int]) -> bool:
     return all(axis.of_source or one == other for axis, one, other in zip(axes, first, second, strict=True))
-
-
-def _job_flags() -> set[str]:
-    return {field.name for field in flat_fields(JobConfig)}
 
 
 def _identity_names() -> list[str]:

@@ -61,6 +61,7 @@ def prepare_process(threads: int) -> None:
     """
     if threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # several workers may share a GPU
     start_tensorflow()
     import tensorflow as tf
 
