@@ -82,6 +82,7 @@ def test_further_heads_use_the_stored_features(job, capsys):
     assert "0 computed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sgd_on_features_takes_the_same_steps_as_on_images(job, monkeypatch):
     """One epoch of one batch is one step, with the same initial weights and the same class weights."""
     options = {"epochs": 1, "batch_size": 500, "select_by": "last", "eval_epsilon": 0.0, "class_weight": "balanced"}

@@ -198,6 +198,7 @@ def in_python(images):
     return tf.ensure_shape(tf.numpy_function(lambda x: x[:, 0, :5, 0] * 10.0, [images], tf.float32), [None, 5])
 
 
+@pytest.mark.slow
 def test_a_model_that_xla_cannot_compile_is_refused_or_runs_without_it(case, monkeypatch):
     images = case[1][:12]
     labels = images[:, 0, :5, 0].argmax(axis=1)
@@ -221,6 +222,7 @@ def test_a_model_that_xla_cannot_compile_is_refused_or_runs_without_it(case, mon
     assert state.felled_by == plain.felled_by and 0 < plain.robust_accuracy < 1
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_an_error_that_names_the_batch_size(case, monkeypatch):
     model, images, labels = case
 

@@ -136,6 +136,7 @@ def test_a_line_says_how_the_step_runs_and_why(monkeypatch, device, changes, exp
     assert line.startswith("The training step is ") and expected in line and line.count(".") == 1
 
 
+@pytest.mark.slow
 def test_each_compilation_is_announced_once(capsys, monkeypatch):
     monkeypatch.setattr(xla, "number_functions", lambda kind: None)  # which would take a moment
     trainer = compiled_trainer()
