@@ -92,7 +92,7 @@ class FeatureCache(Record):
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyDifference(PairedDifference):
-    """Paired difference between an accuracy of a job and that of its baseline, both in [0, 1].
+    """Paired difference between the accuracy of a job and the accuracy of its baseline.
 
     Attributes:
         draws: Number of draws of the labeled images whose mean this is.

@@ -154,9 +154,9 @@ def paired_mean_per_class(first: np.ndarray, second: np.ndarray, labels: np.ndar
 def mean_over_draws(differences: np.ndarray) -> PairedDifference:
     """Returns the mean difference between two classifiers that were fitted again for several draws of their labels.
 
-    The interval covers other draws and other test images of the same kind. It adds the variance of the mean over the
-    draws and that of the mean over the images, which counts the part that depends on both twice, so it is rather too
-    wide than too narrow. Its degrees of freedom are those of Welch and Satterthwaite.
+    The interval covers other draws and other test images of the same kind. Its variance is the sum of two variances:
+    one between the draws and one between the images. Variation that depends on both is counted twice, so the interval
+    may be too wide, but not too narrow. The degrees of freedom follow Welch and Satterthwaite.
 
     Args:
         differences: Difference for each draw and test image, (draws, images) float, at least 2 of each: 1 if only the

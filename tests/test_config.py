@@ -44,7 +44,7 @@ def test_every_config_parses_and_is_documented(path, tmp_path):
         written.write_text(to_flag_file(config))
         assert read_flag_file(written) == config
     header = "\n".join(line for line in lines if line.startswith("#"))
-    # The exact command; that of a grid that belongs to another study is the command of that study.
+    # The exact command. A grid that is part of another study shows the command of that study.
     names = [path.name, *(other.name for other in CONFIGS if _has_grid(other, path.name))]
     assert any(f"--flagfile=configs/{name}" in header for name in names)
     assert "not yet run" in header.lower() or "%" in header  # the figures of a run, or a statement that there are none

@@ -1,8 +1,8 @@
 """Repeats a transfer for several draws of its labeled images, and compares the two sources over all of them.
 
 One draw of a few labels says little. With stored features a further draw takes a second or two, because only the head
-is new. Draw 1 is the job itself. The other draws are jobs of their own in the subfolder draws/ of its workdir, with the
-seeds that follow the seed of the job.
+is new. The first draw is the job itself. The other draws are separate jobs in the subfolder draws/ of its workdir. They
+use the next seeds.
 """
 
 import contextlib

@@ -1,6 +1,5 @@
 """The source of a transfer: a file, a published model, or the classifier of another job."""
 
-import contextlib
 import pathlib
 
 import keras
@@ -78,8 +77,9 @@ def open_source(path: str, transfer: TransferConfig, *, image_size: int | None) 
 
     if not transfer.cached:  # training may change the weights
         return load()
-    with contextlib.suppress(OSError):  # a published model is no file
+    try:
         status = pathlib.Path(path).stat()
-        key = (path, status.st_mtime_ns, status.st_size, transfer.architecture, image_size)
-        return shared(("source", *key), load)
-    return load()
+    except OSError:  # a published model is no file
+        return load()
+    key = (path, status.st_mtime_ns, status.st_size, transfer.architecture, image_size)
+    return shared(("source", *key), load)

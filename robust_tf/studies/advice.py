@@ -105,7 +105,7 @@ class AdviceCheck(NamedTuple):
         hits: Number of groups in which the first choice was within the 95 % interval of the best source.
         groups: Number of groups that were checked.
         by_chance: Number of groups in which a source chosen at random would have been, on average.
-        misses: Groups in which it was not, each with the place of the first choice and that of the best source.
+        misses: The other groups, each with the place of the first choice and the place of the best source.
     """
 
     hits: int

@@ -199,7 +199,7 @@ def analyze(cells: Iterable[Cell]) -> list[Group]:
     for key, found in standard.items():
         twins = [other for other in robust if _without_norm(other) == _without_norm(key)]
         for other in twins or [key]:
-            # Where a standard source was trained for each norm, a group takes the one of its own norm.
+            # If there is a standard source for each norm, a group uses the one for its norm.
             if other == key or other not in standard:
                 members.setdefault(other, []).extend(found)
     return [_group(key, members[key]) for key in sorted(members, key=GroupKey.sorting)]

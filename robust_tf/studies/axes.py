@@ -130,7 +130,7 @@ def epsilon_text(epsilon: float | None, norm: str) -> str:
 def width_of(group: Group) -> tuple[str, float] | None:
     """Returns the family and the relative width of the sources; None if it is unknown.
 
-    The width is that of the architecture in `WIDTHS`, or the value of a flag `width` of the source that varies.
+    If the study varies a flag `width` of the source, its value is the width. Otherwise `WIDTHS` lists the width.
     """
     text = str(value_of(group, "source_width"))
     if text and text.replace(".", "", 1).isdigit():

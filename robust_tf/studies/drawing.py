@@ -126,7 +126,7 @@ def draw_bars(pairs: Sequence[tuple[Group, Place, Place]], axes: Sequence[str]) 
     """Draws a pair of bars for each group: the standard and the robust source, with the paired difference.
 
     Args:
-        pairs: Groups, each with the place of the standard source and that of a robust source.
+        pairs: Groups, each with the place of the standard source and the place of a robust source.
         axes: Axes of the study that the names of the groups tell.
     """
     figure, axis = pyplot.subplots(figsize=(_WIDTH, 1.6 + 0.75 * len(pairs)), layout="constrained")

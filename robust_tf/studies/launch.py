@@ -80,8 +80,9 @@ spec:
 
 _KUBERNETES_SUBMIT = """\
 #!/bin/bash
-# Runs the study on Kubernetes: the sources, then the cells, then the step that writes cells.csv and the report. The
-# claim `study` must be ReadWriteMany and hold the files of the study's command; the workdir is written there, too.
+# Runs the study on Kubernetes: the sources, then the cells, then the step that writes cells.csv and the report.
+# You need a ReadWriteMany volume claim named `study`. It must hold the flag files and data; the workdir is also written
+# there.
 set -eu
 
 here=$(dirname "$0")

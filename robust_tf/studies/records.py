@@ -127,7 +127,7 @@ def write_cells(path: pathlib.Path, cells: Iterable[Cell]) -> None:
     ordered = sorted(cells, key=lambda cell: cell.cell)
     for first, second in zip(ordered, ordered[1:], strict=False):
         if first.cell == second.cell:
-            raise UserError(f"Each cell of a study needs a name of its own. Received twice: {first.cell!r}.")
+            raise UserError(f"The cells of a study must have different names. Received twice: {first.cell!r}.")
     varied = sorted({name for cell in ordered for name in cell.varied})
     place = _FIELDS.index(_LAST_BEFORE_VARIED) + 1
     with replaced_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -141,7 +141,7 @@ def write_cells(path: pathlib.Path, cells: Iterable[Cell]) -> None:
 def read_cells(path: pathlib.Path) -> list[Cell]:
     """Returns the cells of a table in its order.
 
-    A column that is no field of `Cell` is a flag that varies. A cell without a value for it has no entry in `varied`.
+    Columns that are not fields of `Cell` are flags that vary. Empty values of these columns are left out of `varied`.
 
     Args:
         path: File to read.

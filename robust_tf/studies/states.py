@@ -39,7 +39,7 @@ def error_of(workdir: pathlib.Path) -> str:
 def settle_stale(plan: StudyPlan, stale: Stale) -> int:
     """Finds cells and sources that were run with other flags, and refuses, deletes or keeps them.
 
-    The cells of a stale source are stale, too.
+    If a source is stale, all of its cells are stale.
 
     Args:
         plan: The study.

@@ -188,7 +188,7 @@ def _is_worth_sharing(task: TaskData, feature_dim: int) -> bool:
 def _shared_features(backbone: keras.Model, task: TaskData, key: Mapping[str, Any]) -> Features:
     """Returns the features of a task from those of all images of its data set, which other jobs share.
 
-    They are not stored on disk. Each draw of a few labels would otherwise need a store of its own.
+    They are not stored on disk, because every draw of a few labels would need its own store.
     """
     compute, preprocessing = _function_of(backbone, key), json.dumps(key["preprocessing"], sort_keys=True)
     every = np.ones_like(task.train_examples.mask)
