@@ -12,14 +12,19 @@ from typing import Any, TypeVar
 
 Shared = TypeVar("Shared")
 
-_current: contextvars.ContextVar["collections.OrderedDict[Hashable, Any] | None"] = contextvars.ContextVar(
+# Number of trainers, and of functions traced for their classifiers, that a process keeps. Each holds a whole network.
+MOST_TRAINERS = 2
+
+_current: contextvars.ContextVar["collections.OrderedDict[tuple[Hashable, ...], Any] | None"] = contextvars.ContextVar(
     "shared_objects", default=None
 )
 _most: contextvars.ContextVar[int] = contextvars.ContextVar("most_shared_objects", default=0)
 
 
 @contextlib.contextmanager
-def sharing(most: int = 32, *, objects: "collections.OrderedDict[Hashable, Any] | None" = None) -> Iterator[None]:
+def sharing(
+    most: int = 32, *, objects: "collections.OrderedDict[tuple[Hashable, ...], Any] | None" = None
+) -> Iterator[None]:
     """Returns a context in which `shared` keeps the objects that it makes.
 
     Args:
@@ -30,8 +35,8 @@ def sharing(most: int = 32, *, objects: "collections.OrderedDict[Hashable, Any] 
     Example:
         >>> made = []
         >>> with sharing():
-        ...     one = shared("list", lambda: made.append(1) or [])
-        ...     other = shared("list", lambda: made.append(1) or [])
+        ...     one = shared(("list",), lambda: made.append(1) or [])
+        ...     other = shared(("list",), lambda: made.append(1) or [])
         >>> one is other, len(made)
         (True, 1)
     """
@@ -49,18 +54,23 @@ def is_sharing() -> bool:
     return _current.get() is not None
 
 
-def shared(key: Hashable, make: Callable[[], Shared]) -> Shared:
+def shared(key: tuple[Hashable, ...], make: Callable[[], Shared], *, most: int | None = None) -> Shared:
     """Returns the object of a key, which an earlier job of this process may have made. Nobody may change it.
 
     Args:
-        key: Everything on which the object depends.
+        key: The kind of the object, then everything on which the object depends.
         make: Function that makes the object.
+        most: Number of objects of this kind that are kept, for a kind that takes much memory. None means no limit of
+            its own.
     """
     objects = _current.get()
     if objects is None:
         return make()
     if key not in objects:
         objects[key] = make()
+        same_kind = [other for other in objects if other[0] == key[0]]
+        for oldest in same_kind[:-most] if most else []:
+            del objects[oldest]
         if len(objects) > _most.get():
             objects.popitem(last=False)
     objects.move_to_end(key)

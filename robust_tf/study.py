@@ -93,7 +93,7 @@ def _run_one(flag: str, number: int, runs: Sequence[CellRun | SourceRun]) -> Non
     run = runs[number]
     try:
         with signals_raise():
-            outcome = run_safely(run.job, is_cell=isinstance(run, CellRun))
+            outcome = run_safely(run.job)
     except Interrupted as interruption:
         raise SystemExit(interruption.exit_code) from None
     if outcome.error:

@@ -103,13 +103,13 @@ class AdversarialConfig:
     alarm_every_epochs: int = flag(
         1,
         "Number of epochs between two checks for alarms. A check compares FGSM with PGD and PGD with Square, and looks "
-        "for zero gradients, on 64 validation images.",
+        "for zero gradients, on 64 validation images. 0 never checks.",
     )
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_ranges(self, ("free_replays", "alarm_every_epochs"), lowest=1)
-        check_ranges(self, ("attack_steps", "eval_steps"), lowest=0)
+        check_ranges(self, ("free_replays",), lowest=1)
+        check_ranges(self, ("attack_steps", "eval_steps", "alarm_every_epochs"), lowest=0)
         # Checked here as well as in the attacks, whose messages could only name their arguments.
         for name in ("epsilon", "eval_epsilon"):
             if getattr(self, name) is not None:

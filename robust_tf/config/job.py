@@ -229,7 +229,7 @@ def _check_length(job: JobConfig) -> None:
     rise = adversarial.warmup_epochs(epochs=epochs)
     if rise is not None and not 0 < rise <= epochs:
         raise UserError(f"--epsilon_warmup_epochs must be above 0 and at most the {epochs} epochs. Received: {rise:g}.")
-    if adversarial.on_alarm != "warn" and adversarial.alarm_every_epochs > job.data_epochs:
+    if adversarial.on_alarm != "warn" and not 1 <= adversarial.alarm_every_epochs <= job.data_epochs:
         raise UserError(
             f"--on_alarm={adversarial.on_alarm} needs a check for alarms within the {job.data_epochs} epochs. "
             f"Received: --alarm_every_epochs={adversarial.alarm_every_epochs}."

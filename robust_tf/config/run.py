@@ -10,7 +10,7 @@ from robust_tf.errors import UserError
 from robust_tf.flags import flag, to_text
 
 DistributionKind = Literal["none", "mirrored", "multi_worker", "tpu"]
-OutputKind = Literal["all", "results"]
+OutputKind = Literal["all", "classifier", "results"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,9 @@ class RunConfig:
     )
     outputs: OutputKind = flag(
         "all",
-        "Files of a finished job. all: also the classifier, the report and the logs for TensorBoard. results: only "
-        "results.json, predictions.csv, history.csv and flags.cfg, for experiments with many jobs.",
+        "Files of a finished job. all: also the classifier, the report and the logs for TensorBoard. classifier: no "
+        "report and no logs. results: only results.json, predictions.csv, history.csv and flags.cfg, for experiments "
+        "with many jobs.",
         identity=False,
     )
     log_every_steps: int = flag(10, "Number of steps between two points in TensorBoard's step charts.", identity=False)
@@ -106,10 +107,11 @@ class RunConfig:
                 "--outputs=results keeps no classifier that could be exported. Received: --outputs=results "
                 f"--export_dir={self.export_dir}. Use --outputs=all, or leave out --export_dir."
             )
-        if self.outputs == "results" and steps:
+        if self.outputs != "all" and steps:
             raise UserError(
-                "--outputs=results keeps no logs for TensorBoard, which a profile is part of. Received: "
-                f"--outputs=results --profile_steps={to_text(steps)}. Use --outputs=all, or leave out --profile_steps."
+                f"--outputs={self.outputs} keeps no logs for TensorBoard, which a profile is part of. Received: "
+                f"--outputs={self.outputs} --profile_steps={to_text(steps)}. Use --outputs=all, or leave out "
+                "--profile_steps."
             )
 
     @property

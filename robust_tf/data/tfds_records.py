@@ -42,6 +42,10 @@ class TfdsPart:
     @property
     def num_examples(self) -> int:
         """Number of examples."""
+        return self._num_examples
+
+    @functools.cached_property
+    def _num_examples(self) -> int:
         return int(self._read({self.label_key}).cardinality())
 
     def records(self) -> tf.data.Dataset:

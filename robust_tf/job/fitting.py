@@ -18,6 +18,7 @@ from robust_tf.errors import UserError
 from robust_tf.flags import to_flag_file
 from robust_tf.job.building import job_loss, job_optimizer, job_recipe, optimizer_steps_per_epoch
 from robust_tf.job.out_of_memory import out_of_memory_explained
+from robust_tf.job.reuse import reused_trainer, reuses_trainer
 from robust_tf.job.patience import StopEarly, patience_of
 from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm
 from robust_tf.training.batchnorm import prepare_batchnorm
@@ -214,19 +215,25 @@ def _compiled_trainer(
     """Returns the trainer with all of its variables, and a function that compiles it with another optimizer."""
     adversarial, optimization, task = fit.job.adversarial, fit.job.optimization, fit.task
     steps = optimizer_steps_per_epoch(optimization, replays=adversarial.replays, batches=task.steps_per_epoch)
-    trainer = AdversarialTrainer(
-        fit.classifier,
-        adversarial.training_attack,
-        recipe=job_recipe(adversarial, optimization, steps),
-        validation_attack=adversarial.validation_attack,
-        seed=fit.job.run.seed,
-        # A single-step recipe is so cheap that a forward pass just for the clean metrics would be a sixth of its cost.
-        clean_figures=not adversarial.single_step,
-    )
-
     loss = job_loss(optimization.class_weight, task)
 
-    def compile_with(optimizer: keras.optimizers.Optimizer) -> None:
+    def new_trainer() -> AdversarialTrainer:
+        trainer = AdversarialTrainer(
+            fit.classifier,
+            adversarial.training_attack,
+            recipe=job_recipe(adversarial, optimization, steps),
+            validation_attack=adversarial.validation_attack,
+            seed=fit.job.run.seed,
+            # A single-step recipe is so cheap that a forward pass just for clean metrics would be a sixth of its cost.
+            clean_figures=not adversarial.single_step,
+        )
+        # Compiled first: under mixed_float16 Keras wraps the optimizer, and the wrapped one holds the state to restore.
+        compile_with(trainer, job_optimizer(optimization, steps, factor=_ROLLBACK_FACTOR**rollbacks))
+        trainer.optimizer.build(fit.classifier.trainable_variables)
+        average_statistics(trainer.optimizer, fit.classifier)
+        return trainer
+
+    def compile_with(trainer: AdversarialTrainer, optimizer: keras.optimizers.Optimizer) -> None:
         trainer.compile(
             optimizer=optimizer,
             loss=loss,
@@ -236,11 +243,12 @@ def _compiled_trainer(
         )
         trainer.build_metrics()
 
-    # Compiled first: under mixed_float16 Keras wraps the optimizer, and the wrapped one holds the state to restore.
-    compile_with(job_optimizer(optimization, steps, factor=_ROLLBACK_FACTOR**rollbacks))
-    trainer.optimizer.build(fit.classifier.trainable_variables)
-    average_statistics(trainer.optimizer, fit.classifier)
-    return trainer, compile_with
+    if reuses_trainer(fit.job):
+        besides = (steps, len(task.class_names), tuple(loss.class_weights or ()))
+        trainer = reused_trainer(fit.job, fit.classifier, new_trainer, besides=besides)
+    else:
+        trainer = new_trainer()
+    return trainer, functools.partial(compile_with, trainer)
 
 
 def _run_epochs(
@@ -311,7 +319,7 @@ def _callbacks(
     if run.profile_steps and fit.distribution.is_chief:
         callbacks.append(ProfileSteps(fit.board, *run.profile_steps))
     alarms = None
-    if fit.attacked:
+    if fit.attacked and adversarial.alarm_every_epochs:
         alarms = Alarms(
             fit.classifier,
             held_out=fit.task.preview(NUM_IMAGES),
@@ -319,6 +327,7 @@ def _callbacks(
             every_epochs=adversarial.alarm_every_epochs,
             history=progress.alarms,
             agree=fit.distribution.any,
+            share_trace=reuses_trainer(fit.job),
         )
         callbacks.append(alarms)  # adds its measurements to the logs that the next callback charts
     if fit.distribution.is_chief and run.outputs == "all":
@@ -329,6 +338,7 @@ def _callbacks(
             progress=bar,
             steps_per_epoch=fit.task.steps_per_epoch,
             every_steps=run.log_every_steps,
+            share_trace=reuses_trainer(fit.job),
         )
         callbacks.append(tensorboard)
     if alarms and adversarial.on_alarm != "warn":

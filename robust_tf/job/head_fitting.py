@@ -21,7 +21,7 @@ from robust_tf.job.building import job_loss, job_optimizer, optimizer_steps_per_
 from robust_tf.job.patience import patience_of
 from robust_tf.job.testing import Evaluation
 from robust_tf.models import features_of, weights_sha256
-from robust_tf.sharing import shared
+from robust_tf.sharing import MOST_TRAINERS, shared
 from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.tensorboard import write_config, write_history
@@ -132,7 +132,7 @@ def classifier_to_attack(job: JobConfig, classifier: keras.Model) -> keras.Model
     """
     backbone = features_of(classifier, name="backbone")
     key = (weights_sha256(backbone), backbone.to_json(), job.transfer.hidden_layers, classifier.output_shape[-1])
-    same = shared(("classifier to attack", *key), lambda: classifier)
+    same = shared(("classifier to attack", *key), lambda: classifier, most=MOST_TRAINERS)
     for layer, fitted in zip(_head_layers(same), _head_layers(classifier), strict=True):
         layer.set_weights(fitted.get_weights())
     return same

@@ -43,13 +43,14 @@ def write_job(
         results: Content of results.json.
     """
     workdir = pathlib.Path(job.run.workdir)
-    if job.run.outputs == "results":
+    if job.run.outputs != "results":
+        save_classifier(classifier, classifier_path(job))
+    if job.run.outputs != "all":
         evaluation.outcomes.write(workdir)
         write_history(workdir, progress.history)
         results.write(workdir / FILE_NAME)
         shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
         return
-    save_classifier(classifier, classifier_path(job))
     write_result(
         workdir / "tensorboard",
         settings=_hyperparameters(job),

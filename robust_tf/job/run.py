@@ -15,6 +15,7 @@ from robust_tf.job.half_precision import emulation_warning
 from robust_tf.job.head_fitting import HeadFit, can_test_features, classifier_to_attack, evaluate_features, fit_head
 from robust_tf.job.outputs import write_job, write_missing_report
 from robust_tf.job.results import job_results
+from robust_tf.job.reuse import reused_classifier, reuses_trainer
 from robust_tf.job.sources import baseline_job, classifier_path, open_source, source_is_job, source_job, twin_job
 from robust_tf.job.task import load_job_task
 from robust_tf.job.testing import Evaluation, evaluate_classifier
@@ -97,7 +98,7 @@ def build_job(job: JobConfig) -> tuple[keras.Model, TaskData]:
     # repeated run does neither.
     keras.utils.set_random_seed(job.run.seed)
     classifier = adapted_classifier(source, job, task) if source else new_classifier(job, task)
-    return classifier, task
+    return reused_classifier(job, classifier), task
 
 
 def _source_classifier(job: JobConfig, distribution: Distribution) -> keras.Model:
@@ -144,8 +145,8 @@ def _test(job: JobConfig, classifier: keras.Model, task: TaskData, distribution:
     compiled = distribution.num_replicas == 1 and compiles_with_xla(job.optimization.xla, classifier)
     if compiled:
         prepare_for_xla(classifier)
-    share_trace = job.transfer.cached and not compiled
-    if share_trace:
+    share_trace = (job.transfer.cached or reuses_trainer(job)) and not compiled
+    if job.transfer.cached and share_trace:
         classifier = classifier_to_attack(job, classifier)
     return evaluate_classifier(
         classifier,

@@ -12,7 +12,7 @@ from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.console import console, track
 from robust_tf.evaluation.example_choice import Example, ExampleChoice
 from robust_tf.evaluation.outcomes import Outcomes
-from robust_tf.sharing import shared
+from robust_tf.sharing import MOST_TRAINERS, shared
 from robust_tf.statistics import Interval, mean_per_class, wilson_interval
 from robust_tf.training.xla import number_functions
 
@@ -116,7 +116,7 @@ def evaluate_classifier(
         # The signature leaves the batch size open, so that a smaller last batch does not trace the function again.
         traced = tf.function(outcomes, input_signature=dataset.element_spec, jit_compile=jit_compile)
         key = ("outcomes", classifier, attack, dataset.element_spec, jit_compile)
-        outcomes_of = shared(key, lambda: traced) if share_trace else traced
+        outcomes_of = shared(key, lambda: traced, most=MOST_TRAINERS) if share_trace else traced
     else:
 
         @tf.function(reduce_retracing=True, autograph=False)

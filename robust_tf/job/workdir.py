@@ -1,8 +1,10 @@
 """The folders of a job: checks that it may write to them, and reads what they already hold."""
 
 import pathlib
+from typing import get_args
 
 from robust_tf.config.job import JobConfig, read_flag_file
+from robust_tf.config.run import OutputKind
 from robust_tf.errors import UserError
 from robust_tf.files import check_output_folder, replaced_atomically
 from robust_tf.flags import to_flag_file
@@ -11,6 +13,7 @@ from robust_tf.results import FILE_NAME, JobResults
 from robust_tf.serving.publish.export import model_folder
 
 FLAGS = "flags.cfg"
+_OUTPUTS = get_args(OutputKind)  # from the most files to the fewest
 
 
 def claim_workdir(job: JobConfig) -> None:
@@ -59,11 +62,12 @@ def check_kept(job: JobConfig, results: JobResults) -> None:
         job: Job that is asked for.
         results: Results that its workdir holds.
     """
-    if job.run.outputs == "all" and "--outputs=results" in results.flags:
-        raise UserError(
-            f"{job.run.workdir} is finished, but only its results were kept. Received: --outputs=all, and "
-            "--outputs=results before. Choose another --workdir, or delete this one to run the job again."
-        )
+    for kept, what in (("results", "its results"), ("classifier", "its classifier and results")):
+        if _OUTPUTS.index(job.run.outputs) < _OUTPUTS.index(kept) and f"--outputs={kept}" in results.flags:
+            raise UserError(
+                f"{job.run.workdir} is finished, but only {what} were kept. Received: --outputs={job.run.outputs}, "
+                f"and --outputs={kept} before. Choose another --workdir, or delete this one to run the job again."
+            )
 
 
 def check_export(job: JobConfig) -> None:

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from typing import NamedTuple, cast
 from rich import box
 from rich.table import Table
 
+from robust_tf.config.job import JobConfig
 from robust_tf.config.study import StudyConfig
-from robust_tf.console import Meter, console, meter
+from robust_tf.console import console, meter
 from robust_tf.errors import UserError
 from robust_tf.files import check_output_folder, replaced_atomically
 from robust_tf.studies.grid import ERROR, CellRun, SourceRun, StudyPlan
@@ -64,13 +66,25 @@ class _Queue:
     done_sources: int = 0
     done_cells: int = 0
 
-    def next_for(self, worker: _Worker, busy: set[str]) -> SourceRun | CellRun | None:
-        """Returns the next job for a worker: a source, or a cell of the same source as its last one if possible."""
+    def next_for(self, worker: _Worker, others: list[SourceRun | CellRun]) -> SourceRun | CellRun | None:
+        """Returns the next job for a worker, if possible one that shares much with its last one.
+
+        Sources come first. Those that differ only in their seed share a trainer, and cells of one source its features.
+
+        Args:
+            worker: The worker.
+            others: Jobs that the other workers run now.
+        """
         if self.sources:
-            return self.sources.popleft()
+            last_family, busy_families = _family(worker.last), [_family(run) for run in others]
+            near = [source for source in self.sources if _family(source) == last_family]
+            free = [source for source in self.sources if _family(source) not in busy_families]
+            source = (near or free or self.sources)[0]
+            self.sources.remove(source)
+            return source
         if not self.ready:
             return None
-        last = _source_of(worker.last) if worker.last else ""
+        last, busy = _source_of(worker.last) if worker.last else "", {_source_of(run) for run in others}
         free = [name for name in self.ready if name not in busy]
         longest = max(self.ready, key=lambda name: len(self.ready[name]))
         name = last if last in self.ready else (free[0] if free else longest)
@@ -180,26 +194,35 @@ def _run_all(plan: StudyPlan, queue: _Queue, num_workers: int) -> None:
     console.print(f"{sources} sources and {cells} cells to run in {plan.workdir}; their output is in {LOGS}/.")
     workers = [_start(plan, number, threads) for number in range(num_workers)]
     try:
-        with meter("study", total=sources + cells, unit="jobs") as bar:
-            while True:
-                for number, worker in enumerate(workers):
-                    if worker.run is None and worker.jobs >= _MOST_JOBS:
-                        _stop([worker])
-                        workers[number] = _start(plan, number, threads)
-                for worker in workers:
-                    if worker.run is None:
-                        _give(worker, queue, workers)
-                _show(bar, queue, sources, cells, skipped)
-                active = [worker for worker in workers if worker.run]
-                if not active:
-                    return
-                events = wait([item for each in active for item in (each.connection, each.process.sentinel)], timeout=5)
-                for number, worker in enumerate(workers):
-                    reports = worker.connection in events or worker.process.sentinel in events
-                    if worker.run and reports and not _receive(worker, queue):
-                        workers[number] = _start(plan, number, threads)
+        # A source takes much longer than most cells, so each kind has a bar with a rate and an ETA of its own.
+        if sources:
+            with meter("sources", total=sources, unit="sources") as bar:
+                while queue.done_sources < sources and _run_on(plan, queue, workers, threads):
+                    bar.update(queue.done_sources, _failures(queue))
+        with meter("cells", total=cells, unit="cells") as bar:
+            bar.update(queue.done_cells - skipped, _failures(queue))
+            while _run_on(plan, queue, workers, threads):
+                bar.update(queue.done_cells - skipped, _failures(queue))
     finally:
         _stop(workers)
+
+
+def _run_on(plan: StudyPlan, queue: _Queue, workers: list[_Worker], threads: int) -> bool:
+    """Gives jobs to the free workers and waits for news of one. Returns False when nothing is left to do."""
+    for number, worker in enumerate(workers):
+        if worker.run is None and worker.jobs >= _MOST_JOBS:
+            _stop([worker])
+            workers[number] = _start(plan, number, threads)
+    for worker in workers:
+        if worker.run is None:
+            _give(worker, queue, workers)
+    active = [worker for worker in workers if worker.run]
+    events = wait([item for each in active for item in (each.connection, each.process.sentinel)], timeout=5)
+    for number, worker in enumerate(workers):
+        reports = worker.connection in events or worker.process.sentinel in events
+        if worker.run and reports and not _receive(worker, queue):
+            workers[number] = _start(plan, number, threads)
+    return bool(active)
 
 
 def _start(plan: StudyPlan, number: int, threads: int) -> _Worker:
@@ -213,12 +236,11 @@ def _start(plan: StudyPlan, number: int, threads: int) -> _Worker:
 
 
 def _give(worker: _Worker, queue: _Queue, workers: list[_Worker]) -> None:
-    busy = {_source_of(each.run) for each in workers if each.run}
-    worker.run = queue.next_for(worker, busy)
+    worker.run = queue.next_for(worker, [each.run for each in workers if each.run])
     if worker.run is not None:
         # A worker that has just died is noticed by its sentinel.
         with contextlib.suppress(BrokenPipeError):
-            worker.connection.send((worker.run.job, isinstance(worker.run, CellRun)))
+            worker.connection.send(worker.run.job)
 
 
 def _receive(worker: _Worker, queue: _Queue) -> bool:
@@ -263,12 +285,18 @@ def _stop(workers: list[_Worker]) -> None:
             worker.process.join()
 
 
-def _show(bar: Meter, queue: _Queue, sources: int, cells: int, skipped: int) -> None:
-    done = queue.done_cells - skipped
-    figures = f"sources {queue.done_sources}/{sources}, cells {done}/{cells}"
-    if queue.failed:
-        figures += f", failed {len(queue.failed)}"
-    bar.update(queue.done_sources + done, figures)
+def _failures(queue: _Queue) -> str:
+    return f"failed {len(queue.failed)}" if queue.failed else ""
+
+
+def _family(run: SourceRun | CellRun | None) -> JobConfig | None:
+    """Returns what sources of different seeds have in common, None for a cell."""
+    return _family_of(run.job) if isinstance(run, SourceRun) else None
+
+
+@functools.cache
+def _family_of(job: JobConfig) -> JobConfig:
+    return job.with_flags(seed=0, workdir="")
 
 
 def _source_of(run: SourceRun | CellRun) -> str:

@@ -32,7 +32,7 @@ def work(connection: Connection, log: str, threads: int) -> None:
     """Runs the jobs that arrive on a connection, and answers each with its outcome, until the connection closes.
 
     Args:
-        connection: Connection to the scheduler. It sends pairs of a `JobConfig` and whether it is a cell.
+        connection: Connection to the scheduler. It sends a `JobConfig` for each job.
         log: File for what the jobs print.
         threads: Number of threads for computing; 0 leaves the number to TensorFlow.
     """
@@ -45,8 +45,8 @@ def work(connection: Connection, log: str, threads: int) -> None:
     try:
         with signals_raise():
             while True:
-                job, is_cell = connection.recv()
-                connection.send(run_safely(job, is_cell=is_cell))
+                job = connection.recv()
+                connection.send(run_safely(job))
     except Interrupted as interruption:
         raise SystemExit(interruption.exit_code) from None
     except (EOFError, BrokenPipeError):
@@ -69,14 +69,15 @@ def prepare_process(threads: int) -> None:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
 
 
-def run_safely(job: JobConfig, *, is_cell: bool) -> Outcome:
+def run_safely(job: JobConfig) -> Outcome:
     """Runs a job. If it fails, writes error.txt into its workdir.
 
     Args:
-        job: The job.
-        is_cell: Whether it is a cell, not a source.
+        job: A cell or a source.
     """
     import tensorflow as tf
+
+    from robust_tf.studies.shared_jobs import run_sharing
 
     tf.config.experimental.enable_tensor_float_32_execution(job.optimization.tf32)
     if job.run.deterministic:
@@ -84,7 +85,7 @@ def run_safely(job: JobConfig, *, is_cell: bool) -> Outcome:
     workdir = pathlib.Path(job.run.workdir)
     (workdir / ERROR).unlink(missing_ok=True)
     try:
-        _run(job, is_cell=is_cell)
+        run_sharing(job)
     except Exception as error:  # noqa: BLE001  # one cell must not end the others, and its error is reported
         message = " ".join(str(error).split()) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         message = message.strip().splitlines()[0] if message.strip() else type(error).__name__
@@ -97,13 +98,6 @@ def run_safely(job: JobConfig, *, is_cell: bool) -> Outcome:
             pass
         return Outcome(message, disk_full)
     return Outcome("")
-
-
-def _run(job: JobConfig, *, is_cell: bool) -> None:
-    from robust_tf.job.run import run_job
-    from robust_tf.studies.cells import run_cell
-
-    (run_cell if is_cell else run_job)(job)
 
 
 def _redirect_output(log: str) -> None:

@@ -17,6 +17,7 @@ from robust_tf.attacks import NORMS, AttackConfig, run_pgd
 from robust_tf.attacks.losses import Model, find_loss, is_correct, logits_of, slope_of
 from robust_tf.attacks.square import square
 from robust_tf.console import console
+from robust_tf.sharing import MOST_TRAINERS, shared
 from robust_tf.training.callbacks import averages_in_place
 
 NUM_IMAGES = 64
@@ -97,6 +98,8 @@ class Alarms(keras.callbacks.Callback):
         history: List to which every warning is appended.
         agree: Function that is called with True if this process has found an alarm, else False. It returns whether any
             process of the job has found one.
+        share_trace: Whether later alarms of the same classifier object, which may have other weights by then, use the
+            traced function again. This needs `robust_tf.sharing.sharing`.
     """
 
     def __init__(
@@ -108,13 +111,16 @@ class Alarms(keras.callbacks.Callback):
         every_epochs: int,
         history: list[str],
         agree: Callable[[bool], bool] = bool,
+        share_trace: bool = False,
     ) -> None:
         super().__init__()
         self.raised = False  # whether the last epoch raised an alarm
         self._agree = agree
         self._held_out = (tf.constant(held_out[0], tf.float32), tf.constant(held_out[1], tf.int32))
         self._every_epochs, self._history = every_epochs, history
-        self._measure = tf.function(lambda images, labels: measure(classifier, images, labels, attack))
+        measured = tf.function(lambda images, labels: measure(classifier, images, labels, attack))
+        key = ("alarms", classifier, attack)
+        self._measure: Any = shared(key, lambda: measured, most=MOST_TRAINERS) if share_trace else measured
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Checks for alarms after every `every_epochs` epochs."""

@@ -12,6 +12,7 @@ import tensorflow as tf
 from tensorboard.plugins.hparams import api as hparams
 
 from robust_tf.attacks import AttackConfig, run_pgd
+from robust_tf.sharing import MOST_TRAINERS, shared
 from robust_tf.training.callbacks import averages_in_place
 
 matplotlib.use("Agg")  # no display needed
@@ -37,6 +38,8 @@ class TensorBoardLogger(keras.callbacks.Callback):
         progress: Object with the attribute `images_per_second`.
         steps_per_epoch: Number of steps in an epoch, to number the steps of a resumed run.
         every_steps: Number of steps between two points of the step charts.
+        share_trace: Whether later loggers of the same classifier object, which may have other weights by then, use the
+            traced attack again. This needs `robust_tf.sharing.sharing`.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
         progress: Any,
         steps_per_epoch: int,
         every_steps: int,
+        share_trace: bool = False,
     ) -> None:
         super().__init__()
         self._train = tf.summary.create_file_writer(str(folder / "train"))
@@ -58,6 +62,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
         self._steps_per_epoch = steps_per_epoch
         self._every_steps = every_steps
         self._names = _ADVERSARIAL_NAMES if attack.active else _STANDARD_NAMES
+        self._share_trace = share_trace
         self._examples: Any = None
         self._epoch = 0
 
@@ -101,7 +106,9 @@ class TensorBoardLogger(keras.callbacks.Callback):
             return _tiled([images])
         if self._examples is None:
             classifier, attack = self.model.classifier, self._attack
-            self._examples = tf.function(lambda x, y: run_pgd(classifier, x, y, attack=attack).images_adv)
+            traced = tf.function(lambda x, y: run_pgd(classifier, x, y, attack=attack).images_adv)
+            key = ("examples", classifier, attack)
+            self._examples = shared(key, lambda: traced, most=MOST_TRAINERS) if self._share_trace else traced
         images_adv = self._examples(tf.constant(images), tf.constant(labels)).numpy()
         perturbation = images_adv - images
         largest = np.abs(perturbation).max() or 1.0

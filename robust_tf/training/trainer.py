@@ -137,7 +137,8 @@ class AdversarialTrainer(CompiledByXla, ReplicatedModel):
         self.attack = attack
         self.recipe = recipe
         self._validation_attack = attack if validation_attack is None else validation_attack
-        self._seed = seed
+        # A variable, so that a job with another seed can use the traced step. It is not part of the state.
+        self.seed = keras.Variable(seed, dtype="int64", trainable=False, name="seed", aggregation="only_first_replica")
         self._unbiased_batchnorm = unbiased_batchnorm
         self._clean_figures = clean_figures
         self._compiled_loss: CompiledLoss | None = None
@@ -305,7 +306,7 @@ class AdversarialTrainer(CompiledByXla, ReplicatedModel):
         # The number of the step is part of the seed, so that a resumed run draws the same numbers as one that was not
         # interrupted. The optimizer's count cannot be used: it does not change while gradients are accumulated, or
         # when a gradient overflows.
-        seed = tf.stack([tf.constant(self._seed, tf.int64), tf.convert_to_tensor(self._steps)])
+        seed = tf.stack([tf.convert_to_tensor(self.seed), tf.convert_to_tensor(self._steps)])
         if self.num_replicas > 1:  # the replicas must not all draw the same starting points
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             seed = tf.random.experimental.stateless_fold_in(seed, replica)
@@ -320,7 +321,7 @@ class AdversarialTrainer(CompiledByXla, ReplicatedModel):
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Attacks one batch with the validation attack and measures the metrics on the adversarial images."""
-        batch = self._batch_of(data, tf.constant([self._seed, -1], tf.int64))
+        batch = self._batch_of(data, tf.stack([tf.convert_to_tensor(self.seed), tf.constant(-1, tf.int64)]))
         return self.alone(lambda: self._tested(data, batch))
 
     def _tested(self, data: Any, batch: Batch) -> dict[str, tf.Tensor]:

@@ -260,9 +260,9 @@ def store_key(backbone: keras.Model, task: TaskData, views: int) -> dict[str, An
         task: Task with the images.
         views: Number of views of each training image.
     """
-    weights = hashlib.sha256()
-    for weight in backbone.get_weights():
-        weights.update(f"{weight.shape} {weight.dtype}".encode() + weight.tobytes())
+    # Jobs that share a backbone share its layers, so its digests are computed once for all of them.
+    layers = tuple(backbone.layers)
+    weights, structure = shared(("digests", layers), lambda: _digests(backbone))
     preprocessing: dict[str, Any] = dataclasses.asdict(task.preprocessing)
     for name in ("decoding", "highest_float"):
         if getattr(task.preprocessing, name) == getattr(type(task.preprocessing), name):
@@ -271,13 +271,21 @@ def store_key(backbone: keras.Model, task: TaskData, views: int) -> dict[str, An
         preprocessing |= {"augmentation": None, "rand_augment": None}
     return {
         "format": _FORMAT,
-        "weights": weights.hexdigest(),
-        "layers": hashlib.sha256(backbone.to_json().encode()).hexdigest(),  # includes normalization and precision
+        "weights": weights,
+        "layers": structure,
         "data": task.fingerprint,
         "preprocessing": preprocessing,
         "views": views,
         "seed": task.seed if views > 1 else None,
     }
+
+
+def _digests(backbone: keras.Model) -> tuple[str, str]:
+    """Returns the SHA-256 of the weights of a backbone, and of its layers with their normalization and precision."""
+    weights = hashlib.sha256()
+    for weight in backbone.get_weights():
+        weights.update(f"{weight.shape} {weight.dtype}".encode() + weight.tobytes())
+    return weights.hexdigest(), hashlib.sha256(backbone.to_json().encode()).hexdigest()
 
 
 def _files(task: TaskData, views: int) -> list[_File]:

@@ -89,20 +89,21 @@ def logistic_regression(
     best: tuple[tuple[float, float], LinearHead] | None = None
     worse = 0
     report(0, "")
-    for tried, penalty in enumerate(_LOGISTIC_PENALTIES, 1):
-        solver.set_params(C=1.0 / (penalty * len(labels)))
-        with _threads_for(features.size * num_classes), warnings.catch_warnings():
-            # With a weak penalty the optimum is far away. The solution that was reached is still a candidate.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            solver.fit(features, labels)
-        kernel, bias = _softmax_weights(solver.coef_, solver.intercept_, solver.classes_, num_classes)
-        kernel = kernel / std[:, None]
-        bias = bias - mean @ kernel
-        before, best = best, _better(best, kernel, bias, penalty, validation, validation_labels, metric)
-        worse = worse + 1 if best is before else 0
-        report(tried, f"penalty {penalty:.0e}, {metric} {best[1].validation_value:.1%} so far")
-        if worse == _PATIENCE:
-            break
+    with _threads_for(features.size * num_classes):
+        for tried, penalty in enumerate(_LOGISTIC_PENALTIES, 1):
+            solver.set_params(C=1.0 / (penalty * len(labels)))
+            with warnings.catch_warnings():
+                # With a weak penalty the optimum is far away. The solution that was reached is still a candidate.
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                solver.fit(features, labels)
+            kernel, bias = _softmax_weights(solver.coef_, solver.intercept_, solver.classes_, num_classes)
+            kernel = kernel / std[:, None]
+            bias = bias - mean @ kernel
+            before, best = best, _better(best, kernel, bias, penalty, validation, validation_labels, metric)
+            worse = worse + 1 if best is before else 0
+            report(tried, f"penalty {penalty:.0e}, {metric} {best[1].validation_value:.1%} so far")
+            if worse == _PATIENCE:
+                break
     if best is None:
         raise AssertionError("The list of penalties is empty.")
     return best[1]

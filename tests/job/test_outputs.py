@@ -129,7 +129,7 @@ def test_contexts_may_keep_their_objects_for_later_ones():
     made: list[str] = []
     for _ in range(2):
         with sharing(objects=objects):
-            shared("a", lambda: made.append("a"))
+            shared(("a",), lambda: made.append("a"))
         assert not is_sharing()
     assert made == ["a"]
 
@@ -143,10 +143,20 @@ def test_shared_objects_are_dropped_after_a_while_and_with_the_context():
 
     with sharing(most=2):
         for name in ("a", "b", "a", "c", "a", "b"):
-            assert shared(name, lambda name=name: make(name)) == name
+            assert shared((name,), lambda name=name: make(name)) == name
         assert made == ["a", "b", "c", "b"]  # "b" was the least recently used when "c" came
-    shared("a", lambda: make("a"))
+    shared(("a",), lambda: make("a"))
     assert made[-1] == "a" and len(made) == 5
+
+
+def test_a_kind_of_object_may_have_a_limit_of_its_own():
+    made: list[str] = []
+    with sharing():
+        shared(("other",), lambda: made.append("other"))
+        for name in ("a", "b", "a", "c", "a", "b"):
+            shared(("kind", name), lambda name=name: made.append(name), most=2)
+        shared(("other",), lambda: made.append("other"))
+    assert made == ["other", "a", "b", "c", "b"]
 
 
 def test_results_alone_cannot_be_exported_or_completed_later(job):
