@@ -18,8 +18,8 @@ from robust_tf.errors import UserError
 from robust_tf.flags import to_flag_file
 from robust_tf.job.building import job_loss, job_optimizer, job_recipe, optimizer_steps_per_epoch
 from robust_tf.job.out_of_memory import out_of_memory_explained
-from robust_tf.job.reuse import reused_trainer, reuses_trainer
 from robust_tf.job.patience import StopEarly, patience_of
+from robust_tf.job.reuse import reused_trainer, reuses_trainer
 from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm
 from robust_tf.training.batchnorm import prepare_batchnorm
 from robust_tf.training.callbacks import CallbacksFromStep, SaveProgress, StopOnNaN
