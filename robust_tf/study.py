@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         _advise(study)
         return
     plan = plan_study(study)
-    if study.dry_run:
+    if study.plan.dry_run:
         start_tensorflow()
         from robust_tf.studies.dry_run import print_study_plan
 

@@ -183,13 +183,13 @@ class Study:
     Attributes:
         config: How the study is run.
         workdir: Folder of the study; empty if it was left out.
-        dry_run: Whether to print the plan only.
+        plan: Whether to print the plan only, and for which devices.
         grids: The grid of the command, and those of `--also`.
     """
 
     config: StudyConfig
     workdir: str
-    dry_run: bool
+    plan: PlanConfig
     grids: tuple[GridConfig, ...]
 
 
@@ -221,33 +221,33 @@ def parse_study(argv: Sequence[str], usage: str = "") -> Study:
             raise UserError(f"--also={path}: {error}") from error
         grid = _grid(further, path)
         grids.append(dataclasses.replace(grid, fixed={**shared, **grid.fixed}))
-    return Study(config=config, workdir=parsed.values["workdir"], dry_run=parsed.values["dry_run"], grids=tuple(grids))
+    plan = PlanConfig(**{name: parsed.values[name] for name in _plan_names()})
+    return Study(config=config, workdir=parsed.values["workdir"], plan=plan, grids=tuple(grids))
 
 
 def _study_names() -> list[str]:
     return [field.name for field in flat_fields(StudyConfig)]
 
 
+def _plan_names() -> set[str]:
+    return {field.name for field in flat_fields(PlanConfig)}
+
+
 def _shared_names() -> frozenset[str]:
     """Flags that say where and how a job runs, not what it is; the command gives them for all grids."""
     found = {field.name for field in flat_fields(JobConfig) if not field.metadata.get("identity", True)}
-    return frozenset(found - set(_NOT_AXES) - {"source"})
+    return frozenset(found - set(_NOT_AXES) - _plan_names() - {"source"})
 
 
 def _grid(parsed: ParsedFlags, where: str) -> GridConfig:
     if parsed.rest:
         raise UserError(f"This program takes flags only, --name=value. Received: {parsed.rest[0]!r}.")
     study_names = set(_study_names())
-    fixed = {name: parsed.values[name] for name in sorted(parsed.given - study_names - {"workdir", "dry_run"})}
+    fixed = {name: parsed.values[name] for name in sorted(parsed.given - study_names - {"workdir"} - _plan_names())}
     if fixed.setdefault("task", "transfer") != "transfer":
         raise UserError(f"The cells of a study are transfers. Received: --task={fixed['task']} in {where}.")
     if fixed.get("baseline"):
         raise UserError(f"--baseline cannot be used here: {_NOT_AXES['baseline']}. Received: --baseline in {where}.")
-    if "plan_devices" in fixed:
-        raise UserError(
-            "--plan_devices plans a single job. Received: --plan_devices for a study. Give the flags of one cell to "
-            "robust_tf.train --dry_run, and multiply its device-hours by the number of cells."
-        )
     axes = [parse_axis(text) for text in parsed.values["vary"]]
     axes += [parse_axis(text, chosen=True) for text in parsed.values["choose"]]
     seen = {name: "as a flag" for name in fixed}

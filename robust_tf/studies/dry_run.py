@@ -10,6 +10,7 @@ from rich.table import Table
 from robust_tf.config.study import Study
 from robust_tf.console import console
 from robust_tf.results import FILE_NAME
+from robust_tf.studies.device_hours import device_hours
 from robust_tf.studies.grid import CellRun, SourceRun, StudyPlan
 from robust_tf.studies.states import cells_to_run, sources_to_run, state_of
 
@@ -34,6 +35,11 @@ def print_study_plan(study: Study, plan: StudyPlan) -> None:
             table.add_row(f"grid {number}: {axis.name}", " ".join(axis.texts) + (" (chosen)" if axis.chosen else ""))
     table.add_row("time", _time(plan, cells, sources, study.config.workers))
     table.add_row("disk", _disk(plan, cells, sources))
+    for hours in device_hours(study.plan, sources, cells) if study.plan.plan_devices else []:
+        table.add_row(f"on {hours.name}", hours.in_words)
+        if study.plan.plan_price is not None:
+            cost = (hours.sources + hours.cells) * study.plan.plan_price
+            table.add_row(f"cost on {hours.name}", f"x {study.plan.plan_price:g} = {cost:,.2f}")
     console.print(table)
 
 

@@ -41,26 +41,27 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     epsilons = [float(epsilon) for epsilon in arguments.epsilons.split(",")]
     accuracies: dict[str, Accuracies] = {name: {} for name in MEASURES}
-    for seed in seeds:
-        for epsilon in epsilons:
-            start = time.perf_counter()
-            workdir = _source(arguments.folder, seed, epsilon)
-            trained = time.perf_counter()
-            with sharing():
+    with sharing():
+        for seed in seeds:
+            for epsilon in epsilons:
+                start = time.perf_counter()
+                workdir = _source(arguments.folder, seed, epsilon)
+                trained = time.perf_counter()
                 for draw in range(arguments.draws):
                     accuracies["clean_accuracy"][seed, epsilon, draw] = _clean(arguments.folder, workdir, draw)
                 for draw in range(arguments.attacked):
                     accuracies["robust_accuracy"][seed, epsilon, draw] = _robust(arguments.folder, workdir, draw)
-            seconds = f"{trained - start:.0f} s and {time.perf_counter() - trained:.0f} s"
-            print(f"CLAIM source seed {seed}, epsilon {epsilon:g}: {seconds}", flush=True)
-        for epsilon in epsilons:
-            if epsilon:
-                report(accuracies, epsilon)
+                seconds = f"{trained - start:.0f} s and {time.perf_counter() - trained:.0f} s"
+                print(f"CLAIM source seed {seed}, epsilon {epsilon:g}: {seconds}", flush=True)
+            for epsilon in epsilons:
+                if epsilon:
+                    report(accuracies, epsilon)
 
 
 def _source(folder: pathlib.Path, seed: int, epsilon: float) -> pathlib.Path:
     workdir = folder / f"source{seed}_eps{epsilon:g}"
     source = read_flag_file(CONFIGS / "quickstart_source.cfg").with_flags(seed=seed, workdir=str(workdir))
+    source = source.with_flags(outputs="classifier")
     run_job(source.with_flags(epsilon=epsilon) if epsilon else source.standard_twin())
     return workdir
 

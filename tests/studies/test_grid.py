@@ -1,14 +1,22 @@
 """The axes of a study, its cells and sources, its stale cells and the files for clusters. Nothing is trained."""
 
 import pathlib
+import re
 import subprocess
 
+import numpy as np
 import pytest
 import yaml
 
+from robust_tf.config.run import PlanConfig
 from robust_tf.config.study import parse_axis, parse_study
 from robust_tf.errors import UserError
 from robust_tf.flags import flat_values, parse_values, to_flag_file
+from robust_tf.job.planning.devices import parse_clusters
+from robust_tf.job.planning.plan import planned_job, planned_task
+from robust_tf.job.planning.roofline import estimate, job_work
+from robust_tf.studies.device_hours import device_hours
+from robust_tf.studies.dry_run import print_study_plan
 from robust_tf.studies.grid import plan_study
 from robust_tf.studies.launch import write_launch_files
 from robust_tf.studies.states import settle_stale, sources_to_run
@@ -20,7 +28,9 @@ NO_SOURCES = ["paper_fixed", "paper_full", "architectures", "downscale", "low_da
 @pytest.fixture
 def source(tmp_path):
     path = tmp_path / "source.cfg"
-    path.write_text("--dataset=digits\n--classes=0,1\n--architecture=resnet8\n--epsilon=1\n--attack_steps=2\n")
+    path.write_text(
+        "--dataset=digits\n--classes=0,1\n--architecture=resnet8\n--image_size=8\n--epsilon=1\n--attack_steps=2\n"
+    )
     return path
 
 
@@ -102,9 +112,12 @@ def test_source_flags_need_a_flag_file(tmp_path):
         plan(tmp_path, "a.keras", "--vary=source.seed=0 1")
 
 
-def test_plans_for_other_devices_are_refused(tmp_path, source):
-    with pytest.raises(UserError, match="multiply its device-hours by the number of cells"):
-        plan(tmp_path, source, "--plan_devices=8xA100", "--vary=seed=0 1")
+def test_plans_for_other_devices_are_for_a_dry_run(tmp_path, source):
+    with pytest.raises(UserError, match=r"--plan_devices is for --dry_run\. Received: --plan_devices=8xA100"):
+        parse_study(arguments(tmp_path, source, "--plan_devices=8xA100", "--vary=seed=0 1"))
+    planned = parse_study(arguments(tmp_path, source, "--plan_devices=8xA100", "--vary=seed=0 1", "--dry_run"))
+    assert planned.plan.plan_devices == ("8xA100",)
+    assert plan_study(planned) == plan(tmp_path, source, "--vary=seed=0 1")  # the cells are the same
 
 
 @pytest.mark.parametrize(
@@ -161,9 +174,38 @@ def test_stale_cells_are_named_deleted_or_kept(tmp_path, source):
 def test_the_flag_files_describe_studies(name, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     found = plan_study(parse_study(["study", f"--flagfile=configs/study_{name}.cfg", "--workdir=w"]))
-    expected = {"paper_fixed": 12 * 10 * 4 * 2, "paper_full": 12 * 10 * 4 * 2, "digits": 2 * 6 * 5 * 4 * 5 + 3 * 5 * 3}
+    expected = {"paper_fixed": 12 * 10 * 4 * 2, "paper_full": 12 * 10 * 4 * 2, "digits": 2 * 6 * 5 * 4 * 5 + 3 * 5 * 2}
     assert len(found.cells) == expected.get(name, len(found.cells)) > 0
     assert (name in NO_SOURCES) == (not found.sources)
+
+
+@pytest.mark.slow
+def test_device_hours_are_the_sum_over_the_jobs(tmp_path, source):
+    found = plan(tmp_path, source, "--vary=seed=0 1", "--vary=source.epsilon=0 1")
+    devices = PlanConfig(dry_run=True, plan_devices=("H100", "8xH100"), plan_utilization=0.5)
+    one, eight = device_hours(devices, found.sources, found.cells)
+    jobs = [(each.job, None) for each in found.sources] + [(each.job, each.source.job) for each in found.cells]
+    (cluster,) = parse_clusters(["H100"])
+    seconds = []
+    for job, origin in jobs:
+        task = planned_task(job, image_size=8)
+        classifier, _ = planned_job(job, origin, task=task)
+        seconds.append(estimate(job, task, job_work(job, classifier, task), cluster, utilization=0.5).run)
+    np.testing.assert_allclose([one.sources, one.cells], [sum(seconds[:2]) / 3600, sum(seconds[2:]) / 3600], rtol=1e-9)
+    assert (eight.sources, eight.cells, eight.devices) == (one.sources, one.cells, 8)
+    assert "8 devices, one job on each" in eight.in_words
+    assert seconds[1] > 3 * seconds[0]  # the attack of the second source
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_large_study_needs_no_data_and_names_what_it_does_not_know(tmp_path, capsys, data_dir):
+    flags = ["--source=resnet18_l2_eps1", "--vary=dataset=cifar10 pets folder:missing", "--vary=seed=0 1"]
+    study = parse_study(["study", f"--workdir={tmp_path}", *flags, "--dry_run", "--plan_devices=4xH100"])
+    print_study_plan(study, plan_study(study))
+    output = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"on 4xH100 .* [0-9.]+ device-hours; / 4 devices", output)
+    assert "unknown for 2 jobs" in output and "missing" in output
+    assert not list(tmp_path.iterdir())
 
 
 def launched(tmp_path, source, launcher):

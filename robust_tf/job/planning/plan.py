@@ -45,24 +45,42 @@ def print_plan(job: JobConfig) -> None:
         keras.config.set_dtype_policy("float32")
 
 
-def planned_job(job: JobConfig) -> tuple[keras.Model, TaskSummary]:
-    """Returns a classifier with the layers of the job, frozen as in the job, and the size of its data."""
+def planned_job(
+    job: JobConfig, source: JobConfig | None = None, *, task: TaskSummary | None = None
+) -> tuple[keras.Model, TaskSummary]:
+    """Returns a classifier with the layers of the job, frozen as in the job, and the size of its data.
+
+    Args:
+        job: Job to plan.
+        source: Job that trains its source. By default, the one of `--source`, if that is a flag file.
+        task: Size of its data, if it is known already.
+    """
     planned = job
-    if source_is_job(job):
+    if source is None and source_is_job(job):
         source = source_job(job)
+    if source is not None:
         planned = job.with_flags(
             architecture=job.transfer.architecture or source.transfer.architecture,
-            image_size=job.data.image_size or source.data.image_size or dataset_info(source.data.dataset).image_size,
+            image_size=job.data.image_size or image_size_of(source),
         )
     elif job.transfer.source in PUBLISHED:
         planned = job.with_flags(architecture=PUBLISHED[job.transfer.source].architecture)
     elif job.is_transfer:
         classifier = open_source(job.transfer.source, job.transfer, image_size=job.data.image_size)
-        task = _task_summary(job, image_size=classifier.input_shape[1])
+        task = task or _task_summary(job, image_size=classifier.input_shape[1])
         return adapted_classifier(classifier, job, task), task
-    task = _task_summary(planned)
+    task = task or _task_summary(planned)
     classifier = new_classifier(planned, task)
     return (adapted_classifier(classifier, job, task) if job.is_transfer else classifier), task
+
+
+def image_size_of(source: JobConfig) -> int | None:
+    """Returns the image size of the classifier that a job trains; None if only its data set knows.
+
+    Args:
+        source: Training job.
+    """
+    return source.data.image_size or dataset_info(source.data.dataset).image_size
 
 
 def planned_task(job: JobConfig, *, image_size: int | None = None) -> TaskSummary:

@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 from rich.table import Table
 
-from robust_tf.attacks import run_pgd
+from robust_tf.attacks import AttackConfig, run_pgd
 from robust_tf.config.job import JobConfig
 from robust_tf.config.optimization import Precision
 from robust_tf.errors import UserError
@@ -117,6 +117,121 @@ def job_work(job: JobConfig, classifier: keras.Model, task: TaskSummary) -> JobW
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The times of a job on a cluster, all in seconds.
+
+    Attributes:
+        compute: Time of the operations of a step at the peak speed.
+        traffic: Time of the memory traffic of a step at the peak bandwidth.
+        longest: The one of these two that limits the step at the share that it reaches.
+        share: This share, in (0, 1].
+        reduce: Time of the all-reduce of a step.
+        reduce_text: The arithmetic of this time.
+        step: Time of a step.
+        validation: Time of a validation.
+        epoch: Time of an epoch with its validation.
+        test: Time of the final test.
+        run: Time of the whole job.
+        measured: Measured utilization that the shares come from.
+        obstacle: Why XLA is not used; empty if it is.
+        peak: Peak speed of a device at the job's precision, in FLOP/s.
+    """
+
+    compute: float
+    traffic: float
+    longest: float
+    share: float
+    reduce: float
+    reduce_text: str
+    step: float
+    validation: float
+    epoch: float
+    test: float
+    run: float
+    measured: Measured
+    obstacle: str
+    peak: float
+
+
+def estimate(
+    job: JobConfig, task: TaskSummary, work: JobWork, cluster: Cluster, *, utilization: float | None
+) -> Estimate:
+    """Estimates how long a job takes on one cluster.
+
+    With `--features=cached` it is the time in which the features of all images are computed, since fitting a head to
+    them takes much less.
+
+    Args:
+        job: Job to plan.
+        task: Size of its data.
+        work: Operations and memory of the job.
+        cluster: Devices to plan for.
+        utilization: Share of the peak speed or bandwidth that the job reaches. None means what was measured.
+
+    Raises:
+        UserError: The devices lack the precision, or cannot share the batch equally.
+    """
+    device, count = cluster.device, cluster.devices
+    precision, batch_size = job.optimization.precision, job.optimization.batch_size
+    peak = device.peak(precision)
+    if peak is None:
+        raise UserError(
+            f"{cluster.device_name} has no units for this precision. Received: --precision={precision} "
+            f"--plan_devices={cluster.name}. Choose another one: float32, mixed_bfloat16 or mixed_float16."
+        )
+    if batch_size % count:
+        raise UserError(
+            f"The {count} devices of {cluster.name} share every batch equally. Received: "
+            f"--batch_size={batch_size}, which is not a multiple of {count}."
+        )
+    attack_steps = _steps_of(job.adversarial.training_attack)
+    obstacle = obstacle_to_xla(job, cluster)
+    measured = expected(compiled=not obstacle, precision=precision, gpu=cluster.device_name)
+    shares = (COMPUTE_UTILIZATION, measured.utilization) if utilization is None else (utilization, utilization)
+
+    def roofline(needed: Work) -> tuple[float, float, float, float]:
+        """Returns the compute time, the memory time, and of the one that takes longer at its share also that share."""
+        times = needed.flops / (count * peak), TRAFFIC_FACTOR * needed.bytes_moved / (count * device.bandwidth)
+        longest, share = max(zip(times, shares, strict=True), key=lambda pair: pair[0] / pair[1])
+        return *times, longest, share
+
+    compute, traffic, longest, share = roofline(work.step.total * batch_size)
+    reduce_seconds, reduce_text = _all_reduce(work.gradient_bytes, cluster)
+    step = longest / share + reduce_seconds
+
+    def evaluation_seconds(images: int, steps: int) -> float:
+        *_, longest, share = roofline(work.evaluation(steps) * images)
+        return longest / share
+
+    validation = evaluation_seconds(task.num_validation, attack_steps)
+    test = evaluation_seconds(task.num_test, _steps_of(job.adversarial.evaluation_attack))
+    epoch = task.steps_per_epoch * step + validation
+    run = job.data_epochs * epoch + test
+    if job.transfer.cached:
+        run = evaluation_seconds(task.num_train * job.transfer.views + task.num_validation, 0) + test
+    return Estimate(
+        compute=compute,
+        traffic=traffic,
+        longest=longest,
+        share=share,
+        reduce=reduce_seconds,
+        reduce_text=reduce_text,
+        step=step,
+        validation=validation,
+        epoch=epoch,
+        test=test,
+        run=run,
+        measured=measured,
+        obstacle=obstacle,
+        peak=peak,
+    )
+
+
+def _steps_of(attack: AttackConfig) -> int:
+    return attack.steps if attack.active else 0
+
+
 def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Cluster) -> Table:
     """Returns the plan on one cluster, with a line for each step of the arithmetic.
 
@@ -129,48 +244,15 @@ def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Clust
     Raises:
         UserError: The devices lack the precision, or cannot share the batch equally.
     """
-    device, count = cluster.device, cluster.devices
-    precision, batch_size = job.optimization.precision, job.optimization.batch_size
     price, given = job.plan.plan_price, job.plan.plan_utilization
-    peak = device.peak(precision)
-    if peak is None:
-        raise UserError(
-            f"{cluster.device_name} has no units for this precision. Received: --precision={precision} "
-            f"--plan_devices={cluster.name}. Choose another one: float32, mixed_bfloat16 or mixed_float16."
-        )
-    if batch_size % count:
-        raise UserError(
-            f"The {count} devices of {cluster.name} share every batch equally. Received: "
-            f"--batch_size={batch_size}, which is not a multiple of {count}."
-        )
-    attack = job.adversarial.training_attack
-    attack_steps = attack.steps if attack.active else 0
+    times = estimate(job, task, work, cluster, utilization=given)
+    device, count, peak = cluster.device, cluster.devices, times.peak
+    precision, batch_size = job.optimization.precision, job.optimization.batch_size
+    attack_steps, final_steps = (
+        _steps_of(attack) for attack in (job.adversarial.training_attack, job.adversarial.evaluation_attack)
+    )
     per_device, step = batch_size // count, work.step.total
-    obstacle = obstacle_to_xla(job, cluster)
-    measured = expected(compiled=not obstacle, precision=precision, gpu=cluster.device_name)
-    shares = (given, given) if given is not None else (COMPUTE_UTILIZATION, measured.utilization)
-
-    def roofline(needed: Work) -> tuple[float, float, float, float]:
-        """Returns the compute time, the memory time, and of the one that takes longer at its share also that share."""
-        times = needed.flops / (count * peak), TRAFFIC_FACTOR * needed.bytes_moved / (count * device.bandwidth)
-        longest, share = max(zip(times, shares, strict=True), key=lambda pair: pair[0] / pair[1])
-        return *times, longest, share
-
-    compute, traffic, longest, share = roofline(step * batch_size)
-    reduce_seconds, reduce_text = _all_reduce(work.gradient_bytes, cluster)
-    step_seconds = longest / share + reduce_seconds
-
-    def evaluation_seconds(images: int, steps: int) -> float:
-        *_, longest, share = roofline(work.evaluation(steps) * images)
-        return longest / share
-
-    validation = evaluation_seconds(task.num_validation, attack_steps)
-    evaluation_attack = job.adversarial.evaluation_attack
-    final_steps = evaluation_attack.steps if evaluation_attack.active else 0
-    test = evaluation_seconds(task.num_test, final_steps)
-    epoch = task.steps_per_epoch * step_seconds + validation
-    run = job.data_epochs * epoch + test
-    hours = run * count / 3600
+    hours = times.run * count / 3600
 
     title = f"Plan on {cluster.name}: {cluster.hosts} x {cluster.per_host} {cluster.device_name}, {precision}"
     table = Table(title=title, title_justify="left", show_header=False)
@@ -183,21 +265,21 @@ def device_plan(job: JobConfig, task: TaskSummary, work: JobWork, cluster: Clust
         "step": f"{_si(step.flops, 'FLOP')} an image = {step.flops / work.forward.flops:.3g} forward passes; "
         f"x {batch_size} = {_si(step.flops * batch_size, 'FLOP')}",
         "compute time": f"{_si(step.flops * batch_size, 'FLOP')} / ({count} x {_si(peak, 'FLOP/s')}) = "
-        f"{_time(compute)}",
+        f"{_time(times.compute)}",
         "memory time": f"{TRAFFIC_FACTOR} x {_si(step.bytes_moved, 'B')} an image x {batch_size} / "
-        f"({count} x {_si(device.bandwidth, 'B/s')}) = {_time(traffic)}",
-        "all-reduce": reduce_text,
-        **_utilization_rows(measured, obstacle, given),
-        "time of a step": f"{_time(longest)} / {share:g} utilization "
-        f"+ {_time(reduce_seconds)} = {_time(step_seconds)}, {batch_size / step_seconds:,.0f} images/s",
-        "time of an epoch": f"{task.steps_per_epoch:,} steps x {_time(step_seconds)} + validation "
-        f"({task.num_validation:,} images, PGD-{attack_steps}) {_time(validation)} = {_time(epoch)}",
-        "time of the run": f"{job.data_epochs} epochs x {_time(epoch)} + test ({task.num_test:,} images, "
-        f"PGD-{final_steps}) {_time(test)} = {_time(run)}",
-        "device-hours": f"{count} x {_time(run)} = {hours:,.2f} h",
-        "input": f"{batch_size / step_seconds:,.0f} images/s / {cluster.hosts} (hosts) = "
-        f"{batch_size / step_seconds / cluster.hosts:,.0f} images/s to decode and augment on each host",
-        **_memory_rows(precision, work, cluster, per_device, measured.memory_factor),
+        f"({count} x {_si(device.bandwidth, 'B/s')}) = {_time(times.traffic)}",
+        "all-reduce": times.reduce_text,
+        **_utilization_rows(times.measured, times.obstacle, given),
+        "time of a step": f"{_time(times.longest)} / {times.share:g} utilization "
+        f"+ {_time(times.reduce)} = {_time(times.step)}, {batch_size / times.step:,.0f} images/s",
+        "time of an epoch": f"{task.steps_per_epoch:,} steps x {_time(times.step)} + validation "
+        f"({task.num_validation:,} images, PGD-{attack_steps}) {_time(times.validation)} = {_time(times.epoch)}",
+        "time of the run": f"{job.data_epochs} epochs x {_time(times.epoch)} + test ({task.num_test:,} images, "
+        f"PGD-{final_steps}) {_time(times.test)} = {_time(times.run)}",
+        "device-hours": f"{count} x {_time(times.run)} = {hours:,.2f} h",
+        "input": f"{batch_size / times.step:,.0f} images/s / {cluster.hosts} (hosts) = "
+        f"{batch_size / times.step / cluster.hosts:,.0f} images/s to decode and augment on each host",
+        **_memory_rows(precision, work, cluster, per_device, times.measured.memory_factor),
         "checkpoint": f"{_si(work.weight_bytes, 'B')} weights + {_si(work.optimizer_bytes, 'B')} optimizer = "
         f"{_si(work.weight_bytes + work.optimizer_bytes, 'B')}; two are kept, and the best weights, "
         f"{_si(work.weight_bytes, 'B')}",
