@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from robust_tf.config.checks import check_choices, check_ranges
 from robust_tf.config.job import JobConfig
+from robust_tf.config.run import PlanConfig
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.flags import ParsedFlags, flag, flat_fields, parse_values, record
 
