@@ -90,7 +90,7 @@ def device_hours(plan: PlanConfig, sources: Sequence[SourceRun], cells: Sequence
                 seconds = estimate(run.job, task, counted[key], device, utilization=plan.plan_utilization).run
                 total[isinstance(run, CellRun)] += seconds / 3600
     return [
-        DeviceHours(cluster.name, cluster.devices, *total, unknown)
+        DeviceHours(cluster.name, cluster.devices, total[0], total[1], unknown)
         for cluster, total in zip(clusters, hours, strict=True)
     ]
 

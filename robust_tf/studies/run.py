@@ -79,9 +79,9 @@ class _Queue:
             last_family, busy_families = _family(worker.last), [_family(run) for run in others]
             near = [source for source in self.sources if _family(source) == last_family]
             free = [source for source in self.sources if _family(source) not in busy_families]
-            source = (near or free or self.sources)[0]
-            self.sources.remove(source)
-            return source
+            chosen = (near or free or self.sources)[0]
+            self.sources.remove(chosen)
+            return chosen
         if not self.ready:
             return None
         last, busy = _source_of(worker.last) if worker.last else "", {_source_of(run) for run in others}
