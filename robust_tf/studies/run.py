@@ -78,8 +78,8 @@ class _Queue:
         if self.sources:
             last_family, busy_families = _family(worker.last), [_family(run) for run in others]
             near = [source for source in self.sources if _family(source) == last_family]
-            free = [source for source in self.sources if _family(source) not in busy_families]
-            chosen = (near or free or self.sources)[0]
+            untouched = [source for source in self.sources if _family(source) not in busy_families]
+            chosen = (near or untouched or self.sources)[0]
             self.sources.remove(chosen)
             return chosen
         if not self.ready:
