@@ -48,6 +48,7 @@ def weights_of(path) -> dict[str, np.ndarray]:
     return {weight.path: weight.numpy() for weight in load_classifier(pathlib.Path(path)).weights}
 
 
+@pytest.mark.slow
 def test_the_job_writes_the_usual_files_and_a_classifier_with_the_new_head(job, data_dir):
     config = job("sgd", hidden_layers=1, views=2, augmentation="shift")
     results = run(config)

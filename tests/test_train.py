@@ -593,7 +593,8 @@ def test_a_job_compiled_by_xla_gives_the_same_figures(job, recwarn):
     assert results[0]["clean_accuracy"] == pytest.approx(results[1]["clean_accuracy"], abs=0.05)
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_job(job, monkeypatch, capsys, precision):
     monkeypatch.setattr(run, "emulation_warning", lambda precision: f"{precision} is emulated here")
     config = job(precision=precision, epochs=1)
@@ -606,14 +607,8 @@ def test_mixed_precision_job(job, monkeypatch, capsys, precision):
     assert keras.config.dtype_policy().name == "float32"  # the next job starts with the default again
 
 
-@pytest.mark.parametrize(
-    ("mixing", "epsilon"),
-    [
-        ("mixup", 0.1),
-        pytest.param("mixup", 0.0, marks=pytest.mark.slow),
-        pytest.param("cutmix", 0.0, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("mixing", "epsilon"), [("mixup", 0.1), ("mixup", 0.0), ("cutmix", 0.0)])
 def test_a_job_with_mixed_images(job, mixing, epsilon):
     """Labels are shares of classes in training, with or without an attack, and classes in evaluation."""
     config = job(
@@ -641,6 +636,7 @@ def image_folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return broken
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_named_or_it_is_skipped_and_counted(job, tmp_path, capsys):
     broken = image_folder(tmp_path)
     options = {"dataset": f"folder:{tmp_path / 'images'}", "classes": (), "examples_per_class": None, "epochs": 1}

@@ -97,6 +97,7 @@ def test_each_other_attack_gives_the_same_result_with_xla(case, name, norm):
     assert_the_same_with_xla(case, name, norm)
 
 
+@pytest.mark.slow
 def test_a_cascade_with_xla_gives_the_same_verdicts_and_can_change_over(case):
     """The last batch is a partial one. An interrupted run continues with XLA, without it, and with it again."""
     model, images, labels = case

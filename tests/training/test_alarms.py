@@ -151,6 +151,7 @@ def test_the_check_uses_the_averaged_weights_if_there_are_any():
     np.testing.assert_array_equal(bias, [0.0, 9.0, 0.0])
 
 
+@pytest.mark.slow
 def test_a_warning_changes_nothing(job, capsys):
     config = job(FINE, OVERFITTED, epochs=2)
     train.run(config)

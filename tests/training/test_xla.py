@@ -54,6 +54,7 @@ def batches(epochs: int, *, first: int = 0) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices((images, labels)).batch(16).repeat(epochs).skip(first)
 
 
+@pytest.mark.slow
 def test_repeats_and_resumed_runs_are_bit_equal_with_deterministic_kernels():
     tf.config.experimental.enable_op_determinism()
     runs = []
