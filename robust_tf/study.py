@@ -48,10 +48,14 @@ def main(argv: Sequence[str]) -> None:
 
 def _advise(study: Study) -> None:
     start_tensorflow()
-    from robust_tf.studies.advice import advise
+    from robust_tf.studies.advice import advise, print_check
 
+    workdir = pathlib.Path(study.workdir)
+    if "dataset" not in study.grids[0].fixed:
+        print_check(workdir)
+        return
     # The probes replace the source by each of those that they rank.
-    advise(JobConfig.from_flags(**{"source": "any", **study.grids[0].fixed}), pathlib.Path(study.workdir))
+    advise(JobConfig.from_flags(**{"source": "any", **study.grids[0].fixed}), workdir)
 
 
 def _run_whole(study: Study, plan: StudyPlan) -> None:

@@ -71,7 +71,7 @@ class StudyConfig:
     advise: bool = flag(
         False,
         "Run nothing; rank the sources of the study for --dataset by cheap probes. If there are none, the published "
-        "models on this machine are ranked.",
+        "models on this machine are ranked. Without --dataset, check on a finished study how good such advice is.",
     )
     collect: bool = flag(False, "Run nothing; only write cells.csv, the statistics and the report.")
 

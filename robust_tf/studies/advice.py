@@ -23,8 +23,9 @@ from robust_tf.job.sources import open_source
 from robust_tf.job.task import load_job_task
 from robust_tf.models.published import PUBLISHED
 from robust_tf.results import FILE_NAME
-from robust_tf.studies.analysis import Group, Place
+from robust_tf.studies.analysis import Group, Place, analyze
 from robust_tf.studies.axes import dataset_text, epsilon_text, norm_text
+from robust_tf.studies.records import CELLS, read_cells
 from robust_tf.studies.replication import Replication, replicate
 from robust_tf.studies.wording import percent
 from robust_tf.transfer.features import stored_features
@@ -257,6 +258,24 @@ def check_advice(groups: Sequence[Group], ranked: Mapping[tuple[str, str], Seque
         else:
             misses.append((group, choice, best))
     return AdviceCheck(hits, count, by_chance, misses)
+
+
+def print_check(workdir: pathlib.Path) -> None:
+    """Prints how good the advice would have been for the data sets of a finished study.
+
+    Args:
+        workdir: Folder of the study.
+
+    Raises:
+        UserError: The folder holds no finished study.
+    """
+    table = workdir / CELLS
+    if not table.exists():
+        raise UserError(
+            "--advise ranks sources for the data set of --dataset; without it, a finished study checks the advice. "
+            f"Received: no --dataset, and --workdir={workdir} without {CELLS}. Name the data set, or a finished study."
+        )
+    console.print(advice_on_study(workdir, analyze(read_cells(table))).in_words, soft_wrap=True)
 
 
 def advice_on_study(workdir: pathlib.Path, groups: Sequence[Group], *, repeats: int = _REPEATS) -> AdviceCheck:

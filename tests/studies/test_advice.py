@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from made_up_study import study
 
+from robust_tf import study as program
 from robust_tf.config.job import JobConfig
 from robust_tf.errors import UserError
 from robust_tf.flags import to_flag_file
@@ -11,6 +12,7 @@ from robust_tf.models import build_classifier
 from robust_tf.studies import advice
 from robust_tf.studies.advice import Probed, Source, SourceKind, check_advice, cross_validated, rank_sources
 from robust_tf.studies.analysis import analyze
+from robust_tf.studies.records import write_cells
 from robust_tf.studies.replication import replicate
 
 
@@ -74,7 +76,7 @@ def test_a_source_that_sees_nothing_is_ranked_last(tmp_path, job):
 
 
 @pytest.mark.slow
-def test_a_finished_study_ranks_its_own_sources_and_checks_the_ranking(tmp_path, job):
+def test_a_finished_study_ranks_its_own_sources_and_checks_the_ranking(tmp_path, job, capsys):
     cells = study(epsilons=(0, 1.0), gain=-0.3, seeds=(3,), classes=("0,1,2",), source_architecture=("resnet8",))
     for epsilon in (0.0, 1.0):
         folder = tmp_path / "sources" / f"eps{epsilon}"
@@ -91,6 +93,14 @@ def test_a_finished_study_ranks_its_own_sources_and_checks_the_ranking(tmp_path,
     assert {(each.kind.dataset, each.kind.classes) for each in found} == {("digits", "0,1,2,3,4")}
     checked = advice.advice_on_study(tmp_path, analyze(cells), repeats=2)
     assert (checked.hits, checked.groups) == (1, 1)
+    write_cells(tmp_path / "cells.csv", cells)
+    program.main(["study", "--advise", f"--workdir={tmp_path}"])
+    assert "in 1 of 1 groups of the study" in " ".join(capsys.readouterr().out.split())
+
+
+def test_advice_needs_a_data_set_or_a_finished_study(tmp_path):
+    with pytest.raises(UserError, match=r"Received: no --dataset, and --workdir=.* without cells\.csv"):
+        program.main(["study", "--advise", f"--workdir={tmp_path}"])
 
 
 def test_without_sources_the_error_says_what_to_do(job):
