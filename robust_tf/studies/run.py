@@ -194,7 +194,7 @@ def _run_all(plan: StudyPlan, queue: _Queue, num_workers: int) -> None:
     console.print(f"{sources} sources and {cells} cells to run in {plan.workdir}; their output is in {LOGS}/.")
     workers = [_start(plan, number, threads) for number in range(num_workers)]
     try:
-        # A source takes much longer than most cells, so each kind has a bar with a rate and an ETA of its own.
+        # A source takes much longer than most cells, so there are two bars, each with its own rate and ETA.
         if sources:
             with meter("sources", total=sources, unit="sources") as bar:
                 while queue.done_sources < sources and _run_on(plan, queue, workers, threads):

@@ -163,7 +163,7 @@ def test_a_cell_that_fails_leaves_its_error_and_the_next_one_runs(tmp_path, monk
     cell = plan.cells[0]
     assert worker.run_safely(cell.job) == worker.Outcome("The images are broken. Received: nothing.")
     assert (cell.workdir / ERROR).read_text() == "The images are broken. Received: nothing.\n"
-    # The source, without which no cell can run, is a failure of its own.
+    # The source has not failed, so only the cell is listed.
     assert [failure.name for failure in run.failed_before(plan)] == [cell.name]
     monkeypatch.setattr(shared_jobs, "run_job", lambda job: None)
     assert not worker.run_safely(cell.job).error
