@@ -5,15 +5,17 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import keras
+from etils import epath
 
 from robust_tf.config.job import JobConfig
 from robust_tf.config.run import PlanConfig
 from robust_tf.console import meter
+from robust_tf.data.tfds_preparation import builder_of
 from robust_tf.errors import UserError
 from robust_tf.flags import flat_values
 from robust_tf.job.building import DEFAULT_ARCHITECTURE
 from robust_tf.job.planning.devices import parse_clusters
-from robust_tf.job.planning.plan import image_size_of, planned_job, planned_task
+from robust_tf.job.planning.plan import image_size_of, needs_data, planned_job, planned_task
 from robust_tf.job.planning.roofline import JobWork, estimate, job_work
 from robust_tf.job.task import TaskSummary
 from robust_tf.models import PUBLISHED
@@ -79,12 +81,14 @@ def device_hours(plan: PlanConfig, sources: Sequence[SourceRun], cells: Sequence
             bar.update(done, f"{len(counted)} kinds of networks")
             source = run.source.job if isinstance(run, CellRun) and run.source else None
             try:
+                _check_present(run.job)
                 task = planned_task(run.job, image_size=image_size_of(source) if source else None)
                 key = _kind(run.job, source, task.image_size)
                 if key not in counted:
                     counted[key] = _work(run.job, source, task)
             except UserError as error:
-                unknown[str(error)] = unknown.get(str(error), 0) + 1
+                reason = str(error).split(". ")[0]
+                unknown[reason] = unknown.get(reason, 0) + 1
                 continue
             for total, device in zip(hours, devices, strict=True):
                 seconds = estimate(run.job, task, counted[key], device, utilization=plan.plan_utilization).run
@@ -93,6 +97,15 @@ def device_hours(plan: PlanConfig, sources: Sequence[SourceRun], cells: Sequence
         DeviceHours(cluster.name, cluster.devices, total[0], total[1], unknown)
         for cluster, total in zip(clusters, hours, strict=True)
     ]
+
+
+def _check_present(job: JobConfig) -> None:
+    """Refuses a job whose data would have to be prepared first, which may download gigabytes."""
+    name, data_dir = job.data.dataset, job.data.data_dir
+    if name == "digits" or name.startswith("folder:") or not needs_data(job):
+        return
+    if not builder_of(name, epath.Path(data_dir) if data_dir else None).is_prepared():
+        raise UserError(f"The size of {name} is not in the table of data sets, and it is not prepared here.")
 
 
 def _work(job: JobConfig, source: JobConfig | None, task: TaskSummary) -> JobWork:

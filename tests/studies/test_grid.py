@@ -199,12 +199,13 @@ def test_device_hours_are_the_sum_over_the_jobs(tmp_path, source):
 
 @pytest.mark.slow
 def test_the_plan_of_a_large_study_needs_no_data_and_names_what_it_does_not_know(tmp_path, capsys, data_dir):
-    flags = ["--source=resnet18_l2_eps1", "--vary=dataset=cifar10 pets folder:missing", "--vary=seed=0 1"]
+    flags = ["--source=resnet18_l2_eps1", "--vary=dataset=cifar10 pets birdsnap folder:missing", "--vary=seed=0 1"]
     study = parse_study(["study", f"--workdir={tmp_path}", *flags, "--dry_run", "--plan_devices=4xH100"])
     print_study_plan(study, plan_study(study))
     output = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     assert re.search(r"on 4xH100 .* [0-9.]+ device-hours; / 4 devices", output)
     assert "unknown for 2 jobs" in output and "missing" in output
+    assert "unknown for 2 jobs: The size of birdsnap is not in the table of data sets, and it is not prepared" in output
     assert not list(tmp_path.iterdir())
 
 

@@ -83,6 +83,21 @@ def image_size_of(source: JobConfig) -> int | None:
     return source.data.image_size or dataset_info(source.data.dataset).image_size
 
 
+def needs_data(job: JobConfig) -> bool:
+    """Returns whether the size of a job's data is known only from the data itself, not from the DATASETS table.
+
+    Args:
+        job: Job to plan.
+    """
+    info = dataset_info(job.data.dataset)
+    return None in (info.num_classes, info.num_train, info.num_test) or _chosen_by_content(job)
+
+
+def _chosen_by_content(job: JobConfig) -> bool:
+    data = job.data
+    return bool(data.classes or data.examples_per_class or data.subset or data.skip_bad_images)
+
+
 def planned_task(job: JobConfig, *, image_size: int | None = None) -> TaskSummary:
     """Returns the size of a job's data from the DATASETS table, or from the data itself where that is not enough.
 
@@ -91,8 +106,7 @@ def planned_task(job: JobConfig, *, image_size: int | None = None) -> TaskSummar
         image_size: Image size of the source, used if the flags give none.
     """
     data, info = job.data, dataset_info(job.data.dataset)
-    chosen_by_content = data.classes or data.examples_per_class or data.subset or data.skip_bad_images
-    if info.num_classes is None or info.num_train is None or info.num_test is None or chosen_by_content:
+    if info.num_classes is None or info.num_train is None or info.num_test is None or _chosen_by_content(job):
         return load_job_task(job, image_size=image_size)
     num_validation = int(held_out(info.num_train, data.validation_fraction).sum())
     num_train = info.num_train - num_validation
