@@ -15,8 +15,8 @@ _objects: collections.OrderedDict[tuple[Hashable, ...], Any] = collections.Order
 def run_sharing(job: JobConfig) -> None:
     """Runs a cell or a source as `robust_tf.train` does, but shares what earlier jobs of this process have made.
 
-    With `--features=cached --outputs=results` and without an attack, a cell takes about half a second. A source takes
-    a third of its time if an earlier one differs from it only in its seed.
+    With `--features=cached --outputs=results` and without an attack, a cell takes a fraction of a second. A source does
+    not trace its training step again if the one before it differs from it only in its seed.
 
     Args:
         job: Job without a baseline, further draws or an export.
