@@ -11,6 +11,7 @@ import fcntl
 import functools
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple, cast
@@ -31,7 +32,9 @@ LOGS = "logs"
 _LOCK = ".lock"
 # TensorFlow and Keras keep a little of every job. A new process from time to time keeps the memory bounded.
 _MOST_JOBS = 300
-_SECONDS_TO_SAVE = 120.0  # for a worker to save its job after SIGTERM
+# A worker has this many periods of this many seconds to save its job. It gets SIGTERM again at the start of each one,
+# because Python drops an exception that a signal handler raises while an object is being deleted.
+_PERIODS_TO_SAVE, _PERIOD_SECONDS = 4, 30.0
 
 
 class Failed(NamedTuple):
@@ -277,12 +280,17 @@ def _stop(workers: list[_Worker]) -> None:
     for worker in workers:
         if worker.run is None:
             worker.connection.close()
-        worker.process.terminate()
+        else:
+            console.print(f"Waiting until {worker.run.name} has been saved ...")
+    for _ in range(_PERIODS_TO_SAVE):
+        for worker in workers:
+            worker.process.terminate()
+        deadline = time.monotonic() + _PERIOD_SECONDS
+        for worker in workers:
+            worker.process.join(max(deadline - time.monotonic(), 0))
     for worker in workers:
-        worker.process.join(_SECONDS_TO_SAVE)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+        worker.process.kill()
+        worker.process.join()
 
 
 def _failures(queue: _Queue) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -195,3 +196,31 @@ def test_a_study_does_one_thing_at_a_time():
 def test_the_number_of_an_element_is_checked(tmp_path):
     with pytest.raises(UserError, match=r"--only_cell counts from 0 to 1 .* Received: 2"):
         program.main([*command(tmp_path, "--dataset=digits", "--vary=seed=0 1", "--only_cell=2")[2:], "--workdir=w"])
+
+
+# Ends at its second SIGTERM with code 7: the first one finds Python deleting an object.
+_DROPS_ONE_SIGNAL = """
+import os, signal, time
+received = []
+def handler(*_):
+    received.append(1)
+    if len(received) == 2:
+        os._exit(7)
+signal.signal(signal.SIGTERM, handler)
+connection.send("ready")
+while True:
+    time.sleep(0.01)
+"""
+
+
+def test_a_worker_that_drops_a_signal_gets_another_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_PERIOD_SECONDS", 0.3)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=exec, args=(_DROPS_ONE_SIGNAL, {"connection": theirs}))
+    process.start()
+    theirs.close()
+    assert ours.recv() == "ready"
+    run._stop([run._Worker(process, ours, run=types.SimpleNamespace(name="resnet8_seed0"))])
+    assert process.exitcode == 7
+    assert "resnet8_seed0" in capsys.readouterr().out
