@@ -49,7 +49,7 @@ class LoadedModel:
         self.path = path
         self._session = tf.compat.v1.Session(graph=tf.Graph(), config=session_config)
         try:
-            with self._session.graph.as_default(), _without_deprecation_warning():
+            with self._session.graph.as_default(), without_deprecation_warning():
                 meta_graph = tf.compat.v1.saved_model.loader.load(self._session, list(tags), str(path))
         except tf.errors.OpError as error:
             self._session.close()
@@ -153,7 +153,7 @@ class LoadedModel:
 
 
 @contextlib.contextmanager
-def _without_deprecation_warning() -> Iterator[None]:
+def without_deprecation_warning() -> Iterator[None]:
     """Silences TensorFlow's advice to use another loader, which would accept what TensorFlow Serving refuses."""
     logger = tf.get_logger()
     level = logger.level
