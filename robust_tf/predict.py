@@ -45,7 +45,9 @@ class PredictConfig:
     classifier: str = flag(
         "", "Classifier to run in this process: the path of a .keras file or the name of a published model."
     )
-    artifact: str = flag("", "Export to run in this process: the folder of a version.")
+    artifact: str = flag(
+        "", "Export to run in this process: the folder of a version, or a model.onnx or model.tflite file."
+    )
     # For a server
     model_name: str = flag("", "Name of the served model. It may be left out if a `robust_tf.serve` has only one.")
     version: int | None = flag(None, "Version of the served model. By default, the latest.")
@@ -99,6 +101,8 @@ class PredictConfig:
 
     def _check_model(self) -> None:
         models = [name for name in ("server", "classifier", "artifact") if getattr(self, name)]
+        if "://" in self.artifact:
+            raise UserError(f"--artifact is a folder or a file. Received: {self.artifact}. Use --server for a server.")
         if len(models) > 1:
             raise UserError(
                 f"Choose one of --server, --classifier and --artifact. Received: --{' and --'.join(models)}."
@@ -193,10 +197,10 @@ def _open_model(config: PredictConfig) -> Client:
         from robust_tf.environment import start_tensorflow
 
         start_tensorflow()
-        from robust_tf.serving.client.local_client import open_classifier, open_savedmodel
+        from robust_tf.serving.client.local_client import open_classifier, open_export
 
         if config.artifact:
-            return open_savedmodel(pathlib.Path(config.artifact))
+            return open_export(config.artifact)
         return open_classifier(
             config.classifier,
             labels=_read_labels(config.labels) if config.labels else (),

@@ -200,6 +200,7 @@ def test_two_runs_cannot_write_the_same_file(tmp_path):
         (["--classifier=missing.keras"], "missing.keras"),
         (["--classifier=resnet20_fashion_mnist"], "resnet20_fashion_mnist_l2_eps1"),
         (["--artifact=nowhere"], "nowhere"),
+        (["--artifact=http://localhost:8501/pets"], "Use --server for a server"),
     ],
 )
 def test_bad_flags_are_explained(flags, message):
@@ -208,14 +209,31 @@ def test_bad_flags_are_explained(flags, message):
     assert message in str(raised.value)
 
 
-def test_a_model_without_the_probe_is_refused(half_plus_two, embedded):
+def test_a_model_without_the_probe_is_refused(formats, embedded):
     image = str(IMAGES / "a.png")
     for flags in (
-        [f"--artifact={half_plus_two / '00000123'}"],
+        [f"--artifact={formats / '1'}"],
+        [f"--artifact={formats / 'onnx'}"],
         [f"--server={embedded.url}", "--model_name=half_plus_two"],
     ):
         with pytest.raises(UserError, match="needs a model with the signature attack_probe"):
             predict.main(["predict", *flags, "--probe_epsilon=0.5", image])
+
+
+def test_files_for_other_runtimes_give_the_answers_of_the_saved_model(formats, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    images = [str(IMAGES), str(tmp_path / "broken.jpg"), "--top=5"]
+    expected = answers(capsys, f"--artifact={formats / '1'}", *images)
+    for place in ("onnx/1/model.onnx", "litert"):
+        found = answers(capsys, f"--artifact={formats / place}", *images)
+        assert [line.get("error", "") for line in found] == [line.get("error", "") for line in expected]
+        for ours, theirs in zip(found[:-1], expected[:-1], strict=True):
+            assert [guess["label"] for guess in ours["predictions"]] == [g["label"] for g in theirs["predictions"]]
+            np.testing.assert_allclose(
+                [guess["probability"] for guess in ours["predictions"]],
+                [guess["probability"] for guess in theirs["predictions"]],
+                atol=1e-5,
+            )
 
 
 def test_labels_of_a_classifier_from_a_file(saved, tmp_path, capsys):

@@ -17,6 +17,9 @@ class SavedModelArtifact(Artifact):
     Args:
         folder: Folder of the version.
 
+    Attributes:
+        model: The loaded version, with all its signatures.
+
     Raises:
         UserError: The folder holds no such SavedModel.
     """
@@ -27,16 +30,16 @@ class SavedModelArtifact(Artifact):
             name=FORMATS["savedmodel"].title, labels=card["labels"], image_size=card["image_size"], card=card
         )
         try:
-            self._model = LoadedModel(folder)
+            self.model = LoadedModel(folder)
         except ServingError as error:
             raise UserError(f"The SavedModel cannot be loaded. Received: {folder}: {error}.") from error
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         try:
-            return self._model.run("predict_pixels", {"images": images}, ("logits",))["logits"]
+            return self.model.run("predict_pixels", {"images": images}, ("logits",))["logits"]
         except ServingError as error:
             raise UserError(f"The SavedModel refuses the images. Received: {error}.") from error
 
     def close(self) -> None:
         """Frees the weights."""
-        self._model.close()
+        self.model.close()

@@ -1,24 +1,29 @@
 """A client for a classifier or an export that runs in this process, without a server."""
 
 import pathlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from scipy.special import softmax
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import meta_graph_pb2
 
+from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier
 from robust_tf.results import FILE_NAME, JobResults, MeasuredAttack
+from robust_tf.serving.artifacts import open_artifact
+from robust_tf.serving.artifacts.saved_model import SavedModelArtifact
 from robust_tf.serving.client.base import Client, ServerError, Signature, TensorInfo
 from robust_tf.serving.model.inference import predict
 from robust_tf.serving.model.session import LoadedModel, from_tensorflow, shape_of
 from robust_tf.serving.model.status import ServingError
 from robust_tf.serving.publish.model_card import decoding_from_results, probe_from_results
-from robust_tf.serving.publish.signatures import build_signatures
+from robust_tf.serving.publish.signatures import TOP_K, build_signatures, decode_images
 from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
 
 Function = Callable[..., Mapping[str, Any]]
@@ -122,21 +127,54 @@ def open_classifier(name: str, *, labels: Sequence[str] = (), with_probe: bool =
     return LocalClient(functions, lambda: {key: _signature_of(function) for key, function in functions.items()})
 
 
-def open_savedmodel(folder: pathlib.Path) -> LocalClient:
-    """Returns a client for one version of an export, which runs as in TensorFlow Serving.
+def open_export(location: str) -> LocalClient:
+    """Returns a client for an export of any format, in its own runtime.
+
+    A SavedModel has all its signatures. An ONNX or LiteRT file takes encoded images only, which are prepared as its
+    model card says.
 
     Args:
-        folder: Folder of the version.
+        location: Folder or file of a version; see `open_artifact`.
 
     Raises:
-        UserError: The folder holds no SavedModel that can be loaded.
+        UserError: There is no export, or it cannot be loaded.
     """
-    try:
-        model = LoadedModel(folder)
-    except ServingError as error:
-        raise UserError(f"--artifact must be an export of robust_tf. Received: {folder}: {error.message}.") from error
-    functions = {key: partial(_run, model, key) for key in model.signatures if model.signature(key) is not None}
-    return LocalClient(functions, lambda: {key: _declared(model, key) for key in functions}, model.close)
+    artifact = open_artifact(location)
+    if isinstance(artifact, SavedModelArtifact):
+        model = artifact.model
+        names = [name for name in model.signatures if model.signature(name) is not None]
+        functions: dict[str, Function] = {name: partial(_run, model, name) for name in names}
+        return LocalClient(functions, lambda: {name: _declared(model, name) for name in names}, artifact.close)
+    card = artifact.card
+    decoding = Decoding(exif=card["exif"], alpha_background=card["alpha_background"])
+    size = artifact.image_size
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    def prepare(image_bytes: tf.Tensor) -> tf.Tensor:
+        return decode_images(image_bytes, image_size=size, resize_size=card["resize_size"], decoding=decoding)
+
+    lock = threading.Lock()  # an interpreter of LiteRT runs one batch at a time
+
+    def serving_default(image_bytes: np.ndarray) -> dict[str, np.ndarray]:
+        images = prepare(tf.constant(image_bytes.tolist(), tf.string)).numpy()
+        with lock:
+            logits = artifact.logits(images)
+        best = np.argsort(-logits, axis=1, kind="stable")[:, :TOP_K]
+        return {
+            "probabilities": softmax(logits, axis=1),
+            "logits": logits,
+            "classes": np.array([label.encode() for label in artifact.labels], object)[best],
+            "top_k": best,
+        }
+
+    def signatures() -> dict[str, Signature]:
+        classes = len(artifact.labels)
+        floats, most = TensorInfo("DT_FLOAT", (None, classes)), min(TOP_K, classes)
+        outputs = {"probabilities": floats, "logits": floats}
+        outputs |= {"classes": TensorInfo("DT_STRING", (None, most)), "top_k": TensorInfo("DT_INT64", (None, most))}
+        return {DEFAULT_SIGNATURE: Signature({"image_bytes": TensorInfo("DT_STRING", (None,))}, outputs)}
+
+    return LocalClient({DEFAULT_SIGNATURE: serving_default}, signatures, artifact.close)
 
 
 def _published_results(name: str) -> JobResults:
