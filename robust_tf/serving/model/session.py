@@ -181,6 +181,8 @@ def without_path(message: str, path: pathlib.Path) -> str:
 
 def _kernel_message(message: str, path: pathlib.Path | None) -> str:
     message = message.removeprefix("Graph execution error:").strip()
+    # A tf.function puts the lines of Python first, a Session puts them last.
+    message = re.sub(r"^Detected at node .*\n(?:(?:  .*)?\n)*", "", message)
     if "\nNode: " in message:
         message = message.rsplit("\nNode: ", 1)[1].partition("\n")[2]
     message = re.sub(r"^\d+ root error\(s\) found\.\s*\(0\) \w+: ", "", message)
