@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "robust_tf" / "__init__.py").read_text(encoding="utf-8"))[1]
 
-SERVE = ["uvicorn>=0.30", "starlette>=0.40", "orjson>=3.10.7", "httpx>=0.27"]
+SERVE = ["uvicorn>=0.30", "starlette>=0.40", "orjson>=3.10.7", "httpx>=0.27", "grpcio-health-checking>=1.60"]
 TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.17", "mypy>=2.0", "build>=1.2", "pdoc>=15.0"]
 TEST += ["hypothesis>=6.100", "pyyaml>=6.0", "kubernetes-validate>=1.30", "selenium>=4.20"]  # for serving/
 

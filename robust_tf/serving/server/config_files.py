@@ -1,7 +1,7 @@
-"""Reads the configuration files of `tensorflow_model_server`: models, batching, monitoring and TLS.
+"""Reads the configuration files of `tensorflow_model_server`: models, batching, monitoring, TLS and sessions.
 
-They are protocol buffers in text form. The official package contains only the message for models, so the fields of
-the other three are declared here, with the same names.
+They are protocol buffers in text form. No package contains the messages for batching, monitoring and TLS, so their
+fields are declared here, with the same names.
 """
 
 import dataclasses
@@ -12,10 +12,12 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 from google.protobuf.message import Message
+from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
 from robust_tf.errors import UserError
 from robust_tf.serving.model.folders import MAX_VERSION, check_local
+from robust_tf.serving.model.status import invalid
 from robust_tf.serving.server.model_settings import ModelSettings
 from robust_tf.serving.server.serve_config import ServeConfig
 
@@ -44,6 +46,7 @@ _MESSAGES: dict[str, list[tuple[str, int, Any, bool]]] = {
         ("client_verify", 4, _FIELD.TYPE_BOOL, False),
     ],
 }
+BATCHING_FILE = "batching_params.pbtxt"
 _PROMETHEUS_PATH = "/monitoring/prometheus/metrics"
 
 
@@ -205,6 +208,25 @@ def read_batching(path: pathlib.Path) -> Batching:
     return Batching(allowed_batch_sizes=tuple(message.allowed_batch_sizes), **values)
 
 
+def batching_of_version(path: pathlib.Path, common: Batching) -> Batching | None:
+    """Returns the batching of a version that brings its own parameters, or None if it brings none.
+
+    Args:
+        path: Folder of the version, which may hold the file `BATCHING_FILE`.
+        common: Batching of the server, from which only the number of threads is taken.
+
+    Raises:
+        ServingError: The file is not valid (INVALID_ARGUMENT).
+    """
+    file = path / BATCHING_FILE
+    if not file.is_file():
+        return None
+    try:
+        return dataclasses.replace(read_batching(file), num_batch_threads=common.num_batch_threads)
+    except UserError as error:
+        raise invalid(str(error)) from error
+
+
 def read_monitoring(path: pathlib.Path) -> str | None:
     """Reads the file of `--monitoring_config_file`. Returns the path that Prometheus scrapes, or None."""
     message: Any = _parse(path, _MESSAGE_CLASSES["MonitoringConfig"](), "tensorflow.serving.MonitoringConfig")
@@ -230,6 +252,30 @@ def read_tls(path: pathlib.Path) -> Tls:
             f"TLS needs PEM texts, and a key that belongs to the certificate. Received: {path}: {error}."
         ) from error
     return tls
+
+
+def read_session(path: pathlib.Path) -> config_pb2.ConfigProto:
+    """Reads the file of `--tensorflow_session_config_file`."""
+    message: config_pb2.ConfigProto = _parse(path, config_pb2.ConfigProto(), "tensorflow.ConfigProto")
+    return message
+
+
+def session_settings(config: ServeConfig) -> config_pb2.ConfigProto:
+    """Returns the settings of the Sessions that run the models, from all flags that concern them."""
+    file = config.tensorflow_session_config_file
+    settings = read_session(pathlib.Path(file)) if file else config_pb2.ConfigProto()
+    intra, inter = config.tensorflow_intra_op_parallelism, config.tensorflow_inter_op_parallelism
+    if not (intra or inter):
+        intra = inter = config.tensorflow_session_parallelism
+    if intra or inter:
+        settings.intra_op_parallelism_threads, settings.inter_op_parallelism_threads = intra, inter
+    if config.per_process_gpu_memory_fraction:
+        settings.gpu_options.per_process_gpu_memory_fraction = config.per_process_gpu_memory_fraction
+    if config.mixed_precision:
+        settings.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 = (
+            rewriter_config_pb2.RewriterConfig.ON
+        )
+    return settings
 
 
 def _check_pem(tls: Tls) -> None:

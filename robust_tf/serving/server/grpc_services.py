@@ -26,24 +26,24 @@ from robust_tf.serving.model.tensors import examples_of, to_array, to_proto
 from robust_tf.serving.server.service import Service
 from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
 
-_CLASSIFY = "tensorflow/serving/classify"
-_REGRESS = "tensorflow/serving/regress"
 
-
-def add_services(server: grpc.Server, service: Service) -> None:
+def add_services(server: grpc.Server, service: Service, *, packed: bool = False) -> None:
     """Adds both services to a gRPC server.
 
     Args:
         server: Server to add them to.
         service: The models that answer.
+        packed: Whether replies to Predict hold their numbers as bytes; see `to_proto`.
     """
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(_PredictionService(service), server)
+    prediction = _PredictionService(service, packed=packed)
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(prediction, server)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(_ModelService(service), server)
 
 
 class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, packed: bool) -> None:
         self._service = service
+        self._packed = packed
 
     def Predict(self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext) -> Any:
         def answer(model: ServedModel, reply: predict_pb2.PredictResponse, timeout_ms: int) -> None:
@@ -58,7 +58,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
                     timeout_ms=timeout_ms,
                 )
             for name, value in outputs.items():
-                reply.outputs[name].CopyFrom(to_proto(value))
+                reply.outputs[name].CopyFrom(to_proto(value, packed=self._packed))
 
         return self._infer(request, context, "predict", predict_pb2.PredictResponse(), answer)
 
@@ -84,7 +84,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
                         result = reply.results.add()
                         _echo(result.model_spec, task.model_spec, number)
                         arguments = model, task.model_spec, request.input
-                        if task.method_name == _CLASSIFY:
+                        if task.method_name == inference.CLASSIFY:
                             self._classify(*arguments, result.classification_result, _timeout_ms(context))
                         else:
                             self._regress(*arguments, result.regression_result, _timeout_ms(context))
@@ -216,7 +216,7 @@ def _check_tasks(tasks: Any) -> str:
                 f"All ModelSpecs in a MultiInferenceRequest must access the same model name. Received: "
                 f"{task.model_spec.name}, {tasks[0].model_spec.name}."
             )
-        if task.method_name not in (_CLASSIFY, _REGRESS):
+        if task.method_name not in (inference.CLASSIFY, inference.REGRESS):
             raise ServingError("UNIMPLEMENTED", f"Unsupported signature method_name: {task.method_name}")
         signature = task.model_spec.signature_name or DEFAULT_SIGNATURE
         if signature in seen:
