@@ -5,6 +5,7 @@ fields are declared here, with the same names.
 """
 
 import dataclasses
+import os
 import pathlib
 import ssl
 import tempfile
@@ -15,10 +16,10 @@ from google.protobuf.message import Message
 from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
-from robust_tf.errors import UserError
+from robust_tf.errors import UserError, unknown_name
 from robust_tf.serving.model.folders import MAX_VERSION, check_local
 from robust_tf.serving.model.status import invalid
-from robust_tf.serving.server.model_settings import ModelSettings
+from robust_tf.serving.server.model_settings import ModelSettings, RequestLogging
 from robust_tf.serving.server.serve_config import ServeConfig
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
@@ -47,6 +48,7 @@ _MESSAGES: dict[str, list[tuple[str, int, Any, bool]]] = {
     ],
 }
 BATCHING_FILE = "batching_params.pbtxt"
+_COLLECTORS = ("", "tfrecord")  # types of log collectors; TensorFlow Serving itself defines none
 _PROMETHEUS_PATH = "/monitoring/prometheus/metrics"
 
 
@@ -170,6 +172,12 @@ def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[Mo
                 f'Model {model.name} needs model_platform: "tensorflow". Received: {model.model_platform!r}.'
             )
         settings[model.name] = _one_model(model)
+    prefixes = [one.logging.filename_prefix for one in settings.values() if one.logging]
+    for prefix in prefixes:
+        if prefixes.count(prefix) > 1:
+            raise UserError(
+                f"Each model needs its own filename_prefix for request logging. Received: {prefix!r} more than once."
+            )
     return list(settings.values())
 
 
@@ -189,7 +197,41 @@ def _one_model(model: model_server_config_pb2.ModelConfig) -> ModelSettings:
         latest=latest,
         specific=specific,
         labels=dict(model.version_labels),
+        logging=_request_logging(model) if model.HasField("logging_config") else None,
     )
+
+
+def _request_logging(model: model_server_config_pb2.ModelConfig) -> RequestLogging:
+    collector, sampling = model.logging_config.log_collector_config, model.logging_config.sampling_config
+    for message, supported in (
+        (model.logging_config, ("log_collector_config", "sampling_config")),
+        (sampling, ("sampling_rate",)),
+    ):
+        for field, _ in message.ListFields():
+            if field.name not in supported:
+                raise UserError(
+                    f"logging_config of model {model.name} has a field that is not supported. Received: {field.name}."
+                )
+    if collector.type not in _COLLECTORS:
+        raise unknown_name(f"type of log_collector_config of model {model.name}", collector.type, ["tfrecord"])
+    prefix, rate = collector.filename_prefix, sampling.sampling_rate
+    check_local(prefix, f"filename_prefix of model {model.name}")
+    if not pathlib.PurePath(prefix).is_absolute():
+        raise UserError(
+            f"Request logging needs a filename_prefix with an absolute path. Received: {prefix!r} for model "
+            f"{model.name}."
+        )
+    if not os.access(os.path.dirname(prefix), os.W_OK | os.X_OK):
+        raise UserError(
+            "Request logging needs a folder that exists and is writable for this user. Received: filename_prefix "
+            f"{prefix!r} for model {model.name}."
+        )
+    if not model.logging_config.HasField("sampling_config") or not 0 <= rate <= 1:
+        raise UserError(
+            f"Request logging needs sampling_config {{ sampling_rate: 0.1 }}, with a number from 0 to 1. Received: "
+            f"{rate:g} for model {model.name}."
+        )
+    return RequestLogging(prefix, rate)
 
 
 def read_batching(path: pathlib.Path) -> Batching:

@@ -23,6 +23,7 @@ from robust_tf.serving.model import inference
 from robust_tf.serving.model.served_model import ServedModel
 from robust_tf.serving.model.status import ServingError, invalid, only_serving_errors
 from robust_tf.serving.model.tensors import examples_of, to_array, to_proto
+from robust_tf.serving.server.messages import fill_classification, fill_regression, log_of_messages
 from robust_tf.serving.server.service import Service
 from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
 
@@ -88,6 +89,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
                             self._classify(*arguments, result.classification_result, _timeout_ms(context))
                         else:
                             self._regress(*arguments, result.regression_result, _timeout_ms(context))
+                self._log("multi_inference", request.tasks[0].model_spec, number, request, reply)
                 return reply
 
     def GetModelMetadata(
@@ -117,7 +119,11 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             with self._service.leased(request.model_spec) as (number, model):
                 answer(model, reply, _timeout_ms(context))
                 _echo(reply.model_spec, request.model_spec, number)
+            self._log(method, request.model_spec, number, request, reply)
             return reply
+
+    def _log(self, method: str, spec: model_pb2.ModelSpec, number: int, request: Any, reply: Any) -> None:
+        self._service.log(spec, number, size=request.ByteSize, make=lambda: log_of_messages(method, request, reply))
 
     def _classify(
         self,
@@ -129,17 +135,8 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     ) -> None:
         examples = examples_of(source)
         with self._service.running(spec.name, "classify", examples=len(examples)):
-            classes, scores = inference.classify(
-                model, examples, signature_name=spec.signature_name, timeout_ms=timeout_ms
-            )
-        width = (scores if scores is not None else classes).shape[1]  # type: ignore[union-attr]  # one is not None
-        for row in range(len(examples)):
-            entry = result.classifications.add()
-            for column in range(width):
-                entry.classes.add(
-                    label="" if classes is None else classes[row, column].decode("utf-8", "replace"),
-                    score=0.0 if scores is None else float(scores[row, column]),
-                )
+            answer = inference.classify(model, examples, signature_name=spec.signature_name, timeout_ms=timeout_ms)
+        fill_classification(result, answer)
 
     def _regress(
         self,
@@ -152,8 +149,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         examples = examples_of(source)
         with self._service.running(spec.name, "regress", examples=len(examples)):
             values = inference.regress(model, examples, signature_name=spec.signature_name, timeout_ms=timeout_ms)
-        for value in values:
-            result.regressions.add(value=float(value))
+        fill_regression(result, values)
 
 
 class _ModelService(model_service_pb2_grpc.ModelServiceServicer):

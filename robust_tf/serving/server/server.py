@@ -24,6 +24,7 @@ from robust_tf.serving.server.config_files import Batching
 from robust_tf.serving.server.grpc_services import add_services
 from robust_tf.serving.server.metrics import Metrics
 from robust_tf.serving.server.model_settings import ModelSettings
+from robust_tf.serving.server.request_logs import RequestLogs
 from robust_tf.serving.server.rest import RestApp
 from robust_tf.serving.server.serve_config import ServeConfig
 from robust_tf.serving.server.service import Service
@@ -66,7 +67,8 @@ class Server:
             labels_before_versions=config.allow_version_labels_for_unavailable_models,
             metrics=metrics,
         )
-        self._service = Service(self._manager, metrics)
+        self._logs = RequestLogs(metrics)
+        self._service = Service(self._manager, metrics, self._logs, tags=config.saved_model_tags.split(","))
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._listener = _bind(config) if config.rest_api_port else None
@@ -147,6 +149,7 @@ class Server:
             self._listener.close()
         self._manager.stop()
         self._workers.shutdown()
+        self._logs.close()
 
     def _load(self, path: pathlib.Path) -> ServedModel:
         batching = self._batching

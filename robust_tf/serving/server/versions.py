@@ -22,7 +22,7 @@ from robust_tf.serving.model.session import without_path
 from robust_tf.serving.model.status import ServingError
 from robust_tf.serving.model.warmup import replay_warmup
 from robust_tf.serving.server.metrics import Metrics
-from robust_tf.serving.server.model_settings import ModelSettings
+from robust_tf.serving.server.model_settings import ModelSettings, RequestLogging
 
 # Path, size in bytes and time of the last change of each file.
 _Fingerprint = tuple[tuple[str, int, int], ...]
@@ -195,6 +195,12 @@ class ModelManager:
         """Returns the names of the configured models."""
         with self._lock:
             return sorted(self._settings)
+
+    def request_logging(self, name: str) -> RequestLogging | None:
+        """Returns which requests to a model are logged, or None for none."""
+        with self._lock:
+            settings = self._settings.get(name)
+        return settings.logging if settings else None
 
     @contextlib.contextmanager
     def lease(self, name: str, *, version: int | None = None, label: str = "") -> Iterator[tuple[int, ServedModel]]:
