@@ -55,5 +55,7 @@ class HealthService(health.HealthServicer):
     def stop(self) -> None:
         """Reports that no service is serving anymore, and ends the streams, for which the server would wait."""
         self.enter_graceful_shutdown()
-        for send in tuple(self._streams):
+        with self._streams_lock:
+            streams = list(self._streams)
+        for send in streams:
             send(None)
