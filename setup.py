@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "robust_tf" / "__init__.py").read_text(encoding="utf-8"))[1]
 
-SERVE = ["uvicorn>=0.30", "starlette>=0.40", "orjson>=3.10.7", "httpx>=0.27"]
+SERVE = ["uvicorn>=0.30", "starlette>=0.40", "orjson>=3.10.7", "httpx>=0.27", "grpcio-health-checking>=1.60"]
 # For --format=onnx. tf2onnx 1.17 is the first release since 2024; earlier ones need an older protobuf than TensorFlow.
 ONNX = ["tf2onnx>=1.17", "onnxruntime>=1.32"]
 LITERT = ["ai-edge-litert>=2.3"]  # the runtime; TensorFlow has the converter

@@ -30,10 +30,12 @@ class LoadedModel:
         path: Folder of the version.
         tags: Tags of the SavedModel's graph.
         session_config: Settings of the Session, such as its number of threads.
+        checks_methods: Whether to refuse requests for signatures that are meant for another method.
 
     Attributes:
         path: Folder of the version.
         signatures: The signatures that the SavedModel declares, by name. They include the entry that initializes it.
+        checks_methods: The argument of this name.
 
     Raises:
         ServingError: The folder holds no SavedModel with these tags, or the SavedModel cannot be restored.
@@ -45,8 +47,10 @@ class LoadedModel:
         *,
         tags: Sequence[str] = ("serve",),
         session_config: tf.compat.v1.ConfigProto | None = None,
+        checks_methods: bool = False,
     ) -> None:
         self.path = path
+        self.checks_methods = checks_methods
         self._session = tf.compat.v1.Session(graph=tf.Graph(), config=session_config)
         try:
             with self._session.graph.as_default(), without_deprecation_warning():
