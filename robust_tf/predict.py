@@ -197,7 +197,7 @@ def _open_model(config: PredictConfig) -> Client:
         from robust_tf.environment import start_tensorflow
 
         start_tensorflow()
-        from robust_tf.serving.client.local_client import open_classifier, open_export
+        from robust_tf.serving.local import open_classifier, open_export
 
         if config.artifact:
             return open_export(config.artifact)

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "publish": {"wire", "model", "artifacts"},
     "server": {"wire", "model"},
     "client": {"wire"},
+    "local": {"wire", "model", "artifacts", "publish", "client"},
 }
 
 
