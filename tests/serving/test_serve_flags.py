@@ -19,6 +19,7 @@ from robust_tf.flags import flat_fields, parse_flags
 from robust_tf.serving.model import warmup
 from robust_tf.serving.model.status import invalid
 from robust_tf.serving.server import config_files
+from robust_tf.serving.server.batching import BatchedModel
 from robust_tf.serving.server.check import check
 from robust_tf.serving.server.flags_without_effect import FlagsWithoutEffect
 from robust_tf.serving.server.model_settings import ModelSettings
@@ -447,6 +448,7 @@ def test_versions_bring_their_own_batching(tmp_path, half_plus_two):
         assert [status(running, 1, rows) for rows in (4, 5)] == [200, 400]
         assert status(running, 2, 100) == 200  # not batched
         with running.server._manager.lease("m", version=1) as (_, model):
+            assert isinstance(model, BatchedModel)
             assert model._batching.num_batch_threads == 3  # threads are a matter of the server
 
 
