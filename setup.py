@@ -8,7 +8,10 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "robust_tf" / "__init__.py").read_text(encoding="utf-8"))[1]
 
-SERVE = ["uvicorn>=0.30", "starlette>=0.40", "orjson>=3.10.7", "httpx>=0.27"]
+SERVE = ["uvicorn>=0.30", "starlette>=0.40", "orjson>=3.10.7", "httpx>=0.27", "grpcio-health-checking>=1.60"]
+# For --format=onnx. tf2onnx 1.17 is the first release since 2024; earlier ones need an older protobuf than TensorFlow.
+ONNX = ["tf2onnx>=1.17", "onnxruntime>=1.32"]
+LITERT = ["ai-edge-litert>=2.3"]  # the runtime; TensorFlow has the converter
 TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.17", "mypy>=2.0", "build>=1.2", "pdoc>=15.0"]
 TEST += ["hypothesis>=6.100", "pyyaml>=6.0", "kubernetes-validate>=1.30", "selenium>=4.20"]  # for serving/
 
@@ -44,7 +47,13 @@ setup(
         "grpcio>=1.60",
         "tensorflow-serving-api>=2.19",  # the protos of warm-up requests, which every export holds
     ],
-    extras_require={"serve": SERVE, "test": TEST + SERVE, "and-cuda": ["tensorflow[and-cuda]>=2.21"]},
+    extras_require={
+        "serve": SERVE,
+        "onnx": ONNX,
+        "litert": LITERT,
+        "test": TEST + SERVE + ONNX + LITERT,
+        "and-cuda": ["tensorflow[and-cuda]>=2.21"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

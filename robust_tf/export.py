@@ -1,32 +1,48 @@
-"""Publishes a classifier for TensorFlow Serving.
+"""Publishes a classifier for TensorFlow Serving, ONNX Runtime and LiteRT.
 
     python -m robust_tf.export --classifier=W/classifier.keras --export_dir=E --model_name=pets
+    python -m robust_tf.export --classifier=W/classifier.keras --export_dir=E --model_name=pets --format=onnx,litert
 
-This writes `E/pets/1`, or the next free version number. The version appears only after it has been checked. The names
-of the classes, the data set and the accuracies come from the `results.json` that the training job wrote next to its
-classifier; flags take precedence over it.
+The first command writes `E/pets/1`, or the next free version number, and the second one `E/pets/onnx/2/model.onnx` and
+`E/pets/litert/2/model.tflite`. A version appears only after it has been checked. The names of the classes, the
+data set and the accuracies come from the `results.json` that the training job wrote next to its classifier; flags take
+precedence over it.
 """
 
 import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_folder
 from robust_tf.flags import flag, parse_flags
-from robust_tf.results import FILE_NAME, JobResults
+from robust_tf.serving.artifacts.card import FORMATS, INT8_FORMAT, SAVED_MODEL_FORMAT, check_formats
+
+if TYPE_CHECKING:
+    from robust_tf.serving.publish.formats import Samples
+
+_NUM_SAMPLES = 600  # the first half for the ranges of the activations, the rest for comparing int8 with the classifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """What to publish, where, and with which signatures."""
 
-    classifier: str = flag("", "The .keras file to publish.")
+    classifier: str = flag("", "Classifier to publish: the path of a .keras file or the name of a published model.")
     export_dir: str = flag("", "Folder that holds all served models.")
     model_name: str = flag("", "Name of the model in requests.")
-    version: int | None = flag(None, "Version number. By default, the next free one.")
+    format: tuple[str, ...] = flag(
+        (SAVED_MODEL_FORMAT,),
+        f"Formats to publish, separated by commas: {', '.join(FORMATS)}. onnx needs the extra [onnx], and the two "
+        "others the extra [litert]. litert_int8 also needs the data set of the training job, from whose validation "
+        "images it takes the ranges of the activations.",
+    )
+    version: int | None = flag(
+        None, "Version number. By default, the next number that is free in all formats of the model."
+    )
     labels: str = flag(
         "",
         "Text file with the names of the classes in the order of the logits, one on each line. By default, the names "
@@ -37,6 +53,7 @@ class ExportConfig:
         "Length in pixels that the shorter side of an encoded image is resized to before the center crop. By default, "
         "the one in results.json, or the size of the classifier's images.",
     )
+    data_dir: str = flag("", "Folder of TensorFlow Datasets, for litert_int8. By default, the library's own folder.")
     license: str = flag("", "License of the classifier, for the model card.")
     attack_probe: bool = flag(
         False, "Also serve the signature attack_probe, with which clients can attack an image and see the answer."
@@ -53,6 +70,7 @@ class ExportConfig:
         for name in ("classifier", "export_dir", "model_name"):
             if not getattr(self, name):
                 raise UserError(f"--classifier, --export_dir and --model_name are needed. Received: no --{name}.")
+        check_formats(self.format)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,14 +78,18 @@ def main(argv: Sequence[str]) -> None:
     config, rest = parse_flags(ExportConfig, argv, __doc__ or "")
     if rest:
         raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
-    path = pathlib.Path(config.classifier)
     start_tensorflow()  # which takes seconds, so only after the flags have been checked
-    from robust_tf.models import image_shape, pixel_warning, plain_classifier, read_model
-    from robust_tf.serving.publish.export import export_classifier, model_folder, readers_of
+    from robust_tf.evaluation.subject import job_of
+    from robust_tf.models import PUBLISHED, fetch_published, image_shape, pixel_warning, plain_classifier, read_model
+    from robust_tf.serving.publish.export import export_classifier
     from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results, probe_from_results
+    from robust_tf.serving.publish.staging import format_folder, model_folder, readers_of
 
-    check_output_folder(model_folder(pathlib.Path(config.export_dir), config.model_name), "--export_dir")
-    results = JobResults.read(path.with_name(FILE_NAME)) or JobResults()
+    base = model_folder(pathlib.Path(config.export_dir), config.model_name)
+    check_output_folder(base, "--export_dir")
+    published = config.classifier in PUBLISHED
+    path = fetch_published(config.classifier) if published else pathlib.Path(config.classifier)
+    results = job_of(path, config.classifier)
     if results.downscale is not None:
         raise UserError(
             "A served model takes images as they are, but this classifier was trained on images whose size was "
@@ -82,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     classifier = plain_classifier(model)
     if warning := pixel_warning(classifier):
         print(f"WARNING: {warning}")
-    version_dir = export_classifier(
+    first = export_classifier(
         classifier,
         config.export_dir,
         config.model_name,
@@ -94,8 +116,22 @@ def main(argv: Sequence[str]) -> None:
         attack_probe=probe,
         original=model,
         world_readable=config.world_readable,
+        formats=config.format,
+        samples=_samples(config) if INT8_FORMAT in config.format else None,
+        fresh_process=True,
     )
-    print(f"Published {version_dir} ({readers_of(version_dir)})")
+    for name in config.format:
+        version_dir = format_folder(base, name) / first.name
+        print(f"Published {version_dir} ({readers_of(version_dir)})")
+
+
+def _samples(config: ExportConfig) -> "Samples":
+    """Returns validation images of the data set on which the classifier was trained."""
+    from robust_tf.evaluation.subject import load_subject
+    from robust_tf.serving.publish.formats import Samples
+
+    subject = load_subject(config.classifier, data_dir=config.data_dir)
+    return Samples(*subject.task.preview(_NUM_SAMPLES))
 
 
 def _read_labels(path: str) -> list[str]:

@@ -1,22 +1,36 @@
-"""Classifies images with a served model.
+"""Classifies images with a served model, an export, or a classifier.
 
     python -m robust_tf.predict --server=http://localhost:8501 --model_name=pets cat.jpg photos/
+    python -m robust_tf.predict --artifact=exports/pets/1 --output=predictions.csv photos/
+    python -m robust_tf.predict --classifier=runs/pets/classifier.keras --probe_epsilon=0.5 photos/
 
-This prints the most probable classes of each image. Folders are searched for images. Only gRPC needs TensorFlow.
+This prints the most probable classes of each image, or writes them to a file. Folders are searched for images, with all
+their subfolders. If a run with `--output` is stopped or killed, the same command continues it.
 """
 
 import collections
+import contextlib
 import dataclasses
-import json
+import hashlib
+import math
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+from robust_tf.console import meter
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import flag, parse_flags
-from robust_tf.serving.client import Guess, ServerError, connect
+from robust_tf.serving.client import Client, Guess, ServerError, connect
+from robust_tf.serving.client.base import Probe, ask_in_batches
 from robust_tf.serving.client.pictures import find_pictures
+from robust_tf.serving.client.predictions import SUFFIXES, Format, Prediction, predictions_file
 from robust_tf.serving.client.retries import RETRY_SECONDS
+from robust_tf.serving.wire.names import PROBE_SIGNATURE
+
+_DEFAULT_SERVER = "http://localhost:8501"
+_LISTED_AT_MOST = 20
+Answer = tuple[list[Guess], Probe | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,21 +38,47 @@ class PredictConfig:
     """The flags of this program."""
 
     server: str = flag(
-        "http://localhost:8501",
-        "Address of the server: http://host:port, https://host:port, grpc://host:port or grpcs://host:port (TLS).",
+        "",
+        "Address of a server: http://host:port, https://host:port, grpc://host:port or grpcs://host:port (TLS). By "
+        f"default, {_DEFAULT_SERVER}, unless --classifier or --artifact is given.",
     )
-    model_name: str = flag("", "Name of the model. It may be left out if a `robust_tf.serve` has only one model.")
-    version: int | None = flag(None, "Version of the model. By default, the latest.")
-    label: str = flag("", "Label of the version, instead of its number.")
-    top: int = flag(3, "Number of classes to print for each image. The server returns at most 5.")
-    batch_size: int = flag(16, "Number of images in each request.")
-    concurrency: int = flag(4, "Number of concurrent requests.")
+    classifier: str = flag(
+        "", "Classifier to run in this process: the path of a .keras file or the name of a published model."
+    )
+    artifact: str = flag(
+        "", "Export to run in this process: the folder of a version, or a model.onnx or model.tflite file."
+    )
+    # For a server
+    model_name: str = flag("", "Name of the served model. It may be left out if a `robust_tf.serve` has only one.")
+    version: int | None = flag(None, "Version of the served model. By default, the latest.")
+    label: str = flag("", "Label of the served version, instead of its number.")
     timeout_seconds: float = flag(60.0, "Longest time in seconds that a request may take.")
     retry_seconds: float = flag(
         RETRY_SECONDS, "Longest time in seconds to keep repeating a request while the server is busy. 0 means one try."
     )
     token: str = flag("", "Token for a proxy, sent as `Authorization: Bearer`. Over gRPC, it needs grpcs://.")
     ca_file: str = flag("", "PEM file of the authority that signed the server's certificate (https://, grpcs://).")
+    # For a classifier
+    labels: str = flag(
+        "",
+        "Text file with the names of the classes of --classifier in the order of the logits, one on each line. By "
+        "default, the names in results.json.",
+    )
+    # What to compute
+    top: int = flag(3, "Number of classes to print for each image. There are at most 5.")
+    min_confidence: float = flag(
+        0.0, "Smallest probability, in [0, 1], at which the most probable class is accepted. Below it, it is rejected."
+    )
+    probe_epsilon: float | None = flag(
+        None,
+        "Also attack each image within this distance, in [0, 1] pixel units, and say whether its label stays the same. "
+        "A server or an export needs the signature attack_probe (--attack_probe of robust_tf.export).",
+    )
+    probe_norm: str = flag("", "Norm of this attack on --classifier, l2 or linf. By default, the one in results.json.")
+    batch_size: int = flag(16, "Number of images in each batch or request.")
+    concurrency: int = flag(4, "Number of concurrent batches or requests.")
+    # Where to write
+    output: str = flag("", "File for the predictions, .csv or .jsonl (JSON Lines). By default, they are printed.")
     json: bool = flag(False, "Print one JSON object per line.")
 
     def __post_init__(self) -> None:
@@ -49,6 +89,39 @@ class PredictConfig:
             raise UserError(f"--retry_seconds must be 0 or more. Received: {self.retry_seconds}.")
         if not self.timeout_seconds > 0:
             raise UserError(f"--timeout_seconds must be more than 0. Received: {self.timeout_seconds}.")
+        if not 0 <= self.min_confidence <= 1:
+            raise UserError(f"--min_confidence must be in [0, 1]. Received: {self.min_confidence}.")
+        if self.probe_epsilon is not None and not (math.isfinite(self.probe_epsilon) and self.probe_epsilon >= 0):
+            raise UserError(f"--probe_epsilon must be 0 or more. Received: {self.probe_epsilon}.")
+        if self.output and not self.output.endswith(SUFFIXES):
+            raise UserError(f"--output must end in {' or '.join(SUFFIXES)}. Received: {self.output}.")
+        if self.output and self.json:
+            raise UserError(f"--json is for printed predictions. Received: --json with --output={self.output}.")
+        self._check_model()
+
+    def _check_model(self) -> None:
+        models = [name for name in ("server", "classifier", "artifact") if getattr(self, name)]
+        if "://" in self.artifact:
+            raise UserError(f"--artifact is a folder or a file. Received: {self.artifact}. Use --server for a server.")
+        if len(models) > 1:
+            raise UserError(
+                f"Choose one of --server, --classifier and --artifact. Received: --{' and --'.join(models)}."
+            )
+        of_server = ("model_name", "version", "label", "timeout_seconds", "retry_seconds", "token", "ca_file")
+        without_use = [] if models in ([], ["server"]) else list(of_server)
+        without_use += [] if models == ["classifier"] else ["labels", "probe_norm"]
+        without_use += ["probe_norm"] if self.probe_epsilon is None else []
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in without_use:
+            if getattr(self, name) != defaults[name]:
+                model = f"--{models[0]}" if models else "--server"
+                extra = " without --probe_epsilon" if name == "probe_norm" and self.probe_epsilon is None else ""
+                raise UserError(f"--{name} has no effect with {model}{extra}. Received: {getattr(self, name)!r}.")
+
+    @property
+    def form(self) -> Format:
+        """What is said about each image."""
+        return Format(self.top, self.min_confidence, self.probe_epsilon is not None)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,30 +136,124 @@ def main(argv: Sequence[str]) -> int:
     pictures = find_pictures(names)
     if line := pictures.left_out_line():
         print(line, file=sys.stderr)
-    answers = _Answers(pictures.entries)
-    failed = False
-    try:
-        with connect(
-            config.server,
-            model_name=config.model_name,
-            version=config.version,
-            label=config.label,
-            timeout_seconds=config.timeout_seconds,
-            token=config.token,
-            ca_file=config.ca_file,
-            retry_seconds=config.retry_seconds,
-        ) as client:
-            results = client.classify_many(
-                answers.contents(), batch_size=config.batch_size, concurrency=config.concurrency
+    if not config.output:
+        failed = False
+        for prediction in _predictions(config, pictures.entries):
+            failed |= bool(prediction.error)
+            print(config.form.json(prediction) if config.json else config.form.text(prediction))
+        return int(failed)
+    return int(_write_predictions(config, pictures.entries))
+
+
+def _write_predictions(config: PredictConfig, entries: Sequence[tuple[pathlib.Path, str]]) -> bool:
+    """Writes the predictions that the output does not have yet. Returns whether an image was refused."""
+    refused = []
+    with predictions_file(pathlib.Path(config.output), config.form, _settings(config)) as output:
+        missing = [entry for entry in entries if str(entry[0]) not in output.done]
+        if len(missing) < len(entries):
+            print(f"{config.output} already has {len(entries) - len(missing)} of {len(entries)} images.")
+        with meter("images", total=len(entries)) as bar:
+            done = len(entries) - len(missing)
+            bar.update(done)
+            for prediction in _predictions(config, missing) if missing else ():
+                output.add(prediction)
+                done += 1
+                if prediction.error:
+                    refused.append(prediction)
+                bar.update(done, f"refused {len(refused)}" if refused else "")
+    print(f"Wrote {len(missing)} predictions to {config.output}.")
+    if refused:
+        print(f"{len(refused)} images were refused; the column or key `error` says why:", file=sys.stderr)
+        for prediction in refused[:_LISTED_AT_MOST]:
+            print(f"  {prediction.image}: {prediction.error}", file=sys.stderr)
+        if len(refused) > _LISTED_AT_MOST:
+            print(f"  and {len(refused) - _LISTED_AT_MOST} more", file=sys.stderr)
+    return bool(refused)
+
+
+def _predictions(config: PredictConfig, entries: Sequence[tuple[pathlib.Path, str]]) -> Iterator[Prediction]:
+    """Yields the prediction for each image, in order."""
+    answers = _Answers(entries)
+    with _server_errors_explained(config), _open_model(config) as client:
+        if config.probe_epsilon is not None and not client.has_signature(PROBE_SIGNATURE):
+            model = config.artifact or config.server or _DEFAULT_SERVER
+            raise UserError(
+                f"--probe_epsilon needs a model with the signature {PROBE_SIGNATURE}. Received: {model}, which has "
+                "none. Export it with --attack_probe, or use --classifier."
             )
-            for path, result in answers.in_order(results):
-                failed |= isinstance(result, str)
-                print(_as_json(path, result, config.top) if config.json else _as_text(path, result, config.top))
+
+        def ask(batch: list[bytes]) -> list[Answer]:
+            guesses = client.classify(batch)
+            if config.probe_epsilon is None:
+                return [(guess, None) for guess in guesses]
+            return list(zip(guesses, client.probe(batch, config.probe_epsilon), strict=True))
+
+        results = ask_in_batches(ask, answers.contents(), batch_size=config.batch_size, concurrency=config.concurrency)
+        yield from answers.in_order(results)
+
+
+def _open_model(config: PredictConfig) -> Client:
+    if config.classifier or config.artifact:
+        from robust_tf.environment import start_tensorflow
+
+        start_tensorflow()
+        from robust_tf.serving.local import open_classifier, open_export
+
+        if config.artifact:
+            return open_export(config.artifact)
+        return open_classifier(
+            config.classifier,
+            labels=_read_labels(config.labels) if config.labels else (),
+            with_probe=config.probe_epsilon is not None,
+            norm=config.probe_norm,
+        )
+    return connect(
+        config.server or _DEFAULT_SERVER,
+        model_name=config.model_name,
+        version=config.version,
+        label=config.label,
+        timeout_seconds=config.timeout_seconds,
+        token=config.token,
+        ca_file=config.ca_file,
+        retry_seconds=config.retry_seconds,
+    )
+
+
+@contextlib.contextmanager
+def _server_errors_explained(config: PredictConfig) -> Iterator[None]:
+    try:
+        yield
     except ServerError as error:
         busy = error.reached and error.code in ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
         way_out = f" Try again later, or increase --retry_seconds={config.retry_seconds:g}." if busy else ""
         raise UserError(f"The server cannot answer. Received: {error}.{way_out}") from error
-    return int(failed)
+
+
+def _settings(config: PredictConfig) -> dict[str, Any]:
+    """Returns everything on which a prediction depends."""
+    names = ("server", "classifier", "artifact", "model_name", "version", "label", "labels", "top", "min_confidence")
+    settings = {name: getattr(config, name) for name in (*names, "probe_epsilon", "probe_norm")}
+    path = pathlib.Path(config.classifier or config.artifact)
+    if (config.classifier or config.artifact) and path.exists():
+        settings["sha256"] = _sha256(path)
+    return settings
+
+
+def _sha256(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file, or of all files in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _read_labels(path: str) -> list[str]:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels must be a text file. Received: {path}: {error}.") from error
 
 
 class _Answers:
@@ -109,31 +276,22 @@ class _Answers:
             if not reason:
                 yield content
 
-    def in_order(
-        self, results: Iterable[list[Guess] | ServerError]
-    ) -> Iterator[tuple[pathlib.Path, list[Guess] | str]]:
-        """Yields each picture with its classes, or with the reason why there are none."""
+    def in_order(self, results: Iterable[Answer | ServerError]) -> Iterator[Prediction]:
+        """Yields a prediction for each picture, which may say why the picture was refused."""
         for result in results:
             yield from self._without_content()
             path, _ = self._seen.popleft()
-            yield path, result.message if isinstance(result, ServerError) else result
+            if isinstance(result, ServerError):
+                yield Prediction(str(path), error=result.message)
+            else:
+                guesses, probe = result
+                yield Prediction(str(path), tuple(guesses), probe)
         yield from self._without_content()
 
-    def _without_content(self) -> Iterator[tuple[pathlib.Path, str]]:
+    def _without_content(self) -> Iterator[Prediction]:
         while self._seen and self._seen[0][1]:
-            yield self._seen.popleft()
-
-
-def _as_text(path: pathlib.Path, result: list[Guess] | str, top: int) -> str:
-    if isinstance(result, str):
-        return f"{path}: refused: {result}"
-    return f"{path}: " + ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in result[:top])
-
-
-def _as_json(path: pathlib.Path, result: list[Guess] | str, top: int) -> str:
-    if isinstance(result, str):
-        return json.dumps({"image": str(path), "error": result})
-    return json.dumps({"image": str(path), "predictions": [guess._asdict() for guess in result[:top]]})
+            path, reason = self._seen.popleft()
+            yield Prediction(str(path), error=reason)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ labels that the flags name, and exits with 1 if something is wrong. The flags ar
 the server for production.
 """
 
+import importlib.metadata
 import logging
 import signal
 import sys
 from collections.abc import Sequence
 
+import robust_tf
 from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import parse_flags
@@ -27,6 +29,11 @@ def main(argv: Sequence[str]) -> int:
     config, rest = parse_flags(ServeConfig, argv, __doc__ or "")
     if rest:
         raise UserError(f"This program takes flags only, --name=value. Received: {rest[0]!r}.")
+    if config.version:
+        print(
+            f"robust_tf server: {robust_tf.__version__}\nTensorFlow Library: {importlib.metadata.version('tensorflow')}"
+        )
+        return 0
     start_tensorflow()
     try:
         # TensorFlow takes seconds to import, which --help and a mistyped flag need not wait for.

@@ -91,7 +91,7 @@ def load_subject(name: str, *, dataset: str = "", classes: Sequence[int] = (), d
             "classifier (neither the path of a .keras file nor the name of a published model)", name, PUBLISHED
         )
     classifier = load_classifier(fetch_published(name) if name in PUBLISHED else path)
-    job = _job_of(path, name)
+    job = job_of(path, name)
     job.check_image_size(classifier.input_shape[1], path)
     if dataset:
         kept = tuple(classes)
@@ -209,8 +209,13 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else [f"{name} ({number})" for number, name in enumerate(short, 1)]
 
 
-def _job_of(path: pathlib.Path, name: str) -> JobResults:
-    """Returns the results of the job that trained a classifier, as far as they are known."""
+def job_of(path: pathlib.Path, name: str) -> JobResults:
+    """Returns the results of the job that trained a classifier, as far as they are known.
+
+    Args:
+        path: File of the classifier.
+        name: The classifier as the user wrote it, which may be the name of a published model.
+    """
     if name not in PUBLISHED:
         return JobResults.read(path.parent / FILE_NAME) or JobResults()
     model = PUBLISHED[name]

@@ -18,8 +18,9 @@ from robust_tf.models import load_classifier, save_classifier
 from robust_tf.reporting import REPORT, write_examples, write_history, write_report
 from robust_tf.reporting.next_commands import next_commands
 from robust_tf.results import FILE_NAME, JobResults
-from robust_tf.serving.publish.export import export_classifier, readers_of
+from robust_tf.serving.publish.export import export_classifier
 from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results
+from robust_tf.serving.publish.staging import readers_of
 from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.training.tensorboard import write_result
 

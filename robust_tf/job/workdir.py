@@ -10,7 +10,7 @@ from robust_tf.files import check_output_folder, replaced_atomically
 from robust_tf.flags import to_flag_file
 from robust_tf.job.sources import baseline_job, source_is_job, twin_job
 from robust_tf.results import FILE_NAME, JobResults
-from robust_tf.serving.publish.export import model_folder
+from robust_tf.serving.publish.staging import model_folder
 
 FLAGS = "flags.cfg"
 _OUTPUTS = get_args(OutputKind)  # from the most files to the fewest

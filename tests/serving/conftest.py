@@ -15,12 +15,18 @@ from collections.abc import Callable, Iterator
 import grpc
 import httpx
 import keras
+import numpy as np
 import pytest
 from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
 
+from robust_tf.serving.artifacts import FORMATS
+from robust_tf.serving.publish import export
+from robust_tf.serving.publish.export import export_classifier
+from robust_tf.serving.publish.formats import Samples
 from robust_tf.serving.server.serve_config import ServeConfig
 from robust_tf.serving.server.server import Server
 from tests.serving.models import (
+    LABELS,
     export_small_classifier,
     save_echo,
     save_half_plus_two,
@@ -174,6 +180,40 @@ def classifier() -> keras.Model:
 def exported(tmp_path_factory, classifier) -> pathlib.Path:
     """Version folder of `classifier`, exported as the model "digits"."""
     return export_small_classifier(classifier, tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture
+def no_fresh_process(monkeypatch):
+    """Leaves out the trial in a fresh process, which takes seconds. `test_formats.py` has the tests of it."""
+    monkeypatch.setattr(export, "verify_artifact", lambda *_: {})
+
+
+@pytest.fixture(scope="session")
+def samples(classifier) -> Samples:
+    """The images, of many random ones, about which the classifier is surest, with its predictions as labels."""
+    rng = np.random.default_rng(8)
+    images = (rng.uniform(size=(300, 16, 16, 3)) * rng.uniform(size=(300, 1, 1, 3))).astype(np.float32)
+    logits = classifier.predict(images, verbose=0)
+    margins = np.diff(np.sort(logits, axis=1)[:, -2:], axis=1)[:, 0]
+    chosen = np.sort(np.argsort(-margins)[:60])
+    return Samples(images[chosen], logits[chosen].argmax(axis=1))
+
+
+@pytest.fixture(scope="session")
+def formats(tmp_path_factory, classifier, samples) -> pathlib.Path:
+    """Folder of `classifier`, exported as the model "digits" in every format, version 1."""
+    first = export_classifier(
+        classifier,
+        tmp_path_factory.mktemp("formats"),
+        "digits",
+        labels=LABELS,
+        resize_size=20,
+        model_card={"dataset": "digits"},
+        formats=list(FORMATS),
+        samples=samples,
+        fresh_process=True,
+    )
+    return first.parent
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from robust_tf.results import JobResults, MeasuredAttack
 from robust_tf.serving.model.session import LoadedModel
 from robust_tf.serving.model.status import ServingError
 from robust_tf.serving.publish import export as publish
-from robust_tf.serving.publish import verify
+from robust_tf.serving.publish import staging, verify
 from robust_tf.serving.publish.export import export_classifier
 from robust_tf.serving.publish.model_card import probe_from_results
 from robust_tf.serving.publish.probe import AttackProbe
@@ -278,7 +278,7 @@ def test_classifier_of_variable_image_size_is_refused(tmp_path):
 
 
 def test_export_with_other_answers_is_not_published(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "_predict", lambda model, images: model.predict(images, verbose=0) + 1e-3)
+    monkeypatch.setattr(verify, "logits_from", lambda model, images: model.predict(images, verbose=0) + 1e-3)
     with pytest.raises(UserError, match="a difference of"):
         export_classifier(tiny, tmp_path, "m", model_card={})
     assert list((tmp_path / "m").iterdir()) == []
@@ -322,7 +322,7 @@ def test_leftovers_of_killed_exporters_are_removed(tiny, tmp_path):
         (base / name / "saved_model.pb").write_bytes(b"part")
     for name in (".export-dead", ".export-working"):
         os.utime(base / name, (0, 0))
-    with publish._locked(base / ".export-working"):
+    with staging.locked(base / ".export-working"):
         export_classifier(tiny, tmp_path, "m", model_card={})
     assert {path.name for path in base.iterdir()} == {".export-working", ".export-young", "1"}
 
@@ -336,8 +336,8 @@ def test_version_appears_with_one_rename(tiny, tmp_path, monkeypatch):
         assert [path.name for path in folder.parent.iterdir()] == [folder.name]
         synced.update({path.relative_to(folder): path.stat().st_ino for path in folder.rglob("*")})
 
-    sync = publish._sync
-    monkeypatch.setattr(publish, "_sync", recording)
+    sync = publish.sync
+    monkeypatch.setattr(publish, "sync", recording)
     version = export_classifier(tiny, tmp_path, "m", model_card={})
     # These are the same files, not copies.
     assert {path.relative_to(version): path.stat().st_ino for path in version.rglob("*")} == synced
@@ -356,6 +356,7 @@ def test_mixed_precision_has_float32_inputs_and_outputs(policy, tmp_path):
     assert features.dtype == np.float32
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_program_exports_with_the_facts_of_results_json(tiny, tmp_path, capsys):
     tiny.save(tmp_path / "classifier.keras")
     results = {
@@ -408,6 +409,7 @@ def test_probabilities_are_compared_with_the_original_model(tiny, tmp_path):
         export_classifier(tiny, tmp_path, "m", model_card={}, original=other)
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_program_checks_results_json_and_the_first_layer(tmp_path, capsys):
     model = keras.Sequential(
         [keras.Input((8, 8, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(2)]

@@ -16,9 +16,11 @@ PACKAGE = "robust_tf.serving"
 MAY_IMPORT = {
     "wire": set(),
     "model": {"wire"},
-    "publish": {"wire", "model"},
+    "artifacts": {"wire", "model", "client"},
+    "publish": {"wire", "model", "artifacts"},
     "server": {"wire", "model"},
     "client": {"wire"},
+    "local": {"wire", "model", "artifacts", "publish", "client"},
 }
 
 
@@ -59,7 +61,17 @@ def test_modules_import_each_other_without_a_circle():
 
 @pytest.mark.parametrize(
     "module",
-    ["client", "client.rest_client", "wire.json_arrays", "model.folders", "model.status", "server.serve_config"],
+    [
+        "client",
+        "client.rest_client",
+        "artifacts",
+        "artifacts.onnx_file",
+        "artifacts.litert_file",
+        "wire.json_arrays",
+        "model.folders",
+        "model.status",
+        "server.serve_config",
+    ],
 )
 def test_light_modules_do_not_import_tensorflow(module):
     heavy = "{'tensorflow', 'keras', 'grpc', 'tensorflow_serving'} & set(sys.modules)"

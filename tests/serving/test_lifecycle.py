@@ -239,7 +239,7 @@ def test_version_with_a_bad_warm_up_is_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({}, "Either --model_base_path or --model_config_file"),
+        ({}, "--model_base_path or --model_config_file is needed"),
         (
             {"model_base_path": "/m", "batching_parameters_file": "b.config"},
             "--batching_parameters_file=b.config alone",

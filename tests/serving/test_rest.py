@@ -116,7 +116,7 @@ def test_metadata_holds_the_signatures(server):
         (PREDICT, {"signature_name": "x", "instances": [1]}, 400, 'Serving signature name: "x" not found'),
         (PREDICT, {"signature_name": "__saved_model_init_op", "instances": [1]}, 400, "not found in signature def"),
         (PREDICT, {"instances": ["x", "y"]}, 400, '"x" Type: String is not of expected type: float'),
-        (PREDICT, {"instances": [True]}, 400, "Type: Bool is not of expected type: float"),
+        (PREDICT, {"instances": [True]}, 400, "Type: True is not of expected type: float"),
         (PREDICT, {"instances": [None]}, 400, "Type: Null is not of expected type: float"),
         (PREDICT, {"instances": [[1, 2], ["a", "b"]]}, 400, "is not of expected type: float"),
         (PREDICT, {"instances": [{"b64": "aGk="}]}, 400, "Type: Object is not of expected type: float"),
@@ -140,7 +140,7 @@ def test_metadata_holds_the_signatures(server):
             "/v1/models/half_plus_two:classify",
             {"signature_name": "classify_x_to_y", "examples": [{"x": [1, 2.5]}]},
             400,
-            "values of one type",
+            "Unexpected element type in feature: x expecting type: int64",
         ),
         (
             "/v1/models/half_plus_two:classify",
@@ -157,6 +157,68 @@ def test_bad_requests_get_status_and_message(server, path, body, status, message
     reply = ask(server, path, body)
     assert reply.status_code == status
     assert message in reply.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([[1.0]], "Example must be JSON object but got JSON Array"),
+        ([None], "Example must be JSON object but got JSON Null"),
+        ([{"x": None}], "Feature: x has element with unexpected JSON type: Null"),
+        ([{"x": [[1.0]]}], "Feature: x has element with unexpected JSON type: Array"),
+        ([{"x": {"a": 1}}], "Feature: x has element with unexpected JSON type: Object"),
+        ([{"x": 1.0}, {"x": [True, 1.5]}], "Unexpected element type in feature: x expecting type: int64"),
+        ([{"x": [1.5, "a"]}], "Unexpected element type in feature: x expecting type: float"),
+        ([{"x": ["a", 2**63]}], "Unexpected element type in feature: x expecting type: bytes"),
+        ([{"x": 2**63}], "Feature: x has uint64_t element. Only int64_t is supported"),
+        ([{"x": {"b64": "!"}}], "Unable to base64 decode"),
+        ({"x": 1.0}, "Expecting 'examples' value to be an list/array"),
+    ],
+)
+@pytest.mark.parametrize("method", ["classify", "regress"])
+def test_bad_examples_are_refused_in_the_words_of_tensorflow_serving(server, method, examples, message):
+    reply = ask(server, f"/v1/models/half_plus_two:{method}", {"examples": examples})
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]
+
+
+def test_context_must_be_an_object(server):
+    reply = ask(server, "/v1/models/half_plus_two:classify", {"context": [], "examples": [{}]})
+    assert (reply.status_code, reply.json()["error"]) == (400, "Example must be JSON object but got JSON Array")
+
+
+@pytest.mark.parametrize("number", ["18446744073709551616", "1" + 400 * "0", "NaN"])
+def test_integer_beyond_64_bits_is_a_decimal_number(embedded, number):
+    body = f'{{"signature_name": "classify_x_to_y", "examples": [{{"x": [1.5, {number}]}}]}}'
+    reply = ask(embedded, "/v1/models/half_plus_two:classify", body)
+    assert "Number of float values != expected.  Values size: 2" in reply.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("signature", "instances", "message"),
+    [
+        ("pair", [{"a": 1, "b": "x"}, 3], "Expecting object but got list at item 1 of input list"),
+        ("pair", [{"a": 1, "b": "x"}, {"a": 1}], """of 'instances' list. JSON object: {"a":1} keys must be equal"""),
+        ("pair", [{"a": 1, "b": "x"}, {"a": "y", "b": "x"}], "element: 1 key: a of 'instances' list. Error: INVALID"),
+        ("pair", [{"a": 1, "b": {"c": 1}}], "not formatted correctly for base64 data"),
+        ("echo_float32", [1, 2, {"x": 3}], "Expecting value/list but got object at item 2 of input list"),
+        ("echo_string", ["a", {"b64": 1}], "Expecting value/list but got object at item 1 of input list"),
+        ("echo_float32", [[1], [2], ["a"]], "Failed to process element: 2 of 'instances' list. Error: INVALID"),
+        ("echo_float32", [[[1, 2], [3]]], "Encountered list at unexpected size: 1 at level: 1 expected size: 2"),
+        ("echo_float32", [[1, [2]]], "Encountered list at unexpected level: 1 expected < 1"),
+        ("echo_float32", [[[1], 2]], "JSON Value: 2 found at incorrect level: 2 in the JSON DOM. Expected at level: 2"),
+    ],
+)
+def test_bad_rows_are_named_in_the_words_of_tensorflow_serving(server, signature, instances, message):
+    reply = echo(server, signature, {"instances": instances})
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]
+
+
+def test_ragged_columns_are_refused_in_the_words_of_tensorflow_serving(server):
+    reply = echo(server, "echo_float32", {"inputs": [[1, 2], [3, 4], [5, 6, 7]]})
+    expected = "Encountered list at unexpected size: 3 at level: 1 expected size: 2"
+    assert (reply.status_code, reply.json()["error"]) == (400, expected)
 
 
 def test_names_are_unescaped_after_matching(server):
@@ -275,7 +337,7 @@ def test_json_values_are_returned_unchanged(server, signature, body, expected):
         ("pair", {"inputs": [1]}, 400, "expecting an object as multiple input tensors required"),
         ("pair", {"instances": [1]}, 400, "expecting list of objects"),
         ("pair", {"instances": [{"a": 1, "b": "x"}, {"a": 1}]}, 400, "Failed to process element: 1"),
-        ("pair", {"instances": [{"a": 1, "b": "x"}, 5]}, 400, "Failed to process element: 1"),
+        ("pair", {"instances": [{"a": 1, "b": "x"}, 5]}, 400, "Expecting object but got list at item 1"),
     ],
 )
 def test_bad_json_values_are_refused(server, signature, body, status, message):

@@ -170,16 +170,6 @@ def test_label_that_will_lose_its_version_is_a_warning(half_plus_two, tmp_path, 
         until(lambda: said in caplog.text)
 
 
-def test_flag_of_the_profiler_is_accepted(half_plus_two, caplog, monkeypatch):
-    caplog.set_level(logging.WARNING)
-    for text, warned in [("false", False), ("true", True)]:
-        config, _ = parse_flags(ServeConfig, ["serve", "--model_base_path=/m", f"--enable_profiler={text}"])
-        caplog.clear()
-        with running_server(model_base_path=str(half_plus_two), enable_profiler=config.enable_profiler):
-            warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert warnings == (["--enable_profiler=true has no effect: there is no profiler in this server"] * warned)
-
-
 @pytest.mark.parametrize("name", ["compose.yaml", "kubernetes/deployment.yaml"])
 def test_command_lines_of_the_deployment_are_accepted(name):
     document = yaml.safe_load((SERVING / name).read_text())

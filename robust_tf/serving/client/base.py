@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from robust_tf.errors import UserError
-from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
+from robust_tf.serving.wire.names import DEFAULT_SIGNATURE, PROBE_SIGNATURE
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -28,6 +28,18 @@ class Guess(NamedTuple):
 
     label: str
     probability: float
+
+
+class Probe(NamedTuple):
+    """What a small attack does to the label of an image.
+
+    Attributes:
+        survives: Whether the label stays the same.
+        label: Name of the class after the attack.
+    """
+
+    survives: bool
+    label: str
 
 
 class TensorInfo(NamedTuple):
@@ -116,6 +128,10 @@ class Client(abc.ABC):
             self._signatures = self._read_signatures()
         return self._signatures
 
+    def has_signature(self, name: str) -> bool:
+        """Returns whether the model has a signature of this name."""
+        return name in self.signatures
+
     def wait_until_available(self, timeout_seconds: float = 60.0) -> None:
         """Waits until the model answers requests.
 
@@ -150,6 +166,32 @@ class Client(abc.ABC):
             for labels, values in zip(answer["classes"], chosen, strict=True)
         ]
 
+    def probe(self, images: Sequence[bytes], epsilon: float) -> list[Probe]:
+        """Attacks one batch of images within a small distance, and returns whether their labels stay the same.
+
+        Args:
+            images: Encoded images (JPEG, PNG, ...).
+            epsilon: Largest distance, in [0, 1] pixel units. The model determines the norm and the attack; see the
+                signature `attack_probe` in serving/README.md.
+
+        Returns:
+            One result for each image. The label before the attack is the most probable class.
+
+        Raises:
+            ServerError: The server refused the batch, or the model has no signature `attack_probe`.
+        """
+        count = len(images)
+        inputs = {
+            "image_bytes": list(images),
+            "label": np.full(count, -1, np.int64),  # the predicted class
+            "epsilon": np.full(count, epsilon, np.float32),
+        }
+        answer = self.predict(inputs, signature_name=PROBE_SIGNATURE)
+        return [
+            Probe(bool(robust), label.decode("utf-8"))
+            for robust, label in zip(answer["robust"], answer["adversarial_class"], strict=True)
+        ]
+
     def classify_many(
         self, images: Iterable[bytes], *, batch_size: int = 16, concurrency: int = 4
     ) -> Iterator[list[Guess] | ServerError]:
@@ -167,21 +209,42 @@ class Client(abc.ABC):
         Raises:
             ServerError: The server cannot be reached, or does not have the model.
         """
+        yield from ask_in_batches(self.classify, images, batch_size=batch_size, concurrency=concurrency)
 
-        def answer(batch: list[bytes]) -> list[list[Guess] | ServerError]:
-            try:
-                return list(self.classify(batch))
-            except ServerError as error:
-                if error.code != "INVALID_ARGUMENT":
-                    raise
-                if len(batch) == 1:
-                    return [error]
-                return [result for image in batch for result in answer([image])]
 
-        source = iter(images)
-        batches = iter(lambda: list(itertools.islice(source, batch_size)), [])
-        for results in _in_order(answer, batches, concurrency):
-            yield from results
+def ask_in_batches(
+    ask: Callable[[list[bytes]], Iterable[Answer]], images: Iterable[bytes], *, batch_size: int, concurrency: int
+) -> Iterator[Answer | ServerError]:
+    """Sends any number of images in batches, several at a time.
+
+    Args:
+        ask: Function that sends one batch and returns an answer for each image.
+        images: Encoded images. They are read from the iterable only as fast as the answers arrive.
+        batch_size: Number of images in a batch.
+        concurrency: Number of batches at the same time.
+
+    Yields:
+        For each image, in order: its answer, or the error if this image was refused. The images of a batch that is
+        refused are sent again one by one.
+
+    Raises:
+        ServerError: The server cannot be reached, or does not have the model.
+    """
+
+    def answers(batch: list[bytes]) -> list[Answer | ServerError]:
+        try:
+            return list(ask(batch))
+        except ServerError as error:
+            if error.code != "INVALID_ARGUMENT":
+                raise
+            if len(batch) == 1:
+                return [error]
+            return [result for image in batch for result in answers([image])]
+
+    source = iter(images)
+    batches = iter(lambda: list(itertools.islice(source, batch_size)), [])
+    for results in _in_order(answers, batches, concurrency):
+        yield from results
 
 
 def trust_authority(ca_file: str) -> ssl.SSLContext:

@@ -12,6 +12,11 @@ from robust_tf.serving.model.session import type_name
 from robust_tf.serving.model.status import ServingError, invalid
 from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
 
+# The method names that a signature of a SavedModel may declare.
+PREDICT = "tensorflow/serving/predict"
+CLASSIFY = "tensorflow/serving/classify"
+REGRESS = "tensorflow/serving/regress"
+
 
 class Classification(NamedTuple):
     """The classes of a batch and their scores.
@@ -50,8 +55,15 @@ def predict(
             `LoadedModel.run`).
     """
     name = signature_name or DEFAULT_SIGNATURE
-    if model.signature(name) is None:
+    definition = model.signature(name)
+    if definition is None:
         raise ServingError("FAILED_PRECONDITION", f'Serving signature key "{name}" not found.')
+    if model.checks_methods and definition.method_name not in (PREDICT, CLASSIFY, REGRESS):
+        raise ServingError(
+            "INTERNAL",
+            f"Expected prediction signature method_name to be one of {{{PREDICT}, {CLASSIFY}, {REGRESS}}}. Was: "
+            f"{definition.method_name}",
+        )
     return model.run(name, inputs, outputs, timeout_ms=timeout_ms)
 
 
@@ -70,7 +82,7 @@ def classify(
         ServingError: The signature does not have the inputs and outputs that Classify needs, or what it computes does
             not have the right shape (INVALID_ARGUMENT).
     """
-    definition = _signature_for_examples(model, signature_name)
+    definition = _signature_for_examples(model, signature_name, "classification", CLASSIFY)
     if not 1 <= len(definition.outputs) <= 2:
         raise invalid(f"Expected one or two output Tensors, found {len(definition.outputs)}")
     if "inputs" not in definition.inputs:
@@ -113,7 +125,7 @@ def regress(
         ServingError: The signature does not have the inputs and outputs that Regress needs, or what it computes does
             not have the right shape (INVALID_ARGUMENT).
     """
-    definition = _signature_for_examples(model, signature_name)
+    definition = _signature_for_examples(model, signature_name, "regression", REGRESS)
     if len(definition.outputs) != 1:
         raise invalid(f"Expected one output Tensor, found {len(definition.outputs)}")
     if "inputs" not in definition.inputs:
@@ -129,11 +141,18 @@ def regress(
     return values.reshape(-1)
 
 
-def _signature_for_examples(model: ServedModel, signature_name: str) -> meta_graph_pb2.SignatureDef:
+def _signature_for_examples(
+    model: ServedModel, signature_name: str, kind: str, method_name: str
+) -> meta_graph_pb2.SignatureDef:
     name = signature_name or DEFAULT_SIGNATURE
     definition = model.signature(name)
     if definition is None:
         raise invalid(f"No signature was found with the name: {name}")
+    if model.checks_methods and definition.method_name != method_name:
+        raise invalid(
+            f"Expected {kind} signature method_name to be {method_name}. Was: {definition.method_name}. Exports of "
+            "TensorFlow 2 need --enable_signature_method_name_check=false."
+        )
     if len(definition.inputs) != 1:
         raise invalid("Expected one input Tensor.")
     return definition

@@ -14,10 +14,12 @@ class ServedModel(Protocol):
     Attributes:
         path: Folder of the version.
         signatures: The signatures that the SavedModel declares, by name. They include the entry that initializes it.
+        checks_methods: Whether to refuse requests for signatures that are meant for another method.
     """
 
     path: pathlib.Path
     signatures: dict[str, meta_graph_pb2.SignatureDef]
+    checks_methods: bool
 
     def signature(self, name: str) -> meta_graph_pb2.SignatureDef | None:
         """Returns the signature with this name, or None. "" stands for `serving_default`."""

@@ -30,10 +30,12 @@ class LoadedModel:
         path: Folder of the version.
         tags: Tags of the SavedModel's graph.
         session_config: Settings of the Session, such as its number of threads.
+        checks_methods: Whether to refuse requests for signatures that are meant for another method.
 
     Attributes:
         path: Folder of the version.
         signatures: The signatures that the SavedModel declares, by name. They include the entry that initializes it.
+        checks_methods: The argument of this name.
 
     Raises:
         ServingError: The folder holds no SavedModel with these tags, or the SavedModel cannot be restored.
@@ -45,11 +47,13 @@ class LoadedModel:
         *,
         tags: Sequence[str] = ("serve",),
         session_config: tf.compat.v1.ConfigProto | None = None,
+        checks_methods: bool = False,
     ) -> None:
         self.path = path
+        self.checks_methods = checks_methods
         self._session = tf.compat.v1.Session(graph=tf.Graph(), config=session_config)
         try:
-            with self._session.graph.as_default(), _without_deprecation_warning():
+            with self._session.graph.as_default(), without_deprecation_warning():
                 meta_graph = tf.compat.v1.saved_model.loader.load(self._session, list(tags), str(path))
         except tf.errors.OpError as error:
             self._session.close()
@@ -153,7 +157,7 @@ class LoadedModel:
 
 
 @contextlib.contextmanager
-def _without_deprecation_warning() -> Iterator[None]:
+def without_deprecation_warning() -> Iterator[None]:
     """Silences TensorFlow's advice to use another loader, which would accept what TensorFlow Serving refuses."""
     logger = tf.get_logger()
     level = logger.level
@@ -181,6 +185,8 @@ def without_path(message: str, path: pathlib.Path) -> str:
 
 def _kernel_message(message: str, path: pathlib.Path | None) -> str:
     message = message.removeprefix("Graph execution error:").strip()
+    # A tf.function puts the lines of Python first, a Session puts them last.
+    message = re.sub(r"^Detected at node .*\n(?:(?:  .*)?\n)*", "", message)
     if "\nNode: " in message:
         message = message.rsplit("\nNode: ", 1)[1].partition("\n")[2]
     message = re.sub(r"^\d+ root error\(s\) found\.\s*\(0\) \w+: ", "", message)

@@ -54,14 +54,23 @@ def to_array(name: str, proto: tensor_pb2.TensorProto) -> np.ndarray:
     return array
 
 
-def to_proto(value: np.ndarray) -> tensor_pb2.TensorProto:
-    """Converts an array to a tensor of a reply, with its values in the typed field that TensorFlow Serving uses."""
+def to_proto(value: np.ndarray, *, packed: bool = False) -> tensor_pb2.TensorProto:
+    """Converts an array to a tensor of a reply.
+
+    Args:
+        value: The array.
+        packed: Whether to write the values as bytes (`tensor_content`) instead of in the typed field that TensorFlow
+            Serving uses. Strings are always in the typed field.
+    """
     field = _VALUE_FIELDS.get(tf.as_dtype(value.dtype))
     if field is None:
         return tf.make_tensor_proto(value)
     proto = tensor_pb2.TensorProto(dtype=tf.as_dtype(value.dtype).as_datatype_enum)
     for size in value.shape:
         proto.tensor_shape.dim.add(size=size)
+    if packed and value.dtype != object:
+        proto.tensor_content = value.astype(value.dtype.newbyteorder("<")).tobytes()
+        return proto
     getattr(proto, field).extend(value.ravel().tolist())
     return proto
 

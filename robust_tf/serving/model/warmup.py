@@ -18,7 +18,7 @@ from robust_tf.serving.model.status import ServingError, invalid
 from robust_tf.serving.model.tensors import examples_of, to_array
 
 WARMUP_FILE = pathlib.PurePath("assets.extra", "tf_serving_warmup_requests")
-_MAX_RECORDS = 1000  # TensorFlow Serving refuses files with more records
+MAX_RECORDS = 1000  # TensorFlow Serving refuses files with more records
 
 
 def predict_log(
@@ -54,17 +54,22 @@ def write_warmup(version_dir: pathlib.Path, logs: Sequence[prediction_log_pb2.Pr
             writer.write(log.SerializeToString())
 
 
-def replay_warmup(model: ServedModel) -> int:
+def replay_warmup(model: ServedModel, *, iterations: int = 1) -> int:
     """Runs the warm-up requests of a version, if it has any, and returns their number.
+
+    Args:
+        model: The version.
+        iterations: Number of times to run each request.
 
     Raises:
         ServingError: The file is damaged or too long, or a request fails.
     """
     count = 0
     for count, log in enumerate(_read(model.path / WARMUP_FILE), start=1):
-        if count > _MAX_RECORDS:
-            raise invalid(f"Number of warmup records exceeds the maximum ({_MAX_RECORDS})")
-        _replay(model, log)
+        if count > MAX_RECORDS:
+            raise invalid(f"Number of warmup records exceeds the maximum ({MAX_RECORDS})")
+        for _ in range(iterations):
+            _replay(model, log)
     return count
 
 
@@ -94,5 +99,10 @@ def _replay(model: ServedModel, log: prediction_log_pb2.PredictionLog) -> None:
     elif kind == "regress_log":
         request = log.regress_log.request
         inference.regress(model, examples_of(request.input), signature_name=request.model_spec.signature_name)
+    elif kind == "multi_inference_log":
+        for task in log.multi_inference_log.request.tasks:
+            run = inference.classify if task.method_name == inference.CLASSIFY else inference.regress
+            examples = examples_of(log.multi_inference_log.request.input)
+            run(model, examples, signature_name=task.model_spec.signature_name)
     else:
         raise ServingError("UNIMPLEMENTED", f"Unsupported log_type for warmup: {kind}")

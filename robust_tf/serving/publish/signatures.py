@@ -13,6 +13,7 @@ import tensorflow as tf
 from robust_tf.data.transforms import AS_STORED, Decoding, decode, evaluation_transform
 from robust_tf.models import features_of
 from robust_tf.serving.publish.probe import AttackProbe, run_probe
+from robust_tf.serving.wire.names import PROBE_SIGNATURE
 
 TOP_K = 5  # largest number of class names in a reply
 
@@ -193,7 +194,7 @@ def build_signatures(
             "adversarial_image_bytes": _encode_png(worst.images_adv),
         }
 
-    return signatures | {"attack_probe": probe}
+    return signatures | {PROBE_SIGNATURE: probe}
 
 
 def _checked_pixels(images: tf.Tensor) -> tf.Tensor:

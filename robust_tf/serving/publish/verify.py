@@ -129,34 +129,34 @@ def _compare(
         resize_size=resize_size,
         decoding=decoding,
     ).numpy()
-    from_pixels, from_bytes = np.split(_predict(classifier, np.concatenate([pixels, decoded])), 2)
+    from_pixels, from_bytes = np.split(logits_from(classifier, np.concatenate([pixels, decoded])), 2)
     if not (np.isfinite(from_pixels).all() and np.isfinite(from_bytes).all()):
         raise UserError(
             f"The classifier's logits must be finite. Received: {from_pixels.tolist()}. Its training has diverged."
         )
-    tolerance = _tolerance(classifier)
+    tolerance = tolerance_of(classifier)
     for name, logits in [
         ("serving_default", from_bytes),
         ("predict_pixels", from_pixels),
         ("predict_uint8", from_pixels),
     ]:
         answer = model.run(name, requests[name])
-        _expect_close(f"{name}/logits", answer["logits"], logits, tolerance)
-        _expect_close(f"{name}/probabilities", answer["probabilities"], _softmax(logits), tolerance)
+        expect_close(f"{name}/logits", answer["logits"], logits, tolerance)
+        expect_close(f"{name}/probabilities", answer["probabilities"], _softmax(logits), tolerance)
         named = [[labels[index].encode() for index in row] for row in answer["top_k"]]
         if answer["classes"].tolist() != named:
             raise UserError(f"{name}/classes must be the labels of top_k. Received: {answer['classes'].tolist()}.")
     features = model.run("features", requests["features"])["features"]
-    _expect_close("features", features, _predict(features_of(classifier), pixels), tolerance)
+    expect_close("features", features, logits_from(features_of(classifier), pixels), tolerance)
     scores = np.asarray(inference.classify(model, _examples(image_bytes), signature_name="classify").scores)
     best = np.sort(_softmax(from_bytes))[:, ::-1][:, : scores.shape[1]]
-    _expect_close("classify/scores", scores, best, tolerance)
+    expect_close("classify/scores", scores, best, tolerance)
     pictures = model.run("preview", requests["preview"])["preview_image_bytes"]
     shown = np.stack([tf.io.decode_png(picture).numpy() for picture in pictures]).astype(np.float32) / 255.0
-    _expect_close("preview", shown, decoded, 1.0 / 255.0)  # a PNG is rounded to 8 bits
+    expect_close("preview", shown, decoded, 1.0 / 255.0)  # a PNG is rounded to 8 bits
     if "attack_probe" in requests:  # its first epsilon is 0, which must give the answer for the clean image
         probed = model.run("attack_probe", requests["attack_probe"])["adversarial_probabilities"]
-        _expect_close("attack_probe at epsilon 0", probed[:1], _softmax(from_bytes[:1]), tolerance)
+        expect_close("attack_probe at epsilon 0", probed[:1], _softmax(from_bytes[:1]), tolerance)
 
 
 def _compare_probabilities(
@@ -174,7 +174,7 @@ def _compare_probabilities(
     else:
         expected = outputs if looks_like_probabilities(outputs) else _softmax(outputs)
     difference = float(np.max(np.abs(answer["probabilities"] - expected)))
-    if not difference <= _tolerance(classifier):
+    if not difference <= tolerance_of(classifier):
         ending = "probabilities" if expected is outputs else "outputs"
         raise UserError(
             f"The served probabilities must be those of the classifier. Received: {original.name!r}, whose {ending} "
@@ -183,7 +183,8 @@ def _compare_probabilities(
         )
 
 
-def _tolerance(classifier: keras.Model) -> float:
+def tolerance_of(classifier: keras.Model) -> float:
+    """Returns the largest relative difference that is allowed between an export and its classifier."""
     return max(_TOLERANCES.get(layer.compute_dtype, _TOLERANCES["float32"]) for layer in classifier.layers)
 
 
@@ -192,12 +193,24 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return probabilities
 
 
-def _predict(model: keras.Model, images: np.ndarray) -> np.ndarray:
+def logits_from(model: keras.Model, images: np.ndarray) -> np.ndarray:
+    """Returns the outputs of a model in inference mode, as float32."""
     outputs: np.ndarray = model.predict(images, verbose=0).astype(np.float32)
     return outputs
 
 
-def _expect_close(what: str, received: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+def expect_close(what: str, received: np.ndarray, expected: np.ndarray, tolerance: float) -> float:
+    """Returns the largest difference, relative to the largest expected number or 1, whichever is larger.
+
+    Args:
+        what: What the numbers are, for the message.
+        received: Numbers of the export.
+        expected: Numbers of the classifier.
+        tolerance: Largest relative difference that is allowed.
+
+    Raises:
+        UserError: The difference is larger, or the shapes differ.
+    """
     if received.shape != expected.shape:
         raise UserError(
             f"The export and the classifier must give the same shape for {what}. Received: {received.shape} instead of "
@@ -209,3 +222,4 @@ def _expect_close(what: str, received: np.ndarray, expected: np.ndarray, toleran
             f"The export and the classifier must give the same numbers for {what}. Received: a difference of "
             f"{difference:g}, where {tolerance:g} is allowed. Nothing was published."
         )
+    return difference

@@ -30,11 +30,13 @@ class BatchedModel:
     Attributes:
         path: Folder of the version.
         signatures: The signatures that the SavedModel declares, by name.
+        checks_methods: Whether to refuse requests for signatures that are meant for another method.
     """
 
     def __init__(self, model: LoadedModel, batching: Batching) -> None:
         self.path = model.path
         self.signatures = model.signatures
+        self.checks_methods = model.checks_methods
         self._model = model
         self._batching = batching
         self._queues: dict[tuple[str, tuple[tuple[int, ...], ...]], _Queue] = {}

@@ -6,6 +6,7 @@ from typing import Any
 
 from robust_tf.errors import UserError
 from robust_tf.serving.model.folders import complete_versions, why_no_version
+from robust_tf.serving.model.status import ServingError
 from robust_tf.serving.server import config_files
 from robust_tf.serving.server.model_settings import ModelSettings
 from robust_tf.serving.server.serve_config import ServeConfig
@@ -36,10 +37,13 @@ class Report:
 def check(config: ServeConfig) -> Report:
     """Checks everything that the flags name. No model is loaded and no port is opened."""
     report = Report()
+    for warning in config.warnings():
+        report.note(f"note: {warning}")
     for flag_name, read in (
         ("batching_parameters_file", config_files.read_batching),
         ("monitoring_config_file", config_files.read_monitoring),
         ("ssl_config_file", config_files.read_tls),
+        ("tensorflow_session_config_file", config_files.read_session),
     ):
         _check_file(report, flag_name, getattr(config, flag_name), read)
     try:
@@ -50,7 +54,7 @@ def check(config: ServeConfig) -> Report:
     if config.model_config_file:
         report.note(f"--model_config_file={config.model_config_file}: models {', '.join(m.name for m in models)}")
     for model in models:
-        _check_model(report, model, config.allow_version_labels_for_unavailable_models)
+        _check_model(report, model, config)
     return report
 
 
@@ -65,7 +69,7 @@ def _check_file(report: Report, flag_name: str, path: str, read: Callable[[pathl
         report.note(f"--{flag_name}={path}: can be used")
 
 
-def _check_model(report: Report, model: ModelSettings, labels_before_versions: bool) -> None:
+def _check_model(report: Report, model: ModelSettings, config: ServeConfig) -> None:
     absence = why_no_version(model.base_path)
     if absence is not None:
         report.fault(f"Model {model.name} has no version. Received: {model.base_path}. {absence.reason}")
@@ -76,6 +80,9 @@ def _check_model(report: Report, model: ModelSettings, labels_before_versions: b
         f"Model {model.name} in {model.base_path}: versions {_numbers(present)}; the policy {model.policy} serves "
         f"{_numbers(wanted)}"
     )
+    if config.enable_batching and config.enable_per_model_batching_parameters:
+        for path in wanted.values():
+            _check_batching(report, path)
     missing = [number for number in model.specific if number not in present]
     if missing:
         report.fault(
@@ -85,13 +92,22 @@ def _check_model(report: Report, model: ModelSettings, labels_before_versions: b
     faulty = set()
     for finding in model.label_findings(present):
         faulty.add(finding.label)
-        if finding.due and not (labels_before_versions and finding.absent):
+        if finding.due and not (config.allow_version_labels_for_unavailable_models and finding.absent):
             report.fault(finding.text)
         else:
             report.note(f"note: {finding.text}")
     for label, number in model.labels.items():
         if label not in faulty:
             report.note(f"Model {model.name}: label {label} points to version {number}")
+
+
+def _check_batching(report: Report, version: pathlib.Path) -> None:
+    try:
+        batching = config_files.batching_of_version(version, config_files.Batching())
+    except ServingError as error:
+        report.fault(error.message)
+    else:
+        report.note(f"{version}: {'requests are batched' if batching else 'no batching'}")
 
 
 def _numbers(versions: Any) -> str:

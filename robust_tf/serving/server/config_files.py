@@ -1,10 +1,11 @@
-"""Reads the configuration files of `tensorflow_model_server`: models, batching, monitoring and TLS.
+"""Reads the configuration files of `tensorflow_model_server`: models, batching, monitoring, TLS and sessions.
 
-They are protocol buffers in text form. The official package contains only the message for models, so the fields of
-the other three are declared here, with the same names.
+They are protocol buffers in text form. No package contains the messages for batching, monitoring and TLS, so their
+fields are declared here, with the same names.
 """
 
 import dataclasses
+import os
 import pathlib
 import ssl
 import tempfile
@@ -12,11 +13,13 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 from google.protobuf.message import Message
+from tensorflow.core.protobuf import config_pb2, rewriter_config_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
-from robust_tf.errors import UserError
+from robust_tf.errors import UserError, unknown_name
 from robust_tf.serving.model.folders import MAX_VERSION, check_local
-from robust_tf.serving.server.model_settings import ModelSettings
+from robust_tf.serving.model.status import invalid
+from robust_tf.serving.server.model_settings import ModelSettings, RequestLogging
 from robust_tf.serving.server.serve_config import ServeConfig
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
@@ -44,6 +47,8 @@ _MESSAGES: dict[str, list[tuple[str, int, Any, bool]]] = {
         ("client_verify", 4, _FIELD.TYPE_BOOL, False),
     ],
 }
+BATCHING_FILE = "batching_params.pbtxt"
+_COLLECTORS = ("", "tfrecord")  # types of log collectors; TensorFlow Serving itself defines none
 _PROMETHEUS_PATH = "/monitoring/prometheus/metrics"
 
 
@@ -167,6 +172,12 @@ def model_settings(config: model_server_config_pb2.ModelServerConfig) -> list[Mo
                 f'Model {model.name} needs model_platform: "tensorflow". Received: {model.model_platform!r}.'
             )
         settings[model.name] = _one_model(model)
+    prefixes = [one.logging.filename_prefix for one in settings.values() if one.logging]
+    for prefix in prefixes:
+        if prefixes.count(prefix) > 1:
+            raise UserError(
+                f"Each model needs its own filename_prefix for request logging. Received: {prefix!r} more than once."
+            )
     return list(settings.values())
 
 
@@ -186,7 +197,41 @@ def _one_model(model: model_server_config_pb2.ModelConfig) -> ModelSettings:
         latest=latest,
         specific=specific,
         labels=dict(model.version_labels),
+        logging=_request_logging(model) if model.HasField("logging_config") else None,
     )
+
+
+def _request_logging(model: model_server_config_pb2.ModelConfig) -> RequestLogging:
+    collector, sampling = model.logging_config.log_collector_config, model.logging_config.sampling_config
+    for message, supported in (
+        (model.logging_config, ("log_collector_config", "sampling_config")),
+        (sampling, ("sampling_rate",)),
+    ):
+        for field, _ in message.ListFields():
+            if field.name not in supported:
+                raise UserError(
+                    f"logging_config of model {model.name} has a field that is not supported. Received: {field.name}."
+                )
+    if collector.type not in _COLLECTORS:
+        raise unknown_name(f"type of log_collector_config of model {model.name}", collector.type, ["tfrecord"])
+    prefix, rate = collector.filename_prefix, sampling.sampling_rate
+    check_local(prefix, f"filename_prefix of model {model.name}")
+    if not pathlib.PurePath(prefix).is_absolute():
+        raise UserError(
+            f"Request logging needs a filename_prefix with an absolute path. Received: {prefix!r} for model "
+            f"{model.name}."
+        )
+    if not os.access(os.path.dirname(prefix), os.W_OK | os.X_OK):
+        raise UserError(
+            "Request logging needs a folder that exists and is writable for this user. Received: filename_prefix "
+            f"{prefix!r} for model {model.name}."
+        )
+    if not model.logging_config.HasField("sampling_config") or not 0 <= rate <= 1:
+        raise UserError(
+            f"Request logging needs sampling_config {{ sampling_rate: 0.1 }}, with a number from 0 to 1. Received: "
+            f"{rate:g} for model {model.name}."
+        )
+    return RequestLogging(prefix, rate)
 
 
 def read_batching(path: pathlib.Path) -> Batching:
@@ -203,6 +248,25 @@ def read_batching(path: pathlib.Path) -> Batching:
         if field.name != "allowed_batch_sizes" and message.HasField(field.name)
     }
     return Batching(allowed_batch_sizes=tuple(message.allowed_batch_sizes), **values)
+
+
+def batching_of_version(path: pathlib.Path, common: Batching) -> Batching | None:
+    """Returns the batching of a version that brings its own parameters, or None if it brings none.
+
+    Args:
+        path: Folder of the version, which may hold the file `BATCHING_FILE`.
+        common: Batching of the server, from which only the number of threads is taken.
+
+    Raises:
+        ServingError: The file is not valid (INVALID_ARGUMENT).
+    """
+    file = path / BATCHING_FILE
+    if not file.is_file():
+        return None
+    try:
+        return dataclasses.replace(read_batching(file), num_batch_threads=common.num_batch_threads)
+    except UserError as error:
+        raise invalid(str(error)) from error
 
 
 def read_monitoring(path: pathlib.Path) -> str | None:
@@ -230,6 +294,30 @@ def read_tls(path: pathlib.Path) -> Tls:
             f"TLS needs PEM texts, and a key that belongs to the certificate. Received: {path}: {error}."
         ) from error
     return tls
+
+
+def read_session(path: pathlib.Path) -> config_pb2.ConfigProto:
+    """Reads the file of `--tensorflow_session_config_file`."""
+    message: config_pb2.ConfigProto = _parse(path, config_pb2.ConfigProto(), "tensorflow.ConfigProto")
+    return message
+
+
+def session_settings(config: ServeConfig) -> config_pb2.ConfigProto:
+    """Returns the settings of the Sessions that run the models, from all flags that concern them."""
+    file = config.tensorflow_session_config_file
+    settings = read_session(pathlib.Path(file)) if file else config_pb2.ConfigProto()
+    intra, inter = config.tensorflow_intra_op_parallelism, config.tensorflow_inter_op_parallelism
+    if not (intra or inter):
+        intra = inter = config.tensorflow_session_parallelism
+    if intra or inter:
+        settings.intra_op_parallelism_threads, settings.inter_op_parallelism_threads = intra, inter
+    if config.per_process_gpu_memory_fraction:
+        settings.gpu_options.per_process_gpu_memory_fraction = config.per_process_gpu_memory_fraction
+    if config.mixed_precision:
+        settings.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 = (
+            rewriter_config_pb2.RewriterConfig.ON
+        )
+    return settings
 
 
 def _check_pem(tls: Tls) -> None:

@@ -23,27 +23,28 @@ from robust_tf.serving.model import inference
 from robust_tf.serving.model.served_model import ServedModel
 from robust_tf.serving.model.status import ServingError, invalid, only_serving_errors
 from robust_tf.serving.model.tensors import examples_of, to_array, to_proto
+from robust_tf.serving.server.messages import fill_classification, fill_regression, log_of_messages
 from robust_tf.serving.server.service import Service
 from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
 
-_CLASSIFY = "tensorflow/serving/classify"
-_REGRESS = "tensorflow/serving/regress"
 
-
-def add_services(server: grpc.Server, service: Service) -> None:
+def add_services(server: grpc.Server, service: Service, *, packed: bool = False) -> None:
     """Adds both services to a gRPC server.
 
     Args:
         server: Server to add them to.
         service: The models that answer.
+        packed: Whether replies to Predict hold their numbers as bytes; see `to_proto`.
     """
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(_PredictionService(service), server)
+    prediction = _PredictionService(service, packed=packed)
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(prediction, server)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(_ModelService(service), server)
 
 
 class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, packed: bool) -> None:
         self._service = service
+        self._packed = packed
 
     def Predict(self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext) -> Any:
         def answer(model: ServedModel, reply: predict_pb2.PredictResponse, timeout_ms: int) -> None:
@@ -58,7 +59,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
                     timeout_ms=timeout_ms,
                 )
             for name, value in outputs.items():
-                reply.outputs[name].CopyFrom(to_proto(value))
+                reply.outputs[name].CopyFrom(to_proto(value, packed=self._packed))
 
         return self._infer(request, context, "predict", predict_pb2.PredictResponse(), answer)
 
@@ -84,10 +85,11 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
                         result = reply.results.add()
                         _echo(result.model_spec, task.model_spec, number)
                         arguments = model, task.model_spec, request.input
-                        if task.method_name == _CLASSIFY:
+                        if task.method_name == inference.CLASSIFY:
                             self._classify(*arguments, result.classification_result, _timeout_ms(context))
                         else:
                             self._regress(*arguments, result.regression_result, _timeout_ms(context))
+                self._log("multi_inference", request.tasks[0].model_spec, number, request, reply)
                 return reply
 
     def GetModelMetadata(
@@ -117,7 +119,11 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             with self._service.leased(request.model_spec) as (number, model):
                 answer(model, reply, _timeout_ms(context))
                 _echo(reply.model_spec, request.model_spec, number)
+            self._log(method, request.model_spec, number, request, reply)
             return reply
+
+    def _log(self, method: str, spec: model_pb2.ModelSpec, number: int, request: Any, reply: Any) -> None:
+        self._service.log(spec, number, size=request.ByteSize, make=lambda: log_of_messages(method, request, reply))
 
     def _classify(
         self,
@@ -129,17 +135,8 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     ) -> None:
         examples = examples_of(source)
         with self._service.running(spec.name, "classify", examples=len(examples)):
-            classes, scores = inference.classify(
-                model, examples, signature_name=spec.signature_name, timeout_ms=timeout_ms
-            )
-        width = (scores if scores is not None else classes).shape[1]  # type: ignore[union-attr]  # one is not None
-        for row in range(len(examples)):
-            entry = result.classifications.add()
-            for column in range(width):
-                entry.classes.add(
-                    label="" if classes is None else classes[row, column].decode("utf-8", "replace"),
-                    score=0.0 if scores is None else float(scores[row, column]),
-                )
+            answer = inference.classify(model, examples, signature_name=spec.signature_name, timeout_ms=timeout_ms)
+        fill_classification(result, answer)
 
     def _regress(
         self,
@@ -152,8 +149,7 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         examples = examples_of(source)
         with self._service.running(spec.name, "regress", examples=len(examples)):
             values = inference.regress(model, examples, signature_name=spec.signature_name, timeout_ms=timeout_ms)
-        for value in values:
-            result.regressions.add(value=float(value))
+        fill_regression(result, values)
 
 
 class _ModelService(model_service_pb2_grpc.ModelServiceServicer):
@@ -216,7 +212,7 @@ def _check_tasks(tasks: Any) -> str:
                 f"All ModelSpecs in a MultiInferenceRequest must access the same model name. Received: "
                 f"{task.model_spec.name}, {tasks[0].model_spec.name}."
             )
-        if task.method_name not in (_CLASSIFY, _REGRESS):
+        if task.method_name not in (inference.CLASSIFY, inference.REGRESS):
             raise ServingError("UNIMPLEMENTED", f"Unsupported signature method_name: {task.method_name}")
         signature = task.model_spec.signature_name or DEFAULT_SIGNATURE
         if signature in seen:

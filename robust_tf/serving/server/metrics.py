@@ -17,6 +17,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, ...], int] = defaultdict(int)
+        self._logged: dict[tuple[str, ...], int] = defaultdict(int)
         self._examples: dict[str, int] = defaultdict(int)
         self._example_counts: dict[tuple[str, ...], _Histogram] = defaultdict(lambda: _Histogram(_EXAMPLE_BOUNDS))
         self._request_latency: dict[tuple[str, ...], _Histogram] = defaultdict(_latency_histogram)
@@ -32,6 +33,16 @@ class Metrics:
         """
         with self._lock:
             self._counts[model_name, status] += 1
+
+    def count_log(self, model_name: str, status: str) -> None:
+        """Counts one request that was to be logged.
+
+        Args:
+            model_name: Name of the model.
+            status: "OK" if it was logged, or else the canonical code of the reason.
+        """
+        with self._lock:
+            self._logged[model_name, status] += 1
 
     def observe(self, model_name: str, method: str, entrypoint: str, *, microseconds: float) -> None:
         """Records the time that a successful request took.
@@ -74,6 +85,7 @@ class Metrics:
         """Returns all metrics in the text format of Prometheus."""
         with self._lock:
             lines = _counter_lines("request_count", ("model_name", "status"), self._counts)
+            lines += _counter_lines("request_log_count", ("model_name", "status_code"), self._logged)
             lines += _counter_lines(
                 "request_example_count_total", ("model",), {(name,): n for name, n in self._examples.items()}
             )

@@ -23,6 +23,19 @@ class LabelFinding(NamedTuple):
     absent: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class RequestLogging:
+    """Which requests to a model are logged, and where.
+
+    Attributes:
+        filename_prefix: Beginning of the paths of the files.
+        sampling_rate: Share of the requests to log, from 0 to 1.
+    """
+
+    filename_prefix: str
+    sampling_rate: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """The settings of one model.
@@ -33,6 +46,7 @@ class ModelSettings:
         latest: Number of versions to serve, namely those with the highest numbers. 0 serves all.
         specific: Numbers of the versions to serve, instead of the latest ones. Empty to use `latest`.
         labels: Number of the version that each label points to.
+        logging: Which requests are logged, or None for none.
     """
 
     name: str
@@ -40,6 +54,7 @@ class ModelSettings:
     latest: int = 1
     specific: tuple[int, ...] = ()
     labels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    logging: RequestLogging | None = None
 
     @property
     def policy(self) -> str:

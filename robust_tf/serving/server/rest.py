@@ -5,8 +5,10 @@ import json
 import re
 import urllib.parse
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import Executor
 
+import numpy as np
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from starlette.requests import ClientDisconnect, Request
@@ -16,8 +18,10 @@ from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2  # noqa: F
 
 from robust_tf.serving.model import inference
 from robust_tf.serving.model.folders import MAX_VERSION
+from robust_tf.serving.model.inference import Classification
 from robust_tf.serving.model.status import ServingError, invalid, only_serving_errors
 from robust_tf.serving.server import rest_replies, rest_requests
+from robust_tf.serving.server.messages import log_of_examples, log_of_predict
 from robust_tf.serving.server.page import page
 from robust_tf.serving.server.service import Service
 from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
@@ -160,7 +164,8 @@ class RestApp:
     def _predict(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
         document = rest_requests.parse_body(body)
         signature_name = rest_requests.signature_name_of(document) or DEFAULT_SIGNATURE
-        with self._service.leased(spec) as (_, model):
+        spec.signature_name = signature_name
+        with self._service.leased(spec) as (number, model):
             definition = model.signature(signature_name)
             if definition is None:
                 raise invalid(f'Serving signature name: "{signature_name}" not found in signature def')
@@ -170,29 +175,45 @@ class RestApp:
                 outputs = inference.predict(
                     model, request.inputs, signature_name=signature_name, timeout_ms=self._timeout_ms
                 )
-        return rest_replies.predict_reply(outputs, by_row=request.by_row)
+        reply = rest_replies.predict_reply(outputs, by_row=request.by_row)
+        self._service.log(
+            spec, number, size=lambda: len(body), make=lambda: log_of_predict(spec, request.inputs, outputs)
+        )
+        return reply
 
     def _classify(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
         document = rest_requests.parse_body(body)
-        signature_name = rest_requests.signature_name_of(document)
+        signature_name = spec.signature_name = rest_requests.signature_name_of(document)
         examples = rest_requests.parse_examples(document)
         with (
-            self._service.leased(spec) as (_, model),
+            self._service.leased(spec) as (number, model),
             self._service.running(spec.name, "classify", examples=len(examples)),
         ):
             result = inference.classify(model, examples, signature_name=signature_name, timeout_ms=self._timeout_ms)
+        self._log_examples(spec, number, body, examples, result)
         return rest_replies.classify_reply(result)
 
     def _regress(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
         document = rest_requests.parse_body(body)
-        signature_name = rest_requests.signature_name_of(document)
+        signature_name = spec.signature_name = rest_requests.signature_name_of(document)
         examples = rest_requests.parse_examples(document)
         with (
-            self._service.leased(spec) as (_, model),
+            self._service.leased(spec) as (number, model),
             self._service.running(spec.name, "regress", examples=len(examples)),
         ):
             values = inference.regress(model, examples, signature_name=signature_name, timeout_ms=self._timeout_ms)
+        self._log_examples(spec, number, body, examples, values)
         return rest_replies.regress_reply(values)
+
+    def _log_examples(
+        self,
+        spec: model_pb2.ModelSpec,
+        number: int,
+        body: bytes,
+        examples: Sequence[bytes],
+        result: Classification | np.ndarray,
+    ) -> None:
+        self._service.log(spec, number, size=lambda: len(body), make=lambda: log_of_examples(spec, examples, result))
 
     def _status(self, spec: model_pb2.ModelSpec) -> bytes:
         return _proto_json(self._service.status(spec))

@@ -30,7 +30,7 @@ def predict_reply(outputs: Mapping[str, np.ndarray], *, by_row: bool) -> bytes:
     rows = None
     for name, value in outputs.items():
         if value.ndim == 0:
-            raise invalid(f"Tensor name: {name} has no batch dimension, which replies by row need. Ask with 'inputs'.")
+            raise invalid(f"Tensor name: {name} has no shape information, which 'instances' needs. Ask with 'inputs'.")
         if rows not in (None, len(value)):
             raise invalid(f"Tensor name: {name} has inconsistent batch size: {len(value)} expecting: {rows}")
         rows = len(value)

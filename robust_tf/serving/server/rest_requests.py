@@ -4,7 +4,8 @@ import base64
 import binascii
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,11 +70,11 @@ def parse_predict(document: Mapping[str, Any], definition: meta_graph_pb2.Signat
     """
     by_row = "instances" in document
     if by_row and "inputs" in document:
-        raise invalid(
-            "JSON Value: Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist "
+        raise _bad_document(
+            document, "Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist"
         )
     if by_row:
-        return PredictRequest(_parse_rows(document["instances"], definition), True)
+        return PredictRequest(_parse_rows(document, definition), True)
     if "inputs" in document:
         return PredictRequest(_parse_columns(document["inputs"], definition), False)
     raise invalid("Missing 'inputs' or 'instances' key")
@@ -81,16 +82,16 @@ def parse_predict(document: Mapping[str, Any], definition: meta_graph_pb2.Signat
 
 def parse_examples(document: Mapping[str, Any]) -> list[bytes]:
     """Returns the serialized tf.Examples of a classify or regress request, each merged with the request's context."""
+    context = _parse_example(document.get("context", {}))
     if "examples" not in document:
-        raise invalid("When method is classify/regress, key 'examples' is expected and was not found.")
-    examples, context = document["examples"], document.get("context", {})
+        raise _bad_document(document, "When method is classify, key 'examples' is expected and was not found")
+    examples = document["examples"]
     if not isinstance(examples, list):
-        raise invalid("Expecting 'examples' value to be an list/array")
+        raise _bad_document(document, "Expecting 'examples' value to be an list/array")
     if not examples:
-        raise invalid("'examples' value is an empty array")
-    if not isinstance(context, dict):
-        raise invalid(f"Context is not an object. JSON Value: {_excerpt(context)}")
-    return [_parse_example(example, context) for example in examples]
+        raise _bad_document(document, "'examples' value is an empty array")
+    # Concatenating serialized messages merges them. Where both set a feature, the example's wins.
+    return [context + _parse_example(example) for example in examples]
 
 
 def _parse_leniently(body: bytes) -> Any:
@@ -107,47 +108,75 @@ def _parse_leniently(body: bytes) -> Any:
         raise invalid(f"JSON Parse error: nested too deeply or too long a number: {error}") from error
 
 
-def _parse_rows(instances: Any, definition: meta_graph_pb2.SignatureDef) -> dict[str, np.ndarray]:
+def _parse_rows(document: Mapping[str, Any], definition: meta_graph_pb2.SignatureDef) -> dict[str, np.ndarray]:
+    instances = document["instances"]
     if not isinstance(instances, list):
-        raise invalid("Expecting 'instances' to be an list/array")
+        raise _bad_document(document, "Expecting 'instances' to be an list/array")
     if not instances:
-        raise invalid("No values in 'instances' array")
+        raise _bad_document(document, "No values in 'instances' array")
     names = sorted(definition.inputs)
-    if not isinstance(instances[0], dict) or _is_bytes(instances[0]):
+    if not _is_object(instances[0]):
         if len(names) != 1:
             raise invalid(
                 f"instances is a plain list, but expecting list of objects as multiple input tensors required: {names}"
             )
-        return {names[0]: _row_array(names[0], instances, definition)}
+        for row, instance in enumerate(instances):
+            if _is_object(instance):
+                raise invalid(f"Expecting value/list but got object at item {row} of input list")
+        return {names[0]: _row_array(instances, definition.inputs[names[0]].dtype)}
     columns: dict[str, list[Any]] = {name: [] for name in names}
     for row, instance in enumerate(instances):
-        if not isinstance(instance, dict):
-            raise _bad_row(row, f"JSON Value: {_excerpt(instance)} Is not object")
+        if not _is_object(instance):
+            raise invalid(f"Expecting object but got list at item {row} of input list")
         for name, value in instance.items():
             if name not in columns:
-                raise _bad_row(row, f"JSON object: does not have named input: {name}", key=name)
+                raise _bad_row(row, invalid(f"JSON object: does not have named input: {name}"), key=name)
             columns[name].append(value)
         if len(instance) != len(names):
-            raise _bad_row(row, f"JSON object keys must be equal to: {','.join(names)}")
-    return {name: _row_array(name, values, definition) for name, values in columns.items()}
+            raise invalid(
+                f"Failed to process element: {row} of 'instances' list. JSON object: {_excerpt(instance)} keys must "
+                f"be equal to: {','.join(names)}"
+            )
+    return {name: _row_array(values, definition.inputs[name].dtype, key=name) for name, values in columns.items()}
 
 
-def _row_array(name: str, values: list[Any], definition: meta_graph_pb2.SignatureDef) -> np.ndarray:
+def _row_array(rows: list[Any], datatype: int, *, key: str = "") -> np.ndarray:
+    """Converts the values of an input, one for each row, to an array. `key` is the input's name if rows are objects."""
     try:
-        return _to_array(values, definition.inputs[name].dtype)
+        return _to_array(rows, datatype)
     except ServingError as error:
-        raise _bad_row(0, f"{error.code}: {error.message}", key=name, wrap=False) from error
+        row, fault = _first_fault(rows, datatype) or (0, error)
+        raise _bad_row(row, fault, key=key) from error
 
 
-def _bad_row(row: int, message: str, *, key: str = "", wrap: bool = True) -> ServingError:
+def _first_fault(rows: list[Any], datatype: int) -> tuple[int, ServingError] | None:
+    """Returns the number of the first row that is not a tensor, or not one like the first row, and its error."""
+    expected = _shape(rows[0])
+    for row, value in enumerate(rows):
+        try:
+            _to_array(value, datatype)
+        except ServingError as error:
+            return row, error
+        found = _shape(value)
+        if math.prod(found) != math.prod(expected):
+            return row, invalid(f"Expecting tensor size: {math.prod(expected)} but got: {math.prod(found)}")
+        if found != expected:
+            return row, invalid(f"Expecting shape {_text(expected)} but got: {_text(found)}")
+    return None
+
+
+def _bad_row(row: int, error: ServingError, *, key: str) -> ServingError:
     named = f" key: {key}" if key else ""
-    prefix = "INVALID_ARGUMENT: " if wrap else ""
-    return invalid(f"Failed to process element: {row}{named} of 'instances' list. Error: {prefix}{message}")
+    return invalid(f"Failed to process element: {row}{named} of 'instances' list. Error: {error}")
+
+
+def _bad_document(document: Mapping[str, Any], message: str) -> ServingError:
+    return invalid(f"JSON Value: {_excerpt(document)} {message}")
 
 
 def _parse_columns(inputs: Any, definition: meta_graph_pb2.SignatureDef) -> dict[str, np.ndarray]:
     names = sorted(definition.inputs)
-    if not isinstance(inputs, dict) or _is_bytes(inputs):
+    if not _is_object(inputs):
         if len(names) != 1:
             raise invalid(
                 f"inputs is a plain value/list, but expecting an object as multiple input tensors required: {names}"
@@ -160,7 +189,13 @@ def _parse_columns(inputs: Any, definition: meta_graph_pb2.SignatureDef) -> dict
 
 
 def _is_bytes(value: Any) -> bool:
-    return isinstance(value, dict) and list(value) == ["b64"]
+    """Returns whether a JSON value is the base64 form of bytes, {"b64": "..."}."""
+    return isinstance(value, dict) and list(value) == ["b64"] and isinstance(value["b64"], str)
+
+
+def _is_object(value: Any) -> bool:
+    """Returns whether a JSON value is an object that does not stand for bytes."""
+    return isinstance(value, dict) and not _is_bytes(value)
 
 
 def _to_array(value: Any, datatype: int) -> np.ndarray:
@@ -213,20 +248,34 @@ def _shape(value: Any) -> list[int]:
 def _leaves(value: Any, shape: Sequence[int]) -> list[Any]:
     """Checks that all lists at the same depth have the same length, and returns their elements in order."""
     level = [value]
-    for depth, size in enumerate(shape):
+    for size in shape:
         if set(map(type, level)) != {list} or set(map(len, level)) != {size}:
-            raise _ragged(level, shape[depth:])
+            raise _ragged(value, shape)
         level = list(itertools.chain.from_iterable(level))
     if list in set(map(type, level)):
-        raise _ragged(level, [])
+        raise _ragged(value, shape)
     return level
 
 
-def _ragged(level: Sequence[Any], expected: Sequence[int]) -> ServingError:
-    found = next(shape for shape in map(_shape, level) if len(shape) != len(expected) or shape[:1] != expected[:1])
-    if len(found) == len(expected):
-        return invalid(f"Expecting tensor size: {expected[0]} but got: {found[0]}")
-    return invalid(f"Encountered list at unexpected size: Expecting shape {_text(expected)} but got: {_text(found)}")
+def _ragged(value: Any, shape: Sequence[int]) -> ServingError:
+    """Returns the error for the first part of nested lists that does not fit their shape."""
+    waiting = [(value, 0)]
+    while True:
+        item, level = waiting.pop()
+        if not isinstance(item, list):
+            if level != len(shape):
+                return invalid(
+                    f"JSON Value: {_excerpt(item)} found at incorrect level: {level + 1} in the JSON DOM. Expected at "
+                    f"level: {len(shape)}"
+                )
+        elif level >= len(shape):
+            return invalid(f"Encountered list at unexpected level: {level} expected < {len(shape)}")
+        elif len(item) != shape[level]:
+            return invalid(
+                f"Encountered list at unexpected size: {len(item)} at level: {level} expected size: {shape[level]}"
+            )
+        else:
+            waiting.extend((part, level + 1) for part in reversed(item))
 
 
 def _text(shape: Sequence[int]) -> str:
@@ -236,7 +285,7 @@ def _text(shape: Sequence[int]) -> str:
 def _to_bytes(value: str | dict[str, Any]) -> bytes:
     if isinstance(value, str):
         return value.encode("utf-8", "surrogatepass")
-    if not _is_bytes(value) or not isinstance(value["b64"], str):
+    if not _is_bytes(value):
         raise invalid(f"JSON Value: {_excerpt(value)} not formatted correctly for base64 data")
     text: str = "".join(value["b64"].split())
     try:
@@ -245,34 +294,43 @@ def _to_bytes(value: str | dict[str, Any]) -> bytes:
         raise invalid(f"JSON Value: {_excerpt(value)} Unable to base64 decode") from error
 
 
-def _parse_example(example: Any, context: Mapping[str, Any]) -> bytes:
+def _parse_example(example: Any) -> bytes:
     if not isinstance(example, dict):
-        raise invalid(f"Example must be JSON object but got JSON Value: {_excerpt(example)}")
+        raise invalid(f"Example must be JSON object but got JSON {_json_type(example)}")
     message = tf.train.Example()
-    for name, value in {**context, **example}.items():
-        values = value if isinstance(value, list) else [value]
-        kinds = {_FEATURE_LISTS.get(type(item)) for item in values}
-        if not values:
-            continue
-        if None in kinds or len(kinds) > 1:
-            raise invalid(
-                f"Unable to parse feature {name!r}: JSON Value: {_excerpt(value)} must hold values of one type"
-            )
-        field, convert = _FEATURE_VALUES[kinds.pop()]  # type: ignore[index]
-        try:
-            getattr(message.features.feature[name], field).value.extend(map(convert, values))
-        except (ValueError, OverflowError) as error:
-            raise invalid(f"Unable to parse feature {name!r}: {error}") from error
+    for name, value in example.items():
+        feature = message.features.feature[name]
+        for item in value if isinstance(value, list) else [value]:
+            _add_value(item, name, feature)
     serialized: bytes = message.SerializeToString()
     return serialized
 
 
-_FEATURE_LISTS: dict[type, str] = {int: "int", bool: "int", float: "float", str: "bytes", dict: "bytes"}
-_FEATURE_VALUES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "int": ("int64_list", int),
-    "float": ("float_list", float),
-    "bytes": ("bytes_list", _to_bytes),
-}
+def _add_value(value: Any, name: str, feature: tf.train.Feature) -> None:
+    """Adds a JSON value to the list of a feature. All values of a feature have the same type."""
+    converted: int | float | bytes
+    if isinstance(value, str) or _is_bytes(value):
+        kind, converted = "bytes_list", _to_bytes(value)
+    elif isinstance(value, bool | int) and -(2**63) <= value < 2**64:
+        kind, converted = "int64_list", int(value)
+    elif isinstance(value, int | float):  # an integer beyond 64 bits is a decimal number, as in other JSON parsers
+        kind, converted = "float_list", _to_float(value)
+    else:
+        raise invalid(f"Feature: {name} has element with unexpected JSON type: {_json_type(value)}")
+    known = feature.WhichOneof("kind")
+    if known not in (None, kind):
+        expected = known.removesuffix("_list")
+        raise invalid(f"Unexpected element type in feature: {name} expecting type: {expected}")
+    if kind == "int64_list" and converted >= 2**63:  # type: ignore[operator]  # it is an int
+        raise invalid(f"Feature: {name} has uint64_t element. Only int64_t is supported. Received: {value}.")
+    getattr(feature, kind).value.append(converted)
+
+
+def _to_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _excerpt(value: Any) -> str:
@@ -284,4 +342,6 @@ def _excerpt(value: Any) -> str:
 
 
 def _json_type(value: Any) -> str:
-    return {str: "String", dict: "Object", list: "Array", bool: "Bool", type(None): "Null"}.get(type(value), "Number")
+    if isinstance(value, bool):
+        return str(value)
+    return {str: "String", dict: "Object", list: "Array", type(None): "Null"}.get(type(value), "Number")

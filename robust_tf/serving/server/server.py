@@ -1,16 +1,16 @@
 """The embedded server, which loads models, answers on its ports, and stops without losing a request."""
 
 import logging
+import math
 import os
 import pathlib
 import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
-import tensorflow as tf
 import uvicorn
 
 from robust_tf.errors import UserError
@@ -24,10 +24,14 @@ from robust_tf.serving.server.config_files import Batching
 from robust_tf.serving.server.grpc_services import add_services
 from robust_tf.serving.server.metrics import Metrics
 from robust_tf.serving.server.model_settings import ModelSettings
+from robust_tf.serving.server.request_logs import RequestLogs
 from robust_tf.serving.server.rest import RestApp
 from robust_tf.serving.server.serve_config import ServeConfig
 from robust_tf.serving.server.service import Service
 from robust_tf.serving.server.versions import ModelManager
+
+if TYPE_CHECKING:
+    from robust_tf.serving.server.health import HealthService
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,24 +48,31 @@ class Server:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        if config.enable_profiler:
-            _LOG.warning("--enable_profiler=true has no effect: there is no profiler in this server")
+        for warning in config.warnings():
+            _LOG.warning("%s", warning)
         self._models = config_files.models_to_serve(config)
         self._batching = _batching(config)
+        self._session_settings = config_files.session_settings(config)
         monitoring = config.monitoring_config_file
         metrics_path = config_files.read_monitoring(pathlib.Path(monitoring)) if monitoring else None
         metrics = Metrics()
         self._manager = ModelManager(
             self._load,
             poll_seconds=config.file_system_poll_wait_seconds,
-            warm_up=config.enable_model_warmup,
+            warm_up=max(1, config.num_request_iterations_for_warmup) if config.enable_model_warmup else 0,
+            load_retries=config.max_num_load_retries,
+            retry_seconds=config.load_retry_interval_micros / 1e6,
+            load_threads=config.num_load_threads,
+            unload_threads=config.num_unload_threads,
             labels_before_versions=config.allow_version_labels_for_unavailable_models,
             metrics=metrics,
         )
-        self._service = Service(self._manager, metrics)
+        self._logs = RequestLogs(metrics)
+        self._service = Service(self._manager, metrics, self._logs, tags=config.saved_model_tags.split(","))
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._listener = _bind(config) if config.rest_api_port else None
+        self._health: HealthService | None = None
         self._grpc = self._grpc_server() if config.port or config.grpc_socket_path else None
         self._workers = ThreadPoolExecutor(config.rest_api_num_threads, thread_name_prefix="rest")
         app = RestApp(
@@ -128,6 +139,8 @@ class Server:
         """
         self._stopping.set()
         self._rest.should_exit = True
+        if self._health is not None:
+            self._health.stop()
         if self._grpc is not None:
             self._grpc.stop(self._config.shutdown_grace_seconds).wait()
         for thread in self._threads:
@@ -136,14 +149,19 @@ class Server:
             self._listener.close()
         self._manager.stop()
         self._workers.shutdown()
+        self._logs.close()
 
     def _load(self, path: pathlib.Path) -> ServedModel:
-        session_config = tf.compat.v1.ConfigProto(
-            intra_op_parallelism_threads=self._config.tensorflow_intra_op_parallelism,
-            inter_op_parallelism_threads=self._config.tensorflow_inter_op_parallelism,
+        batching = self._batching
+        if batching is not None and self._config.enable_per_model_batching_parameters:
+            batching = config_files.batching_of_version(path, batching)
+        model = LoadedModel(
+            path,
+            tags=self._config.saved_model_tags.split(","),
+            session_config=self._session_settings,
+            checks_methods=self._config.enable_signature_method_name_check,
         )
-        model = LoadedModel(path, tags=self._config.saved_model_tags.split(","), session_config=session_config)
-        return model if self._batching is None else BatchedModel(model, self._batching)
+        return model if batching is None else BatchedModel(model, batching)
 
     def _load_first_versions(self) -> None:
         while not self._stopping.is_set():
@@ -160,7 +178,9 @@ class Server:
                 if label_error:
                     raise UserError(label_error.message)
                 return
-            if self._config.file_system_poll_wait_seconds <= 0:
+            retry_seconds = self._manager.seconds_to_retry()
+            poll_seconds = self._config.file_system_poll_wait_seconds
+            if poll_seconds <= 0 and retry_seconds == math.inf:
                 raise UserError(
                     "There is no version to serve, and with --file_system_poll_wait_seconds=0 the server looks only "
                     "once. Received: "
@@ -170,19 +190,26 @@ class Server:
                         if (absence := why_no_version(model.base_path))
                     )
                 )
-            self._stopping.wait(self._config.file_system_poll_wait_seconds)
+            self._stopping.wait(min(retry_seconds, poll_seconds if poll_seconds > 0 else math.inf))
 
     def _grpc_server(self) -> grpc.Server:
         config = self._config
+        options: dict[str, int | str] = {
+            "grpc.max_receive_message_length": config.max_request_bytes,
+            "grpc.max_send_message_length": -1,
+            "grpc.so_reuseport": 0,
+        }
         server = grpc.server(
             ThreadPoolExecutor(config.grpc_max_threads, thread_name_prefix="grpc"),
-            options=[
-                ("grpc.max_receive_message_length", config.max_request_bytes),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-            ],
+            options=list((options | config.channel_arguments()).items()),
         )
-        add_services(server, self._service)
+        add_services(server, self._service, packed=config.enable_serialization_as_tensor_content)
+        if config.enable_grpc_healthcheck_service:
+            # Imported only here, because this is the only part that needs its package.
+            from robust_tf.serving.server.health import HealthService
+
+            self._health = HealthService()
+            self._health.add_to(server)
         try:
             if config.port and config.ssl_config_file:
                 credentials = _credentials(config_files.read_tls(pathlib.Path(config.ssl_config_file)))

@@ -1,33 +1,45 @@
-"""The parts that REST and gRPC share: choosing a version, measuring requests, status and metadata."""
+"""The parts that REST and gRPC share: choosing a version, measuring and logging requests, status and metadata."""
 
 import contextlib
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2, prediction_log_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
 from robust_tf.errors import UserError
 from robust_tf.serving.model.served_model import ServedModel
 from robust_tf.serving.model.status import ServingError, invalid, only_serving_errors
 from robust_tf.serving.server.config_files import model_settings
+from robust_tf.serving.server.messages import log_metadata
 from robust_tf.serving.server.metrics import Metrics
+from robust_tf.serving.server.request_logs import LogEntry, RequestLogs
 from robust_tf.serving.server.versions import ModelManager
+from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
 
 _STATES = get_model_status_pb2.ModelVersionStatus.State
 
 
 class Service:
-    """The models of one server and their metrics.
+    """The models of one server, their metrics and their request logs.
+
+    Args:
+        manager: The loaded versions.
+        metrics: The metrics that Prometheus reads.
+        logs: The request logs.
+        tags: Tags of the graphs of the versions, for the logs.
 
     Attributes:
         manager: The loaded versions.
         metrics: The metrics that Prometheus reads.
     """
 
-    def __init__(self, manager: ModelManager, metrics: Metrics) -> None:
+    def __init__(self, manager: ModelManager, metrics: Metrics, logs: RequestLogs, *, tags: Sequence[str] = ()) -> None:
         self.manager = manager
         self.metrics = metrics
+        self._logs = logs
+        self._tags = tags
 
     @contextlib.contextmanager
     def counted(self, model_name: str, method: str, entrypoint: str) -> Iterator[None]:
@@ -78,6 +90,36 @@ class Service:
         yield
         microseconds = (time.perf_counter() - start) * 1e6
         self.metrics.observe_run(model_name, method, microseconds=microseconds, examples=examples)
+
+    def log(
+        self,
+        spec: model_pb2.ModelSpec,
+        number: int,
+        *,
+        size: Callable[[], int],
+        make: Callable[[], prediction_log_pb2.PredictionLog],
+    ) -> None:
+        """Logs an answered request if its model has request logging and the request belongs to the sample.
+
+        Args:
+            spec: Model and signature in the request.
+            number: Number of the version that answered.
+            size: Function that returns the size of the request in bytes.
+            make: Function that returns the log record without its metadata. It is called later in another thread.
+        """
+        chosen = self.manager.request_logging(spec.name)
+        if chosen is None or random.random() >= chosen.sampling_rate:
+            return
+        served = model_pb2.ModelSpec(name=spec.name, signature_name=spec.signature_name or DEFAULT_SIGNATURE)
+        served.version.value = number
+        metadata = log_metadata(served, self._tags, chosen.sampling_rate)
+
+        def make_with_metadata() -> prediction_log_pb2.PredictionLog:
+            log = make()
+            log.log_metadata.CopyFrom(metadata)
+            return log
+
+        self._logs.put(LogEntry(chosen.filename_prefix, spec.name, size(), make_with_metadata))
 
     def status(self, spec: model_pb2.ModelSpec) -> get_model_status_pb2.GetModelStatusResponse:
         """Returns the states of a model's versions. A label is ignored, as in TensorFlow Serving."""

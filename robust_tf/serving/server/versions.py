@@ -9,10 +9,12 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import math
 import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from robust_tf.serving.model.folders import complete_versions, why_no_version
 from robust_tf.serving.model.served_model import ServedModel
@@ -20,7 +22,7 @@ from robust_tf.serving.model.session import without_path
 from robust_tf.serving.model.status import ServingError
 from robust_tf.serving.model.warmup import replay_warmup
 from robust_tf.serving.server.metrics import Metrics
-from robust_tf.serving.server.model_settings import ModelSettings
+from robust_tf.serving.server.model_settings import ModelSettings, RequestLogging
 
 # Path, size in bytes and time of the last change of each file.
 _Fingerprint = tuple[tuple[str, int, int], ...]
@@ -42,6 +44,8 @@ class Version:
         model: The model, while it is loaded.
         in_flight: Number of requests that use it.
         fingerprint: Identifies the content of the folder when the version was loaded.
+        failures: Number of times that loading it has failed while it is tried again.
+        retry_at: Time of the next try on the clock of `time.monotonic`. None if it is not tried again.
     """
 
     number: int
@@ -51,6 +55,8 @@ class Version:
     model: ServedModel | None = None
     in_flight: int = 0
     fingerprint: _Fingerprint = ()
+    failures: int = 0
+    retry_at: float | None = None
 
     @property
     def client_error(self) -> ServingError | None:
@@ -64,7 +70,11 @@ class ModelManager:
     Args:
         load: Function that loads the version in a folder, or raises `ServingError`.
         poll_seconds: Interval in seconds at which to look at the folders. 0 looks only when `configure` is called.
-        warm_up: Whether to run the warm-up requests of a version before clients may use it.
+        warm_up: Number of times to run each warm-up request of a version before clients may use it.
+        load_retries: Number of times to try again to load a version after a failure.
+        retry_seconds: Time in seconds between two tries.
+        load_threads: Number of versions to load at the same time. 0 loads one after the other.
+        unload_threads: Number of threads that free unloaded versions. 0 lets the last request to a version free it.
         labels_before_versions: Whether to accept a new label before its version is available.
         metrics: Metrics that record the time of each warm-up.
     """
@@ -74,13 +84,21 @@ class ModelManager:
         load: Callable[[pathlib.Path], ServedModel],
         *,
         poll_seconds: float = 1.0,
-        warm_up: bool = True,
+        warm_up: int = 1,
+        load_retries: int = 0,
+        retry_seconds: float = 60.0,
+        load_threads: int = 0,
+        unload_threads: int = 0,
         labels_before_versions: bool = False,
         metrics: Metrics | None = None,
     ) -> None:
         self._load = load
         self._poll_seconds = poll_seconds
         self._warm_up = warm_up
+        self._load_retries = load_retries
+        self._retry_seconds = max(0.0, retry_seconds)
+        self._loaders = ThreadPoolExecutor(load_threads, "loader") if load_threads else None
+        self._unloaders = ThreadPoolExecutor(unload_threads, "unloader") if unload_threads else None
         self._labels_before_versions = labels_before_versions
         self._metrics = metrics or Metrics()
         self._lock = threading.Lock()
@@ -114,7 +132,7 @@ class ModelManager:
                     self._versions.setdefault(model.name, {})
                     self._labels.setdefault(model.name, {})
             self._close_unused(gone)
-            wanted = {model.name: self._bring_in_wanted(model) for model in models}
+            wanted = self._bring_in_wanted(models)
             try:
                 # Labels change after new versions are loaded and before old ones are unloaded, so they always point to
                 # a loaded version.
@@ -128,9 +146,8 @@ class ModelManager:
                         self._warn(f"label {finding.text}", finding.text)
 
     def start_polling(self) -> None:
-        """Starts watching the folders, unless `poll_seconds` is 0."""
-        if self._poll_seconds > 0:
-            self._poller.start()
+        """Starts watching the folders. If `poll_seconds` is 0, only versions that are to be tried again are loaded."""
+        self._poller.start()
 
     def stop(self) -> None:
         """Stops watching the folders and frees all models. Requests that are still running end with CANCELLED."""
@@ -140,11 +157,12 @@ class ModelManager:
         with self._lock:
             versions = [version for of_model in self._versions.values() for version in of_model.values()]
         self.configure([])
+        loaders, self._loaders, unloaders, self._unloaders = self._loaders, None, self._unloaders, None
+        for threads in (loaders, unloaders):
+            if threads is not None:
+                threads.shutdown()
         for version in versions:
-            with self._lock:
-                model, version.model = version.model, None
-            if model is not None:
-                model.close()
+            self._free(version)
 
     def failures(self) -> list[str]:
         """Returns one line for each version that could not be loaded."""
@@ -156,6 +174,18 @@ class ModelManager:
                 if version.error
             ]
 
+    def seconds_to_retry(self) -> float:
+        """Returns the time in seconds until a version is to be tried again, or infinity if there is none."""
+        now = time.monotonic()
+        with self._lock:
+            times = [
+                version.retry_at - now
+                for versions in self._versions.values()
+                for version in versions.values()
+                if version.retry_at is not None
+            ]
+        return max(0.0, min(times, default=math.inf))
+
     def ready(self) -> bool:
         """Returns whether every model has an available version."""
         with self._lock:
@@ -165,6 +195,12 @@ class ModelManager:
         """Returns the names of the configured models."""
         with self._lock:
             return sorted(self._settings)
+
+    def request_logging(self, name: str) -> RequestLogging | None:
+        """Returns which requests to a model are logged, or None for none."""
+        with self._lock:
+            settings = self._settings.get(name)
+        return settings.logging if settings else None
 
     @contextlib.contextmanager
     def lease(self, name: str, *, version: int | None = None, label: str = "") -> Iterator[tuple[int, ServedModel]]:
@@ -217,19 +253,39 @@ class ModelManager:
             return [(number, versions[number].state, versions[number].client_error) for number in chosen]
 
     def _poll(self) -> None:
-        while not self._stopping.wait(self._poll_seconds):
-            with self._updating:
-                self._update()
+        while not self._stopping.wait(min(self._poll_seconds or 1.0, self.seconds_to_retry())):
+            if self._poll_seconds > 0 or self.seconds_to_retry() == 0:
+                with self._updating:
+                    self._update()
 
     def _update(self) -> None:
         """Looks at the folders once, loads new versions and unloads those that are no longer wanted."""
         with self._lock:
             settings = list(self._settings.values())
-        for model in settings:
-            self._let_go(model.name, self._bring_in_wanted(model))
+        # One model after the other, so that at most one old version is in memory next to its successor.
+        for models in [settings] if self._loaders else [[model] for model in settings]:
+            for name, wanted in self._bring_in_wanted(models).items():
+                self._let_go(name, wanted)
 
-    def _bring_in_wanted(self, model: ModelSettings) -> dict[int, pathlib.Path] | None:
-        """Loads the new versions of a model. Returns the wanted versions, or None if the folder can't be read."""
+    def _bring_in_wanted(self, models: Sequence[ModelSettings]) -> dict[str, dict[int, pathlib.Path] | None]:
+        """Loads the new versions of some models.
+
+        Returns:
+            The wanted versions of each model, or None for a model whose folder cannot be read.
+        """
+        wanted = {model.name: self._wanted(model) for model in models}
+        versions = [
+            (name, number, path) for name, found in wanted.items() for number, path in sorted((found or {}).items())
+        ]
+        each = self._loaders.map if self._loaders else map
+        could_read = list(each(lambda version: self._bring_in(*version), versions))
+        for (name, _, _), read in zip(versions, could_read, strict=True):
+            if not read:
+                wanted[name] = None
+        return wanted
+
+    def _wanted(self, model: ModelSettings) -> dict[int, pathlib.Path] | None:
+        """Returns the folders of the versions to serve, or None if the folder of the model cannot be read."""
         try:
             # Versions that appear or vanish while the folder is being read may be missed. If one replaces another at
             # that moment, the first look finds neither, but the second look finds the new one.
@@ -240,8 +296,6 @@ class ModelManager:
                 self._warned.pop(model.name, None)
             else:
                 self._warn(model.name, _why_nothing(model))
-            for number, path in sorted(wanted.items()):
-                self._bring_in(model.name, number, path)
         except OSError as error:  # the folder may be readable at the next look
             self._warn(model.name, f"Cannot look for versions of model {model.name}: {error}")
             return None
@@ -255,15 +309,23 @@ class ModelManager:
             self._warned[subject] = message, now
             _LOG.warning("%s", message)
 
-    def _bring_in(self, name: str, number: int, path: pathlib.Path) -> None:
+    def _bring_in(self, name: str, number: int, path: pathlib.Path) -> bool:
+        """Loads a version, unless it is available or would fail again. Returns whether its folder can be read."""
         with self._lock:
             known = self._versions[name].get(number)
             if known and known.state == "AVAILABLE":
-                return
-        fingerprint = _fingerprint(path)
-        if known and known.error and known.fingerprint == fingerprint:
-            return  # loading would fail again until the files change
-        version = Version(number, path, state="LOADING", fingerprint=fingerprint)
+                return True
+        try:
+            fingerprint = _fingerprint(path)
+        except OSError as error:  # the folder may be readable at the next look
+            self._warn(name, f"Cannot look for versions of model {name}: {error}")
+            return False
+        failures = 0
+        if known and known.fingerprint == fingerprint:
+            if known.error or (known.retry_at is not None and time.monotonic() < known.retry_at):
+                return True  # loading would fail again until the files change or the time has come
+            failures = known.failures
+        version = Version(number, path, state="LOADING", fingerprint=fingerprint, failures=failures)
         with self._lock:
             self._versions[name][number] = version
         try:
@@ -275,18 +337,37 @@ class ModelManager:
                 model.close()
                 raise
         except ServingError as error:
-            _LOG.error("Model %s version %d cannot be served: %s", name, number, error)
-            with self._lock:
-                version.state, version.error = "END", error
-            return
+            self._note_failure(name, version, error)
+            return True
         with self._lock:
-            version.model, version.state = model, "AVAILABLE"
+            version.model, version.state, version.failures = model, "AVAILABLE", 0
         _LOG.info("Model %s version %d is available", name, number)
+        return True
+
+    def _note_failure(self, name: str, version: Version, error: ServingError) -> None:
+        with self._lock:
+            version.failures += 1
+            if version.failures <= self._load_retries:
+                version.retry_at = time.monotonic() + self._retry_seconds
+            else:
+                version.state, version.error, version.failures = "END", error, 0
+        if version.retry_at is None:
+            _LOG.error("Model %s version %d cannot be served: %s", name, version.number, error)
+        else:
+            _LOG.warning(
+                "Model %s version %d cannot be loaded (try %d of %d), next try in %g s: %s",
+                name,
+                version.number,
+                version.failures,
+                self._load_retries + 1,
+                self._retry_seconds,
+                error,
+            )
 
     def _replay_warmup(self, model: ServedModel) -> None:
         start, status, requests = time.perf_counter(), "OK", 0
         try:
-            requests = replay_warmup(model)
+            requests = replay_warmup(model, iterations=self._warm_up)
         except ServingError as error:
             status = error.code
             raise
@@ -309,6 +390,9 @@ class ModelManager:
             leaving = self._leaving(name, wanted)
             for version in leaving:
                 version.state = "UNLOADING"
+            for number, version in versions.items():
+                if wanted is not None and number not in wanted and version.retry_at is not None:
+                    version.state, version.retry_at = "END", None
             ended = sorted(number for number, version in versions.items() if version.state == "END")
             for number in ended[:-_ENDED_KEPT]:
                 del versions[number]
@@ -328,12 +412,20 @@ class ModelManager:
             with self._lock:
                 if version.state != "UNLOADING" or version.in_flight:
                     continue
-                version.state, model, version.model = "END", version.model, None
-            if model is not None:
-                model.close()
-                del model
-                gc.collect()  # a graph refers to itself, so only the garbage collector frees its memory
-                _LOG.info("Version %s is unloaded", version.path)
+                version.state = "END"
+            if self._unloaders is None:
+                self._free(version)
+            else:
+                self._unloaders.submit(self._free, version)
+
+    def _free(self, version: Version) -> None:
+        with self._lock:
+            model, version.model = version.model, None
+        if model is not None:
+            model.close()
+            del model
+            gc.collect()  # a graph refers to itself, so only the garbage collector frees its memory
+            _LOG.info("Version %s is unloaded", version.path)
 
     def _available(self, name: str) -> dict[int, Version]:
         """Returns the available versions of a model; the caller holds the lock."""
