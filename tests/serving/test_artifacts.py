@@ -14,6 +14,8 @@ from robust_tf.serving.artifacts import open_artifact
 from robust_tf.serving.artifacts.onnx_file import OnnxArtifact
 from tests.serving.models import LABELS
 
+pytestmark = pytest.mark.slow  # converting to all formats takes 10 seconds
+
 # The exact formats by name, with the places inside a model's folder that mean their version 1.
 EXACT = {
     "SavedModel": ["1", "."],

@@ -18,6 +18,8 @@ from robust_tf.serving.publish.export import export_classifier
 from robust_tf.serving.publish.formats import CONVERTERS, Samples
 from tests.serving.models import LABELS
 
+pytestmark = pytest.mark.slow  # converting to all formats takes 10 seconds
+
 FOLDERS = {"savedmodel": "1", "onnx": "onnx/1", "litert": "litert/1", "litert_int8": "litert_int8/1"}
 
 

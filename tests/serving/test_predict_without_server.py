@@ -69,6 +69,7 @@ def test_a_classifier_an_export_and_a_server_give_the_same_answers(embedded, exp
     assert len(served) == 6
 
 
+@pytest.mark.slow
 def test_a_large_probe_changes_labels_and_a_probe_of_radius_zero_none(saved, capsys):
     flags = [f"--classifier={saved}", str(IMAGES)]
     assert all(line["robust"] for line in answers(capsys, *flags, "--probe_epsilon=0"))
@@ -91,7 +92,7 @@ def test_predictions_below_the_confidence_are_rejected(saved, capsys):
     assert all(": rejected: " in line for line in capsys.readouterr().out.splitlines())
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".csv", pytest.param(".jsonl", marks=pytest.mark.slow)])
 def test_an_interrupted_run_continues_its_file(suffix, saved, tmp_path, capsys):
     photos = tmp_path / "photos"
     shutil.copytree(IMAGES, photos / "more")
@@ -209,6 +210,7 @@ def test_bad_flags_are_explained(flags, message):
     assert message in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_model_without_the_probe_is_refused(formats, embedded):
     image = str(IMAGES / "a.png")
     for flags in (
@@ -220,6 +222,7 @@ def test_a_model_without_the_probe_is_refused(formats, embedded):
             predict.main(["predict", *flags, "--probe_epsilon=0.5", image])
 
 
+@pytest.mark.slow
 def test_files_for_other_runtimes_give_the_answers_of_the_saved_model(formats, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"broken")
     images = [str(IMAGES), str(tmp_path / "broken.jpg"), "--top=5"]

@@ -77,7 +77,8 @@ def test_valid_requests_pass(proxy):
         assert proxy.client.get(f"/v1/models/half_plus_two{path}", headers=bearer("laptop")).status_code == 200
     # Errors of the model server pass unchanged.
     refused = proxy.client.post(PREDICT, json={"instances": []}, headers=bearer("laptop"))
-    assert (refused.status_code, refused.json()) == (400, {"error": "No values in 'instances' array"})
+    assert refused.status_code == 400
+    assert refused.json()["error"].endswith("No values in 'instances' array")
 
 
 @pytest.mark.parametrize(
