@@ -4,6 +4,10 @@
 
 Several epsilons give a robustness curve. If the program is stopped or killed, the same command continues where it
 stopped and ends with the same evaluation.json. You can add attacks, epsilons and corruptions to a finished evaluation.
+
+    python -m robust_tf.evaluate --classifier=runs/robust/classifier.keras --artifact=exports/pets/1,exports/pets/onnx
+
+This also measures exports of the classifier, in any format of `robust_tf.export`, or a running server by its address.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -43,6 +43,7 @@ class CompiledAttacks:
             On a CPU it is usually slower.
         tell: Function that is called with a sentence when XLA starts to compile, when it is done, and when "auto" goes
             on without it. None tells nobody.
+        settings: Arguments of attacks that replace their published settings, by the name of the attack.
 
     Raises:
         UserError: The norm or `jit_compile` is unknown, or XLA cannot compile the model although `jit_compile` is True.
@@ -72,6 +73,7 @@ class CompiledAttacks:
         *,
         jit_compile: bool | Literal["auto"] = False,
         tell: Callable[[str], None] | None = None,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         check_threat_model(norm, 0.0)
         if jit_compile not in (True, False, "auto"):
@@ -84,6 +86,7 @@ class CompiledAttacks:
         # Without XLA, too, a GPU takes long to get ready for each new batch size.
         self._whole = self.jit_compile or has_gpu
         self._tell = tell or (lambda _: None)
+        self._settings = settings or {}
         self._clean: Any = None
         # The functions of each attack by batch size. The size None is any.
         self._functions: dict[str, dict[int | None, Any]] = {}
@@ -189,7 +192,7 @@ class CompiledAttacks:
             ) from None
 
     def _traced(self, name: str, image_shape: tuple[int, ...], size: int | None) -> Any:
-        attack = ATTACKS[name]
+        attack, settings = ATTACKS[name], self._settings.get(name, {})
 
         # Without a size the batch size is left open, so that a smaller batch is not traced again.
         @tf.function(
@@ -208,7 +211,7 @@ class CompiledAttacks:
         ) -> tuple[tf.Tensor, tf.Tensor]:
             if size is not None:
                 labels = _wrong_from(count, labels, logits_of(self.model, images))
-            images_adv = attack(self.model, images, labels, norm=self.norm, epsilon=epsilon, seed=seeds)
+            images_adv = attack(self.model, images, labels, norm=self.norm, epsilon=epsilon, seed=seeds, **settings)
             images_adv = NORMS[self.norm].project(images_adv, images, epsilon)
             return images_adv, logits_of(self.model, images_adv)
 

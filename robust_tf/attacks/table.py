@@ -96,12 +96,13 @@ class NamedAttack:
 
 def _apgd_ce(model: Model, images: tf.Tensor, labels: tf.Tensor, *, norm: Any, **arguments: Any) -> tf.Tensor:
     restarts = 5 if norm == "l1" else 1  # section 5 of 2103.01208
-    return apgd(model, images, labels, norm=norm, restarts=restarts, early_stop=True, **arguments)
+    return apgd(model, images, labels, norm=norm, **{"restarts": restarts, "early_stop": True, **arguments})
 
 
 def _apgd_t(model: Model, images: tf.Tensor, labels: tf.Tensor, *, norm: Any, **arguments: Any) -> tf.Tensor:
     targets = 5 if norm == "l1" else 9
-    return apgd(model, images, labels, norm=norm, loss="dlr", targets=targets, early_stop=True, **arguments)
+    settings = {"loss": "dlr", "targets": targets, "early_stop": True}
+    return apgd(model, images, labels, norm=norm, **{**settings, **arguments})
 
 
 _apgd = functools.partial(apgd, early_stop=True)

@@ -31,6 +31,13 @@ class EvaluateConfig:
         "Second classifier to evaluate in the same way and to compare with the first. It may have been trained on "
         "another data set.",
     )
+    artifact: tuple[str, ...] = flag(
+        (),
+        "Exports of the classifier to measure, separated by commas: version folders, model.onnx or model.tflite, or "
+        "the address of a server such as http://localhost:8501/MODEL. Those attacks of --attack that follow gradients "
+        "run on the classifier, and their adversarial images are transferred. Square then queries the export itself.",
+    )
+    queries: int = flag(5000, "Number of queries that Square makes about each image to an --artifact.")
     output: str = flag(
         "", "Folder to write to. By default, the folder evaluation/ next to the classifier.", formerly="output_dir"
     )
@@ -90,10 +97,17 @@ class EvaluateConfig:
         check_choices(self)
         if not self.classifier:
             raise UserError("--classifier must be a .keras file or the name of a published model. Received: none.")
-        for name, lowest in (("batch_size", 1), ("seed", 0), ("num_examples", 0), ("num_images", 0)):
+        for name, lowest in (("batch_size", 1), ("seed", 0), ("num_examples", 0), ("num_images", 0), ("queries", 1)):
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"--{name} must be {lowest} or more. Received: {value}.")
+        if self.artifact and self.compare:
+            raise UserError(
+                f"--artifact measures exports of --classifier alone. Received: --compare={self.compare} as well. Run "
+                "the program once for each classifier."
+            )
+        if len(set(self.artifact)) < len(self.artifact):
+            raise UserError(f"--artifact must name each export only once. Received: {','.join(self.artifact)}.")
         self._check_attacks()
         self._check_epsilons()
 

@@ -37,12 +37,17 @@ def accuracy_entry(correct: np.ndarray, labels: np.ndarray, class_names: Sequenc
         class_names: Names of all classes.
     """
     per_class = {
-        name: _share(correct[labels == label]) for label, name in enumerate(class_names) if (labels == label).any()
+        name: share(correct[labels == label]) for label, name in enumerate(class_names) if (labels == label).any()
     }
-    return {**_share(correct), "per_class": per_class}
+    return {**share(correct), "per_class": per_class}
 
 
-def _share(correct: np.ndarray) -> dict[str, Any]:
+def share(correct: np.ndarray) -> dict[str, Any]:
+    """Returns the share of images for which something holds, with its 95 % interval (Wilson).
+
+    Args:
+        correct: Whether it holds for each image, (count,) bool.
+    """
     hits, total = int(correct.sum()), len(correct)
     return {"accuracy": hits / total, "interval": list(wilson_interval(hits, total)), "num_images": total}
 
@@ -133,13 +138,13 @@ def closing_table(entries: Sequence[dict[str, Any]]) -> Table:
         table.add_column(name, overflow="fold")
     if len({entry["dataset"] for entry in entries}) > 1:
         table.add_row("data set", *(entry["dataset"] for entry in entries))
-    table.add_row("clean accuracy", *(_with_interval(entry["clean"]) for entry in entries))
+    table.add_row("clean accuracy", *(with_interval(entry["clean"]) for entry in entries))
     for rows in zip(*(entry["attacks"] for entry in entries), strict=True):
         if not rows[0]["epsilon"]:
             continue  # equal to the clean accuracy, which has its own row
         name = row_title(rows[0])
         flags = (" (!)" if row["warnings"] else "" for row in rows)
-        table.add_row(name, *(_with_interval(row) + flag for row, flag in zip(rows, flags, strict=True)))
+        table.add_row(name, *(with_interval(row) + flag for row, flag in zip(rows, flags, strict=True)))
     calibration_errors = (f"{entry['calibration']['expected_calibration_error']:.1%}" for entry in entries)
     table.add_row("calibration error (ECE)", *calibration_errors)
     if entries[0]["corruptions"]:
@@ -168,6 +173,7 @@ def _images(entries: Sequence[dict[str, Any]]) -> str:
     return "; ".join(f"{count} of {total} test images of {name}" for count, total, name in sorted(sizes))
 
 
-def _with_interval(entry: dict[str, Any]) -> str:
+def with_interval(entry: dict[str, Any]) -> str:
+    """Returns an accuracy in percent with its interval, from an entry in evaluation.json."""
     low, high = entry["interval"]
     return f"{entry['accuracy']:.1%} ({low:.1%} to {high:.1%})"

@@ -127,7 +127,7 @@ def attack_epsilons(
         part = f"{key}/{compiled.norm}/{'+'.join(attacks)}/{radii}"
         warnings: dict[str, str] = {}
         if left.size:
-            state = _run(
+            state = run_cascade(
                 compiled,
                 Images(images.ids[left], images.pixels[left], images.labels[left]),
                 attacks=attacks,
@@ -183,7 +183,7 @@ def unattacked(images: Images, logits: np.ndarray, *, name: str, norm: str) -> R
     )
 
 
-def _run(
+def run_cascade(
     compiled: CompiledAttacks,
     images: Images,
     *,
@@ -197,7 +197,21 @@ def _run(
     key: str,
     report: Callable[[CascadeState], None],
 ) -> CascadeState:
-    """Runs one cascade to its end, beginning with the state in the state file if it has one."""
+    """Runs one cascade to its end, beginning with the state in the state file if it has one.
+
+    Args:
+        compiled: Compiled attacks on a model.
+        images: Images to attack.
+        attacks: Keys of `ATTACKS`, in the order in which they run.
+        epsilon: Radius in [0, 1] pixel units.
+        batch_size: Number of images in a batch.
+        seed: Seed for the attacks.
+        randomized: Whether the model is known to be random.
+        keep: Ids of the images whose adversarial images the state keeps.
+        state_file: File for the state after each batch.
+        key: Key of this cascade in the state file.
+        report: Function that is called after each batch.
+    """
     finished, unfinished = state_file.finished(key), state_file.unfinished(key)
     if finished is not None:
         state = CascadeState.from_json(finished)

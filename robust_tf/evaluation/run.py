@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow as tf
@@ -25,6 +25,8 @@ from robust_tf.console import console, meter
 from robust_tf.environment import seal_xla_cache
 from robust_tf.errors import UserError
 from robust_tf.evaluation import report
+from robust_tf.evaluation.artifact_report import artifact_entries, artifact_lines, artifact_table
+from robust_tf.evaluation.artifacts import AttackPlan, Target, attacks_to_transfer, measure_targets, opened_artifacts
 from robust_tf.evaluation.calibration import calibration
 from robust_tf.evaluation.comparison import compare_classifiers, comparison_lines
 from robust_tf.evaluation.corruption_error import (
@@ -72,6 +74,7 @@ def run_evaluation(config: EvaluateConfig) -> None:
         measured = [
             measure(config, subject, drawn, state_file) for subject, drawn in zip(subjects, images, strict=True)
         ]
+        artifacts = measure_artifacts(config, measured[0], state_file)
     except KeyboardInterrupt:
         console.print(f"Interrupted. The state is saved in {config.folder}; the same command continues from there.")
         raise SystemExit(130) from None
@@ -85,6 +88,7 @@ def run_evaluation(config: EvaluateConfig) -> None:
         {
             "classifiers": entries,
             "comparison": comparison,
+            "artifacts": artifacts,
             "flags": flags_of(config),
             "versions": report.versions(),
         },
@@ -92,6 +96,10 @@ def run_evaluation(config: EvaluateConfig) -> None:
     console.print(report.closing_table(entries))
     for line in comparison_lines(comparison, short_names([each.subject.name for each in measured])):
         console.print(line, soft_wrap=True)
+    if artifacts:
+        console.print(artifact_table(artifacts))
+        for line in artifact_lines(artifacts):
+            console.print(line, soft_wrap=True)
     console.print(f"Wrote {config.folder}.")
 
 
@@ -181,6 +189,11 @@ def with_batch_size(config: EvaluateConfig, subjects: Sequence[Subject]) -> Eval
     return dataclasses.replace(config, batch_size=size)
 
 
+def jit_compile_of(config: EvaluateConfig) -> bool | Literal["auto"]:
+    """Returns whether XLA compiles the attacks, as `CompiledAttacks` takes it."""
+    return "auto" if config.jit_compile == "auto" else config.jit_compile == "true"
+
+
 def attacks_in(name: str) -> tuple[str, ...]:
     """Returns the attacks that a value of `--attack` stands for, in the order in which they run."""
     if name == NO_ATTACK:
@@ -210,6 +223,37 @@ def measure(config: EvaluateConfig, subject: Subject, images: Images, state_file
     )
 
 
+def measure_artifacts(config: EvaluateConfig, measured: Measured, state_file: StateFile) -> list[dict[str, Any]]:
+    """Measures the exports that --artifact names beside their classifier, and returns their entries."""
+    if not config.artifact:
+        return []
+    subject, images = measured.subject, measured.images
+    predict = batched_logits(subject.classifier, batch_size=batch_size_of(config))
+    plan = AttackPlan(
+        transferred=attacks_to_transfer([part for name in config.attack for part in attacks_in(name)]),
+        norm=config.norm,
+        epsilons=[value for value in config.epsilon if value > 0],
+        queries=config.queries,
+        batch_size=batch_size_of(config),
+        seed=config.seed,
+        jit_compile=jit_compile_of(config),
+    )
+    with (
+        opened_artifacts(config.artifact, subject, images) as artifacts,
+        meter("exports", total=100, unit="%") as bar,
+    ):
+        results = measure_targets(
+            [Target.of_classifier(subject, predict), *artifacts],
+            subject,
+            images,
+            plan,
+            state_file=state_file,
+            on_progress=lambda share, running: bar.update(100 * share, running),
+        )
+    names = subject.task.class_names
+    return artifact_entries(results, images, names, norm=config.norm, queries=config.queries)
+
+
 def with_probabilities_as_logits(logits: np.ndarray) -> np.ndarray:
     """Returns the logits, or the logarithms of outputs that are probabilities."""
     if not looks_like_probabilities(logits):
@@ -227,7 +271,7 @@ def attacked(
     compiled = CompiledAttacks(
         subject.classifier,
         config.norm,
-        jit_compile="auto" if config.jit_compile == "auto" else config.jit_compile == "true",
+        jit_compile=jit_compile_of(config),
         tell=tell,
     )
     examples = kept_examples(images.labels, logits.argmax(axis=1) == images.labels, count=config.num_examples)

@@ -280,3 +280,36 @@ def test_random_numbers_are_those_of_tensorflow_with_and_without_xla(shape):
         compiled = tf.function(lambda each, draw=draw: draw(each, shape), jit_compile=True)
         np.testing.assert_allclose(compiled(tf.constant(pairs)), expected, rtol=0, atol=tolerance)
         assert draw(tf.zeros([0, 2], tf.int32), shape).shape == (0, *shape)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd-ce", "apgd-t"])
+def test_without_early_stop_the_margins_get_lower(case, name):
+    """The attack then goes on after the first wrong prediction, so that its images also fool similar models."""
+    model, images, labels = case
+    seeds_of_all = image_seeds(0, name, np.arange(len(images)))
+
+    def margins(**settings):
+        compiled = CompiledAttacks(model, "l2", settings={name: settings})
+        _, logits = compiled.attack(name, images, labels, epsilon=1.0, seeds=seeds_of_all)
+        right = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+        return right - np.where(np.eye(logits.shape[1])[labels], -np.inf, logits).max(axis=1)
+
+    early, deep = margins(), margins(early_stop=False)
+    assert (early < 0).any()
+    np.testing.assert_array_equal(deep < 0, early < 0)
+    assert deep.mean() < early.mean() - 0.1
+
+
+def test_settings_replace_the_published_ones(case):
+    model, images, labels = case
+    sizes = []
+
+    def counting(pixels):
+        sizes.append(len(pixels))
+        return model(pixels).numpy()  # an array, so that every call is seen
+
+    compiled = CompiledAttacks(counting, "linf", settings={"square": {"queries": 7}})
+    compiled.logits(images)
+    sizes.clear()
+    compiled.attack("square", images[:2], labels[:2], epsilon=0.0, seeds=np.zeros((2, 2), np.int32))
+    assert sum(sizes) == 2 * (1 + 1 + 7 + 1)  # the image, the start, the queries, and the result
