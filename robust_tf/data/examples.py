@@ -105,6 +105,10 @@ class Examples:
         with tf.init_scope():  # outside of the graph of the function that happens to use it first
             if self._single_files is not None:
                 records = self._single_files(tf.data.Dataset.from_tensor_slices(np.flatnonzero(self.mask)))
+            elif (stored := self._shared_records) is not None:
+                chosen = np.flatnonzero(self.mask)
+                arrays = chosen, *(array[chosen] for array in stored)
+                records = tf.data.Dataset.from_tensor_slices(arrays).map(self._relabeled)
             else:
                 records = self.part.records()
                 if not self.mask.all():
@@ -123,6 +127,12 @@ class Examples:
         return lambda indices: indices.map(
             lambda index: self._relabeled(*read(index)), num_parallel_calls=tf.data.AUTOTUNE
         )
+
+    @property
+    def _shared_records(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Encoded images and labels of the whole part, if the jobs of this process share them."""
+        read = getattr(self.part, "shared_records", None)
+        return None if read is None else read()
 
     def _relabeled(self, index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
         if self.new_labels is not None:

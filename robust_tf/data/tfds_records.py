@@ -15,12 +15,16 @@ from robust_tf.data.datasets import dataset_info, is_row
 from robust_tf.data.records import LabeledImages, check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
 from robust_tf.errors import UserError
+from robust_tf.sharing import is_sharing, shared
 
 # Names that the splits for testing and validation have in TFDS. The first one that exists is used.
 _TEST_SPLITS = ("test", "validation", "val")
 _VALIDATION_SPLITS = ("validation", "val")
 # Number of images that are read to find the range of float32 pixels.
 _IMAGES_LOOKED_AT = 100
+# Largest data set whose encoded images the jobs of a process share, and the number of such parts in memory.
+_MOST_SHARED_BYTES = 256 * 1024**2
+_MOST_SHARED_PARTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,22 @@ class TfdsPart:
         # Reads no other features, such as masks and boxes, and leaves the images encoded until an epoch uses them.
         dataset = self._read({image, label}, decoders={image: tfds.decode.SkipDecoding()})
         return dataset.enumerate().map(lambda index, example: (index, example[image], example[label]))
+
+    def shared_records(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns all encoded images, (num_examples,) bytes as objects, and all labels, (num_examples,) int64.
+
+        Returns None unless the jobs of this process share objects, and the data set is small. Reading all files for the
+        few examples of a job would otherwise take most of its time.
+        """
+        if not is_sharing() or not 0 < int(self.builder.info.dataset_size or 0) <= _MOST_SHARED_BYTES:
+            return None
+        key = ("records", str(self.builder.data_path), self.split, self.image_key, self.label_key)
+        return shared(key, self._read_records, most=_MOST_SHARED_PARTS)
+
+    def _read_records(self) -> tuple[np.ndarray, np.ndarray]:
+        batches = self.records().map(lambda _, encoded, label: (encoded, label)).batch(4096).as_numpy_iterator()
+        encoded, labels = zip(*batches, strict=True)
+        return np.concatenate(encoded), np.concatenate(labels)
 
     def labels(self) -> np.ndarray:
         """Returns all labels, (num_examples,) int64."""

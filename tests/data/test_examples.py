@@ -13,7 +13,9 @@ from PIL import Image
 
 from robust_tf.data import broken_images
 from robust_tf.data import examples as examples_module
+from robust_tf.data.tfds_records import TfdsPart
 from robust_tf.errors import UserError
+from robust_tf.sharing import sharing
 from tests.tasks import make_task
 
 PER_CLASS = 20
@@ -219,3 +221,19 @@ def test_broken_images_are_skipped_counted_and_remembered(load, broken, tmp_path
     assert json.loads(first.read_text())["broken"]
     monkeypatch.setattr(broken_images, "broken_images", None)  # would fail when called
     assert load(skip_bad_images=True).skipped == task.skipped
+
+
+def test_jobs_that_share_objects_read_a_small_data_set_once(monkeypatch):
+    def examples(classes: tuple[int, ...]) -> list[tuple[int, bytes, int]]:
+        task = make_task("digits", classes=classes, image_size=8, batch_size=8)
+        return list(task.test_examples.in_order().as_numpy_iterator())
+
+    expected = {classes: examples(classes) for classes in ((), (7, 2), (3, 4))}
+    read = []
+    records = TfdsPart.records
+    monkeypatch.setattr(TfdsPart, "records", lambda part: read.append(part.split) or records(part))
+    with sharing():
+        assert {classes: examples(classes) for classes in expected} == expected
+        assert len(read) == 1
+    assert examples((3, 4)) == expected[3, 4]
+    assert len(read) == 2
