@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--at_once", type=int, default=2, help="number of evaluations that run side by side")
     arguments = parser.parse_args()
     with (arguments.folder / "cells.csv").open(encoding="utf-8") as file:
-        cells = [row for row in csv.DictReader(file) if row["clean_accuracy"]]
+        cells = [row for row in csv.DictReader(file) if row["accuracy"]]
     only = arguments.source_epsilons.split(",") if arguments.source_epsilons else []
     cells = [cell for cell in cells if not only or cell["source_epsilon"] in only]
     with ThreadPoolExecutor(arguments.at_once) as pool:
