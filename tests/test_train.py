@@ -459,6 +459,7 @@ def test_a_baseline_that_is_already_finished_is_compared(trained, tmp_path, caps
     assert "There are no paired differences between the two sources" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_best_epoch_is_chosen_on_the_validation_part(job, monkeypatch):
     """Epochs after the best one do not affect the classifier."""
     values = iter([0.2, 0.9, 0.5])

@@ -144,6 +144,7 @@ def test_autoattack_with_xla_gives_the_same_verdicts(case, norm, version):
     np.testing.assert_allclose(with_xla.images_adv[fallen], plain.images_adv[fallen], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_xla_compiles_once_for_all_batches_and_radii(tmp_path):
     """XLA writes each program that it compiles into a folder, so the files are counted."""
     code = """

@@ -125,6 +125,7 @@ def test_exports_are_measured_beside_their_classifier(flags, exports, tmp_path, 
     assert "worst case, l2 1, LiteRT int8 minus classifier: " in out
 
 
+@pytest.mark.slow
 def test_the_transferred_images_are_those_of_highest_loss(subject, images, tmp_path):
     seen = []
     target = target_of(subject.classifier)
@@ -138,6 +139,7 @@ def test_the_transferred_images_are_those_of_highest_loss(subject, images, tmp_p
     np.testing.assert_array_equal(result.attacked[0].transferred["pgd"], right[0] & right[1])
 
 
+@pytest.mark.slow
 def test_square_queries_the_artifact_itself(subject, images, tmp_path):
     """The target has other weights, so queries to the classifier would find other images."""
     rng = np.random.default_rng(0)

@@ -92,7 +92,8 @@ def test_predictions_below_the_confidence_are_rejected(saved, capsys):
     assert all(": rejected: " in line for line in capsys.readouterr().out.splitlines())
 
 
-@pytest.mark.parametrize("suffix", [".csv", pytest.param(".jsonl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_an_interrupted_run_continues_its_file(suffix, saved, tmp_path, capsys):
     photos = tmp_path / "photos"
     shutil.copytree(IMAGES, photos / "more")

@@ -54,6 +54,7 @@ def test_a_signal_ends_a_process_that_waits_for_a_lost_worker(number, code):
     assert err.startswith("Interrupted. There is no answer from worker 1. ") and "last checkpoint" in err
 
 
+@pytest.mark.slow
 def test_a_process_whose_workers_answer_ends_at_the_second_signal():
     process = stuck_process("workers answer")
     process.terminate()
