@@ -23,6 +23,7 @@ from robust_tf.job.sources import open_source
 from robust_tf.job.task import load_job_task
 from robust_tf.models.published import PUBLISHED
 from robust_tf.results import FILE_NAME
+from robust_tf.sharing import sharing
 from robust_tf.studies.analysis import Group, Place, analyze
 from robust_tf.studies.axes import dataset_text, epsilon_text, norm_text
 from robust_tf.studies.records import CELLS, read_cells
@@ -33,6 +34,7 @@ from robust_tf.transfer.probes import metric_of, ridge_regression
 
 NUM_IMAGES = 400  # about as many images as a probe uses, unless the flags of the job choose them
 _FOLDS = 4
+_MOST_SHARED = 16  # objects that the probes share; each probe makes about five
 _REPEATS = 5
 
 
@@ -196,11 +198,12 @@ def rank_sources(job: JobConfig, sources: Sequence[Source], *, repeats: int = _R
         )
     values: dict[SourceKind, dict[tuple[int | None, int], float]] = {}
     names: dict[SourceKind, list[str]] = {}
-    for source in sources:
-        console.print(f"Probing {source.name}.")
-        for split, value in enumerate(_probe(job, source.name, repeats)):
-            values.setdefault(source.kind, {})[source.seed, split] = value
-        names.setdefault(source.kind, []).append(source.name)
+    with sharing(_MOST_SHARED):  # so that the images are read once for all sources
+        for source in sources:
+            console.print(f"Probing {source.name}.")
+            for split, value in enumerate(_probe(job, source.name, repeats)):
+                values.setdefault(source.kind, {})[source.seed, split] = value
+            names.setdefault(source.kind, []).append(source.name)
     ordered = sorted(values, key=lambda kind: (-_replicate(values[kind]).mean, kind))
     first = values[ordered[0]]
     ranked = []
