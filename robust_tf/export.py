@@ -19,7 +19,7 @@ from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_folder
 from robust_tf.flags import flag, parse_flags
-from robust_tf.serving.artifacts.card import FORMATS, INT8_FORMAT, SAVED_MODEL_FORMAT, check_formats
+from robust_tf.serving.artifacts.card import FORMATS, INT8_FORMAT, SAVED_MODEL_FORMAT, check_formats, read_labels
 
 if TYPE_CHECKING:
     from robust_tf.serving.publish.formats import Samples
@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
         config.export_dir,
         config.model_name,
         version=config.version,
-        labels=_read_labels(config.labels) if config.labels else results.class_names or None,
+        labels=read_labels(config.labels) if config.labels else results.class_names or None,
         resize_size=results.resize_size if config.resize_size is None else config.resize_size,
         decoding=decoding_from_results(results),
         model_card=card_from_results(results, license_name=config.license),
@@ -132,13 +132,6 @@ def _samples(config: ExportConfig) -> "Samples":
 
     subject = load_subject(config.classifier, data_dir=config.data_dir)
     return Samples(*subject.task.preview(_NUM_SAMPLES))
-
-
-def _read_labels(path: str) -> list[str]:
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels must be a text file. Received: {path}: {error}.") from error
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 from robust_tf.console import meter
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.flags import flag, parse_flags
+from robust_tf.serving.artifacts.card import read_labels
 from robust_tf.serving.client import Client, Guess, ServerError, connect
 from robust_tf.serving.client.base import Probe, ask_in_batches
 from robust_tf.serving.client.pictures import find_pictures
@@ -203,7 +204,7 @@ def _open_model(config: PredictConfig) -> Client:
             return open_export(config.artifact)
         return open_classifier(
             config.classifier,
-            labels=_read_labels(config.labels) if config.labels else (),
+            labels=read_labels(config.labels) if config.labels else (),
             with_probe=config.probe_epsilon is not None,
             norm=config.probe_norm,
         )
@@ -247,13 +248,6 @@ def _sha256(path: pathlib.Path) -> str:
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
-
-
-def _read_labels(path: str) -> list[str]:
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels must be a text file. Received: {path}: {error}.") from error
 
 
 class _Answers:

@@ -86,6 +86,18 @@ def write_labels(path: pathlib.Path, labels: Sequence[str]) -> None:
     path.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
 
 
+def read_labels(path: str) -> list[str]:
+    """Returns the names of the classes in a text file that the user named by --labels, one on each line.
+
+    Raises:
+        UserError: The file cannot be read, or is not text.
+    """
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--labels must be a text file. Received: {path}: {error}.") from error
+
+
 def read_card(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the model card of an artifact, after comparing the artifact's files with it.
 
