@@ -1,4 +1,4 @@
-"""Exports beside their classifier: the same images, the same attacks, and queries of their own."""
+"""Tests of measuring exports beside their classifier, with the same images and attacks."""
 
 import json
 import pathlib

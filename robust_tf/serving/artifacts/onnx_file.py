@@ -30,7 +30,7 @@ class OnnxArtifact(Artifact):
         super().__init__(name=FORMATS["onnx"].title, labels=card["labels"], image_size=card["image_size"], card=card)
         try:
             self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001  # ONNX Runtime's errors have no common class of their own
+        except Exception as error:  # noqa: BLE001  # ONNX Runtime raises many classes of errors
             raise UserError(f"ONNX Runtime cannot load the file. Received: {path}: {error}.") from error
 
     def _run(self, images: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class ServerArtifact(Artifact):
                 )
                 labels = [str(index) for index in range(answer["logits"].shape[1])]
                 super().__init__(name="server", labels=labels, image_size=int(shape[1] or 0), card={})
-            except Exception:
+            except Exception:  # any error is raised again once the connection is closed
                 self._client.close()
                 raise
         except (ServerError, KeyError, IndexError, TypeError) as error:

@@ -155,7 +155,7 @@ def _conversion(format_name: str, classifier: keras.Model) -> Iterator[Any]:
         yield
     except OSError:
         raise
-    except Exception as error:  # the converters raise errors of many kinds, which have no common class
+    except Exception as error:  # the converters raise many classes of errors
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
         raise UserError(
             f"The classifier cannot be converted to the format {format_name}. Received: {classifier.name!r}: {reason}. "
