@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
-from robust_tf.config.data import AlphaBackground, Exif
+from robust_tf.config.data import AlphaBackground, Exif, TaskType
 from robust_tf.config.job import JobConfig, JobKind
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
@@ -31,7 +31,9 @@ DRAWS_NOTE = (
     "sources trained with other seeds may differ by more, or by less."
 )
 
-FigureName = Literal["clean_accuracy", "mean_per_class_accuracy", "robust_accuracy"]
+FigureName = Literal["clean_accuracy", "mean_per_class_accuracy", "robust_accuracy", "clean", "robust"]
+# Titles of the metrics of detection and segmentation.
+_METRIC_TITLES = {"average_precision": "average precision", "mean_iou": "mean IoU"}
 # Older versions did not write these keys, and listed their values only among the flags of the job.
 _ALSO_FLAGS = "dataset classes image_size downscale split_seed skip_bad_images exif alpha_background".split()
 # Flags on which absl acts immediately: it prints a text and exits, or reads another file.
@@ -73,6 +75,23 @@ class MeasuredAttack(Record):
         """Returns the record as an object that `json.dump` accepts, without the values that are unknown."""
         content = super().to_json().items()
         return {name: value for name, value in content if value is not None or name in self.extra}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measures(Record):
+    """The metric of a network for detection or segmentation, in [0, 1], or the difference between two networks.
+
+    Attributes:
+        value: Average precision (COCO, over IoU 0.5 to 0.95) or mean IoU. None if there was nothing to measure.
+        interval: 95 % bootstrap interval over images; None if there are too few.
+        others: Related figures by name, such as "ap50" or "pixel_accuracy".
+        per_class: The metric of each class by its name. Classes that do not occur are left out.
+    """
+
+    value: float | None = None
+    interval: Interval | None = None
+    others: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    per_class: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,6 +204,7 @@ class JobResults(Record):
 
     Attributes:
         task: Kind of job, "pretrain" or "transfer".
+        task_type: What the network predicts; the value of the flag of this name.
         dataset: Name of the data set.
         classes: Labels that were kept, in the order of the logits; empty if all were.
         class_names: Names of the classes, in the order of the logits.
@@ -202,13 +222,16 @@ class JobResults(Record):
         views: Number of views of each training image whose features were stored.
         feature_cache: Use of the stored features, for a job that had any.
         head_penalty: L2 penalty of the head, where it was chosen on the validation part.
-        metric: The data set's usual metric, "accuracy" or "mean_per_class_accuracy".
+        metric: The data set's usual metric, "accuracy" or "mean_per_class_accuracy"; "average_precision" for detection
+            and "mean_iou" for segmentation.
         clean_accuracy: Share of the test images that are classified correctly, in [0, 1].
         clean_accuracy_interval: 95 % Wilson interval of the clean accuracy.
         mean_per_class_accuracy: Mean of the classes' clean accuracies, in [0, 1].
         robust_accuracy: Share of the test images that are classified correctly both before and after the attack.
         robust_accuracy_interval: 95 % Wilson interval of the robust accuracy.
         robust_accuracy_attack: Attack under which the robust accuracy was measured; None if none was run.
+        clean: Metric on the test images; only for detection and segmentation, which have no accuracies.
+        robust: Metric on the adversarial test images; only for detection and segmentation.
         num_train_images: Number of training images.
         num_validation_images: Number of validation images.
         num_test_images: Number of test images.
@@ -236,6 +259,7 @@ class JobResults(Record):
     """
 
     task: JobKind | None = None
+    task_type: TaskType = "classification"
     dataset: str = ""
     classes: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
@@ -260,6 +284,8 @@ class JobResults(Record):
     robust_accuracy: float | None = None
     robust_accuracy_interval: Interval | None = None
     robust_accuracy_attack: MeasuredAttack | None = None
+    clean: Measures | None = None
+    robust: Measures | None = None
     num_train_images: int | None = None
     num_validation_images: int | None = None
     num_test_images: int | None = None
@@ -343,10 +369,23 @@ class JobResults(Record):
         if name == "mean_per_class_accuracy":
             return Figure(name, "mean-per-class accuracy", "mean per class", self.mean_per_class_accuracy, None)
         attack = self.robust_accuracy_attack.in_words if self.robust_accuracy_attack else "attack"
+        if name in ("clean", "robust"):
+            measures = (self.clean if name == "clean" else self.robust) or Measures()
+            title = _METRIC_TITLES.get(self.metric or "", "metric")
+            clean = name == "clean"
+            return Figure(
+                name,
+                f"clean {title}" if clean else f"{title} under {attack}",
+                f"clean {title}" if clean else attack,
+                measures.value,
+                measures.interval,
+            )
         return Figure(name, f"accuracy under {attack}", attack, self.robust_accuracy, self.robust_accuracy_interval)
 
     def figures(self) -> list[Figure]:
         """Returns the accuracies that were measured. Mean-per-class accuracy is left out unless it is the metric."""
+        if self.task_type != "classification":
+            return [self.figure("clean"), *([self.figure("robust")] if self.robust else [])]
         names: list[FigureName] = ["clean_accuracy"]
         if self.metric == "mean_per_class_accuracy":
             names.append("mean_per_class_accuracy")
@@ -383,7 +422,7 @@ class JobResults(Record):
                 "There are no paired differences between the two sources: either their test images differ, or one of "
                 "the jobs has no predictions.csv, because an older version ran it."
             ]
-        differences = {name: getattr(self.comparison, name) for name in typing.get_args(FigureName)}
+        differences = {name: getattr(self.comparison, name, None) for name in typing.get_args(FigureName)}
         draws = self.comparison.draws
         mean = f", mean of {draws} draws" if draws > 1 else ""
         lines = [
@@ -419,7 +458,10 @@ class JobResults(Record):
         Raises:
             UserError: Keys are missing. The message names them.
         """
-        missing = [name for name in _OF_EVERY_FINISHED_JOB if getattr(self, name) in (None, "")]
+        names = _OF_EVERY_FINISHED_JOB
+        if self.task_type != "classification":
+            names = ["clean", *(name for name in names if "accuracy" not in name)]
+        missing = [name for name in names if getattr(self, name) in (None, "")]
         if missing:
             raise UserError(
                 f"The {FILE_NAME} of a workdir must have the figures of a finished job. Received: {path} without "

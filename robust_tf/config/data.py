@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from robust_tf.config.checks import check_choices, check_local_folders, check_ranges
+from robust_tf.config.checks import check_choices, check_default, check_local_folders, check_ranges
 from robust_tf.errors import UserError
 from robust_tf.flags import flag, parse_amount
 
@@ -11,6 +11,7 @@ Mixing = Literal["none", "mixup", "cutmix"]
 Exif = Literal["ignore", "apply"]
 AlphaBackground = Literal["none", "white", "black"]
 CacheMode = Literal["auto", "memory", "disk", "none"]
+TaskType = Literal["classification", "detection", "segmentation"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,10 +24,16 @@ class DataConfig:
         ''
     """
 
+    task_type: TaskType = flag(
+        "classification",
+        "What the network predicts. classification: the class of an image. detection: boxes around objects, and their "
+        "classes (RetinaNet). segmentation: the class of each pixel (DeepLabV3+). The last two need --task=transfer.",
+    )
     dataset: str = flag(
         "digits",
         "Data set: one of the package's own names (an unknown name prints them all), tfds:NAME[/config][:version], or "
-        "folder:/path for a folder of images.",
+        "folder:/path for a folder of images. With --task_type=detection or segmentation: tfds:NAME, or a folder with "
+        "annotations in the format of COCO or Pascal VOC, or with masks.",
     )
     data_dir: str = flag(
         "",
@@ -44,7 +51,8 @@ class DataConfig:
     augmentation: str = flag(
         "",
         "Augmentation of the training images: none, shift, shift_flip, random_resized_crop or imagenet. If it is left "
-        "out, the data set decides.",
+        "out, the data set decides. With --task_type=detection or segmentation: none, flip, crop_flip or "
+        "crop_flip_color, by default crop_flip.",
     )
     validation_fraction: float = flag(
         0.1,
@@ -108,4 +116,8 @@ class DataConfig:
                 "--subset and --examples_per_class cannot be combined: both choose the training images. Received: "
                 f"--subset={self.subset} --examples_per_class={self.examples_per_class}."
             )
+        if self.task_type != "classification":
+            # These choose, mix or change images by their one label, or would move pixels away from their annotations.
+            names = ("classes", "mixing", "rand_augment", "examples_per_class", "downscale", "exif", "skip_bad_images")
+            check_default(self, names, "--task_type=classification")
         check_local_folders(self, ("cache_dir",))

@@ -48,6 +48,8 @@ class JobConfig:
         check_choices(self)
         _check_kind(self)
         _check_data(self)
+        if self.data.task_type != "classification":
+            _check_dense(self)
         if self.transfer.cached:
             _check_cached_features(self)
         _check_draws(self)
@@ -160,6 +162,36 @@ def _check_data(job: JobConfig) -> None:
             "A served model takes images as they are, and would not reduce them first. Received: "
             f"--downscale={job.data.downscale} --export_dir={job.run.export_dir}."
         )
+
+
+def _check_dense(job: JobConfig) -> None:
+    """Refuses flags that mean nothing for boxes or masks."""
+    task_type = f"--task_type={job.data.task_type}"
+    if not job.is_transfer:
+        raise UserError(f"{task_type} adapts a backbone, so it needs --task=transfer. Received: --task={job.task}.")
+    required: dict[str, Any] = {
+        "features": "live",
+        "hidden_layers": 0,
+        "draws": 1,
+        "baseline": False,
+        "class_weight": "none",
+        "on_alarm": "warn",
+        "export_dir": "",
+    }
+    values = flat_values(job)
+    for name, value in required.items():
+        if values[name] != value:
+            raise UserError(
+                f"--{name} is for classification: {task_type} needs --{name}={to_text(value)}. Received: "
+                f"--{name}={to_text(values[name])}."
+            )
+    if job.adversarial.uses_trades:
+        raise UserError(
+            "TRADES compares the class probabilities of whole images. Received: "
+            f"--objective={job.adversarial.objective} {task_type}. Use --objective=adversarial or awp."
+        )
+    if job.plan.plan_devices:
+        raise UserError(f"--plan_devices plans classification jobs. Received: {task_type}.")
 
 
 def _check_cached_features(job: JobConfig) -> None:

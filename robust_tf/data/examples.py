@@ -25,6 +25,8 @@ _WRITING_SEED = 20_200_716
 class Examples:
     """Some examples of a part, as datasets of (index, encoded image, label): int64, string and int32 scalars.
 
+    The label is a string for boxes and masks.
+
     Attributes:
         part: Part that the examples are chosen from.
         mask: Examples that are chosen, (part.num_examples,) bool.
@@ -97,7 +99,9 @@ class Examples:
                 writer.close()
 
     def _from_file(self, file: pathlib.Path) -> tf.data.Dataset:
-        records = tf.data.TFRecordDataset(str(file)).map(_from_bytes, num_parallel_calls=tf.data.AUTOTUNE)
+        is_text = self._in_order.element_spec[2].dtype == tf.string
+        read = _text_from_bytes if is_text else _from_bytes
+        records = tf.data.TFRecordDataset(str(file)).map(read, num_parallel_calls=tf.data.AUTOTUNE)
         return records.apply(tf.data.experimental.assert_cardinality(self.count))
 
     @functools.cached_property
@@ -137,7 +141,8 @@ class Examples:
     def _relabeled(self, index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, ...]:
         if self.new_labels is not None:
             label = tf.gather(tf.constant(self.new_labels), label)
-        return index, encoded, tf.cast(label, tf.int32)
+        # Boxes and masks are strings, see `robust_tf.data.boxes` and `robust_tf.data.masks`.
+        return index, encoded, label if label.dtype == tf.string else tf.cast(label, tf.int32)
 
     def _shuffled_within(self, records: tf.data.Dataset, seed: tf.Tensor, window: int) -> tf.data.Dataset:
         return records.shuffle(max(1, min(self.count, window)), seed=seed, reshuffle_each_iteration=False)
@@ -166,13 +171,27 @@ def _os_errors() -> Iterator[None]:
 
 
 def _to_bytes(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
+    if label.dtype == tf.string:
+        length = tf.strings.as_string(tf.strings.length(label))
+        return tf.strings.join([tf.strings.as_string(index), length, label + encoded], separator="\n")
     numbers = [tf.strings.as_string(index), tf.strings.as_string(label)]
     return tf.strings.join([*numbers, encoded], separator="\n")
 
 
 def _from_bytes(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    index, label, encoded = _split(record)
+    return tf.strings.to_number(index, tf.int64), encoded, tf.strings.to_number(label, tf.int32)
+
+
+def _text_from_bytes(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    index, length, rest = _split(record)
+    length = tf.strings.to_number(length, tf.int32)
+    encoded = tf.strings.substr(rest, length, tf.strings.length(rest) - length)
+    return tf.strings.to_number(index, tf.int64), encoded, tf.strings.substr(rest, 0, length)
+
+
+def _split(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Splits at the first two line breaks only, because the bytes of the image may contain more of them."""
     head = tf.strings.split(tf.strings.substr(record, 0, 48), "\n", maxsplit=2)
     start = tf.strings.length(head[0]) + tf.strings.length(head[1]) + 2
-    encoded = tf.strings.substr(record, start, tf.strings.length(record) - start)
-    return tf.strings.to_number(head[0], tf.int64), encoded, tf.strings.to_number(head[1], tf.int32)
+    return head[0], head[1], tf.strings.substr(record, start, tf.strings.length(record) - start)

@@ -9,20 +9,19 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from robust_tf.config.data import DataConfig, Mixing
-from robust_tf.data.augmentations import AUGMENTATIONS
 from robust_tf.data.broken_images import broken_images_named, remembered_broken_images
 from robust_tf.data.datasets import dataset_info
 from robust_tf.data.examples import Examples, fits_in_memory
 from robust_tf.data.keras_cv_layers import mix
-from robust_tf.data.open_dataset import data_folder, open_dataset
-from robust_tf.data.preprocessing import Preprocessing
+from robust_tf.data.label_kinds import LABEL_KINDS
+from robust_tf.data.preprocessing import ExamplePreprocessing
 from robust_tf.data.selection import checked_classes, part_masks
-from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.files import cache_folder
 from robust_tf.sharing import shared
@@ -82,7 +81,7 @@ class TaskData:
     train_examples: Examples
     validation_examples: Examples
     test_examples: Examples
-    preprocessing: Preprocessing
+    preprocessing: ExamplePreprocessing
     class_names: tuple[str, ...]
     metric: str
     batch_size: int
@@ -242,10 +241,10 @@ class TaskData:
         order = np.arange(padded).reshape(-1, replicas, batch, self.num_workers).transpose(0, 3, 1, 2).ravel()
         return ids[order[order < self.num_test]]
 
-    def preview(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def preview(self, count: int) -> tuple[np.ndarray, Any]:
         """Returns the first `count` validation images and their labels, the same in every call."""
-        images, labels = next(iter(self.validation_from(0).unbatch().batch(count)))
-        return images.numpy(), labels.numpy()
+        images, labels = next(self.validation_from(0).unbatch().batch(count).as_numpy_iterator())
+        return images, labels
 
     def sample(self) -> bytes:
         """Returns the first test image, encoded as in the data set."""
@@ -261,8 +260,8 @@ class TaskData:
         return max(self.batch_size, _SMALLEST_EVALUATION_BATCH)
 
     def _evaluated(self, examples: Examples, first: int = 0) -> tf.data.Dataset:
-        def transform(_: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return self.preprocessing.for_evaluation(encoded), label
+        def transform(_: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, Any]:
+            return self.preprocessing.evaluation_example(encoded, label)
 
         images = examples.in_order().skip(first).map(transform, num_parallel_calls=tf.data.AUTOTUNE)
         return _with_options(images.batch(self._evaluation_batch)).prefetch(2)
@@ -280,21 +279,20 @@ class TaskData:
 
         def transform(
             number: tf.Tensor, record: tuple[tf.Tensor, tf.Tensor, tf.Tensor]
-        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        ) -> tuple[tf.Tensor, Any, tf.Tensor]:
             _, encoded, label = record
             weight = tf.where(number < examples.count, padded / examples.count, 0.0)
-            return self.preprocessing.for_evaluation(encoded), label, tf.cast(weight, tf.float32)
+            return *self.preprocessing.evaluation_example(encoded, label), tf.cast(weight, tf.float32)
 
         records = records.shard(self.num_workers, self.worker)
         images = records.map(transform, num_parallel_calls=tf.data.AUTOTUNE)
         return _with_options(images.batch(batch_of_replica, drop_remainder=True)).prefetch(2)
 
     def _augmented(self, records: tf.data.Dataset, seed: tf.Tensor) -> tf.data.Dataset:
-        def transform(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        def transform(index: tf.Tensor, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, Any]:
             # Each example has its own seed, so the order of parallel calls cannot change the result.
-            return self.preprocessing.for_training(
-                encoded, tf.random.experimental.stateless_fold_in(seed, index)
-            ), label
+            example_seed = tf.random.experimental.stateless_fold_in(seed, index)
+            return self.preprocessing.training_example(encoded, label, example_seed)
 
         return records.map(transform, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -320,7 +318,7 @@ def load_task(
     num_workers: int = 1,
     drop_remainder: bool = False,
 ) -> TaskData:
-    """Loads a data set as a classification task with a training, a validation and a test part.
+    """Loads a data set as a task with a training, a validation and a test part.
 
     The data set is downloaded and prepared first if necessary. The validation part is held out of the training split,
     and is the same in every call, whatever the seed.
@@ -361,19 +359,17 @@ def load_task(
     if isinstance(data, str):
         data = DataConfig(dataset=data)
     name, augmentation, classes = data.dataset, data.augmentation, data.classes or None
-    info = dataset_info(name)
-    if augmentation and augmentation not in AUGMENTATIONS:
-        raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
+    kind, info = LABEL_KINDS[data.task_type], dataset_info(name)
+    if augmentation and augmentation not in kind.augmentations:
+        raise unknown_name("augmentation", augmentation, kind.augmentations)
     if not 0 <= worker < num_workers or batch_size % num_workers:
         raise UserError(
             "worker must be a number from 0 to num_workers - 1, and batch_size a multiple of num_workers. Received: "
             f"worker={worker}, num_workers={num_workers}, batch_size={batch_size}."
         )
     images = shared(
-        ("data set", name, data.data_dir, data.split_seed, data.skip_bad_images),
-        lambda: open_dataset(
-            name, data_folder(data.data_dir), split_seed=data.split_seed, skip_bad_images=data.skip_bad_images
-        ),
+        ("data set", data.task_type, name, data.data_dir, data.split_seed, data.skip_bad_images),
+        lambda: kind.open(data),
     )
     names = images.class_names
     if classes is not None:
@@ -415,23 +411,13 @@ def load_task(
     train_examples = examples(part=images.train, mask=train_mask, in_memory=in_memory, file=file)
     train_examples = train_examples.written()
 
-    size = data.image_size or info.image_size
     return TaskData(
         train_examples=train_examples,
         validation_examples=examples(part=images.train, mask=validation_mask, in_memory=in_memory),
         test_examples=examples(part=images.test, mask=test_mask),  # not cached, because it is read only once
-        preprocessing=Preprocessing(
-            image_size=size,
-            # In the same proportion as in the row, such as the paper's 256 to 224. Small images are not cropped.
-            resize_size=max(size, round(size * info.resize_size / info.image_size)),
-            augmentation=augmentation or info.augmentation,
-            rand_augment=data.rand_augment,
-            downscale=data.downscale,
-            decoding=Decoding(exif=data.exif, alpha_background=data.alpha_background),
-            highest_float=images.highest_float,
-        ),
+        preprocessing=kind.preprocessing(data, images),
         class_names=tuple(names[label] for label in classes or range(len(names))),
-        metric=info.metric,
+        metric=kind.metric or info.metric,
         batch_size=batch_size,
         mixing=data.mixing,
         seed=seed,

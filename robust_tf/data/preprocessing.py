@@ -1,6 +1,7 @@
 """The complete transform from an encoded image to the pixels of a batch, for training and for evaluation."""
 
 import dataclasses
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -16,6 +17,28 @@ from robust_tf.data.transforms import (
     downscale,
     evaluation_transform,
 )
+
+
+class ExamplePreprocessing(Protocol):
+    """What `TaskData` needs of the transforms of a task: of `Preprocessing` here, or of those for boxes and masks."""
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, in pixels."""
+
+    @property
+    def resize_size(self) -> int:
+        """Length to which evaluation resizes the shorter side, in pixels."""
+
+    @property
+    def augmentation(self) -> str:
+        """Name of the augmentation of the training images."""
+
+    def training_example(self, encoded: tf.Tensor, label: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the pixels of a training image and its labels as the loss takes them."""
+
+    def evaluation_example(self, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Returns the pixels of an image for evaluation and its labels as the loss takes them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +96,16 @@ class Preprocessing:
             policy_seed = tf.random.experimental.stateless_fold_in(seed, 1)
             image = rand_augment(image, policy_seed, magnitude=self.rand_augment)
         return image
+
+    def training_example(
+        self, encoded: tf.Tensor, label: tf.Tensor, seed: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the randomly augmented pixels of an image and its label."""
+        return self.for_training(encoded, seed), label
+
+    def evaluation_example(self, encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the pixels of an image for evaluation and its label."""
+        return self.for_evaluation(encoded), label
 
     def _pixels(self, encoded: tf.Tensor) -> tf.Tensor:
         """Returns the whole image, (height, width, 3) uint8, or float32 in [0, 255]."""

@@ -3,7 +3,7 @@
 import dataclasses
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -66,6 +66,8 @@ class LabeledImages:
         highest_float: Upper end of the range [0, highest_float] if the pixels are stored as float32. None for encoded
             images, whose pixels are integers.
         notes: Sentences about the data set that its users should read.
+        label_kind: "classes" if a label is the number of a class, "boxes" or "masks" if it is a string that holds the
+            boxes or the encoded mask of the image.
     """
 
     class_names: tuple[str, ...]
@@ -79,6 +81,7 @@ class LabeledImages:
     bad_images: tuple[str, ...] = ()
     highest_float: float | None = None
     notes: tuple[str, ...] = ()
+    label_kind: Literal["classes", "boxes", "masks"] = "classes"
 
 
 def few(names: Sequence[str]) -> str:

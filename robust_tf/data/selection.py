@@ -49,7 +49,10 @@ def part_masks(
     train, test = ~validation, np.ones(images.test.num_examples, bool)
     for mask, part in ((train, "train"), (validation, "train"), (test, "test")):
         mask[broken[part]] = False
-    if classes is not None or examples_per_class is not None or subset or not images.trusted:
+    if images.label_kind != "classes":
+        if subset:
+            train = random_subset(train, parse_amount(subset), seed, name)
+    elif classes is not None or examples_per_class is not None or subset or not images.trusted:
         labels, test_labels = images.train.labels(), images.test.labels()
         check_labels(labels, images.train, names, name=name)
         check_labels(test_labels, images.test, names, name=name)
@@ -165,6 +168,33 @@ def balanced_subset(labels: np.ndarray, mask: np.ndarray, amount: int | float, s
         willing = [position for position in turn if available[position] >= level]
         counts[willing[: total - counts.sum()]] += 1
     return _chosen(labels, mask, dict(zip(classes, counts, strict=True)), seed)
+
+
+def random_subset(mask: np.ndarray, amount: int | float, seed: int, name: str) -> np.ndarray:
+    """Returns `mask` reduced to a given number of examples, chosen at random.
+
+    Args:
+        mask: Examples to choose from, (num_examples,) bool.
+        amount: Number of examples to keep (int), or their share in (0, 1] (float).
+        seed: Seed for the choice.
+        name: Name of the data set, for the message.
+
+    Returns:
+        (num_examples,) bool.
+
+    Raises:
+        UserError: If there are fewer examples than `amount`, or if none would be left.
+    """
+    available = np.flatnonzero(mask)
+    total = amount if isinstance(amount, int) else round(amount * len(available))
+    if not 1 <= total <= len(available):
+        raise UserError(
+            f"subset must keep 1 to {len(available)} training images of {name}. Received: subset={amount}, which keeps "
+            f"{total}."
+        )
+    chosen = np.zeros_like(mask)
+    chosen[np.random.default_rng(seed).permutation(available)[:total]] = True
+    return chosen
 
 
 def _chosen(labels: np.ndarray, mask: np.ndarray, counts: dict[int, int], seed: int) -> np.ndarray:

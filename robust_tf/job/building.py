@@ -12,6 +12,7 @@ from robust_tf.errors import unknown_name
 from robust_tf.job.task import TaskSummary
 from robust_tf.models import build_classifier
 from robust_tf.sharing import shared
+from robust_tf.tasks.table import dense_task
 from robust_tf.training.metrics import CrossEntropy, balanced_class_weights
 from robust_tf.training.objectives import Recipe
 from robust_tf.training.optimizers import build_optimizer
@@ -58,9 +59,12 @@ def adapted_classifier(source: keras.Model, job: JobConfig, task: TaskSummary) -
         classifier, _ = shared(key, adapt)  # it keeps the source, too, so that no other model gets its id
     else:
         classifier, _ = adapt()
-    classifier = replace_head(
-        classifier, len(task.class_names), hidden_layers=job.transfer.hidden_layers, seed=job.run.seed
-    )
+    num_classes, seed = len(task.class_names), job.run.seed
+    dense = dense_task(job.data.task_type)
+    if dense is not None:
+        classifier = dense.build(classifier, num_classes, seed=seed)
+    else:
+        classifier = replace_head(classifier, num_classes, hidden_layers=job.transfer.hidden_layers, seed=seed)
     # Frozen before the trainer is compiled, since a compiled model keeps training the layers that were trainable then.
     freeze(
         classifier,

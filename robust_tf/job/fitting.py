@@ -11,15 +11,17 @@ import keras
 import numpy as np
 
 from robust_tf.config.job import JobConfig
-from robust_tf.config.optimization import SelectBy
 from robust_tf.console import console
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.flags import to_flag_file
 from robust_tf.job.building import job_loss, job_optimizer, job_recipe, optimizer_steps_per_epoch
+from robust_tf.job.dense import MeasureEachEpoch
 from robust_tf.job.out_of_memory import out_of_memory_explained
 from robust_tf.job.patience import StopEarly, patience_of
 from robust_tf.job.reuse import reused_trainer, reuses_trainer
+from robust_tf.tasks.base import DenseTask
+from robust_tf.tasks.table import dense_task
 from robust_tf.training.alarms import NUM_IMAGES, Alarms, EndOnAlarm, TrainingAlarm
 from robust_tf.training.batchnorm import prepare_batchnorm
 from robust_tf.training.callbacks import CallbacksFromStep, SaveProgress, StopOnNaN
@@ -66,6 +68,10 @@ class _Fit:
     def board(self) -> pathlib.Path:
         """Folder for TensorBoard."""
         return self.workdir / "tensorboard"
+
+    @property
+    def dense(self) -> DenseTask | None:
+        return dense_task(self.job.data.task_type)
 
     @property
     def attacked(self) -> bool:
@@ -159,6 +165,7 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
         adversarial=fit.attacked,
         epsilon=(lambda: trainer.epsilon) if job.adversarial.fast == "epsilon_warmup" else None,
         compiles=trainer.jit_compile,
+        metric=None if fit.dense is None else fit.dense.metric,
     )
     try:
         with out_of_memory_explained(job, fit.classifier), signals_held_back() as pending:
@@ -166,7 +173,7 @@ def _train(fit: _Fit) -> tuple[TrainingProgress, bool]:
             save = SaveProgress(
                 checkpoints,
                 progress,
-                select_by=_selecting_metric(job.optimization.select_by, task.metric, attacked=fit.attacked),
+                select_by=_selecting_metric(fit),
                 every_steps=job.run.checkpoint_every_steps,
                 every_minutes=job.run.checkpoint_every_minutes,
                 pending=pending,
@@ -215,7 +222,12 @@ def _compiled_trainer(
     """Returns the trainer with all of its variables, and a function that compiles it with another optimizer."""
     adversarial, optimization, task = fit.job.adversarial, fit.job.optimization, fit.task
     steps = optimizer_steps_per_epoch(optimization, replays=adversarial.replays, batches=task.steps_per_epoch)
-    loss = job_loss(optimization.class_weight, task)
+    num_classes, dense = len(task.class_names), fit.dense
+    loss: Any
+    if dense is None:
+        loss, metrics = job_loss(optimization.class_weight, task), [Accuracy(), MeanPerClassAccuracy(num_classes)]
+    else:
+        loss, metrics = dense.loss(), dense.metrics(num_classes)
 
     def new_trainer() -> AdversarialTrainer:
         trainer = AdversarialTrainer(
@@ -238,13 +250,13 @@ def _compiled_trainer(
             optimizer=optimizer,
             loss=loss,
             # Weighted, because with several replicas the images that only fill up a batch have weight 0.
-            weighted_metrics=[Accuracy(), MeanPerClassAccuracy(len(task.class_names))],
+            weighted_metrics=metrics,
             jit_compile=optimization.xla,
         )
-        trainer.build_metrics()
+        trainer.build_metrics(None if dense is None else dense.trial_labels)
 
     if reuses_trainer(fit.job):
-        besides = (steps, len(task.class_names), tuple(loss.class_weights or ()))
+        besides = (steps, num_classes, tuple(loss.class_weights or ()))
         trainer = reused_trainer(fit.job, fit.classifier, new_trainer, besides=besides)
     else:
         trainer = new_trainer()
@@ -315,11 +327,15 @@ def _callbacks(
 ) -> list[keras.callbacks.Callback]:
     """Returns the callbacks in the order in which they must see the end of an epoch."""
     run, adversarial = fit.job.run, fit.job.adversarial
-    callbacks: list[keras.callbacks.Callback] = [stop_on_nan, CompilingLines(), bar]
+    callbacks: list[keras.callbacks.Callback] = [stop_on_nan, CompilingLines()]
+    measured = alarms = None
+    if fit.dense is not None:
+        measured = MeasureEachEpoch(fit.job, fit.dense, fit.classifier, fit.task)
+        callbacks.append(measured)  # adds its measurements to the logs that the next callbacks show
+    callbacks.append(bar)
     if run.profile_steps and fit.distribution.is_chief:
         callbacks.append(ProfileSteps(fit.board, *run.profile_steps))
-    alarms = None
-    if fit.attacked and adversarial.alarm_every_epochs:
+    if fit.attacked and adversarial.alarm_every_epochs and fit.dense is None:
         alarms = Alarms(
             fit.classifier,
             held_out=fit.task.preview(NUM_IMAGES),
@@ -339,6 +355,7 @@ def _callbacks(
             steps_per_epoch=fit.task.steps_per_epoch,
             every_steps=run.log_every_steps,
             share_trace=reuses_trainer(fit.job),
+            picture=None if measured is None else measured.picture,
         )
         callbacks.append(tensorboard)
     if alarms and adversarial.on_alarm != "warn":
@@ -363,11 +380,15 @@ def _state_of_chief(read: Callable[[], State | None], distribution: Distribution
     return State(TrainingProgress(**fields), dict(zip(map(str, names), arrays, strict=True)), pathlib.Path(str(path)))
 
 
-def _selecting_metric(select_by: SelectBy, metric: str, *, attacked: bool) -> str | None:
+def _selecting_metric(fit: _Fit) -> str | None:
     """Returns the name, in the logs, of the metric that selects the best epoch, or None to keep the last epoch."""
+    select_by, metric = fit.job.optimization.select_by, fit.task.metric
     if select_by == "last":
         return None
+    if fit.dense is not None:
+        robust = fit.attacked and select_by != "accuracy"
+        return f"val_{'robust' if robust else 'clean'}_{metric}"
     if select_by == "accuracy":
-        return "val_clean_accuracy" if attacked else "val_accuracy"
+        return "val_clean_accuracy" if fit.attacked else "val_accuracy"
     # With an attack, the compiled accuracy is the robust accuracy.
-    return "val_accuracy" if attacked else f"val_{metric}"
+    return "val_accuracy" if fit.attacked else f"val_{metric}"

@@ -9,6 +9,7 @@ from robust_tf.config.job import JobConfig
 from robust_tf.console import console, only_a_warning
 from robust_tf.data import TaskData
 from robust_tf.flags import flat_values
+from robust_tf.job.dense import write_measurement
 from robust_tf.job.draws import complete_results
 from robust_tf.job.results import closing_table
 from robust_tf.job.sources import classifier_path
@@ -21,6 +22,8 @@ from robust_tf.results import FILE_NAME, JobResults
 from robust_tf.serving.publish.export import export_classifier
 from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results
 from robust_tf.serving.publish.staging import readers_of
+from robust_tf.tasks.measuring import Measurement
+from robust_tf.tasks.table import dense_task
 from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.training.tensorboard import write_result
 
@@ -29,7 +32,7 @@ def write_job(
     job: JobConfig,
     task: TaskData,
     classifier: keras.Model,
-    evaluation: Evaluation,
+    evaluation: Evaluation | Measurement,
     progress: TrainingProgress,
     results: JobResults,
 ) -> None:
@@ -39,13 +42,16 @@ def write_job(
         job: Job that is finished.
         task: Data of the job.
         classifier: Trained classifier.
-        evaluation: Evaluation of the classifier on the test part.
+        evaluation: Evaluation of the classifier, or measurement of the network, on the test part.
         progress: Progress of the training.
         results: Content of results.json.
     """
     workdir = pathlib.Path(job.run.workdir)
     if job.run.outputs != "results":
         save_classifier(classifier, classifier_path(job))
+    if isinstance(evaluation, Measurement):
+        _write_dense_job(job, task, evaluation, progress, results)
+        return
     if job.run.outputs != "all":
         evaluation.outcomes.write(workdir)
         write_history(workdir, progress.history)
@@ -70,6 +76,20 @@ def write_job(
         write_examples(workdir, evaluation.examples)
         if not job.transfer.baseline:  # with a baseline, `finish_job` writes the report
             write_report(workdir)
+
+
+def _write_dense_job(
+    job: JobConfig, task: TaskData, measurement: Measurement, progress: TrainingProgress, results: JobResults
+) -> None:
+    """Writes the files of a finished job for detection or segmentation, which has no predictions.csv and no report."""
+    workdir, dense = pathlib.Path(job.run.workdir), dense_task(job.data.task_type)
+    write_history(workdir, progress.history)
+    if job.run.outputs == "all" and dense is not None:
+        with only_a_warning(f"The examples of {workdir}"):
+            write_measurement(job, dense, task, measurement, results)
+    results.write(workdir / FILE_NAME)  # last, because its presence means that the job is finished
+    if job.run.outputs != "all":
+        shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
 
 
 def write_missing_report(workdir: pathlib.Path) -> None:

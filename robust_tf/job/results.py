@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import statistics
+from typing import Any
 
 import keras
 from rich import box
@@ -18,6 +19,7 @@ from robust_tf.job.patience import patience_of
 from robust_tf.job.testing import Evaluation
 from robust_tf.models import weights_sha256
 from robust_tf.results import FeatureCache, JobResults, MeasuredAttack
+from robust_tf.tasks.measuring import Measurement
 from robust_tf.training.checkpoint import TrainingProgress
 from robust_tf.transfer.stages import parameter_counts
 
@@ -28,7 +30,7 @@ def job_results(
     config: JobConfig,
     task: TaskData,
     classifier: keras.Model,
-    evaluation: Evaluation,
+    evaluation: Evaluation | Measurement,
     progress: TrainingProgress,
     head_fit: HeadFit | None = None,
 ) -> JobResults:
@@ -38,7 +40,7 @@ def job_results(
         config: Configuration of the job.
         task: Data of the job.
         classifier: The trained classifier.
-        evaluation: Evaluation of the classifier on the test images.
+        evaluation: Evaluation of the classifier, or measurement of the network, on the test images.
         progress: Progress of the training at its end.
         head_fit: Result of fitting the head, for a job with `--features=cached`.
     """
@@ -46,6 +48,7 @@ def job_results(
     data, transfer, adversarial = config.data, config.transfer, config.adversarial
     return JobResults(
         task=config.task,
+        task_type=data.task_type,
         dataset=data.dataset,
         classes=data.classes,
         class_names=tuple(task.class_names),
@@ -64,11 +67,7 @@ def job_results(
         feature_cache=_feature_cache(head_fit) if head_fit else None,
         head_penalty=head_fit.penalty if head_fit else None,
         metric=task.metric,
-        clean_accuracy=evaluation.clean_accuracy,
-        clean_accuracy_interval=evaluation.clean_interval,
-        mean_per_class_accuracy=evaluation.mean_per_class_accuracy,
-        robust_accuracy=evaluation.robust_accuracy,
-        robust_accuracy_interval=evaluation.robust_interval,
+        **_figures(evaluation),
         robust_accuracy_attack=measured_attack(adversarial.evaluation_attack),
         num_train_images=task.num_train,
         num_validation_images=task.num_validation,
@@ -93,6 +92,19 @@ def job_results(
         versions=_versions(),
         flags=tuple(to_flag_file(config.resolved()).splitlines()),
     )
+
+
+def _figures(evaluation: Evaluation | Measurement) -> dict[str, Any]:
+    """Returns the figures of the test by their names in `JobResults`."""
+    if isinstance(evaluation, Measurement):
+        return {"clean": evaluation.clean_measures, "robust": evaluation.robust_measures}
+    return {
+        "clean_accuracy": evaluation.clean_accuracy,
+        "clean_accuracy_interval": evaluation.clean_interval,
+        "mean_per_class_accuracy": evaluation.mean_per_class_accuracy,
+        "robust_accuracy": evaluation.robust_accuracy,
+        "robust_accuracy_interval": evaluation.robust_interval,
+    }
 
 
 def measured_attack(attack: AttackConfig) -> MeasuredAttack | None:

@@ -32,6 +32,7 @@ def reuses_trainer(job: JobConfig) -> bool:
     """
     changes = job.transfer.unfreeze_at_epoch is not None or job.adversarial.on_alarm == "rollback"
     plain = job.run.distribution == "none" and not job.transfer.cached and not job.optimization.ema_decay
+    plain = plain and job.data.task_type == "classification"
     return is_sharing() and plain and not changes
 
 

@@ -9,6 +9,7 @@ from robust_tf.console import console
 from robust_tf.data import TaskData
 from robust_tf.errors import UserError
 from robust_tf.job.building import adapted_classifier, new_classifier
+from robust_tf.job.dense import measure_test
 from robust_tf.job.draws import draw_jobs
 from robust_tf.job.fitting import fit_classifier
 from robust_tf.job.half_precision import emulation_warning
@@ -21,6 +22,8 @@ from robust_tf.job.task import load_job_task
 from robust_tf.job.testing import Evaluation, evaluate_classifier
 from robust_tf.job.workdir import check_kept, claim_workdir, finished_results, release_workdir
 from robust_tf.results import JobResults
+from robust_tf.tasks.measuring import Measurement
+from robust_tf.tasks.table import dense_task
 from robust_tf.training.checkpoint import Checkpoints, TrainingProgress
 from robust_tf.training.distribution import Distribution, start_distribution
 from robust_tf.training.interruption import Interrupted
@@ -98,6 +101,8 @@ def build_job(job: JobConfig) -> tuple[keras.Model, TaskData]:
     # repeated run does neither.
     keras.utils.set_random_seed(job.run.seed)
     classifier = adapted_classifier(source, job, task) if source else new_classifier(job, task)
+    if (dense := dense_task(job.data.task_type)) is not None:
+        task = dense.with_labels_for(task, classifier)
     return reused_classifier(job, classifier), task
 
 
@@ -138,8 +143,12 @@ def _fit(
     return fit_classifier(job, classifier, task, workdir, distribution), None
 
 
-def _test(job: JobConfig, classifier: keras.Model, task: TaskData, distribution: Distribution) -> Evaluation:
+def _test(
+    job: JobConfig, classifier: keras.Model, task: TaskData, distribution: Distribution
+) -> Evaluation | Measurement:
     """Evaluates on the test part, which no other part of a job uses."""
+    if (dense := dense_task(job.data.task_type)) is not None:
+        return measure_test(job, dense, classifier, task)
     if can_test_features(job):
         return evaluate_features(classifier, task)
     compiled = distribution.num_replicas == 1 and compiles_with_xla(job.optimization.xla, classifier)

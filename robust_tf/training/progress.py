@@ -20,6 +20,8 @@ class ProgressBar(keras.callbacks.Callback):
         adversarial: Whether the compiled metrics are measured on adversarial images.
         epsilon: Function that returns the current epsilon of the attack. None if epsilon is constant during training.
         compiles: Whether XLA compiles the first step.
+        metric: Name of the validation metric whose values "clean_..." and "robust_..." are in the logs. None for
+            classification, whose accuracies are compiled metrics.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class ProgressBar(keras.callbacks.Callback):
         adversarial: bool,
         epsilon: Callable[[], float] | None = None,
         compiles: bool = False,
+        metric: str | None = None,
     ) -> None:
         super().__init__()
+        self._metric = metric
         self.images_per_second = 0.0  # in the last epoch; other callbacks log it
         self._num_images, self._batch_size, self._epochs = num_images, batch_size, epochs
         self._adversarial, self._epsilon = adversarial, epsilon
@@ -102,8 +106,11 @@ class ProgressBar(keras.callbacks.Callback):
         """Prints the line of the epoch."""
         logs = logs or {}
         parts = [f"epoch {epoch + 1:>{len(str(self._epochs))}}/{self._epochs}", f"loss {logs['loss']:.3f}"]
-        parts.append(_accuracies("train", logs, "", self._adversarial))
-        parts.append(_accuracies("validation", logs, "val_", self._adversarial))
+        if self._metric is None:
+            parts.append(_accuracies("train", logs, "", self._adversarial))
+            parts.append(_accuracies("validation", logs, "val_", self._adversarial))
+        else:
+            parts.append(_measures(self._metric, logs))
         if self._epsilon is not None:
             parts.append(f"epsilon {self._epsilon():.4g}")
         parts.append(speed_text(self.images_per_second))
@@ -125,3 +132,9 @@ def _accuracies(part: str, logs: dict[str, Any], prefix: str, adversarial: bool)
     clean = prefix + "clean_accuracy"  # not measured in training if that would need an extra forward pass
     shown = f"clean {logs[clean]:.1%} " if clean in logs else ""
     return f"{part} {shown}robust {logs[prefix + 'accuracy']:.1%}"
+
+
+def _measures(metric: str, logs: dict[str, Any]) -> str:
+    names = {kind: f"val_{kind}_{metric}" for kind in ("clean", "robust")}
+    shown = " ".join(f"{kind} {logs[name]:.1%}" for kind, name in names.items() if name in logs)
+    return f"validation loss {logs['val_loss']:.3f}  {metric.replace('_', ' ')} {shown}"

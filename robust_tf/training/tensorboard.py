@@ -2,7 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -40,6 +40,8 @@ class TensorBoardLogger(keras.callbacks.Callback):
         every_steps: Number of steps between two points of the step charts.
         share_trace: Whether later loggers of the same classifier object, which may have other weights by then, use the
             traced attack again. This needs `robust_tf.sharing.sharing`.
+        picture: Function that draws the picture, (height, width, 3) in [0, 1], instead of this class. `preview` is not
+            used then.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
         steps_per_epoch: int,
         every_steps: int,
         share_trace: bool = False,
+        picture: Callable[[], np.ndarray] | None = None,
     ) -> None:
         super().__init__()
         self._train = tf.summary.create_file_writer(str(folder / "train"))
@@ -63,6 +66,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
         self._every_steps = every_steps
         self._names = _ADVERSARIAL_NAMES if attack.active else _STANDARD_NAMES
         self._share_trace = share_trace
+        self._picture = picture or self._attack_picture
         self._examples: Any = None
         self._epoch = 0
 
@@ -84,7 +88,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
         self._scalars(self._train, "epoch", self._with_settings(train), epoch)
         self._scalars(self._validation, "epoch", validation, epoch)
         with self._validation.as_default(), averages_in_place(self.model):
-            tf.summary.image("attack", self._attack_picture()[None], step=epoch)
+            tf.summary.image("attack", self._picture()[None], step=epoch)
         for writer in (self._train, self._validation):
             writer.flush()
 
@@ -212,6 +216,20 @@ def write_result(
         for name, value in figures.items():
             tf.summary.scalar(f"test/{name}", value, step=0)
         tf.summary.image("confusion", _confusion_picture(confusion, class_names)[None], step=0)
+
+
+def write_test_figures(folder: pathlib.Path, *, figures: dict[str, float], sheet: np.ndarray) -> None:
+    """Writes the test metrics of a network for detection or segmentation, and the picture of its examples.
+
+    Args:
+        folder: Folder of the logs.
+        figures: Test metrics by name.
+        sheet: Picture (height, width, 3) uint8.
+    """
+    with tf.summary.create_file_writer(str(folder / "test")).as_default():
+        for name, value in figures.items():
+            tf.summary.scalar(f"test/{name}", value, step=0)
+        tf.summary.image("examples", sheet[None], step=0)
 
 
 def axis_name(name: str, length: int = 24) -> str:

@@ -142,6 +142,7 @@ class AdversarialTrainer(CompiledByXla, ReplicatedModel):
         self._unbiased_batchnorm = unbiased_batchnorm
         self._clean_figures = clean_figures
         self._compiled_loss: CompiledLoss | None = None
+        self._labels_for: Callable[[Any], Any] | None = None
         self.objective = build_objective(recipe, self, attack)
         self._steps = keras.Variable(0, dtype="int64", trainable=False, name="steps", aggregation="only_first_replica")
         if attack.active:
@@ -225,14 +226,24 @@ class AdversarialTrainer(CompiledByXla, ReplicatedModel):
             outputs = trial_outputs(self.classifier)
             self._compiled_loss = CompiledLoss(loss, loss_weights, outputs=outputs, output_names=names)
 
-    def build_metrics(self) -> None:
-        """Creates the variables of the compiled metrics and losses, which Keras would create in the first step."""
+    def build_metrics(self, labels_for: Callable[[Any], Any] | None = None) -> None:
+        """Creates the variables of the compiled metrics and losses, which Keras would create in the first step.
+
+        Args:
+            labels_for: Function from outputs of the classifier to labels of the right shapes and types. By default the
+                labels are integer classes, or of the shape of the outputs if the loss is one of Keras's that take such
+                labels.
+        """
+        if labels_for is not None:
+            self._labels_for = labels_for
         outputs = keras.tree.map_structure(lambda output: tf.zeros_like(output[:1]), trial_outputs(self.classifier))
         loss = self._compiled_loss
         whole = loss is not None and loss.integer_labels is False
         labels = keras.tree.map_structure(
             lambda output: output if whole else tf.zeros(output.shape[:-1], tf.int32), outputs
         )
+        if self._labels_for is not None:
+            labels = self._labels_for(outputs)
         images = tf.zeros((1, 1, 1, 1))
         if self.loss is not None and isinstance(outputs, (dict, list, tuple)):
             self.compute_loss(images, labels, outputs, None)  # creates the metrics of the individual losses

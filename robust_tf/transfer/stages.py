@@ -182,6 +182,10 @@ def _depth(stage: str) -> tuple[int, int]:
 
 def _layers_before_features(classifier: keras.Model) -> list[keras.layers.Layer]:
     names = [layer.name for layer in classifier.layers]
+    if "features" not in names and any(stage_of(name) == HEAD for name in names):
+        # A head for boxes or masks takes the maps of several stages.
+        by_stage = stages(classifier)
+        return [layer for stage, layers in by_stage.items() if stage != HEAD for layer in layers]
     if "features" not in names:
         raise UserError(
             "mode='fixed_feature' freezes everything before the layer called 'features', the input of the head. "
