@@ -371,7 +371,7 @@ class JobResults(Record):
         attack = self.robust_accuracy_attack.in_words if self.robust_accuracy_attack else "attack"
         if name in ("clean", "robust"):
             measures = (self.clean if name == "clean" else self.robust) or Measures()
-            title = _METRIC_TITLES.get(self.metric or "", "metric")
+            title = metric_title(self.metric or "metric")
             clean = name == "clean"
             return Figure(
                 name,
@@ -477,6 +477,11 @@ class JobResults(Record):
             flags = _values_of(content["flags"], where)
             content |= {name: flags[name] for name in missing}
         return content
+
+
+def metric_title(metric: str) -> str:
+    """Returns what a metric of detection or segmentation is called in text."""
+    return _METRIC_TITLES.get(metric, metric)
 
 
 def _check_format(content: Mapping[str, Any], path: pathlib.Path | str) -> None:

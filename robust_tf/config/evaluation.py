@@ -5,7 +5,7 @@ import math
 import pathlib
 from typing import Literal
 
-from robust_tf.config.checks import check_choices
+from robust_tf.config.checks import check_choices, check_ranges
 from robust_tf.config.names import ATTACK_NAMES, AUTOATTACK_VERSIONS, NORM_NAMES
 from robust_tf.config.optimization import JitCompile
 from robust_tf.errors import UserError, unknown_name
@@ -13,6 +13,9 @@ from robust_tf.flags import flag
 
 # The value of --attack that stands for no attack at all.
 NO_ATTACK = "none"
+# Attacks if the flag is left out: on a classifier, and on a network for detection or segmentation.
+DEFAULT_ATTACK = "autoattack"
+DENSE_ATTACK = "pgd"
 DEFAULT_NUM_IMAGES = 1000
 DEFAULT_BATCH_SIZE = 128
 GPU_BATCH_SIZE = 512  # of images whose sides have at most SMALL_IMAGE pixels
@@ -62,9 +65,13 @@ class EvaluateConfig:
     seed: int = flag(0, "Seed for the choice of test images, the attacks and the corruptions.")
     # Attacks
     attack: tuple[str, ...] = flag(
-        ("autoattack",),
+        (),
         f"Attacks to run, separated by commas: {NO_ATTACK}, {', '.join(AUTOATTACK_VERSIONS)}, "
-        f"{', '.join(ATTACK_NAMES)}, or a cascade of several such as apgd-ce+square.",
+        f"{', '.join(ATTACK_NAMES)}, or a cascade of several such as apgd-ce+square. By default {DEFAULT_ATTACK}. A "
+        f"network for detection or segmentation is attacked through its own loss, by {DENSE_ATTACK} only.",
+    )
+    attack_steps: int = flag(
+        20, f"Number of steps of {DENSE_ATTACK} on a network for detection or segmentation."
     )
     norm: str = flag(
         "", f"Norm of the perturbations: {', '.join(NORM_NAMES)}. By default, the norm that was used in training."
@@ -97,10 +104,11 @@ class EvaluateConfig:
         check_choices(self)
         if not self.classifier:
             raise UserError("--classifier must be a .keras file or the name of a published model. Received: none.")
-        for name, lowest in (("batch_size", 1), ("seed", 0), ("num_examples", 0), ("num_images", 0), ("queries", 1)):
+        for name, lowest in (("batch_size", 1), ("seed", 0), ("num_examples", 0), ("num_images", 0)):
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise UserError(f"--{name} must be {lowest} or more. Received: {value}.")
+        check_ranges(self, ("queries", "attack_steps"), lowest=1)
         if self.artifact and self.compare:
             raise UserError(
                 f"--artifact measures exports of --classifier alone. Received: --compare={self.compare} as well. Run "
@@ -114,10 +122,10 @@ class EvaluateConfig:
     def _check_attacks(self) -> None:
         if self.norm and self.norm not in NORM_NAMES:
             raise unknown_name("value of --norm", self.norm, NORM_NAMES)
-        if not self.attack or (NO_ATTACK in self.attack and len(self.attack) > 1):
+        if NO_ATTACK in self.attack and len(self.attack) > 1:
             raise UserError(
                 f"--attack must be the names of one or more attacks, or {NO_ATTACK} alone. Received: "
-                f"{','.join(self.attack) or 'no name'}."
+                f"{','.join(self.attack)}."
             )
         for name in self.attack:
             for part in name.split("+"):

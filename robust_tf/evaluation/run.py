@@ -12,7 +12,9 @@ from robust_tf.attacks.autoattack import VERSIONS
 from robust_tf.attacks.compiled import CompiledAttacks
 from robust_tf.attacks.outputs import looks_like_probabilities
 from robust_tf.attacks.table import check_attacks
+from robust_tf.config.checks import check_default
 from robust_tf.config.evaluation import (
+    DEFAULT_ATTACK,
     DEFAULT_BATCH_SIZE,
     DEFAULT_NUM_IMAGES,
     GPU_BATCH_SIZE,
@@ -36,6 +38,7 @@ from robust_tf.evaluation.corruption_error import (
     relative_corruption_error,
 )
 from robust_tf.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from robust_tf.evaluation.dense import is_dense, run_dense_evaluation
 from robust_tf.evaluation.pictures import Measured, draw_figures, kept_examples
 from robust_tf.evaluation.prediction import Predict, batched_logits
 from robust_tf.evaluation.robustness import Robustness, attack_epsilons, unattacked
@@ -58,6 +61,11 @@ def run_evaluation(config: EvaluateConfig) -> None:
             state of another evaluation.
     """
     check_output_folder(config.folder, "--output")
+    if is_dense(config.classifier):
+        run_dense_evaluation(config)
+        return
+    check_default(config, ("attack_steps",), "a network for detection or segmentation")
+    config = dataclasses.replace(config, attack=config.attack or (DEFAULT_ATTACK,))
     tf.config.experimental.enable_tensor_float_32_execution(config.tf32)
     if config.norm:
         for name in config.attack:

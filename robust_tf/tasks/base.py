@@ -45,6 +45,12 @@ class Scores(Protocol):
     def add(self, truth: Prediction, prediction: Prediction) -> None:
         """Adds one image."""
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns everything that was added, as arrays that `numpy.savez` can store."""
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes over what `state` returned, instead of what was added so far."""
+
     def value(self) -> float:
         """Returns the metric over all images, 0 if there was nothing to find."""
 

@@ -1,6 +1,6 @@
 """Detections of one network on many images, and the average precision over all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -46,6 +46,23 @@ class AveragePrecision:
                 "classes": prediction["classes"][found],
             }
         )
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the boxes and detections of all images, one array for each kind, and the number in each image."""
+        arrays = {}
+        for kind, images in (("truth", self._truths), ("detection", self._detections)):
+            arrays[f"{kind}/count"] = np.array([len(each["classes"]) for each in images], np.int64)
+            for name in images[0] if images else ():
+                arrays[f"{kind}/{name}"] = np.concatenate([each[name] for each in images])
+        return arrays
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes over the boxes and detections that `state` returned."""
+        for kind, images in (("truth", self._truths), ("detection", self._detections)):
+            ends = np.cumsum(arrays[f"{kind}/count"])[:-1]
+            names = [name.partition("/")[2] for name in arrays if name.startswith(f"{kind}/") and "count" not in name]
+            columns = [np.split(arrays[f"{kind}/{name}"], ends) for name in names]
+            images[:] = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def value(self) -> float:
         """Returns the average precision, 0 if there are no objects."""

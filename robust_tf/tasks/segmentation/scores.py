@@ -1,6 +1,6 @@
 """Predicted masks of one network on many images, and the mean IoU over all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -33,6 +33,14 @@ class SegmentationScores:
         """Adds one image, with its true and its predicted "mask", (height, width) int, where -1 is ignored."""
         count = len(self._class_names)
         self._confusions.append(confusion_of(truth["mask"][None], prediction["mask"][None], count)[0])
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the confusion matrices."""
+        return {"confusion": self.confusion()}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes over the confusion matrices that `state` returned."""
+        self._confusions = list(arrays["confusion"])
 
     def value(self) -> float:
         """Returns the mean IoU, 0 if no pixel is labeled."""
