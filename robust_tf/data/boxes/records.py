@@ -1,0 +1,131 @@
+"""Images with boxes: their form while a folder is read, and the part of a data set that gives them as records."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from robust_tf.data.folder_scan import ImageFile
+from robust_tf.data.records import printable
+
+# Numbers of a row of a label: top, left, bottom, right, class, crowd.
+BOX_NUMBERS = 6
+_ROW_BYTES = 4 * BOX_NUMBERS
+
+
+def encode_label(rows: np.ndarray) -> bytes:
+    """Returns the label of an image as bytes.
+
+    Args:
+        rows: (boxes, 6), each row [top, left, bottom, right, class, crowd].
+    """
+    return np.ascontiguousarray(rows, "<f4").tobytes()
+
+
+def decode_boxes(label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns the boxes of a label.
+
+    Args:
+        label: Label of a record, a scalar string.
+
+    Returns:
+        The boxes, (boxes, 4) float32 [top, left, bottom, right] in pixels of the original image, their classes,
+        (boxes,) int32, and whether each one is a crowd, (boxes,) bool.
+
+    Example:
+        >>> import numpy as np
+        >>> import tensorflow as tf
+        >>> from robust_tf.data.boxes import decode_boxes
+        >>> label = np.array([[10, 20, 30, 60, 2, 0]], "<f4").tobytes()
+        >>> boxes, classes, crowd = decode_boxes(tf.constant(label))
+        >>> boxes.numpy().tolist(), classes.numpy().tolist(), crowd.numpy().tolist()
+        ([[10.0, 20.0, 30.0, 60.0]], [2], [False])
+    """
+    rows = tf.reshape(tf.io.decode_raw(label, tf.float32), (-1, BOX_NUMBERS))
+    return rows[:, :4], tf.cast(rows[:, 4], tf.int32), rows[:, 5] > 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnnotatedImage:
+    """An image file and its boxes as an annotation file states them.
+
+    Attributes:
+        file: Image file.
+        where: Image and annotation file, for messages.
+        size: Height and width that the annotation file states, in pixels. None if it states none.
+        edges: (boxes, 4) float64 [top, left, bottom, right] in pixels.
+        classes: Category of each box: an id or a name.
+        crowd: Whether each box counts neither as a hit nor as a miss.
+        box_names: Name of each box, for messages.
+    """
+
+    file: ImageFile
+    where: str
+    size: tuple[float, float] | None
+    edges: np.ndarray
+    classes: tuple[int | str, ...]
+    crowd: tuple[bool, ...]
+    box_names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxFolderPart:
+    """Image files and their boxes in the order of the examples. See `Part` for the methods.
+
+    Attributes:
+        paths: Paths of the images.
+        box_labels: Label of each image, see `encode_label`.
+    """
+
+    paths: tuple[str, ...]
+    box_labels: tuple[bytes, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """Number of images."""
+        return len(self.paths)
+
+    def records(self) -> tf.data.Dataset:
+        """Returns a dataset of (index, encoded image, label), the label as a string."""
+        return tf.data.Dataset.range(len(self.paths)).map(self.record, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def record(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns one record by its number. With this method, examples can be read in any order.
+
+        Args:
+            index: Number of the example, an integer scalar.
+
+        Returns:
+            The index, the encoded image and the label.
+        """
+        return index, tf.io.read_file(tf.gather(self._path_table, index)), tf.gather(self._label_table, index)
+
+    @functools.cached_property
+    def _path_table(self) -> tf.Tensor:
+        with tf.init_scope():  # outside of the graph of the function that happens to use it first
+            return tf.constant([os.fsencode(path) for path in self.paths], tf.string)
+
+    @functools.cached_property
+    def _label_table(self) -> tf.Tensor:
+        with tf.init_scope():
+            return tf.constant(self.box_labels, tf.string)
+
+    def labels(self) -> np.ndarray:
+        """Returns zeros, (num_examples,) int64, because an image has no class here."""
+        return np.zeros(self.num_examples, np.int64)
+
+    def name(self, index: int) -> str:
+        """Returns the path of an image."""
+        return printable(self.paths[index])
+
+    def boxes(self) -> Iterator[np.ndarray]:
+        """Yields the boxes of each image, (boxes, 6) float32, in the order of the examples."""
+        for label in self.box_labels:
+            yield np.frombuffer(label, "<f4").reshape(-1, BOX_NUMBERS)
+
+    def most_boxes(self) -> int:
+        """Returns the largest number of boxes in an image."""
+        return max((len(label) // _ROW_BYTES for label in self.box_labels), default=0)
