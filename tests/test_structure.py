@@ -16,6 +16,7 @@ LAYERS = [
     {"job"},
     {"reporting"},
     {"serving", "evaluation"},
+    {"tasks"},
     {"training"},
     {"transfer"},
     {"attacks", "data", "models", "results"},

@@ -1,0 +1,1 @@
+"""Task types besides classification: detection and semantic segmentation."""
