@@ -23,7 +23,15 @@ from robust_tf.console import meter
 
 PACKAGE = pathlib.Path("/usr/share/games/ufoai/base/0textures.pk3")
 # Folders of the package whose textures are photographs of surfaces.
-FOLDERS = ("tex_nature", "tex_buildings", "tex_material", "tex_streets", "tex_terrain", "tex_dirt", "tex_buildings_snow")
+FOLDERS = (
+    "tex_nature",
+    "tex_buildings",
+    "tex_material",
+    "tex_streets",
+    "tex_terrain",
+    "tex_dirt",
+    "tex_buildings_snow",
+)
 NOT_COLORS = ("_nm", "_sm", "_gm", "_rm")  # endings of normal maps and the like
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SIZE = 96

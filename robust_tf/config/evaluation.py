@@ -70,9 +70,7 @@ class EvaluateConfig:
         f"{', '.join(ATTACK_NAMES)}, or a cascade of several such as apgd-ce+square. By default {DEFAULT_ATTACK}. A "
         f"network for detection or segmentation is attacked through its own loss, by {DENSE_ATTACK} only.",
     )
-    attack_steps: int = flag(
-        20, f"Number of steps of {DENSE_ATTACK} on a network for detection or segmentation."
-    )
+    attack_steps: int = flag(20, f"Number of steps of {DENSE_ATTACK} on a network for detection or segmentation.")
     norm: str = flag(
         "", f"Norm of the perturbations: {', '.join(NORM_NAMES)}. By default, the norm that was used in training."
     )

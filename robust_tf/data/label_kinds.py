@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection
 
 from robust_tf.config.data import DataConfig, TaskType
 from robust_tf.data.augmentations import AUGMENTATIONS
-from robust_tf.data.boxes import BOX_AUGMENTATIONS, BoxPreprocessing, open_boxes
+from robust_tf.data.boxes import BoxPreprocessing, open_boxes
+from robust_tf.data.boxes.geometry import AUGMENTATION_NAMES
 from robust_tf.data.datasets import dataset_info
-from robust_tf.data.masks import MASK_AUGMENTATIONS, MaskPreprocessing, open_masks
+from robust_tf.data.masks import MaskPreprocessing, open_masks
 from robust_tf.data.open_dataset import data_folder, open_dataset
 from robust_tf.data.preprocessing import ExamplePreprocessing, Preprocessing
 from robust_tf.data.records import LabeledImages
@@ -19,6 +20,8 @@ from robust_tf.data.transforms import Decoding
 # Image size and augmentation of detection and segmentation if the flags leave them out and there is no source.
 _IMAGE_SIZE = 512
 _AUGMENTATION = "crop_flip"
+# Far more boxes than any image of COCO has. They are filled up to this number when a network is measured.
+_MOST_BOXES = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,16 @@ def _open_classes(data: DataConfig) -> LabeledImages:
     )
 
 
+def _open_boxes(data: DataConfig) -> LabeledImages:
+    images = open_boxes(data.dataset, data_folder(data.data_dir), split_seed=data.split_seed)
+    return dataclasses.replace(images, label_kind="boxes")
+
+
+def _open_masks(data: DataConfig) -> LabeledImages:
+    images = open_masks(data.dataset, data_folder(data.data_dir), split_seed=data.split_seed)
+    return dataclasses.replace(images, label_kind="masks")
+
+
 def _class_preprocessing(data: DataConfig, images: LabeledImages) -> Preprocessing:
     info = dataset_info(data.dataset)
     size = data.image_size or info.image_size
@@ -63,6 +76,7 @@ def _box_preprocessing(data: DataConfig, images: LabeledImages) -> BoxPreprocess
     return BoxPreprocessing(
         image_size=data.image_size or _IMAGE_SIZE,
         augmentation=data.augmentation or _AUGMENTATION,
+        most_boxes=_MOST_BOXES,
         decoding=Decoding(alpha_background=data.alpha_background),
     )
 
@@ -76,19 +90,17 @@ def _mask_preprocessing(data: DataConfig, images: LabeledImages) -> MaskPreproce
 
 
 LABEL_KINDS: dict[TaskType, LabelKind] = {
-    "classification": LabelKind(
-        open=_open_classes, preprocessing=_class_preprocessing, augmentations=AUGMENTATIONS
-    ),
+    "classification": LabelKind(open=_open_classes, preprocessing=_class_preprocessing, augmentations=AUGMENTATIONS),
     "detection": LabelKind(
-        open=lambda data: open_boxes(data.dataset, data_folder(data.data_dir), split_seed=data.split_seed),
+        open=_open_boxes,
         preprocessing=_box_preprocessing,
-        augmentations=BOX_AUGMENTATIONS,
+        augmentations=AUGMENTATION_NAMES,
         metric="average_precision",
     ),
     "segmentation": LabelKind(
-        open=lambda data: open_masks(data.dataset, data_folder(data.data_dir), split_seed=data.split_seed),
+        open=_open_masks,
         preprocessing=_mask_preprocessing,
-        augmentations=MASK_AUGMENTATIONS,
+        augmentations=AUGMENTATION_NAMES,
         metric="mean_iou",
     ),
 }

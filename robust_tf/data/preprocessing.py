@@ -97,9 +97,7 @@ class Preprocessing:
             image = rand_augment(image, policy_seed, magnitude=self.rand_augment)
         return image
 
-    def training_example(
-        self, encoded: tf.Tensor, label: tf.Tensor, seed: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
+    def training_example(self, encoded: tf.Tensor, label: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the randomly augmented pixels of an image and its label."""
         return self.for_training(encoded, seed), label
 

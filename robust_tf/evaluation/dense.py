@@ -299,4 +299,3 @@ def _table(subjects: Sequence[DenseSubject], entries: Sequence[dict[str, Any]]) 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-

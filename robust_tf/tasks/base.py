@@ -100,9 +100,7 @@ class DenseTask(Protocol):
     def trial_labels(self, outputs: Any) -> Any:
         """Returns labels of the right shapes for some outputs, with which metrics can be built."""
 
-    def attacked(
-        self, network: keras.Model, images: tf.Tensor, labels: Any, *, attack: AttackConfig
-    ) -> tf.Tensor:
+    def attacked(self, network: keras.Model, images: tf.Tensor, labels: Any, *, attack: AttackConfig) -> tf.Tensor:
         """Returns adversarial images, which raise the loss of the task for each image separately."""
 
     def predict(self, network: keras.Model, images: tf.Tensor) -> Mapping[str, tf.Tensor]:

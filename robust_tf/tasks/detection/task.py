@@ -93,11 +93,15 @@ class Detection:
 
         def drawn(image: np.ndarray, boxes: Prediction) -> np.ndarray:
             shown = boxes["scores"] >= SHOWN_SCORE
-            return draw_boxes(image, boxes["boxes"][shown], boxes["classes"][shown], boxes["scores"][shown], class_names)
+            return draw_boxes(
+                image, boxes["boxes"][shown], boxes["classes"][shown], boxes["scores"][shown], class_names
+            )
 
         rows = {
             "truth": [
-                draw_boxes(each.image, each.truth["boxes"] * each.truth["scale"], each.truth["classes"], None, class_names)
+                draw_boxes(
+                    each.image, each.truth["boxes"] * each.truth["scale"], each.truth["classes"], None, class_names
+                )
                 for each in examples
             ],
             "detected": [drawn(each.image, each.prediction) for each in examples],
