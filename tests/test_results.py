@@ -26,6 +26,7 @@ from robust_tf.results import (
     FeatureCache,
     JobResults,
     MeasuredAttack,
+    Measures,
 )
 from robust_tf.statistics import Interval
 
@@ -210,6 +211,11 @@ def strategy_of(kind: typing.Any) -> st.SearchStrategy:
         return st.none() | st.builds(JobResults, seed=COUNTS, extra=UNKNOWN)
     if kind == MeasuredAttack | None:
         return st.none() | st.builds(MeasuredAttack, name=TEXT, epsilon=NUMBERS, steps=COUNTS, extra=UNKNOWN)
+    if kind == Measures | None:
+        figures = st.dictionaries(TEXT, NUMBERS, max_size=3)
+        intervals = st.none() | INTERVALS
+        measures = st.builds(Measures, value=NUMBERS, interval=intervals, others=figures, per_class=figures)
+        return st.none() | measures
     if kind == FeatureCache | None:
         return st.none() | st.builds(FeatureCache, hits=COUNTS, seconds=NUMBERS, extra=UNKNOWN)
     if kind == DrawMeans | None:

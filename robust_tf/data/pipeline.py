@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -20,7 +20,7 @@ from robust_tf.data.datasets import dataset_info
 from robust_tf.data.examples import Examples, fits_in_memory
 from robust_tf.data.keras_cv_layers import mix
 from robust_tf.data.label_kinds import LABEL_KINDS
-from robust_tf.data.preprocessing import ExamplePreprocessing
+from robust_tf.data.preprocessing import ExamplePreprocessing, Preprocessing
 from robust_tf.data.selection import checked_classes, part_masks
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.files import cache_folder
@@ -116,6 +116,11 @@ class TaskData:
     def image_size(self) -> int:
         """Height and width of the images in a batch, in pixels."""
         return self.preprocessing.image_size
+
+    @property
+    def class_preprocessing(self) -> Preprocessing:
+        """The transforms of a classification task, which those for boxes and masks differ from."""
+        return cast(Preprocessing, self.preprocessing)
 
     @property
     def resize_size(self) -> int:

@@ -150,6 +150,6 @@ def _drawn(
         records,
         chosen_positions(int(dataset.cardinality()), count, seed),
         dataclasses.replace(
-            task.preprocessing, resize_size=task.image_size if corrupted_set.cropped else task.resize_size
+            task.class_preprocessing, resize_size=task.image_size if corrupted_set.cropped else task.resize_size
         ).for_evaluation,
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -212,7 +212,7 @@ def _measured(config: EvaluateConfig, subject: DenseSubject, norm: str, epsilon:
             scores.restore(arrays)
         return scores
     attack = _attack(norm, epsilon, config.attack_steps)
-    xla = "auto" if config.jit_compile == "auto" else config.jit_compile == "true"
+    xla: bool | Literal["auto"] = "auto" if config.jit_compile == "auto" else config.jit_compile == "true"
     measurer = Measurer(
         subject.dense,
         subject.network,
@@ -232,7 +232,7 @@ def _measured(config: EvaluateConfig, subject: DenseSubject, norm: str, epsilon:
     found = measurement.clean if measurement.robust is None else measurement.robust
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_atomically(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **found.state())
+        np.savez_compressed(file, **found.state())  # type: ignore[arg-type]
     if attack.active:
         number = "" if subject.name == config.classifier else "_compare"
         save_examples(

@@ -119,7 +119,7 @@ def load_subject(name: str, *, dataset: str = "", classes: Sequence[int] = (), d
         batch_size=DEFAULT_BATCH_SIZE,  # of the training batches, which an evaluation does not use
     )
     if same_data and job.resize_size is not None:
-        preprocessing = dataclasses.replace(task.preprocessing, resize_size=job.resize_size)
+        preprocessing = dataclasses.replace(task.class_preprocessing, resize_size=job.resize_size)
         task = dataclasses.replace(task, preprocessing=preprocessing)
     attack = job.robust_accuracy_attack or MeasuredAttack()
     logits = classifier.output_shape[-1]
@@ -157,7 +157,7 @@ def draw_images(task: TaskData, *, count: int | None, seed: int) -> Images:
         )
     chosen = chosen_positions(task.num_test, count, seed)
     with task.broken_images_named():
-        return chosen_images(task.test_examples.in_order(), chosen, task.preprocessing.for_evaluation)
+        return chosen_images(task.test_examples.in_order(), chosen, task.class_preprocessing.for_evaluation)
 
 
 def chosen_positions(total: int, count: int | None, seed: int) -> np.ndarray:

@@ -263,7 +263,7 @@ def store_key(backbone: keras.Model, task: TaskData, views: int) -> dict[str, An
     # Jobs that share a backbone share its layers, so its digests are computed once for all of them.
     layers = tuple(backbone.layers)
     weights, structure = shared(("digests", layers), lambda: _digests(backbone))
-    preprocessing: dict[str, Any] = dataclasses.asdict(task.preprocessing)
+    preprocessing: dict[str, Any] = dataclasses.asdict(task.class_preprocessing)
     for name in ("decoding", "highest_float"):
         if getattr(task.preprocessing, name) == getattr(type(task.preprocessing), name):
             del preprocessing[name]  # stores that are older than these settings do not have them in their keys

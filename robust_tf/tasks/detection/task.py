@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from robust_tf.attacks import AttackConfig, climb
 from robust_tf.data import TaskData
+from robust_tf.data.boxes import BoxPreprocessing
 from robust_tf.tasks.base import Prediction, TaskExample
 from robust_tf.tasks.detection.anchors import anchors_for
 from robust_tf.tasks.detection.decoding import decode_detections
@@ -37,7 +38,8 @@ class Detection:
     def with_labels_for(self, task: TaskData, network: keras.Model) -> TaskData:
         """Returns the same data, with a target for each anchor of the network as labels."""
         encoder = BoxEncoder(anchors_for(network))
-        return dataclasses.replace(task, preprocessing=dataclasses.replace(task.preprocessing, encode_boxes=encoder))
+        preprocessing = dataclasses.replace(cast(BoxPreprocessing, task.preprocessing), encode_boxes=encoder)
+        return dataclasses.replace(task, preprocessing=preprocessing)
 
     def loss(self) -> dict[str, keras.losses.Loss]:
         """Returns the focal loss of the classes and the loss of the boxes."""
@@ -79,8 +81,7 @@ class Detection:
 
     def truth(self, task: TaskData, encoded: tf.Tensor, label: tf.Tensor) -> Mapping[str, tf.Tensor]:
         """Returns the boxes of an image in its own pixels, and the scale of the square."""
-        _, truth = task.preprocessing.measured_example(encoded, label)
-        return truth
+        return cast(BoxPreprocessing, task.preprocessing).measured_example(encoded, label)[1]
 
     def scores(self, class_names: Sequence[str]) -> AveragePrecision:
         """Returns an empty collection of detections."""

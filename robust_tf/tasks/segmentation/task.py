@@ -1,7 +1,7 @@
 """Semantic segmentation as a task type: a head of the DeepLabV3+ type, and mean IoU."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from robust_tf.attacks import AttackConfig
 from robust_tf.data import TaskData
+from robust_tf.data.masks import MaskPreprocessing
 from robust_tf.tasks.base import TaskExample
 from robust_tf.tasks.drawing import draw_mask
 from robust_tf.tasks.segmentation.attack import attack_segmenter
@@ -57,8 +58,7 @@ class Segmentation:
 
     def truth(self, task: TaskData, encoded: tf.Tensor, label: tf.Tensor) -> Mapping[str, tf.Tensor]:
         """Returns the mask of an image at the size of the network's images."""
-        _, mask = task.preprocessing.measured_example(encoded, label)
-        return {"mask": mask}
+        return {"mask": cast(MaskPreprocessing, task.preprocessing).measured_example(encoded, label)[1]}
 
     def scores(self, class_names: Sequence[str]) -> SegmentationScores:
         """Returns an empty collection of masks."""
