@@ -42,6 +42,7 @@ setup(
         "scipy>=1.13",
         "pillow>=10.1",
         "matplotlib>=3.9.2",
+        "pycocotools>=2.0.11",  # the average precision of detectors
         "rich>=13.7",
         "huggingface_hub>=1.0",
         "grpcio>=1.60",

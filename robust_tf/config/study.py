@@ -22,6 +22,7 @@ SOURCE_PREFIX = "source."
 _NOT_AXES = {
     "workdir": "each cell has its own folder in the study's --workdir",
     "task": "the cells of a study are transfers",
+    "task_type": "a study compares the accuracies of classifiers",
     "dry_run": "it is for the whole study",
     "baseline": "the study compares sources itself: add a source with epsilon 0",
 }
@@ -249,6 +250,11 @@ def _grid(parsed: ParsedFlags, where: str) -> GridConfig:
         raise UserError(f"The cells of a study are transfers. Received: --task={fixed['task']} in {where}.")
     if fixed.get("baseline"):
         raise UserError(f"--baseline cannot be used here: {_NOT_AXES['baseline']}. Received: --baseline in {where}.")
+    if fixed.get("task_type", "classification") != "classification":
+        raise UserError(
+            f"--task_type cannot be used here: {_NOT_AXES['task_type']}. Received: --task_type={fixed['task_type']} in "
+            f"{where}. Run robust_tf.train with several seeds instead."
+        )
     axes = [parse_axis(text) for text in parsed.values["vary"]]
     axes += [parse_axis(text, chosen=True) for text in parsed.values["choose"]]
     seen = {name: "as a flag" for name in fixed}

@@ -124,12 +124,13 @@ def test_plans_for_other_devices_are_for_a_dry_run(tmp_path, source):
     "flags",
     [
         ("--baseline",),
+        ("--task_type=detection",),
         ("--draws=5", "--features=cached", "--examples_per_class=5"),
         ("--outputs=all", "--export_dir=exports"),
     ],
 )
 def test_what_a_cell_would_leave_out_is_refused(tmp_path, source, flags):
-    named = next(flag for flag in flags if flag.startswith(("--baseline", "--draws", "--export_dir")))
+    named = next(flag for flag in flags if flag.startswith(("--baseline", "--task_type", "--draws", "--export_dir")))
     with pytest.raises(UserError, match=f"Received: {named}[. ]"):
         plan(tmp_path, source, *flags, "--vary=seed=0 1")
 
