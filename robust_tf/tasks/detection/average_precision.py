@@ -181,7 +181,7 @@ def bootstrap_interval(matches: Matches, *, resamples: int = 1000, seed: int = 0
 def bootstrap_difference(first: Matches, second: Matches, *, resamples: int = 1000, seed: int = 0) -> Difference:
     """Returns the difference between the AP of two detectors, with its 95 % confidence interval.
 
-    Both are measured on the same samples of the images, so that images that are hard for both do not widen the interval.
+    Both are measured on the same samples of the images, so images that are hard for both do not widen the interval.
 
     Args:
         first: Result of `match` for one detector.
@@ -230,8 +230,8 @@ def _annotations(images: Sequence[Boxes], class_names: Sequence[str]) -> Iterato
         for row in np.flatnonzero(classes >= 0):
             if classes[row] >= len(class_names):
                 raise UserError(
-                    f"Classes must be in 0..{len(class_names) - 1}: there are {len(class_names)} class names. Received: "
-                    f"class {int(classes[row])} in image {image - 1}."
+                    f"Classes must be in 0..{len(class_names) - 1}, as there are {len(class_names)} class names. "
+                    f"Received: class {int(classes[row])} in image {image - 1}."
                 )
             top, left, bottom, right = boxes[row].tolist()
             number += 1  # pycocotools takes the number 0 for "not matched"
