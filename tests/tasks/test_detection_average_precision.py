@@ -10,12 +10,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from robust_tf.errors import UserError
-from robust_tf.tasks.detection import average_precision, bootstrap_difference, bootstrap_interval, match
+from robust_tf.tasks.detection import average_precision, bootstrap_difference, bootstrap_interval, match_detections
 
 NAMES = ["cat", "dog", "car"]
 
 
-def made_up(count: int, *, seed: int = 0, noise: float = 4.0, crowds: bool = True, most: int = 5, extra: int = 6):
+def made_up(
+    count: int, *, seed: int = 0, noise: float = 4.0, crowds: bool = True, most: int = 5, extra: int = 6
+) -> tuple[list, list]:
     """Returns objects, and detections of most of them with wrong places, classes and scores."""
     rng = np.random.default_rng(seed)
     truths, detections = [], []
@@ -110,7 +112,7 @@ def test_figures_equal_pycocotools(seed, capsys):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_accumulation_equals_pycocotools(seed):
     truths, detections = made_up(30, seed=seed)
-    matches = match(truths, detections, NAMES)
+    matches = match_detections(truths, detections, NAMES)
     assert matches.ap() == pytest.approx(matches.figures["ap"], rel=1e-12)
 
 
@@ -124,14 +126,14 @@ def test_a_sample_with_repeated_images_equals_pycocotools(seed):
         )
     images = sorted(rng.integers(20, size=20).tolist())
     assert len(set(images)) < 20
-    found = match(truths, detections, NAMES).ap(np.bincount(images, minlength=20))
+    found = match_detections(truths, detections, NAMES).ap(np.bincount(images, minlength=20))
     assert found == pytest.approx(pycocotools_figures(truths, detections, images).stats[0], abs=1e-9)
 
 
 def test_interval_contains_the_ap_and_shrinks_with_more_images():
     widths = []
     for count in (20, 180):
-        matches = match(*made_up(count, seed=3), NAMES)
+        matches = match_detections(*made_up(count, seed=3), NAMES)
         low, high = bootstrap_interval(matches, resamples=100)
         assert low < matches.figures["ap"] < high
         assert bootstrap_interval(matches, resamples=100) == (low, high)  # the same seed
@@ -143,7 +145,7 @@ def test_paired_difference_is_narrower_than_two_intervals():
     truths, detections = made_up(60, seed=4)
     rng = np.random.default_rng(0)
     worse = [{**found, "boxes": found["boxes"] + rng.normal(0, 3, found["boxes"].shape)} for found in detections]
-    first, second = match(truths, detections, NAMES), match(truths, worse, NAMES)
+    first, second = match_detections(truths, detections, NAMES), match_detections(truths, worse, NAMES)
     compared = bootstrap_difference(first, second, resamples=100)
     assert compared.difference == pytest.approx(first.figures["ap"] - second.figures["ap"])
     low, high = compared.interval
@@ -156,7 +158,7 @@ def test_paired_difference_is_narrower_than_two_intervals():
 @pytest.mark.slow
 def test_200_samples_of_500_images_take_seconds():
     truths, detections = made_up(500, extra=60)
-    matches = match(truths, detections, NAMES)
+    matches = match_detections(truths, detections, NAMES)
     start = time.perf_counter()
     bootstrap_interval(matches, resamples=200)
     assert time.perf_counter() - start < 30
@@ -165,16 +167,16 @@ def test_200_samples_of_500_images_take_seconds():
 def test_bad_input_is_refused():
     truths, detections = made_up(3)
     with pytest.raises(UserError, match="Received: 3 truths and 2 detections"):
-        match(truths, detections[:2], NAMES)
+        match_detections(truths, detections[:2], NAMES)
     with pytest.raises(UserError, match="Received: 0 truths"):
-        match([], [], NAMES)
+        match_detections([], [], NAMES)
     with pytest.raises(UserError, match=r"in 0\.\.1, .* Received: class 2 in image"):
-        match(*made_up(20), NAMES[:2])
-    matches = match(*made_up(10), NAMES)
+        match_detections(*made_up(20), NAMES[:2])
+    matches = match_detections(*made_up(10), NAMES)
     with pytest.raises(UserError, match="Received: resamples=0"):
         bootstrap_interval(matches, resamples=0)
     with pytest.raises(UserError, match="Received: 10 and 4 images"):
-        bootstrap_difference(matches, match(*made_up(4), NAMES))
+        bootstrap_difference(matches, match_detections(*made_up(4), NAMES))
     without = [{"boxes": np.zeros((0, 4)), "classes": np.zeros(0), "crowd": np.zeros(0)}]
     with pytest.raises(UserError, match="without any object"):
-        bootstrap_interval(match(without, detections[:1], NAMES), resamples=5)
+        bootstrap_interval(match_detections(without, detections[:1], NAMES), resamples=5)

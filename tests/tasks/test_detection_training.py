@@ -139,4 +139,4 @@ def test_one_class():
     expected = np.mean(trainer.compiled_loss(labels, detector(images)))
     clean = keras.Model(detector.inputs[0], detector.output)
     clean.compile(loss=losses())
-    assert clean.evaluate(images, labels, verbose=0) == pytest.approx(expected, rel=1e-4)
+    assert clean.evaluate(images, labels, verbose=0, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-4)

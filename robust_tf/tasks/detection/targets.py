@@ -74,6 +74,12 @@ class BoxEncoder:
 
     Raises:
         UserError: The anchors are not (A, 4).
+
+    Example:
+        >>> encode_boxes = BoxEncoder(np.array([[0, 0, 8, 8], [0, 8, 8, 16]]))
+        >>> labels = encode_boxes(tf.constant([[0.0, 0.0, 8.0, 8.0]]), tf.constant([2]), tf.constant([False]))
+        >>> labels["classes"].numpy().tolist()
+        [2, -1]
     """
 
     def __init__(self, anchors: np.ndarray) -> None:
