@@ -83,6 +83,14 @@ def test_a_small_box_has_its_best_anchor_but_a_tiny_one_has_none():
         assert (labels["classes"].numpy() == 3).sum() == count
 
 
+def test_a_box_keeps_its_best_anchor_although_another_box_overlaps_it_more():
+    anchors = np.array([[0, 0, 32, 32], [0, 0, 30, 32]], np.float32)
+    boxes = np.array([[0, 0, 30, 32], [20, 10, 32, 30]], np.float32)  # IoU 0.94 and 0.23 with the first anchor
+    labels = assign(anchors, boxes, tf.constant([3, 4]), tf.constant([False, False]))
+    assert labels["classes"].numpy().tolist() == [4, 3]
+    np.testing.assert_allclose(decode(labels["boxes"][:, :4], anchors), boxes[::-1], atol=1e-3)
+
+
 def test_anchors_in_a_crowd_are_ignored():
     labels = assign(ANCHORS, tf.constant([[0.0, 0.0, 64.0, 64.0]]), tf.constant([2]), tf.constant([True]))
     inside = covered_share(ANCHORS, np.array([[0, 0, 64, 64]], np.float32)).numpy()[:, 0] >= 0.5

@@ -86,6 +86,8 @@ class BoxLoss(keras.losses.Loss):
         0.0
     """
 
+    label_width = 5  # the last axis of the labels, which is not as long as the last axis of the outputs
+
     def __init__(self, name: str = "box_loss", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
 
