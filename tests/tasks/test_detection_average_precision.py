@@ -141,6 +141,14 @@ def test_interval_contains_the_ap_and_shrinks_with_more_images():
     assert 1.7 < widths[0] / widths[1] < 6  # about 3, the square root of the ratio of the numbers of images
 
 
+def test_interval_contains_95_percent_of_the_samples():
+    matches = match_detections(*made_up(40, seed=5), NAMES)
+    low, high = bootstrap_interval(matches, resamples=200, seed=1)
+    rng = np.random.default_rng(2)  # other samples
+    aps = [matches.ap(np.bincount(rng.integers(40, size=40), minlength=40)) for _ in range(200)]
+    assert 0.88 < np.mean([low <= ap <= high for ap in aps]) < 0.99
+
+
 def test_paired_difference_is_narrower_than_two_intervals():
     truths, detections = made_up(60, seed=4)
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import tensorflow as tf
 from robust_tf.errors import UserError
 from robust_tf.models import build_classifier
 from robust_tf.tasks.detection import anchors_for, anchors_of, build_detector, levels_of
+from robust_tf.tasks.detection.head import _enlarged, _NewLayers
 from robust_tf.transfer import with_dtype_policy
 
 
@@ -43,7 +44,7 @@ def test_outputs(architecture, image_size, levels):
     new = [layer for layer in detector.layers if layer not in classifier.layers]
     assert all(layer.name.startswith("head_") for layer in new)
     assert all(type(layer).__module__.startswith("keras.") for layer in detector.layers)
-    assert classifier.get_layer("stem_conv") is detector.get_layer("stem_conv")
+    assert classifier.layers[3] is detector.layers[3] and classifier.layers[3].name.startswith("stem_")
 
 
 def test_image_size_400_has_odd_maps():
@@ -54,6 +55,21 @@ def test_image_size_400_has_odd_maps():
         6: 7,
         7: 4,
     }
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (3, [[1, 1, 2], [1, 1, 2], [3, 3, 4]]),
+        (4, [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]),
+        (5, [[1, 1, 2, 2, 0], [1, 1, 2, 2, 0], [3, 3, 4, 4, 0], [3, 3, 4, 4, 0], [0, 0, 0, 0, 0]]),
+    ],
+)
+def test_an_enlarged_map_keeps_its_top_left_corner(size, expected):
+    coarse, fine = keras.Input((2, 2, 1)), keras.Input((size, size, 1))
+    enlarged = _enlarged(coarse, fine, 3, _NewLayers(8, policy="float32", seed=0))
+    model = keras.Model(coarse, enlarged)
+    np.testing.assert_array_equal(model(np.array([1, 2, 3, 4], np.float32).reshape(1, 2, 2, 1))[0, :, :, 0], expected)
 
 
 def test_initial_predictions():
@@ -87,6 +103,8 @@ def test_mixed_precision(policy):
     detector = build_detector(classifier, 3, seed=0)
     for name in ("head_lateral_p2", "head_smooth_p2", "head_boxes_tower1_conv", "head_classes_tower4_norm"):
         assert detector.get_layer(name).compute_dtype == policy[6:], name
+    for name in ("head_boxes_conv", "head_classes_conv"):
+        assert detector.get_layer(name).compute_dtype == "float32", name
     images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
     outputs = detector(images)
     full = build_detector(with_dtype_policy(classifier, "float32"), 3, seed=0)(images)
