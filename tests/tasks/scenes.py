@@ -6,7 +6,7 @@ CLASSES = ("red", "green", "blue")
 
 
 def scenes(count: int, *, size: int = 64, seed: int = 0) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
-    """Returns images (count, size, size, 3) float32, and for each image its rectangles, of which the color is the class.
+    """Returns images (count, size, size, 3) float32, and the rectangles in each; the color is the class.
 
     Args:
         count: Number of images.

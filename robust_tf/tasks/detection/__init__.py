@@ -10,7 +10,7 @@ from robust_tf.tasks.detection.average_precision import (
     average_precision,
     bootstrap_difference,
     bootstrap_interval,
-    match,
+    match_detections,
 )
 from robust_tf.tasks.detection.decoding import decode_detections
 from robust_tf.tasks.detection.head import build_detector
@@ -31,5 +31,5 @@ __all__ = [
     "build_detector",
     "decode_detections",
     "levels_of",
-    "match",
+    "match_detections",
 ]

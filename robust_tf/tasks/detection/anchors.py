@@ -76,6 +76,13 @@ def levels_of(detector: keras.Model) -> dict[int, int]:
 
     Raises:
         UserError: The model is not a detector of this package.
+
+    Example:
+        >>> from robust_tf.models import build_classifier
+        >>> from robust_tf.tasks.detection import build_detector
+        >>> classifier = build_classifier("resnet8", 10, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+        >>> levels_of(build_detector(classifier, 3, seed=0))
+        {2: 8, 3: 4, 4: 2, 5: 1}
     """
     found = {}
     for layer in detector.layers:
@@ -102,5 +109,12 @@ def anchors_for(detector: keras.Model) -> np.ndarray:
 
     Raises:
         UserError: The model is not a detector of this package.
+
+    Example:
+        >>> from robust_tf.models import build_classifier
+        >>> from robust_tf.tasks.detection import build_detector
+        >>> classifier = build_classifier("resnet8", 10, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+        >>> anchors_for(build_detector(classifier, 3, seed=0)).shape
+        (765, 4)
     """
     return anchors_of(levels_of(detector))

@@ -111,10 +111,10 @@ def average_precision(
         >>> round(figures["ap"], 3), round(figures["ap75"], 3), figures["ap_small"]  # the IoU is 0.9
         (0.9, 1.0, None)
     """
-    return match(truths, detections, class_names).figures
+    return match_detections(truths, detections, class_names).figures
 
 
-def match(truths: Sequence[Boxes], detections: Sequence[Boxes], class_names: Sequence[str]) -> Matches:
+def match_detections(truths: Sequence[Boxes], detections: Sequence[Boxes], class_names: Sequence[str]) -> Matches:
     """Matches detections with objects, for `bootstrap_interval` and `bootstrap_difference`.
 
     Args:
@@ -124,6 +124,14 @@ def match(truths: Sequence[Boxes], detections: Sequence[Boxes], class_names: Seq
 
     Raises:
         UserError: The numbers of images differ, or a class is unknown.
+
+    Example:
+        >>> truths = [{"boxes": np.array([[0, 0, 50, 50]]), "classes": np.array([0]), "crowd": np.array([False])}] * 2
+        >>> right = {"boxes": np.array([[0, 0, 50, 50]]), "classes": np.array([0]), "scores": np.array([0.9])}
+        >>> wrong = {"boxes": np.array([[0, 60, 50, 110]]), "classes": np.array([0]), "scores": np.array([0.8])}
+        >>> matches = match_detections(truths, [right, wrong], ["cat"])
+        >>> round(matches.ap(), 3), round(matches.ap(np.array([2, 0])), 3)  # both images; the first one twice
+        (0.505, 1.0)
     """
     # Here, because pycocotools imports matplotlib, which takes a while.
     from pycocotools.coco import COCO
@@ -166,7 +174,7 @@ def bootstrap_interval(matches: Matches, *, resamples: int = 1000, seed: int = 0
     replacement. Samples without any objects are left out.
 
     Args:
-        matches: Result of `match`.
+        matches: Result of `match_detections`.
         resamples: Number of samples.
         seed: Seed for the samples.
 
@@ -174,6 +182,13 @@ def bootstrap_interval(matches: Matches, *, resamples: int = 1000, seed: int = 0
         UserError: The images have no objects, or there are no samples.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+
+    Example:
+        >>> truths = [{"boxes": np.array([[0, 0, 50, 50]]), "classes": np.array([0]), "crowd": np.array([False])}] * 2
+        >>> right = {"boxes": np.array([[0, 0, 50, 50]]), "classes": np.array([0]), "scores": np.array([0.9])}
+        >>> wrong = {"boxes": np.array([[0, 60, 50, 110]]), "classes": np.array([0]), "scores": np.array([0.8])}
+        >>> bootstrap_interval(match_detections(truths, [right, wrong], ["cat"])).in_words
+        '0.0% to 100.0%'
     """
     return _percentiles([matches.ap(repeats) for repeats in _samples(matches.count, resamples, seed)])
 
@@ -181,16 +196,25 @@ def bootstrap_interval(matches: Matches, *, resamples: int = 1000, seed: int = 0
 def bootstrap_difference(first: Matches, second: Matches, *, resamples: int = 1000, seed: int = 0) -> Difference:
     """Returns the difference between the AP of two detectors, with its 95 % confidence interval.
 
-    Both are measured on the same samples of the images, so that images that are hard for both do not widen the interval.
+    Both are measured on the same samples of the images, so images that are hard for both do not widen the interval.
 
     Args:
-        first: Result of `match` for one detector.
-        second: Result of `match` for the other detector, on the same images.
+        first: Result of `match_detections` for one detector.
+        second: Result of `match_detections` for the other detector, on the same images.
         resamples: Number of samples.
         seed: Seed for the samples.
 
     Raises:
         UserError: The numbers of images differ, the images have no objects, or there are no samples.
+
+    Example:
+        >>> truths = [{"boxes": np.array([[0, 0, 50, 50]]), "classes": np.array([0]), "crowd": np.array([False])}] * 2
+        >>> right = {"boxes": np.array([[0, 0, 50, 50]]), "classes": np.array([0]), "scores": np.array([0.9])}
+        >>> wrong = {"boxes": np.array([[0, 60, 50, 110]]), "classes": np.array([0]), "scores": np.array([0.8])}
+        >>> first = match_detections(truths, [right, right], ["cat"])
+        >>> second = match_detections(truths, [wrong, wrong], ["cat"])
+        >>> bootstrap_difference(first, second).difference
+        1.0
     """
     if first.count != second.count:
         raise UserError(
@@ -230,8 +254,8 @@ def _annotations(images: Sequence[Boxes], class_names: Sequence[str]) -> Iterato
         for row in np.flatnonzero(classes >= 0):
             if classes[row] >= len(class_names):
                 raise UserError(
-                    f"Classes must be in 0..{len(class_names) - 1}: there are {len(class_names)} class names. Received: "
-                    f"class {int(classes[row])} in image {image - 1}."
+                    f"Classes must be in 0..{len(class_names) - 1}, as there are {len(class_names)} class names. "
+                    f"Received: class {int(classes[row])} in image {image - 1}."
                 )
             top, left, bottom, right = boxes[row].tolist()
             number += 1  # pycocotools takes the number 0 for "not matched"

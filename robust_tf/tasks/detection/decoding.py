@@ -34,8 +34,8 @@ def decode_detections(
         iou_threshold: Highest IoU of two detections of the same class, in [0, 1].
 
     Returns:
-        Detections by descending score, padded to `most`. "boxes": (batch, most, 4) float32 [top, left, bottom, right] in
-        pixels. "scores": (batch, most) float32, probabilities. "classes": (batch, most) int32, -1 in the padding.
+        Detections by descending score, padded to `most`. "boxes": (batch, most, 4) float32 [top, left, bottom, right]
+        in pixels. "scores": (batch, most) float32, probabilities. "classes": (batch, most) int32, -1 in the padding.
         "count": (batch,) int32, the number of detections.
 
     Source: Lin et al. 2017, arXiv 1708.02002, section 4 (inference).

@@ -1,10 +1,10 @@
 """The network of a detector: RetinaNet's feature pyramid and towers on the backbone of a classifier.
 
-keras-cv has a RetinaNet too, but it is not used here. It is a subclass of `keras.Model` with layers of keras-cv, so that
-a saved model can only be loaded where keras-cv is installed and imported, and keras-cv is no longer developed: 0.9 is
-its last release. A detector of this package is a Functional model of Keras's own layers. It can be loaded in safe mode
-and exported without any other package, the attacks and trainers of this package take it like any classifier, and
-its backbone can be any architecture of this package.
+keras-cv has a RetinaNet too, but it is not used here. It is a class with layers of keras-cv, so a saved model can be
+loaded only where keras-cv is installed, and keras-cv is no longer developed: 0.9 is its last release, and some of its
+backbones cannot be built with Keras 3.15. A detector of this package is a Functional model of Keras's own layers. It
+can be loaded in safe mode and exported without any other package, the attacks and trainers of this package take it like
+any classifier, and its backbone can be any architecture of this package.
 """
 
 import math

@@ -14,13 +14,13 @@ from robust_tf.tasks.detection.targets import IGNORED
 class FocalLoss(keras.losses.Loss):
     """Focal loss of the classes: cross-entropy that counts anchors less if they are classified well.
 
-    It is the sum over the anchors of an image, divided by the number of positive anchors of that image, or by 1 if there
-    are none.
+    It is the sum over the anchors of an image, divided by the number of positive anchors of that image, or by 1 if
+    there are none.
 
     Args:
         alpha: Weight of the class of a positive anchor, in [0, 1]. All other classes have the weight 1 - alpha.
-        gamma: Exponent of the factor (1 - p)^gamma, where p is the probability of the truth; at least 0. With 0 the loss
-            is the weighted cross-entropy.
+        gamma: Exponent of the factor (1 - p)^gamma, where p is the probability of the truth; at least 0. With 0 the
+            loss is the weighted cross-entropy.
         name: Name of the loss.
         **kwargs: Further arguments of `keras.losses.Loss`.
 
@@ -66,8 +66,8 @@ class BoxLoss(keras.losses.Loss):
     """Generalized IoU loss of the boxes, 1 - GIoU, averaged over the positive anchors of an image.
 
     An image without positive anchors has the loss 0. The loss of an anchor lies in [0, 2], so it is of the same size as
-    the focal loss and no single anchor can dominate an attack. RetinaNet's smooth L1 loss of the offsets has no bound and
-    needs a weight. It also does not know which offsets matter more for the IoU, by which detections are judged.
+    the focal loss, and no single anchor can dominate an attack. RetinaNet's smooth L1 loss of the offsets has no bound
+    and needs a weight, and it does not measure the overlap, by which detections are judged.
 
     The IoU does not change if the axes are scaled. So it is computed in units of the anchor, and the loss needs no
     anchors.
@@ -85,6 +85,8 @@ class BoxLoss(keras.losses.Loss):
         >>> float(BoxLoss()(labels, offsets))
         0.0
     """
+
+    label_width = 5  # the last axis of the labels, which is not as long as the last axis of the outputs
 
     def __init__(self, name: str = "box_loss", **kwargs: Any) -> None:
         super().__init__(name=name, **kwargs)
@@ -108,7 +110,8 @@ def _at_least_one(positive: Any, *, axis: Any) -> Any:
 
 def _corners(offsets: Any) -> tuple[Any, Any]:
     """Returns the low and the high corners of boxes, (..., 2), in units of their anchors."""
-    center = offsets[..., :2] * CENTER_VARIANCE
+    # The limits keep all areas finite and above 0, whatever the network returns.
+    center = ops.clip(offsets[..., :2] * CENTER_VARIANCE, -LARGEST_RATIO, LARGEST_RATIO)
     limit = math.log(LARGEST_RATIO)
     half = ops.exp(ops.clip(offsets[..., 2:] * SIZE_VARIANCE, -limit, limit)) / 2
     return center - half, center + half
@@ -119,7 +122,6 @@ def _generalized_iou(first: tuple[Any, Any], second: tuple[Any, Any]) -> Any:
     shared = _area(ops.relu(ops.minimum(high, other_high) - ops.maximum(low, other_low)))
     union = _area(high - low) + _area(other_high - other_low) - shared
     hull = _area(ops.maximum(high, other_high) - ops.minimum(low, other_low))
-    # Neither is 0: an edge is at least 1 / LARGEST_RATIO long.
     return shared / union - (hull - union) / hull
 
 

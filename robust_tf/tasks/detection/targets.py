@@ -19,8 +19,8 @@ def assign(anchors: tf.Tensor, boxes: tf.Tensor, classes: tf.Tensor, crowd: tf.T
     An anchor with IoU >= 0.5 to a box is positive: it has to predict the box of the highest IoU. An anchor with IoU <
     0.4 to every box is background, and those between are ignored. In addition, the anchor with the highest IoU to a box
     is positive if this IoU is at least 0.1, because a small box may have no anchor with IoU >= 0.5. If several boxes
-    claim the same anchor in this way, the one of the highest IoU gets it. Other anchors that lie at least half in a crowd
-    are ignored.
+    claim the same anchor in this way, the one of the highest IoU gets it. Other anchors of which at least half lies in
+    a crowd are ignored.
 
     Args:
         anchors: Anchors (A, 4) float32 [top, left, bottom, right] in pixels.
@@ -74,6 +74,12 @@ class BoxEncoder:
 
     Raises:
         UserError: The anchors are not (A, 4).
+
+    Example:
+        >>> encode_boxes = BoxEncoder(np.array([[0, 0, 8, 8], [0, 8, 8, 16]]))
+        >>> labels = encode_boxes(tf.constant([[0.0, 0.0, 8.0, 8.0]]), tf.constant([2]), tf.constant([False]))
+        >>> labels["classes"].numpy().tolist()
+        [2, -1]
     """
 
     def __init__(self, anchors: np.ndarray) -> None:
