@@ -4,8 +4,8 @@
     python tests/prepare_trees.py trees --wheel=deepforest-2.1.0-py3-none-any.whl
 
 The package (MIT license) holds four annotated pictures with 951 boxes in all. Two of the pictures become the training
-tiles and the two others the test tiles. A tile has 256x256 pixels. A box that lies on the edge of a tile is cut off, and
-left out if less than 40 % of its area is on the tile. The folder can be read with --task_type=detection.
+tiles and the two others the test tiles. A tile has 256x256 pixels. A box that lies on the edge of a tile is cut off,
+and left out if less than 40 % of its area is on the tile. The folder can be read with --task_type=detection.
 """
 
 import argparse

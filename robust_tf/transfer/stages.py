@@ -18,6 +18,9 @@ TRANSFER_MODES: tuple[TransferMode, ...] = get_args(TransferMode)
 FROZEN_BATCHNORM: tuple[FrozenBatchNorm, ...] = get_args(FrozenBatchNorm)
 
 HEAD = "head"
+# Layers with weights that some architectures have between their last stage and the pooling. Their names put them into
+# the head, but they belong to the feature map of the last stage.
+_BEFORE_POOLING = ("head_conv", "head_bn")
 
 
 def stage_of(layer_name: str) -> str | None:
@@ -184,8 +187,8 @@ def _layers_before_features(classifier: keras.Model) -> list[keras.layers.Layer]
     names = [layer.name for layer in classifier.layers]
     if "features" not in names and any(stage_of(name) == HEAD for name in names):
         # A head for boxes or masks takes the maps of several stages.
-        by_stage = stages(classifier)
-        return [layer for stage, layers in by_stage.items() if stage != HEAD for layer in layers]
+        by_stage = stages(classifier).items()
+        return [layer for stage, layers in by_stage for layer in layers if stage != HEAD or layer.name in _BEFORE_POOLING]
     if "features" not in names:
         raise UserError(
             "mode='fixed_feature' freezes everything before the layer called 'features', the input of the head. "
