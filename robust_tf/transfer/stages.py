@@ -188,7 +188,9 @@ def _layers_before_features(classifier: keras.Model) -> list[keras.layers.Layer]
     if "features" not in names and any(stage_of(name) == HEAD for name in names):
         # A head for boxes or masks takes the maps of several stages.
         by_stage = stages(classifier).items()
-        return [layer for stage, layers in by_stage for layer in layers if stage != HEAD or layer.name in _BEFORE_POOLING]
+        return [
+            layer for stage, layers in by_stage for layer in layers if stage != HEAD or layer.name in _BEFORE_POOLING
+        ]
     if "features" not in names:
         raise UserError(
             "mode='fixed_feature' freezes everything before the layer called 'features', the input of the head. "

@@ -23,11 +23,12 @@ MOST_LEVELS = 5
 # dominate the first steps (arXiv 1708.02002, section 4.1).
 PRIOR = 0.01
 _CHANNELS_PER_GROUP = 8
+_LARGE_BACKBONE = 512  # number of features
 _Block = Callable[[keras.KerasTensor], keras.KerasTensor]
 
 
 def build_detector(
-    classifier: keras.Model, num_classes: int, *, seed: int, channels: int | None = None, tower_depth: int = 4
+    classifier: keras.Model, num_classes: int, *, seed: int, channels: int | None = None, tower_depth: int | None = None
 ) -> keras.Model:
     """Returns a RetinaNet detector on the backbone of a classifier.
 
@@ -46,7 +47,8 @@ def build_detector(
         seed: Seed for the initial weights of the new layers.
         channels: Number of channels of the pyramid and of the towers, a multiple of 8. None means 256, as in the paper,
             for a backbone with at least 512 features, and 64 for a smaller one.
-        tower_depth: Number of convolutions in each tower before the output, at least 0.
+        tower_depth: Number of convolutions in each tower before the output, at least 0. None means 4, as in the paper,
+            for a backbone with at least 512 features, and 2 for a smaller one.
 
     Returns:
         A Functional model of the same name, from the same input to a dict: "boxes" (batch, A, 4), the offsets of
@@ -71,8 +73,10 @@ def build_detector(
     _check(classifier, num_classes=num_classes, channels=channels, tower_depth=tower_depth)
     pyramid = pyramid_of(classifier)
     features = features_layer(classifier)
-    if channels is None:
-        channels = 256 if features.output.shape[-1] >= 512 else 64
+    is_large = features.output.shape[-1] >= _LARGE_BACKBONE
+    channels = channels or (256 if is_large else 64)
+    if tower_depth is None:
+        tower_depth = 4 if is_large else 2
     new = _NewLayers(channels, policy=features.dtype_policy, seed=seed)
     maps = _coarser_levels(_feature_pyramid(pyramid, new), new)
     # The initial offsets are close to 0, so that every box starts as its anchor.
@@ -88,7 +92,7 @@ def build_detector(
     )
 
 
-def _check(classifier: keras.Model, *, num_classes: int, channels: int | None, tower_depth: int) -> None:
+def _check(classifier: keras.Model, *, num_classes: int, channels: int | None, tower_depth: int | None) -> None:
     if num_classes < 1:
         raise UserError(f"A detector needs at least 1 class. Received: num_classes={num_classes}.")
     if channels is not None and (channels < 1 or channels % _CHANNELS_PER_GROUP):
@@ -96,7 +100,7 @@ def _check(classifier: keras.Model, *, num_classes: int, channels: int | None, t
             f"`channels` must be a multiple of {_CHANNELS_PER_GROUP}, since the normalization takes groups of "
             f"{_CHANNELS_PER_GROUP} channels. Received: channels={channels}. Use 64 or 256, for example."
         )
-    if tower_depth < 0:
+    if tower_depth is not None and tower_depth < 0:
         raise UserError(f"`tower_depth` must be at least 0. Received: tower_depth={tower_depth}.")
     height, width = classifier.input_shape[1:3]
     if height is None or height != width:

@@ -13,7 +13,7 @@ from robust_tf.tasks.detection.average_precision import (
     average_precision,
     bootstrap_difference,
     bootstrap_interval,
-    match,
+    match_detections,
 )
 
 
@@ -86,7 +86,7 @@ class AveragePrecision:
 
     def matches(self) -> Matches:
         """Returns which detections are correct."""
-        return match(self._truths, self._detections, self._class_names)
+        return match_detections(self._truths, self._detections, self._class_names)
 
 
 def _known(figures: dict[str, float | None]) -> dict[str, float]:
