@@ -300,13 +300,10 @@ def _free_place(
     above, below, inside_right = top - height, bottom + 1, right - width + 1
     places = [(above, left), (top, left), (below, left), (above, inside_right), (top, inside_right)]
     places += [(below, inside_right), (bottom - height + 1, left), (bottom - height + 1, inside_right)]
-    # Failing that, along its left or right edge, first inside and then outside, and last a little farther away.
-    step = max(1, height // 2)
-    along = range(top, bottom - height + 2, step)
+    # Failing that, along its left or right edge, first inside and then outside.
+    along = range(top, bottom - height + 2, max(1, height // 2))
     places += [(y, x) for y in along for x in (left, inside_right)]
     places += [(y, x) for y in along for x in (right + 1, left - width)]
-    near = (above - step, below + step, above - height, below + height)
-    places += [(y, x) for y in near for x in (left, inside_right, right + 1, left - width)]
     for y, x in places:
         x = min(max(x, 0), canvas[1] - width)  # labels may be wider than their boxes
         if y < 0 or y + height > canvas[0]:

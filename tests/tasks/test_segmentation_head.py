@@ -37,13 +37,17 @@ def small(image_size: int = 32, seed: int = 0) -> keras.Model:
     return build_segmenter(build_classifier("resnet8", 10, image_size=image_size, **NORMALIZATION), 3, seed=seed)
 
 
+def names_of(model: keras.Model) -> list[str]:
+    return [layer.name for layer in model.layers]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_becomes_a_segmenter(architecture):
     classifier = without_initial_values(lambda: build_classifier(architecture, 10, image_size=64, **NORMALIZATION))
     segmenter = build_segmenter(classifier, 5, seed=0)
     assert segmenter.output_shape == (None, 64, 64, 5)
     assert segmenter.name == architecture
-    assert [layer.name for layer in segmenter.layers[-2:]] == ["head_mask_logits", "head_mask"]
+    assert names_of(segmenter)[-2:] == ["head_mask_logits", "head_mask"]
     shared = {id(layer) for layer in classifier.layers}
     new = [layer for layer in segmenter.layers if id(layer) not in shared]
     assert all(layer.name.startswith("head_") for layer in new)
@@ -53,6 +57,8 @@ def test_every_architecture_becomes_a_segmenter(architecture):
     assert {stage_of(layer.name) for layer in classifier.layers} <= stages
     maps = tuple(segmenter.get_layer(name).input.shape[1] for name in ("head_pyramid1_conv", "head_fine_conv"))
     assert maps == MAPS.get(architecture, (2, 8))
+    # Pre-activation networks normalize their last map in the head. The other heads of classifiers are left out.
+    assert ("head_bn" in names_of(segmenter)) == (architecture in ("densenet161", "cifar_wide_resnet28_10"))
     rates = [segmenter.get_layer(f"head_pyramid{index}_conv").dilation_rate[0] for index in (2, 3, 4)]
     assert tuple(rates) == dilation_rates(maps[0])
 
