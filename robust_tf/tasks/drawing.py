@@ -300,8 +300,10 @@ def _free_place(
     above, below, inside_right = top - height, bottom + 1, right - width + 1
     places = [(above, left), (top, left), (below, left), (above, inside_right), (top, inside_right)]
     places += [(below, inside_right), (bottom - height + 1, left), (bottom - height + 1, inside_right)]
-    # Failing that, anywhere along the left or the right edge of the box.
-    places += [(y, x) for y in range(top, bottom - height + 2, max(1, height // 2)) for x in (left, inside_right)]
+    # Failing that, along its left or right edge, first inside and then outside.
+    along = range(top, bottom - height + 2, max(1, height // 2))
+    places += [(y, x) for y in along for x in (left, inside_right)]
+    places += [(y, x) for y in along for x in (right + 1, left - width)]
     for y, x in places:
         x = min(max(x, 0), canvas[1] - width)  # labels may be wider than their boxes
         if y < 0 or y + height > canvas[0]:

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import tensorflow as tf
 
-from robust_tf.attacks import NORMS, AttackConfig, climb
+from robust_tf.attacks import AttackConfig, climb
 from robust_tf.attacks.checks import assert_pixels, floating
 from robust_tf.attacks.losses import LOSSES, Model, logits_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
@@ -57,7 +57,7 @@ def attack_segmenter(
             leaves out the pixels that the current iterate has made wrong already. "js" is the Jensen-Shannon divergence
             between the prediction and the truth, whose gradient vanishes at pixels that are wrong with confidence.
         seed: Seed for the random starts: an integer, or (batch, 2) integers with a pair for each image. Each loss
-            starts at other points.
+            starts at other points, so with random starts a loss that is named twice is restarted.
 
     Returns:
         images_adv (batch, height, width, channels) float32, in the ball and in [0, 1].
@@ -132,7 +132,6 @@ def _worst_of(
             attack=attack,
             seed=fold_in(seeds, number),
         ).images_adv
-        result = NORMS[attack.norm].project(result, images, attack.epsilon)
         wrong = _wrong_pixels(logits_of(model, result), masks)
         images_adv = tf.where((wrong > most)[:, None, None, None], result, images_adv)
         most = tf.maximum(most, wrong)

@@ -85,7 +85,9 @@ def build_segmenter(classifier: keras.Model, num_classes: int, *, seed: int) -> 
     x = keras.layers.Concatenate(dtype=deep.dtype_policy, name="head_concat")([x, details])
     for index in (1, 2):
         x = head.conv(x, 3, prefix=f"head_decoder{index}")
-    start = keras.initializers.RandomNormal(stddev=0.01, seed=head.next_seed())
+    # Not a much smaller deviation such as 0.01. The layers below would get almost no gradient, and small segmenters
+    # would make no progress for hundreds of steps.
+    start = keras.initializers.GlorotUniform(seed=head.next_seed())
     x = keras.layers.Conv2D(num_classes, 1, kernel_initializer=start, dtype="float32", name=LOGITS)(x)
     x = _resize(x, (height, width), name=LAST, dtype="float32")
     return keras.Model(images, x, name=classifier.name)
