@@ -41,22 +41,37 @@ def pyramid_of(classifier: keras.Model, *, levels: int = 3) -> dict[int, keras.K
     """
     if levels < 1:
         raise UserError(f"A pyramid needs at least 1 level. Received: levels={levels}.")
-    by_stage = stages(classifier)
-    strides = _strides(classifier)
-    found: dict[int, keras.KerasTensor] = {}
-    for stage, layers in by_stage.items():
-        for tensor in _ends(stage, layers):
-            if id(tensor) in strides:
-                found[strides[id(tensor)]] = tensor  # a later stage of the same stride replaces an earlier one
-    usable = sorted(stride for stride in found if stride >= MINIMUM_STRIDE and math.log2(stride).is_integer())
+    found = feature_maps(classifier)
+    usable = [stride for stride in found if stride >= MINIMUM_STRIDE and math.log2(stride).is_integer()]
     if not usable:
         raise UserError(
             "The pyramid needs a stage with feature maps (batch, height, width, channels) of a stride of "
             f"{MINIMUM_STRIDE} pixels or more. Received: {classifier.name!r} with the stages "
-            f"{', '.join(by_stage)} and feature maps of stride {', '.join(map(str, sorted(found))) or 'none'}. Use a "
+            f"{', '.join(stages(classifier))} and feature maps of stride {', '.join(map(str, found)) or 'none'}. Use a "
             "classifier of one of the architectures in robust_tf.models.ARCHITECTURES."
         )
     return {int(math.log2(stride)): found[stride] for stride in usable[-levels:]}
+
+
+def feature_maps(classifier: keras.Model) -> dict[int, keras.KerasTensor]:
+    """Returns the last feature map of each stride in the backbone of a classifier, see `pyramid_of`.
+
+    Args:
+        classifier: Flat functional model whose layer names start with their stage.
+
+    Returns:
+        The feature maps (batch, height, width, channels) by stride, finest first.
+
+    Raises:
+        UserError: A layer with weights belongs to no stage.
+    """
+    strides = _strides(classifier)
+    found: dict[int, keras.KerasTensor] = {}
+    for stage, layers in stages(classifier).items():
+        for tensor in _ends(stage, layers):
+            if id(tensor) in strides:
+                found[strides[id(tensor)]] = tensor  # a later stage of the same stride replaces an earlier one
+    return {stride: found[stride] for stride in sorted(found)}
 
 
 def _ends(stage: str, layers: list[keras.layers.Layer]) -> list[keras.KerasTensor]:

@@ -67,7 +67,7 @@ def attack_segmenter(
             images are not in [0, 1], or a mask holds a number that is no class of the model.
         InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
 
-    Source: Croce et al. 2024, arXiv 2306.12941, section 3 ("masked_ce", "js", and the worst case over losses).
+    Source: Croce et al. 2024, arXiv 2306.12941 ("masked_ce", "js", and the worst case over losses).
 
     Example:
         A model that takes bright pixels for class 1, on an image that is gray everywhere:

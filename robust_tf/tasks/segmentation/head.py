@@ -7,7 +7,9 @@ from typing import Any
 import keras
 
 from robust_tf.errors import UserError
-from robust_tf.transfer.stages import HEAD, shortened, stage_of
+from robust_tf.models.representation import features_layer
+from robust_tf.tasks.pyramid import feature_maps
+from robust_tf.transfer.stages import stages
 
 LOGITS, LAST = "head_mask_logits", "head_mask"
 
@@ -72,17 +74,16 @@ def build_segmenter(classifier: keras.Model, num_classes: int, *, seed: int) -> 
             "it with robust_tf.transfer.with_image_size first."
         )
     deep, fine = _deep_and_fine(classifier)
-    channels = deep.output.shape[-1]
+    channels, dtype = deep.shape[-1], features_layer(classifier).dtype_policy
     most = min(256, max(64, channels - channels % _CHANNELS_PER_GROUP))
-    head = _Head(most, deep.dtype_policy, random.Random(seed))
+    head = _Head(most, dtype, random.Random(seed))
 
-    x = head.pyramid(deep.output)
-    size = fine.output.shape[1:3]
-    x = _resize(x, size, name="head_enlarged", dtype=deep.dtype_policy)
+    x = head.pyramid(deep)
+    x = _resize(x, fine.shape[1:3], name="head_enlarged", dtype=dtype)
     # 48 of 256 channels in the paper: the fine map must not outweigh the deep one.
     few = max(_CHANNELS_PER_GROUP, most * 3 // 16 // _CHANNELS_PER_GROUP * _CHANNELS_PER_GROUP)
-    details = head.conv(fine.output, 1, prefix="head_fine", filters=few)
-    x = keras.layers.Concatenate(dtype=deep.dtype_policy, name="head_concat")([x, details])
+    details = head.conv(fine, 1, prefix="head_fine", filters=few)
+    x = keras.layers.Concatenate(dtype=dtype, name="head_concat")([x, details])
     for index in (1, 2):
         x = head.conv(x, 3, prefix=f"head_decoder{index}")
     # Not a much smaller deviation such as 0.01. The layers below would get almost no gradient, and small segmenters
@@ -173,33 +174,16 @@ def _resize(x: keras.KerasTensor, size: tuple[int, int], *, name: str, dtype: An
     )
 
 
-def _deep_and_fine(classifier: keras.Model) -> tuple[keras.layers.Layer, keras.layers.Layer]:
-    """Returns the layers whose outputs are the last map of the backbone, and one of about four times its size.
-
-    The last layer of each stage is its output. Pre-activation networks normalize the output of their last stage in the
-    head; there the result, which has the same shape, is the last map.
-    """
-    last: dict[str, keras.layers.Layer] = {}
-    for layer in classifier.layers:
-        stage = stage_of(layer.name)
-        if stage is not None and len(getattr(layer.output, "shape", ())) == 4:
-            last[stage] = layer
-    in_head = last.pop(HEAD, None)
-    last.pop("stem", None)
-    if not last:
+def _deep_and_fine(classifier: keras.Model) -> tuple[keras.KerasTensor, keras.KerasTensor]:
+    """Returns the last map of the backbone, and one of about four times its size."""
+    maps = list(feature_maps(classifier).values())
+    if not maps:
         raise UserError(
-            "The layers of a backbone must have names that start with their stage, 'stage1_', 'stage2_', ..., as in "
-            "the architectures of this package. Received: a classifier with the layers "
-            f"{shortened([layer.name for layer in classifier.layers])}. Build one with "
-            "robust_tf.models.build_classifier, or rename its layers."
+            "A segmenter needs a backbone with feature maps (batch, height, width, channels). Received: "
+            f"{classifier.name!r} with the stages {', '.join(stages(classifier)) or 'none'}. Use a classifier of one of "
+            "the architectures in robust_tf.models.ARCHITECTURES."
         )
-    maps = sorted(last.values(), key=lambda layer: int(layer.name.removeprefix("stage").partition("_")[0]))
     deep = maps[-1]
-    wanted = 4 * deep.output.shape[1]
+    wanted = 4 * deep.shape[1]
     # If two are equally far away, the finer one has more of the details that the decoder is for.
-    fine = min(maps, key=lambda layer: (abs(layer.output.shape[1] - wanted), -layer.output.shape[1]))
-    # Of several stages with this resolution, the last one has the best features.
-    fine = [layer for layer in maps if layer.output.shape[1] == fine.output.shape[1]][-1]
-    if in_head is not None and in_head.output.shape == deep.output.shape:
-        deep = in_head
-    return deep, fine
+    return deep, min(maps, key=lambda tensor: (abs(tensor.shape[1] - wanted), -tensor.shape[1]))

@@ -8,7 +8,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from scenes import CLASSES, scenes
 
 from robust_tf.models import build_classifier
 from robust_tf.tasks.detection import (
@@ -22,6 +21,7 @@ from robust_tf.tasks.detection import (
 )
 from robust_tf.training import AdversarialTrainer, AttackConfig
 from robust_tf.transfer import with_dtype_policy
+from tests.task_types.box_scenes import CLASSES, scenes
 
 ATTACK = AttackConfig(norm="l2", epsilon=0.5, step_size=0.2, steps=2)
 

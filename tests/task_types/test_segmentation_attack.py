@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from scenes import scenes
 
 from robust_tf.attacks import AttackConfig
 from robust_tf.attacks.losses import slope_of
@@ -20,6 +19,7 @@ from robust_tf.tasks.segmentation.head import build_segmenter
 from robust_tf.tasks.segmentation.losses import PixelCrossEntropy
 from robust_tf.tasks.segmentation.mean_iou import MeanIoU, PixelAccuracy
 from robust_tf.training import AdversarialTrainer
+from tests.task_types.mask_scenes import scenes
 
 LINF = AttackConfig(norm="linf", epsilon=0.05, step_size=0.02, steps=4)
 
