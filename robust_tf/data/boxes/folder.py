@@ -12,11 +12,11 @@ from robust_tf.data.boxes.files import (
     MOST_OPENED_FILES,
     check_folder,
     check_split_seed,
+    chosen_for_testing,
     fingerprint_of,
     image_size,
     is_turned,
     part_folders,
-    chosen_for_testing,
     turned_note,
 )
 from robust_tf.data.boxes.records import AnnotatedImage, BoxFolderPart, encode_label
@@ -99,7 +99,8 @@ def open_box_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledImages
             "categories, or add objects."
         )
     check_class_names(class_names, where=str(root))
-    numbers: dict[int | str, int] = {key: number for number, key in enumerate(found.categories)}
+    keys: list[int | str] = list(found.categories)
+    numbers = {key: number for number, key in enumerate(keys)}
     everything = [*train, *validation, *test]
     cleaner = _Cleaner(numbers, found.leave_out_empty, open_files=len(everything) <= MOST_OPENED_FILES)
     labels = [cleaner.label(image) for image in everything]

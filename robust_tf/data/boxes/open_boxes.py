@@ -51,8 +51,8 @@ def open_boxes(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, 
         return open_box_folder(pathlib.Path(name.removeprefix(FOLDER_PREFIX)).expanduser(), split_seed=split_seed)
     if not name.startswith(TFDS_PREFIX) or name == TFDS_PREFIX:
         raise UserError(
-            "A data set for detection is folder:/path or tfds:NAME[/config][:version], such as tfds:voc/2007. Received: "
-            f"{name!r}."
+            "A data set for detection is folder:/path or tfds:NAME[/config][:version], such as tfds:voc/2007. "
+            f"Received: {name!r}."
         )
     if split_seed:
         raise UserError(
