@@ -341,7 +341,8 @@ def _check_pair(image: str, path: str, mask: np.ndarray, num_classes: int) -> bo
     return bool(turned)
 
 
-_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def _in_parallel(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
