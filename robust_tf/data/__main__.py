@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
         names = [flags.prepare]
     if not names and flags.task_type != "classification":
         raise UserError(
-            f"--task_type={flags.task_type} needs the names of data sets to check, such as folder:/path. Received: none."
+            f"--task_type={flags.task_type} needs the names of data sets to check. Received: none. Add folder:/path or "
+            "tfds:NAME."
         )
     if not names:
         _print_table(

@@ -1,0 +1,155 @@
+"""`tfds:NAME` for detection: coordinates, splits and refused data sets, on small and mocked data sets."""
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from robust_tf.data.boxes import open_boxes
+from robust_tf.errors import UserError
+
+
+class _SmallBoxes(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Images of 20x40 pixels. `SPLITS` has the objects of each image: (bbox, label, is_crowd)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SPLITS: dict[str, list[list[tuple[tuple[float, ...], int, bool]]]]
+    CROWD_KEY = "is_crowd"
+    ENCODING = "jpeg"
+
+    def _info(self):
+        objects = {
+            "bbox": tfds.features.BBoxFeature(),
+            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+            self.CROWD_KEY: np.bool_,
+            "area": np.int64,
+        }
+        features = {
+            "image": tfds.features.Image(encoding_format=self.ENCODING),
+            "image/filename": tfds.features.Text(),
+            "objects": tfds.features.Sequence(objects),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(images) for split, images in self.SPLITS.items()}
+
+    def _generate_examples(self, images):
+        for key, objects in enumerate(images):
+            listed = [
+                {"bbox": tfds.features.BBox(*box), "label": label, self.CROWD_KEY: crowd, "area": 1}
+                for box, label, crowd in objects
+            ]
+            image = np.full((20, 40, 3), key, np.uint8)
+            yield key, {"image": image, "image/filename": f"{key}.jpg", "objects": listed}
+
+
+_SOME = [((0.25, 0.5, 0.75, 1.0), 1, False), ((0.0, 0.0, 1.0, 1.0), 0, True)]
+_ROWS = [[5, 20, 15, 40, 1, 0], [0, 0, 20, 40, 0, 1]]
+
+
+class BoxesCoco(_SmallBoxes):
+    """The images of the test part have no boxes, as in COCO, and one box has no area, as in COCO's training part."""
+
+    SPLITS = {"train": [_SOME, [], [((0.5, 0.5, 0.5, 0.75), 0, False)]], "validation": [_SOME], "test": [[], []]}
+
+
+class BoxesComplete(_SmallBoxes):
+    SPLITS = {"train": [_SOME] * 3, "validation": [_SOME] * 2, "test": [_SOME]}
+    CROWD_KEY = "is_difficult"
+    ENCODING = "png"
+
+
+class BoxesSingle(_SmallBoxes):
+    SPLITS = {"train": [_SOME] * 10}
+
+
+class BoxesNone(_SmallBoxes):
+    SPLITS = {"train": [[]] * 3, "test": [_SOME]}
+
+
+class BoxesText(_SmallBoxes):
+    SPLITS = {"train": [[]]}
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+
+    def _generate_examples(self, images):
+        yield 0, {"text": "x"}
+
+
+def boxes_of(part):
+    return [rows.tolist() for rows in part.boxes()]
+
+
+def test_a_test_part_without_boxes_is_not_used(tmp_path):
+    images = open_boxes("tfds:boxes_coco", tmp_path)
+    assert images.class_names == ("cat", "dog") and images.validation is None
+    assert sorted(boxes_of(images.train)) == [[], [], _ROWS]
+    assert boxes_of(images.test) == [_ROWS]
+    assert (images.train.num_examples, images.test.num_examples) == (3, 1)
+    assert images.train.most_boxes() == 2
+    index, image, label = next(images.test.records().as_numpy_iterator())
+    assert index == 0 and image[:2] == b"\xff\xd8" and len(label) == 48
+    assert images.test.name(0).startswith("0.jpg boxes_coco-validation")
+    assert images.test.labels().tolist() == [0]
+
+
+def test_difficult_boxes_and_a_validation_part(tmp_path):
+    images = open_boxes("tfds:boxes_complete:1.0.0", tmp_path)
+    assert images.validation.tolist() == [False] * 3 + [True] * 2
+    assert boxes_of(images.test) == [_ROWS]
+    assert next(images.test.records().as_numpy_iterator())[1][:4] == b"\x89PNG"
+
+
+def test_a_single_split_is_divided(tmp_path):
+    images = open_boxes("tfds:boxes_single", tmp_path)
+    assert (images.train.num_examples, images.test.num_examples) == (8, 2)
+
+
+def test_unsuitable_data_sets_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"tfds:boxes_none with train, test, of which test has boxes"):
+        open_boxes("tfds:boxes_none", tmp_path)
+    with pytest.raises(UserError, match=r"sequence of objects with bbox and label.*text \(Text\)"):
+        open_boxes("tfds:boxes_text", tmp_path)
+
+
+def test_the_real_features_of_coco(mocked_tfds, tmp_path):
+    with mocked_tfds(num_examples=2):
+        images = open_boxes("tfds:coco/2017", tmp_path)
+        assert len(images.class_names) == 80
+        for _, _, label in images.train.records().as_numpy_iterator():
+            assert len(label) % 24 == 0
+
+
+def test_pixels_of_voc_are_counted_from_one(mocked_tfds, tmp_path):
+    def examples(self):
+        while True:
+            # VOC's box from xmin = 11 to xmax = 20 and from ymin = 1 to ymax = 50 in an image of 100x50 pixels.
+            objects = {
+                "bbox": np.float32([[0.02, 0.11, 1.0, 0.2]]),
+                "label": np.int64([3]),
+                "pose": np.int64([0]),
+                "is_truncated": np.array([False]),
+                "is_difficult": np.array([True]),
+            }
+            yield {
+                "image": np.zeros((50, 100, 3), np.uint8),
+                "image/filename": "1.jpg",
+                "objects": objects,
+                "labels": np.int64([3]),
+                "labels_no_difficult": np.int64([3]),
+            }
+
+    def as_dataset(self, *args, decoders=None, **options):
+        import tensorflow as tf
+
+        example = next(examples(self))
+        if "image" in decoders.features:
+            example["image"] = tf.io.encode_jpeg(example["image"])
+        return tf.data.Dataset.from_tensors(example)
+
+    with mocked_tfds(num_examples=1, as_dataset_fn=as_dataset):
+        images = open_boxes("tfds:voc/2007", tmp_path)
+        assert len(images.class_names) == 20
+        rows = next(images.train.boxes())
+    np.testing.assert_allclose(rows, [[0, 10, 50, 20, 3, 1]], atol=1e-4)
