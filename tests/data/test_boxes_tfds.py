@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from robust_tf.data.boxes import open_boxes
+from robust_tf.data.boxes import open_boxes, tfds_boxes
+from robust_tf.data.tfds_preparation import builder_of
 from robust_tf.errors import UserError
 
 
@@ -63,6 +64,10 @@ class BoxesSingle(_SmallBoxes):
     SPLITS = {"train": [_SOME] * 10}
 
 
+class BoxesVoc(_SmallBoxes):
+    CROWD_KEY = "is_difficult"
+
+
 class BoxesNone(_SmallBoxes):
     SPLITS = {"train": [[]] * 3, "test": [_SOME]}
 
@@ -113,43 +118,16 @@ def test_unsuitable_data_sets_are_refused(tmp_path):
         open_boxes("tfds:boxes_text", tmp_path)
 
 
-def test_the_real_features_of_coco(mocked_tfds, tmp_path):
-    with mocked_tfds(num_examples=2):
-        images = open_boxes("tfds:coco/2017", tmp_path)
-        assert len(images.class_names) == 80
-        for _, _, label in images.train.records().as_numpy_iterator():
-            assert len(label) % 24 == 0
+@pytest.mark.parametrize("name", ["coco/2014", "coco/2017", "voc/2007", "voc/2012"])
+def test_the_features_of_coco_and_voc_are_found(tmp_path, name):
+    builder = builder_of(f"tfds:{name}", tmp_path)
+    assert tfds_boxes._keys(builder, name) == ("image", "objects")
+    assert builder.info.features["objects"].feature["label"].num_classes == (80 if "coco" in name else 20)
 
 
-def test_pixels_of_voc_are_counted_from_one(mocked_tfds, tmp_path):
-    def examples(self):
-        while True:
-            # VOC's box from xmin = 11 to xmax = 20 and from ymin = 1 to ymax = 50 in an image of 100x50 pixels.
-            objects = {
-                "bbox": np.float32([[0.02, 0.11, 1.0, 0.2]]),
-                "label": np.int64([3]),
-                "pose": np.int64([0]),
-                "is_truncated": np.array([False]),
-                "is_difficult": np.array([True]),
-            }
-            yield {
-                "image": np.zeros((50, 100, 3), np.uint8),
-                "image/filename": "1.jpg",
-                "objects": objects,
-                "labels": np.int64([3]),
-                "labels_no_difficult": np.int64([3]),
-            }
-
-    def as_dataset(self, *args, decoders=None, **options):
-        import tensorflow as tf
-
-        example = next(examples(self))
-        if "image" in decoders.features:
-            example["image"] = tf.io.encode_jpeg(example["image"])
-        return tf.data.Dataset.from_tensors(example)
-
-    with mocked_tfds(num_examples=1, as_dataset_fn=as_dataset):
-        images = open_boxes("tfds:voc/2007", tmp_path)
-        assert len(images.class_names) == 20
-        rows = next(images.train.boxes())
-    np.testing.assert_allclose(rows, [[0, 10, 50, 20, 3, 1]], atol=1e-4)
+def test_pixels_of_voc_are_counted_from_one(tmp_path, monkeypatch):
+    # TFDS stores xmin = 21 and ymin = 6 of VOC as 21 / 40 and 6 / 20.
+    monkeypatch.setattr(BoxesVoc, "SPLITS", {"train": [[((0.3, 0.525, 0.75, 1.0), 1, False)]] * 5})
+    monkeypatch.setattr(tfds_boxes, "_PIXELS_FROM_ONE", ("boxes_voc",))
+    rows = next(open_boxes("tfds:boxes_voc", tmp_path).train.boxes())
+    np.testing.assert_allclose(rows, [[5, 20, 15, 40, 1, 0]], atol=1e-4)

@@ -123,7 +123,7 @@ def test_boxes_with_too_little_left_are_dropped_but_crowds_stay():
         top, left, bottom, right = view.boxes(tf.constant([box], tf.float32), tf.constant(90.0)).numpy()[0]
         left_of_it = max(min(bottom, SIZE) - max(top, 0), 0) * max(min(right, SIZE) - max(left, 0), 0)
         share = left_of_it / ((bottom - top) * (right - left))
-        expected = [0] * (share >= 0.3) + [1] * (share > 0)
+        expected = [0] * int(share >= 0.3) + [1] * int(share > 0)
         assert labels["classes"].tolist() == expected
         assert share > 0 or not (image[..., 0] > image[..., 2]).any()
         dropped += 0 < share < 0.3
