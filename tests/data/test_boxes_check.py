@@ -7,11 +7,8 @@ import pytest
 from robust_tf.data.__main__ import main
 from robust_tf.data.dataset_check import check_dataset
 from robust_tf.errors import UserError
+from tests.data.annotated import CATEGORIES, coco, gray, mask_pixels, write_boxes, write_masks
 from tests.data.images import jpeg, write
-from tests.data.test_boxes_folder import CATEGORIES, coco, write_parts
-from tests.data.test_boxes_tfds import BoxesCoco  # noqa: F401  # registers the data set
-from tests.data.test_masks_folder import gray, mask_pixels
-from tests.data.test_masks_folder import write_parts as write_mask_parts
 
 TREES = coco([[(3, [-2, 1, 5, 4]), (17, [0, 0, 4, 4]), (90, [1, 1, 2, 2])], [], [(3, [1, 1, 4, 4], 1)]])
 
@@ -21,7 +18,7 @@ def run(*arguments):
 
 
 def test_boxes_are_counted(tmp_path, capsys):
-    root = write_parts(tmp_path, train=TREES)
+    root = write_boxes(tmp_path, train=TREES)
     assert run("--task_type=detection", f"folder:{root}") == 0
     text = capsys.readouterr().out
     assert f"folder:{root}: ready" in text
@@ -42,7 +39,7 @@ def test_only_some_classes_are_listed():
 
 
 def test_faults_of_boxes_are_named(tmp_path, capsys):
-    root = write_parts(tmp_path, train=coco([[(17, [0, 0, 4, 4]), (3, [0, 0, 4, 4], 1)], []]))
+    root = write_boxes(tmp_path, train=coco([[(17, [0, 0, 4, 4]), (3, [0, 0, 4, 4], 1)], []]))
     write(root / "train/002.jpg", b"\xff\xd8\xff")
     write(root / "test/011.jpg", jpeg(1))  # train/001.jpg
     assert run("--task_type=detection", f"folder:{root}") == 1
@@ -60,28 +57,14 @@ def test_faults_of_boxes_are_named(tmp_path, capsys):
 def test_a_test_part_with_only_crowd_boxes_is_a_fault(tmp_path):
     test = coco([[(3, [1, 1, 4, 4], 1)]], first_id=11)
     train = coco([[(3, [1, 1, 4, 4])]], categories=CATEGORIES[1:2])
-    root = write_parts(tmp_path, train=train, test=test | {"categories": CATEGORIES[1:2]})
+    root = write_boxes(tmp_path, train=train, test=test | {"categories": CATEGORIES[1:2]})
     result = check_dataset(f"folder:{root}", task_type="detection")
     assert result.facts[1] == "1 class, 1 training and 1 test images"
     assert result.advice == ("The test part needs boxes that are no crowd boxes. Received: none. Add some images.",)
 
 
-def test_a_data_set_of_tfds(tmp_path):
-    result = check_dataset("tfds:boxes_coco", tmp_path, task_type="detection")
-    assert result.state == "not prepared"
-    assert "robust_tf.data --task_type=detection --prepare=tfds:boxes_coco" in " ".join(result.advice)
-    assert main(["data", "--prepare=tfds:boxes_coco", "--task_type=detection", f"--data_dir={tmp_path}"]) == 0
-    result = check_dataset("tfds:boxes_coco", tmp_path, task_type="detection")
-    assert result.state == "ready" and result.facts[0].startswith(f"in {tmp_path}")
-    assert "training part: 1 boxes, 1 crowd boxes, 2 images without boxes" in result.facts
-    path = next((tmp_path / "boxes_coco").rglob("*-validation.tfrecord*"))
-    path.write_bytes(path.read_bytes()[:-20])
-    result = check_dataset("tfds:boxes_coco", tmp_path, task_type="detection")
-    assert result.state == "faulty" and "The data set cannot be read" in result.advice[0]
-
-
 def test_pixels_are_counted(tmp_path, capsys):
-    root = write_mask_parts(tmp_path)
+    root = write_masks(tmp_path)
     for number in range(3):
         pixels = mask_pixels(0) * 0
         pixels[:6], pixels[6:9] = 1, 2
@@ -94,7 +77,7 @@ def test_pixels_are_counted(tmp_path, capsys):
 
 
 def test_faults_of_masks_are_named(tmp_path):
-    root = write_mask_parts(tmp_path)
+    root = write_masks(tmp_path)
     write(root / "classes.txt", "a\nb\nc\nd\n")
     result = check_dataset(f"folder:{root}", task_type="segmentation")
     assert result.state == "faulty"

@@ -12,38 +12,8 @@ from robust_tf.data.boxes import folder as box_folder
 from robust_tf.data.boxes import open_boxes
 from robust_tf.data.boxes.records import decode_boxes
 from robust_tf.errors import UserError
+from tests.data.annotated import CATEGORIES, TEST, TRAIN, coco, turned_photo, write_boxes, write_coco
 from tests.data.images import encoded, jpeg, write
-
-# Sparse ids that are not in order, as after classes were removed.
-CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}, {"id": 17, "name": "cat"}]
-
-
-def coco(boxes, *, categories=CATEGORIES, first_id=1, suffix="jpg"):
-    """The content of a JSON file. `boxes` has (category id, bbox[, iscrowd]) for each image; images are 16x12."""
-    images, annotations = [], []
-    for number, of_image in enumerate(boxes, first_id):
-        images.append({"id": number, "file_name": f"{number:03d}.{suffix}", "width": 16, "height": 12})
-        for category, bbox, *crowd in of_image:
-            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": category, "bbox": bbox}
-            annotations.append(annotation | {"iscrowd": crowd[0] if crowd else 0})
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def write_coco(json_path, images_folder, content):
-    """Writes a JSON file, and a JPEG of 16x12 pixels for each of its images."""
-    write(json_path, json.dumps(content))
-    for image in content["images"]:
-        write(images_folder / image["file_name"], jpeg(image["id"]))
-
-
-TRAIN = coco([[(17, [2, 1, 5, 4]), (90, [0, 0, 16, 12], 1)], [], [(3, [8.5, 2.25, 4, 6])]])
-TEST = coco([[(3, [1, 2, 3, 4])], [(17, [1, 1, 1, 1])]], first_id=11)
-
-
-def write_parts(root, **parts):
-    for part, content in {"train": TRAIN, "test": TEST, **parts}.items():
-        write_coco(root / part / "annotations.json", root / part, content)
-    return root
 
 
 def voc_xml(objects, *, size=(16, 12)):
@@ -110,7 +80,7 @@ def test_a_json_file_for_each_part(tmp_path, images_folder):
 
 
 def test_records_have_the_image_and_its_boxes_in_any_order(tmp_path):
-    train = opened(write_parts(tmp_path)).train
+    train = opened(write_boxes(tmp_path)).train
     records = list(train.records().as_numpy_iterator())
     assert [index for index, _, _ in records] == [0, 1, 2]
     for index in (2, 0, 1):
@@ -139,7 +109,7 @@ def test_a_fifth_of_a_single_part_becomes_the_test_part(tmp_path):
 
 
 def test_the_fingerprint_follows_images_and_boxes(tmp_path):
-    root = write_parts(tmp_path / "a")
+    root = write_boxes(tmp_path / "a")
     before = opened(root).fingerprint
     shutil.copytree(root, tmp_path / "b")
     assert opened(tmp_path / "b").fingerprint == before
@@ -151,7 +121,7 @@ def test_the_fingerprint_follows_images_and_boxes(tmp_path):
 
 def test_boxes_beyond_the_image_are_clipped_and_counted(tmp_path):
     content = coco([[(3, [-2, -3, 6, 7]), (3, [10, 5, 6.004, 99]), (3, [0, 0, 16, 12])]])
-    images = opened(write_parts(tmp_path, train=content))
+    images = opened(write_boxes(tmp_path, train=content))
     assert boxes_of(images.train) == [[[0, 0, 4, 4, 0, 0], [5, 10, 12, 16, 0, 0], [0, 0, 12, 16, 0, 0]]]
     assert images.notes == ("Boxes that reach beyond their image and are cut off at its edge: 2.",)
 
@@ -165,15 +135,8 @@ def test_boxes_without_area_are_left_out_in_the_layout_of_coco_only(tmp_path):
     assert "without area, which are left out (1): annotation 2 (image 001.jpg" in images.notes[0]
 
 
-def turned_photo():
-    image = Image.fromarray(np.zeros((16, 12, 3), np.uint8))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    return encoded(image, "JPEG", exif=exif)
-
-
 def test_annotations_of_the_turned_image_are_noted(tmp_path):
-    root = write_parts(tmp_path)
+    root = write_boxes(tmp_path)
     write(root / "train/001.jpg", turned_photo())
     assert "annotations of 1 images belong to the image as its EXIF data turns it. Use --exif=apply" in str(
         opened(root).notes
@@ -238,7 +201,7 @@ def faulty(content, **changes):
     ],
 )
 def test_faults_of_json_files_are_named(tmp_path, content, message):
-    root = write_parts(tmp_path)
+    root = write_boxes(tmp_path)
     write(root / "train/annotations.json", content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=message):
         opened(root)
@@ -247,16 +210,16 @@ def test_faults_of_json_files_are_named(tmp_path, content, message):
 def test_a_data_set_without_categories_is_refused(tmp_path):
     empty = coco([[]], categories=[])
     with pytest.raises(UserError, match="needs one class or more. Received: none in"):
-        opened(write_parts(tmp_path, train=empty, test=empty))
+        opened(write_boxes(tmp_path, train=empty, test=empty))
 
 
 def test_a_single_class_is_enough(tmp_path):
     content = coco([[(3, [1, 1, 2, 2])]] * 2, categories=CATEGORIES[1:2])
-    assert opened(write_parts(tmp_path, train=content, test=content)).class_names == ("car",)
+    assert opened(write_boxes(tmp_path, train=content, test=content)).class_names == ("car",)
 
 
 def test_a_size_that_differs_from_the_image_is_refused(tmp_path):
-    root = write_parts(tmp_path)
+    root = write_boxes(tmp_path)
     write(root / "train/002.jpg", encoded(Image.fromarray(np.zeros((12, 15, 3), np.uint8)), "JPEG"))
     with pytest.raises(UserError, match=r"Received: 16x12 pixels .* for image 002\.jpg of .*whose file has 15x12"):
         opened(root)
@@ -264,7 +227,7 @@ def test_a_size_that_differs_from_the_image_is_refused(tmp_path):
 
 def test_images_of_a_large_data_set_are_not_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(box_folder, "MOST_OPENED_FILES", 4)
-    root = write_parts(tmp_path)
+    root = write_boxes(tmp_path)
     write(root / "train/001.jpg", b"broken")
     assert boxes_of(opened(root).train) == TRAIN_ROWS
     del TEST_WITHOUT_SIZE["images"][0]["height"]
@@ -283,7 +246,7 @@ def test_folders_in_no_layout_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has one of these layouts: .*Received: .*empty, which has none"):
         opened(tmp_path / "empty")
-    root = write_parts(tmp_path / "two")
+    root = write_boxes(tmp_path / "two")
     write(root / "val/001.jpg", jpeg(1))
     with pytest.raises(UserError, match=r"no JSON file in .*val, but .*train.annotations\.json"):
         opened(root)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from robust_tf.data.__main__ import main
 from robust_tf.data.boxes import open_boxes, tfds_boxes
+from robust_tf.data.dataset_check import check_dataset
 from robust_tf.data.tfds_preparation import builder_of
 from robust_tf.errors import UserError
 
@@ -131,3 +133,17 @@ def test_pixels_of_voc_are_counted_from_one(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_boxes, "_PIXELS_FROM_ONE", ("boxes_voc",))
     rows = next(open_boxes("tfds:boxes_voc", tmp_path).train.boxes())
     np.testing.assert_allclose(rows, [[5, 20, 15, 40, 1, 0]], atol=1e-4)
+
+
+def test_the_check_of_a_data_set(tmp_path):
+    result = check_dataset("tfds:boxes_coco", tmp_path, task_type="detection")
+    assert result.state == "not prepared"
+    assert "robust_tf.data --task_type=detection --prepare=tfds:boxes_coco" in " ".join(result.advice)
+    assert main(["data", "--prepare=tfds:boxes_coco", "--task_type=detection", f"--data_dir={tmp_path}"]) == 0
+    result = check_dataset("tfds:boxes_coco", tmp_path, task_type="detection")
+    assert result.state == "ready" and result.facts[0].startswith(f"in {tmp_path}")
+    assert "training part: 1 boxes, 1 crowd boxes, 2 images without boxes" in result.facts
+    path = next((tmp_path / "boxes_coco").rglob("*-validation.tfrecord*"))
+    path.write_bytes(path.read_bytes()[:-20])
+    result = check_dataset("tfds:boxes_coco", tmp_path, task_type="detection")
+    assert result.state == "faulty" and "The data set cannot be read" in result.advice[0]

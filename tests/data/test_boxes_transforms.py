@@ -12,7 +12,7 @@ from robust_tf.data.boxes.records import encode_label
 from robust_tf.data.boxes.transforms import TOO_MANY_BOXES
 from robust_tf.data.transforms import Decoding, resize
 from robust_tf.errors import UserError
-from tests.data.test_boxes_folder import turned_photo
+from tests.data.annotated import turned_photo
 
 SIZE = 48
 AUGMENTATIONS = ["none", "flip", "crop_flip", "crop_flip_color"]

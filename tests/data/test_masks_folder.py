@@ -13,41 +13,8 @@ from robust_tf.data.masks import folder as mask_folder
 from robust_tf.data.masks.folder import VOC_CLASSES
 from robust_tf.data.masks.mask_files import read_mask
 from robust_tf.errors import UserError
+from tests.data.annotated import gray, mask_pixels, palette, turned_photo, write_masks, write_pairs
 from tests.data.images import encoded, jpeg, write
-from tests.data.test_boxes_folder import turned_photo
-
-
-def mask_pixels(number, values=(0, 1, 2, 255)):
-    """Pixels of 12x16, a different mask for each number."""
-    pixels = np.random.default_rng(number).choice(values, (12, 16)).astype(np.uint8)
-    pixels[0, : len(values)] = values
-    return pixels
-
-
-def gray(pixels):
-    return encoded(Image.fromarray(pixels), "PNG")
-
-
-def palette(pixels):
-    """A PNG whose values are positions in a palette of other colors, as VOC's masks are."""
-    image = Image.fromarray(pixels, "P") if False else Image.fromarray(pixels).convert("P")
-    image = Image.new("P", pixels.shape[::-1])
-    image.putdata(pixels.ravel().tolist())
-    image.putpalette([value for number in range(256) for value in (255 - number, number // 2, 7)])
-    return encoded(image, "PNG")
-
-
-def write_pairs(root, count, *, first=0, encode=gray, values=(0, 1, 2, 255)):
-    for number in range(first, first + count):
-        write(root / "images" / f"{number:02d}.jpg", jpeg(number))
-        write(root / "masks" / f"{number:02d}.png", encode(mask_pixels(number, values)))
-    return root
-
-
-def write_parts(root, *, values=(0, 1, 2, 255)):
-    write_pairs(root / "train", 3, values=values)
-    write_pairs(root / "test", 2, first=10, values=values)
-    return root
 
 
 def write_voc(root, lists, *, with_masks=("train", "val", "trainval", "test")):
@@ -115,7 +82,7 @@ def test_only_trainval_of_voc_is_split(tmp_path):
 
 
 def test_names_of_classes_from_a_file(tmp_path):
-    root = write_parts(tmp_path)
+    root = write_masks(tmp_path)
     write(root / "classes.txt", "sky\r\nroad\ncar\nnever seen\n\n")
     assert opened(root).class_names == ("sky", "road", "car", "never seen")
     write(root / "classes.txt", "sky\nroad\n")
@@ -136,7 +103,7 @@ def test_names_of_classes_from_a_file(tmp_path):
 
 
 def test_the_fingerprint_follows_images_and_masks(tmp_path):
-    root = write_parts(tmp_path / "a")
+    root = write_masks(tmp_path / "a")
     before = opened(root).fingerprint
     shutil.copytree(root, tmp_path / "b")
     assert opened(tmp_path / "b").fingerprint == before
@@ -182,14 +149,14 @@ def test_all_formats_with_one_number_for_each_pixel(mode, stored, value):
     ],
 )
 def test_faults_of_masks_are_named(tmp_path, content, message):
-    root = write_parts(tmp_path)
+    root = write_masks(tmp_path)
     write(root / "train/masks/01.png", content)
     with pytest.raises(UserError, match=message):
         opened(root)
 
 
 def test_a_value_that_only_the_test_part_has_is_refused(tmp_path):
-    root = write_parts(tmp_path)
+    root = write_masks(tmp_path)
     write(root / "test/masks/10.png", gray(mask_pixels(1, (0, 4))))
     with pytest.raises(UserError, match=r"must be 0 to 2,.*Received: 4 in .*test.masks.10\.png"):
         opened(root)
@@ -197,7 +164,7 @@ def test_a_value_that_only_the_test_part_has_is_refused(tmp_path):
 
 def test_masks_of_a_large_data_set_are_checked_when_they_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(mask_folder, "MOST_OPENED_FILES", 2)
-    root = write_parts(tmp_path)
+    root = write_masks(tmp_path)
     write(root / "train/masks/01.png", gray(mask_pixels(1, (0, 4))))  # not among the masks that are looked at
     images = opened(root)
     assert images.class_names == ("class 0", "class 1", "class 2")
@@ -208,17 +175,17 @@ def test_masks_of_a_large_data_set_are_checked_when_they_are_read(tmp_path, monk
 
 def test_binary_masks_with_255_are_refused(tmp_path):
     with pytest.raises(UserError, match="needs 2 to 255 classes. Received: 1 in .*write 1 instead"):
-        opened(write_parts(tmp_path, values=(0, 255)))
+        opened(write_masks(tmp_path, values=(0, 255)))
 
 
 def test_masks_of_the_turned_image_are_noted(tmp_path):
-    root = write_parts(tmp_path)
+    root = write_masks(tmp_path)
     write(root / "train/images/01.jpg", turned_photo())
     assert "annotations of 1 images belong to the image as its EXIF" in str(opened(root).notes)
 
 
 def test_files_without_a_partner_are_named(tmp_path):
-    root = write_parts(tmp_path)
+    root = write_masks(tmp_path)
     (root / "train/masks/01.png").unlink()
     with pytest.raises(UserError, match=r"Every image needs a mask.*none for .*train.images.01\.jpg \(1\)"):
         opened(root)
@@ -253,7 +220,7 @@ def test_other_folders_and_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="has one of these layouts.*which has none"):
         opened(tmp_path)
     with pytest.raises(UserError, match="split_seed=1, and the test part"):
-        opened(write_parts(tmp_path), split_seed=1)
+        opened(write_masks(tmp_path), split_seed=1)
     with pytest.raises(UserError, match="folder:/path or tfds:NAME.*Received: 'pets'"):
         open_masks("pets")
     with pytest.raises(UserError, match="split_seed=2 for tfds:x"):

@@ -7,16 +7,14 @@ import tensorflow as tf
 from robust_tf.data.masks import MaskPreprocessing
 from robust_tf.data.transforms import Decoding, resize
 from robust_tf.errors import UserError
-from tests.data.images import encoded as encode
-from tests.data.test_boxes_folder import turned_photo
-from tests.data.test_masks_folder import palette
+from tests.data.annotated import palette, turned_photo
 
 SIZE = 48
 AUGMENTATIONS = ["none", "flip", "crop_flip", "crop_flip_color"]
 
 
 def pair(height, width):
-    """An image with a red rectangle on blue, and a palette mask with class 7 there, 3 around it, and 255 at the left."""
+    """A red rectangle on blue, and a palette mask with class 7 there, 3 around it, and 255 at the left."""
     pixels = np.full((height, width, 3), (20, 40, 200), np.uint8)
     mask = np.full((height, width), 3, np.uint8)
     top, bottom, left, right = height // 4, height // 2, width // 3, width - 6
