@@ -47,13 +47,15 @@ class _SmallBoxes(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
 
 _SOME = [((0.25, 0.5, 0.75, 1.0), 1, False), ((0.0, 0.0, 1.0, 1.0), 0, True)]
+_EMPTY = [((0.5, 0.5, 0.5, 0.75), 0, False)]
+_CAT = [((0.0, 0.0, 0.5, 0.5), 0, False)]
 _ROWS = [[5, 20, 15, 40, 1, 0], [0, 0, 20, 40, 0, 1]]
 
 
 class BoxesCoco(_SmallBoxes):
     """The images of the test part have no boxes, as in COCO, and one box has no area, as in COCO's training part."""
 
-    SPLITS = {"train": [_SOME, [], [((0.5, 0.5, 0.5, 0.75), 0, False)]], "validation": [_SOME], "test": [[], []]}
+    SPLITS = {"train": [_SOME, [], _EMPTY, _CAT], "validation": [_SOME], "test": [[], []]}
 
 
 class BoxesComplete(_SmallBoxes):
@@ -91,9 +93,9 @@ def boxes_of(part):
 def test_a_test_part_without_boxes_is_not_used(tmp_path):
     images = open_boxes("tfds:boxes_coco", tmp_path)
     assert images.class_names == ("cat", "dog") and images.validation is None
-    assert sorted(boxes_of(images.train)) == [[], [], _ROWS]
+    assert sorted(boxes_of(images.train)) == [[], [], [[0, 0, 10, 20, 0, 0]], _ROWS]
     assert boxes_of(images.test) == [_ROWS]
-    assert (images.train.num_examples, images.test.num_examples) == (3, 1)
+    assert (images.train.num_examples, images.test.num_examples) == (4, 1)
     assert images.train.most_boxes() == 2
     index, image, label = next(images.test.records().as_numpy_iterator())
     assert index == 0 and image[:2] == b"\xff\xd8" and len(label) == 48
@@ -142,7 +144,7 @@ def test_the_check_of_a_data_set(tmp_path):
     assert main(["data", "--prepare=tfds:boxes_coco", "--task_type=detection", f"--data_dir={tmp_path}"]) == 0
     result = check_dataset("tfds:boxes_coco", tmp_path, task_type="detection")
     assert result.state == "ready" and result.facts[0].startswith(f"in {tmp_path}")
-    assert "training part: 1 boxes, 1 crowd boxes, 2 images without boxes" in result.facts
+    assert "training part: 2 boxes, 1 crowd boxes, 2 images without boxes" in result.facts
     path = next((tmp_path / "boxes_coco").rglob("*-validation.tfrecord*"))
     path.write_bytes(path.read_bytes()[:-20])
     result = check_dataset("tfds:boxes_coco", tmp_path, task_type="detection")

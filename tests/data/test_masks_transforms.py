@@ -40,15 +40,14 @@ def test_the_mask_stays_on_its_pixels(augmentation, height, width):
         assert image.shape == (SIZE, SIZE, 3) and image.dtype == np.float32
         assert mask.shape == (SIZE, SIZE) and mask.dtype == np.int32
         assert set(np.unique(mask)) <= {-1, 3, 7}
-        red, blue = image[..., 0] > image[..., 2], image[..., 0] < image[..., 2]
-        # At a corner of the rectangle, the mixture of colors may have less red although the center lies within it.
-        inner = (mask[1:-1, 1:-1] == 7) & (mask[:-2, 1:-1] == 7) & (mask[1:-1, :-2] == 7)
-        assert red[1:-1, 1:-1][inner & (mask[2:, 1:-1] == 7) & (mask[1:-1, 2:] == 7)].all()
-        assert (red & (mask == 3)).sum() <= 8 and blue[mask == 3].mean() > 0.98 if (mask == 3).any() else True
+        red = image[..., 0] > image[..., 2]
+        # At the four corners of the rectangle, the mixture may have less red although the center lies within it.
+        assert (red != (mask == 7))[mask != -1].sum() <= 4
         assert (mask[(image == 0.5).all(axis=-1)] == -1).all()
         seen += (mask == 7).any()
     different = len({mask.tobytes() for _, mask in examples})
-    assert different == {"none": 1, "flip": 2}.get(augmentation, 40)
+    # Of a large view, several random parts may show a single class.
+    assert different == {"none": 1, "flip": 2}[augmentation] if "crop" not in augmentation else different > 30
     assert seen > 25
 
 
