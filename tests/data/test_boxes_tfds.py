@@ -69,6 +69,7 @@ class BoxesSingle(_SmallBoxes):
 
 
 class BoxesVoc(_SmallBoxes):
+    SPLITS = {"train": [[((0.3, 0.525, 0.75, 1.0), 1, False)]] * 5}
     CROWD_KEY = "is_difficult"
 
 
@@ -131,7 +132,6 @@ def test_the_features_of_coco_and_voc_are_found(tmp_path, name):
 
 def test_pixels_of_voc_are_counted_from_one(tmp_path, monkeypatch):
     # TFDS stores xmin = 21 and ymin = 6 of VOC as 21 / 40 and 6 / 20.
-    monkeypatch.setattr(BoxesVoc, "SPLITS", {"train": [[((0.3, 0.525, 0.75, 1.0), 1, False)]] * 5})
     monkeypatch.setattr(tfds_boxes, "_PIXELS_FROM_ONE", ("boxes_voc",))
     rows = next(open_boxes("tfds:boxes_voc", tmp_path).train.boxes())
     np.testing.assert_allclose(rows, [[5, 20, 15, 40, 1, 0]], atol=1e-4)
