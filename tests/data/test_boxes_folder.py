@@ -120,7 +120,7 @@ def test_the_fingerprint_follows_images_and_boxes(tmp_path):
 
 
 def test_boxes_beyond_the_image_are_clipped_and_counted(tmp_path):
-    content = coco([[(3, [-2, -3, 6, 7]), (3, [10, 5, 6.004, 99]), (3, [0, 0, 16, 12])]])
+    content = coco([[(3, [-2, -3, 6, 7]), (3, [10, 5, 6, 99]), (3, [0, 0, 16.004, 12])]])
     images = opened(write_boxes(tmp_path, train=content))
     assert boxes_of(images.train) == [[[0, 0, 4, 4, 0, 0], [5, 10, 12, 16, 0, 0], [0, 0, 12, 16, 0, 0]]]
     assert images.notes == ("Boxes that reach beyond their image and are cut off at its edge: 2.",)

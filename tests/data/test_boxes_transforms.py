@@ -130,6 +130,32 @@ def test_boxes_with_too_little_left_are_dropped_but_crowds_stay():
     assert dropped > 3
 
 
+def test_random_views_use_the_whole_range_of_scales_and_positions():
+    def view(seed):
+        found, _ = random_view(
+            tf.constant(60),
+            tf.constant(90),
+            tf.stack([seed, 7]),
+            image_size=SIZE,
+            augmentation="crop_flip",
+            keep_aspect=True,
+        )
+        return found
+
+    views = list(tf.data.Dataset.range(1000).map(view).as_numpy_iterator())
+    scales, shifts, flips = (np.array(values) for values in zip(*views, strict=True))
+    factors = scales[:, 0] * 90 / SIZE
+    np.testing.assert_allclose(scales[:, 0], scales[:, 1])
+    assert 0.5 <= factors.min() < 0.51 and 1.97 < factors.max() <= 2.0
+    assert abs(np.median(factors) - 1) < 0.05  # halving is as likely as doubling
+    assert 0.45 < flips.mean() < 0.55
+    excess = np.maximum(scales * (60, 90) - SIZE, 0)
+    assert (shifts <= 0).all() and (shifts >= -excess - 1e-4).all()
+    for axis in (0, 1):
+        places = -shifts[:, axis][excess[:, axis] > 0] / excess[:, axis][excess[:, axis] > 0]
+        assert places.min() < 0.02 and places.max() > 0.98 and abs(places.mean() - 0.5) < 0.05
+
+
 def test_color_changes_leave_boxes_and_gray_alone():
     box = (11, 23, 37, 71)
     encoded, label = picture(60, 90, box), label_of([*box, 3, 0])
