@@ -8,7 +8,7 @@ python -m robust_tf.data --check --task_type=detection folder:trees   # images w
 
 import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
 
 from robust_tf.config.checks import check_choices
@@ -66,7 +66,11 @@ def main(argv: list[str]) -> int:
     if flags.prepare:
         if names:
             raise UserError(f"--prepare takes one data set. Received: {' '.join([flags.prepare, *names])}.")
-        openers = {"classification": open_dataset, "detection": open_boxes, "segmentation": open_masks}
+        openers: dict[str, Callable[..., object]] = {
+            "classification": open_dataset,
+            "detection": open_boxes,
+            "segmentation": open_masks,
+        }
         openers[flags.task_type](flags.prepare, data_dir)
         names = [flags.prepare]
     if not names and flags.task_type != "classification":

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -101,8 +102,8 @@ def _not_there(name: str, info: DatasetInfo, builder: tfds.core.DatasetBuilder) 
 class _Annotations:
     """How a data set with annotations is opened, and how its annotations are described in facts and faults."""
 
-    open: Callable[[str, epath.Path | pathlib.Path | None], LabeledImages]
-    describe: Callable[[LabeledImages], tuple[list[str], list[str]]]
+    open: Callable[[str, epath.Path | pathlib.Path | None], Any]
+    describe: Callable[[Any], tuple[list[str], list[str]]]
 
 
 _ANNOTATIONS = {

@@ -24,7 +24,8 @@ def pair(height, width):
     return tf.io.encode_png(pixels), tf.constant(palette(mask))
 
 
-def trained(preprocessing, encoded, label, seeds):
+def trained(preprocessing, example, seeds):
+    encoded, label = example
     examples = tf.data.Dataset.range(seeds).map(
         lambda seed: preprocessing.training_example(encoded, label, tf.stack([seed, 7]))
     )
@@ -34,7 +35,7 @@ def trained(preprocessing, encoded, label, seeds):
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 @pytest.mark.parametrize(("height", "width"), [(60, 90), (41, 30)])
 def test_the_mask_stays_on_its_pixels(augmentation, height, width):
-    examples = trained(MaskPreprocessing(image_size=SIZE, augmentation=augmentation), *pair(height, width), 40)
+    examples = trained(MaskPreprocessing(image_size=SIZE, augmentation=augmentation), pair(height, width), 40)
     seen = 0
     for image, mask in examples:
         assert image.shape == (SIZE, SIZE, 3) and image.dtype == np.float32
@@ -68,8 +69,9 @@ def test_evaluation_fills_the_square():
 
 def test_everything_random_depends_on_the_seed():
     preprocessing = MaskPreprocessing(image_size=SIZE, augmentation="crop_flip_color")
+    encoded, label = pair(60, 90)
     first, again, other = (
-        preprocessing.training_example(*pair(60, 90), tf.constant(seed)) for seed in ([1, 2], [1, 2], [1, 3])
+        preprocessing.training_example(encoded, label, tf.constant(seed)) for seed in ([1, 2], [1, 2], [1, 3])
     )
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_array_equal(first[1], again[1])
@@ -98,3 +100,11 @@ def test_wrong_settings_are_refused():
     with pytest.raises(UserError, match="image_size=-1"):
         MaskPreprocessing(image_size=-1)
     assert MaskPreprocessing(image_size=8).resize_size == 8
+
+
+def test_training_without_augmentation_is_as_evaluation():
+    preprocessing = MaskPreprocessing(image_size=SIZE)
+    encoded, label = pair(60, 90)
+    example = preprocessing.training_example(encoded, label, tf.constant([1, 2]))
+    for first, second in zip(example, preprocessing.evaluation_example(encoded, label), strict=True):
+        np.testing.assert_array_equal(first, second)

@@ -1,10 +1,10 @@
 """Counts the boxes of a data set, for `python -m robust_tf.data --check --task_type=detection`."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
+from robust_tf.data.boxes.records import BoxPart, LabeledBoxes
 from robust_tf.data.records import LabeledImages, few
 
 # Classes beyond this number are not listed one by one.
@@ -20,7 +20,7 @@ class _Counts:
     without_boxes: int = 0
 
 
-def box_facts(images: LabeledImages) -> tuple[list[str], list[str]]:
+def box_facts(images: LabeledBoxes) -> tuple[list[str], list[str]]:
     """Reads all boxes of a data set and describes them.
 
     Args:
@@ -29,7 +29,7 @@ def box_facts(images: LabeledImages) -> tuple[list[str], list[str]]:
     Returns:
         Lines with the numbers of boxes, and lines about faults.
     """
-    parts: dict[str, Any] = {"training": images.train, "test": images.test}
+    parts: dict[str, BoxPart] = {"training": images.train, "test": images.test}
     counts = {where: _counted(part, len(images.class_names)) for where, part in parts.items()}
     facts = []
     for where, count in counts.items():
@@ -61,7 +61,7 @@ def more_classes(images: LabeledImages) -> str:
     return f" and {more:,} more classes" if more > 0 else ""
 
 
-def _counted(part: Any, num_classes: int) -> _Counts:
+def _counted(part: BoxPart, num_classes: int) -> _Counts:
     counts = _Counts(np.zeros(num_classes, np.int64))
     for rows in part.boxes():
         crowd = rows[:, 5] > 0.5

@@ -19,9 +19,9 @@ from robust_tf.data.boxes.files import (
     part_folders,
     turned_note,
 )
-from robust_tf.data.boxes.records import AnnotatedImage, BoxFolderPart, encode_label
+from robust_tf.data.boxes.records import AnnotatedImage, BoxFolderPart, LabeledBoxes, encode_label
 from robust_tf.data.boxes.voc import read_voc_folder, read_voc_list
-from robust_tf.data.records import LabeledImages, check_class_names, few, printable
+from robust_tf.data.records import check_class_names, few, printable
 from robust_tf.errors import UserError
 
 _LAYOUTS = (
@@ -48,7 +48,7 @@ class _Found:
     leave_out_empty: bool = False
 
 
-def open_box_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledImages:
+def open_box_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledBoxes:
     """Opens a folder of images with boxes.
 
     The folder has one of these layouts.
@@ -113,7 +113,7 @@ def open_box_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledImages
         return BoxFolderPart(tuple(file.path for file in files[first:last]), tuple(labels[first:last]))
 
     settings = (split_seed, class_names, len(train), len(validation))
-    return LabeledImages(
+    return LabeledBoxes(
         class_names=class_names,
         train=part(0, num_train),
         test=part(num_train, len(files)),

@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.features import bounding_boxes_utils
 
-from robust_tf.data.boxes.records import BOX_NUMBERS
-from robust_tf.data.records import LabeledImages, check_class_names
+from robust_tf.data.boxes.records import BOX_NUMBERS, LabeledBoxes
+from robust_tf.data.records import check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
 from robust_tf.data.tfds_records import TfdsPart
 from robust_tf.data.transforms import Picture
@@ -96,7 +96,7 @@ def _to_bytes(rows: tf.Tensor) -> tf.Tensor:
     return tf.strings.reduce_join(tf.gather(table, numbers))
 
 
-def open_tfds_boxes(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledImages:
+def open_tfds_boxes(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledBoxes:
     """Opens a data set of TFDS that has boxes, downloading and preparing it first if necessary.
 
     Each example needs an image and a sequence of objects with a `bbox` and a class `label`. Objects that are marked as
@@ -131,7 +131,7 @@ def open_tfds_boxes(name: str, data_dir: epath.Path | pathlib.Path | None) -> La
         train = f"{train}+{validation}"
     class_names = tuple(builder.info.features[objects_key].feature["label"].names)
     check_class_names(class_names, where=name)
-    return LabeledImages(
+    return LabeledBoxes(
         class_names=class_names,
         train=part(train),
         test=part(test),

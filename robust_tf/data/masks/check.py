@@ -1,15 +1,14 @@
 """Counts the pixels of each class, for `python -m robust_tf.data --check --task_type=segmentation`."""
 
-from typing import Any
-
 import numpy as np
 
 from robust_tf.data.boxes.check import LISTED_CLASSES, more_classes
 from robust_tf.data.masks.mask_files import IGNORED_IN_FILE, check_values
-from robust_tf.data.records import LabeledImages, few
+from robust_tf.data.masks.records import LabeledMasks, MaskPart
+from robust_tf.data.records import few
 
 
-def mask_facts(images: LabeledImages) -> tuple[list[str], list[str]]:
+def mask_facts(images: LabeledMasks) -> tuple[list[str], list[str]]:
     """Reads all masks of a data set and describes them.
 
     Args:
@@ -21,7 +20,7 @@ def mask_facts(images: LabeledImages) -> tuple[list[str], list[str]]:
     Raises:
         UserError: If a mask cannot be read, or has a value without a class. The message names it.
     """
-    parts: dict[str, Any] = {"training": images.train, "test": images.test}
+    parts: dict[str, MaskPart] = {"training": images.train, "test": images.test}
     counts = {where: _counted(part, len(images.class_names)) for where, part in parts.items()}
     shares = [count[:-1] / max(count[:-1].sum(), 1) for count in counts.values()]
     listed = [
@@ -45,7 +44,7 @@ def mask_facts(images: LabeledImages) -> tuple[list[str], list[str]]:
     return facts, faults
 
 
-def _counted(part: Any, num_classes: int) -> np.ndarray:
+def _counted(part: MaskPart, num_classes: int) -> np.ndarray:
     """Returns the number of pixels of each class and, as the last one, of ignored pixels, (num_classes + 1,) int64."""
     counts = np.zeros(num_classes + 1, np.int64)
     for index, mask in enumerate(part.masks()):

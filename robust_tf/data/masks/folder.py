@@ -34,7 +34,8 @@ from robust_tf.data.masks.mask_files import (
     read_mask,
     to_bytes,
 )
-from robust_tf.data.records import LabeledImages, check_class_names, few, printable
+from robust_tf.data.masks.records import LabeledMasks
+from robust_tf.data.records import check_class_names, few, printable
 from robust_tf.errors import UserError
 
 # The classes of Pascal VOC by their number in the palette of its masks.
@@ -113,7 +114,7 @@ class MaskFolderPart:
             yield _mask_of(path)
 
 
-def open_mask_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledImages:
+def open_mask_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledMasks:
     """Opens a folder of images with masks.
 
     The folder has one of these layouts. Image and mask have the same name except for the suffix, which is .png for
@@ -179,7 +180,7 @@ def open_mask_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledImage
         )
 
     settings = (split_seed, class_names, len(train), len(validation))
-    return LabeledImages(
+    return LabeledMasks(
         class_names=class_names,
         train=part(everything[:num_train]),
         test=part(everything[num_train:]),

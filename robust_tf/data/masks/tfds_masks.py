@@ -11,7 +11,8 @@ from etils import epath
 
 from robust_tf.data.boxes.tfds_boxes import split_names, split_sizes
 from robust_tf.data.masks.mask_files import IGNORED_IN_FILE, MOST_CLASSES, decode_mask
-from robust_tf.data.records import LabeledImages, check_class_names
+from robust_tf.data.masks.records import LabeledMasks
+from robust_tf.data.records import check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
 from robust_tf.data.tfds_records import TfdsPart
 from robust_tf.errors import UserError
@@ -75,7 +76,7 @@ class TfdsMaskPart(TfdsPart):
         return tf.io.encode_png(tf.cast(shifted, tf.uint8)[..., None])
 
 
-def open_tfds_masks(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledImages:
+def open_tfds_masks(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledMasks:
     """Opens a data set of TFDS that has masks, downloading and preparing it first if necessary.
 
     Each example needs an image and one mask: an image with one channel of 8 bits. The classes are those that TFDS
@@ -119,7 +120,7 @@ def open_tfds_masks(name: str, data_dir: epath.Path | pathlib.Path | None) -> La
     if validation is not None:
         own_validation = np.repeat([False, True], [part(train).num_examples, part(validation).num_examples])
         train = f"{train}+{validation}"
-    return LabeledImages(
+    return LabeledMasks(
         class_names=class_names,
         train=part(train),
         test=part(test),
