@@ -4,20 +4,25 @@ import collections
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
 from robust_tf.config.data import AlphaBackground
-from robust_tf.data.datasets import FOLDER_PREFIX, DatasetInfo, dataset_info
+from robust_tf.data.boxes.check import box_facts
+from robust_tf.data.boxes.open_boxes import open_boxes
+from robust_tf.data.datasets import FOLDER_PREFIX, TFDS_PREFIX, DatasetInfo, dataset_info
+from robust_tf.data.masks.check import mask_facts
+from robust_tf.data.masks.open_masks import open_masks
 from robust_tf.data.open_dataset import open_dataset
 from robust_tf.data.orientation import jpeg_orientation
 from robust_tf.data.records import LabeledImages, Part, check_classes_present, check_labels, few
 from robust_tf.data.tfds_preparation import builder_of, ways_to_prepare
 from robust_tf.data.transforms import Decoding, decode
-from robust_tf.errors import UserError
+from robust_tf.errors import UserError, unknown_name
 
 _REPAIR = "Convert, repair or remove them, or train with --skip_bad_images."
 
@@ -42,7 +47,11 @@ class CheckResult:
 
 
 def check_dataset(
-    name: str, data_dir: epath.Path | pathlib.Path | None = None, *, thorough: bool = True
+    name: str,
+    data_dir: epath.Path | pathlib.Path | None = None,
+    *,
+    thorough: bool = True,
+    task_type: str = "classification",
 ) -> CheckResult:
     """Checks a data set without downloading or changing anything.
 
@@ -52,21 +61,20 @@ def check_dataset(
         thorough: Whether to read the whole data set, instead of comparing only the files and the numbers of images.
             This checks that every class has images in both parts. For a folder, it also checks that every image can be
             decoded and that no image is in both parts, and counts the images that are rotated or transparent.
+        task_type: Task that the data set is for: "classification", "detection" or "segmentation". For the last two, the
+            boxes or masks are counted too.
 
     Raises:
-        UserError: If the name is unknown.
+        UserError: If the name or the type of the task is unknown.
     """
+    if task_type != "classification":
+        return _check_annotated(name, data_dir, task_type, thorough=thorough)
     if name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX:
         return _check_folder(name, thorough=thorough)
     info, builder = dataset_info(name), builder_of(name, data_dir)
-    if not builder.is_prepared():
-        advice = ways_to_prepare(name, builder)
-        size = f"download: {info.download_size}" if info.download_size else ""
-        return CheckResult(name, "not prepared", tuple(_known_facts(info)), advice, size)
-    faults = _missing_files(builder)
-    if faults:
-        advice = (*faults, f"Delete {builder.data_path}.", *ways_to_prepare(name, builder))
-        return CheckResult(name, "faulty", (f"in {builder.data_path}",), advice)
+    missing = _not_there(name, info, builder)
+    if missing is not None:
+        return missing
     try:
         images = open_dataset(name, data_dir)
     except UserError as error:
@@ -75,6 +83,73 @@ def check_dataset(
     facts = [f"in {builder.data_path}, {size}", _counts(images), *_known_facts(info)[1:], *images.notes]
     faults = [*_differences(images, info), *(_label_faults(images, name) if thorough else ())]
     return CheckResult(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), size)
+
+
+def _not_there(name: str, info: DatasetInfo, builder: tfds.core.DatasetBuilder) -> CheckResult | None:
+    """Returns the result for a data set of TFDS that is not prepared or lacks files, and None for any other."""
+    if not builder.is_prepared():
+        advice = ways_to_prepare(name, builder)
+        size = f"download: {info.download_size}" if info.download_size else ""
+        return CheckResult(name, "not prepared", tuple(_known_facts(info)), advice, size)
+    faults = _missing_files(builder)
+    if faults:
+        advice = (*faults, f"Delete {builder.data_path}.", *ways_to_prepare(name, builder))
+        return CheckResult(name, "faulty", (f"in {builder.data_path}",), advice)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Annotations:
+    """How a data set with annotations is opened, and how its annotations are described in facts and faults."""
+
+    open: Callable[[str, epath.Path | pathlib.Path | None], Any]
+    describe: Callable[[Any], tuple[list[str], list[str]]]
+
+
+_ANNOTATIONS = {
+    "detection": _Annotations(open_boxes, box_facts),
+    "segmentation": _Annotations(open_masks, mask_facts),
+}
+
+
+def _check_annotated(
+    name: str, data_dir: epath.Path | pathlib.Path | None, task_type: str, *, thorough: bool
+) -> CheckResult:
+    """Checks a data set for detection or segmentation."""
+    if task_type not in _ANNOTATIONS:
+        raise unknown_name("task type", task_type, ["classification", *_ANNOTATIONS])
+    annotations = _ANNOTATIONS[task_type]
+    facts = []
+    if name.startswith(TFDS_PREFIX) and name != TFDS_PREFIX:
+        builder = builder_of(name, data_dir)
+        missing = _not_there(name, dataset_info(name), builder)
+        if missing is not None:
+            # The command that prepares the data set needs the type of the task, too.
+            flags = f"--task_type={task_type} --prepare="
+            return dataclasses.replace(
+                missing, advice=tuple(line.replace("--prepare=", flags) for line in missing.advice)
+            )
+        facts.append(f"in {builder.data_path}")
+    try:
+        images = annotations.open(name, data_dir)
+        counts = _counts(images)
+        facts += [_size(images.num_bytes), counts.replace("1 classes", "1 class") if counts[:2] == "1 " else counts]
+        described, faults = annotations.describe(images) if thorough else ([], [])
+        facts += [*described, *images.notes]
+    except (UserError, OSError) as error:
+        return CheckResult(name, "faulty", tuple(facts), (str(error),))
+    except tf.errors.OpError as error:  # a file is cut off or damaged
+        advice = f"The data set cannot be read: {error.message}. Delete the folder and prepare the data set again."
+        return CheckResult(name, "faulty", tuple(facts), (advice,))
+    if thorough and name.startswith(FOLDER_PREFIX):
+        looks = {where: list(_looks(part)) for where, part in (("train", images.train), ("test", images.test))}
+        broken = [look.name for part in looks.values() for look in part if not look.decodable]
+        faults += [
+            *_few(broken, "that cannot be decoded", "Convert, repair or remove them."),
+            *_in_both_parts(looks["train"], looks["test"]),
+        ]
+        facts += _peculiarities([look for part in looks.values() for look in part])
+    return CheckResult(name, "faulty" if faults else "ready", tuple(facts), tuple(faults), _size(images.num_bytes))
 
 
 def _check_folder(name: str, *, thorough: bool) -> CheckResult:

@@ -12,16 +12,16 @@ from robust_tf.data.boxes.files import (
     MOST_OPENED_FILES,
     check_folder,
     check_split_seed,
+    chosen_for_testing,
     fingerprint_of,
     image_size,
     is_turned,
     part_folders,
-    chosen_for_testing,
     turned_note,
 )
-from robust_tf.data.boxes.records import AnnotatedImage, BoxFolderPart, encode_label
+from robust_tf.data.boxes.records import AnnotatedImage, BoxFolderPart, LabeledBoxes, encode_label
 from robust_tf.data.boxes.voc import read_voc_folder, read_voc_list
-from robust_tf.data.records import LabeledImages, check_class_names, few, printable
+from robust_tf.data.records import check_class_names, few, printable
 from robust_tf.errors import UserError
 
 _LAYOUTS = (
@@ -48,7 +48,7 @@ class _Found:
     leave_out_empty: bool = False
 
 
-def open_box_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledImages:
+def open_box_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledBoxes:
     """Opens a folder of images with boxes.
 
     The folder has one of these layouts.
@@ -99,7 +99,8 @@ def open_box_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledImages
             "categories, or add objects."
         )
     check_class_names(class_names, where=str(root))
-    numbers: dict[int | str, int] = {key: number for number, key in enumerate(found.categories)}
+    keys: list[int | str] = list(found.categories)
+    numbers = {key: number for number, key in enumerate(keys)}
     everything = [*train, *validation, *test]
     cleaner = _Cleaner(numbers, found.leave_out_empty, open_files=len(everything) <= MOST_OPENED_FILES)
     labels = [cleaner.label(image) for image in everything]
@@ -112,7 +113,7 @@ def open_box_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledImages
         return BoxFolderPart(tuple(file.path for file in files[first:last]), tuple(labels[first:last]))
 
     settings = (split_seed, class_names, len(train), len(validation))
-    return LabeledImages(
+    return LabeledBoxes(
         class_names=class_names,
         train=part(0, num_train),
         test=part(num_train, len(files)),

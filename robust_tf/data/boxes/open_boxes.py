@@ -5,13 +5,13 @@ import pathlib
 from etils import epath
 
 from robust_tf.data.boxes.folder import open_box_folder
+from robust_tf.data.boxes.records import LabeledBoxes
 from robust_tf.data.boxes.tfds_boxes import open_tfds_boxes
 from robust_tf.data.datasets import FOLDER_PREFIX, TFDS_PREFIX
-from robust_tf.data.records import LabeledImages
 from robust_tf.errors import UserError
 
 
-def open_boxes(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, split_seed: int = 0) -> LabeledImages:
+def open_boxes(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, split_seed: int = 0) -> LabeledBoxes:
     """Opens a data set of images with boxes, downloading and preparing it first if TFDS has it.
 
     The labels of the records are strings, see `decode_boxes`. The parts of the result also have the methods `boxes()`,
@@ -51,8 +51,8 @@ def open_boxes(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, 
         return open_box_folder(pathlib.Path(name.removeprefix(FOLDER_PREFIX)).expanduser(), split_seed=split_seed)
     if not name.startswith(TFDS_PREFIX) or name == TFDS_PREFIX:
         raise UserError(
-            "A data set for detection is folder:/path or tfds:NAME[/config][:version], such as tfds:voc/2007. Received: "
-            f"{name!r}."
+            "A data set for detection is folder:/path or tfds:NAME[/config][:version], such as tfds:voc/2007. "
+            f"Received: {name!r}."
         )
     if split_seed:
         raise UserError(

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from robust_tf.data.folder_scan import ImageFile
-from robust_tf.data.records import printable
+from robust_tf.data.records import LabeledImages, Part, printable
 
 # Numbers of a row of a label: top, left, bottom, right, class, crowd.
 BOX_NUMBERS = 6
@@ -46,6 +47,24 @@ def decode_boxes(label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """
     rows = tf.reshape(tf.io.decode_raw(label, tf.float32), (-1, BOX_NUMBERS))
     return rows[:, :4], tf.cast(rows[:, 4], tf.int32), rows[:, 5] > 0.5
+
+
+class BoxPart(Part, Protocol):
+    """The training part or the test part of a data set with boxes."""
+
+    def boxes(self) -> Iterator[np.ndarray]:
+        """Yields the boxes of each image, (boxes, 6) float32, in the order of the examples."""
+
+    def most_boxes(self) -> int:
+        """Returns the largest number of boxes in an image."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabeledBoxes(LabeledImages):
+    """A data set with boxes that is ready to be read. The labels of its records are strings, see `decode_boxes`."""
+
+    train: BoxPart
+    test: BoxPart
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

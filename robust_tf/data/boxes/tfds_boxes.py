@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.features import bounding_boxes_utils
 
-from robust_tf.data.boxes.records import BOX_NUMBERS
-from robust_tf.data.records import LabeledImages, check_class_names
+from robust_tf.data.boxes.records import BOX_NUMBERS, LabeledBoxes
+from robust_tf.data.records import check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
 from robust_tf.data.tfds_records import TfdsPart
 from robust_tf.data.transforms import Picture
@@ -96,7 +96,7 @@ def _to_bytes(rows: tf.Tensor) -> tf.Tensor:
     return tf.strings.reduce_join(tf.gather(table, numbers))
 
 
-def open_tfds_boxes(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledImages:
+def open_tfds_boxes(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledBoxes:
     """Opens a data set of TFDS that has boxes, downloading and preparing it first if necessary.
 
     Each example needs an image and a sequence of objects with a `bbox` and a class `label`. Objects that are marked as
@@ -124,28 +124,39 @@ def open_tfds_boxes(name: str, data_dir: epath.Path | pathlib.Path | None) -> La
             f"A detection data set needs a split called train that has boxes. Received: {name} with "
             f"{', '.join(there) or 'no split'}, of which {', '.join(labeled) or 'none'} has boxes."
         )
-    train, validation = "train", None
-    test = next((split for split in _TEST_SPLITS if split in labeled), None)
-    if test is None:
-        train, test = "train[:80%]", "train[80%:]"  # TFDS shuffles the images when it prepares the data set
-    elif test not in _VALIDATION_SPLITS:
-        validation = next((split for split in _VALIDATION_SPLITS if split in labeled), None)
+    train, test, validation = split_names(labeled)
     own_validation = None
     if validation is not None:
         own_validation = np.repeat([False, True], [part(train).num_examples, part(validation).num_examples])
         train = f"{train}+{validation}"
     class_names = tuple(builder.info.features[objects_key].feature["label"].names)
     check_class_names(class_names, where=name)
-    sizes = [(split, info.num_examples, info.num_bytes) for split, info in sorted(builder.info.splits.items())]
-    return LabeledImages(
+    return LabeledBoxes(
         class_names=class_names,
         train=part(train),
         test=part(test),
         validation=own_validation,
         num_bytes=int(builder.info.dataset_size or 0),
-        fingerprint=f"{builder.info.full_name} {train} {test} {sizes} boxes",
+        fingerprint=f"{builder.info.full_name} {train} {test} {split_sizes(builder)} boxes",
         trusted=False,
     )
+
+
+def split_names(labeled: Sequence[str]) -> tuple[str, str, str | None]:
+    """Returns the split expressions of the training, the test and the validation part. The last one may be None.
+
+    Args:
+        labeled: Names of the splits that have annotations, one of which is "train".
+    """
+    test = next((split for split in _TEST_SPLITS if split in labeled), None)
+    if test is None:
+        return "train[:80%]", "train[80%:]", None  # TFDS shuffles the images when it prepares the data set
+    return "train", test, next((split for split in _VALIDATION_SPLITS if split in labeled and split != test), None)
+
+
+def split_sizes(builder: tfds.core.DatasetBuilder) -> list[tuple[str, int, int]]:
+    """Returns the name, the number of images and the size of each split, which distinguish copies that differ."""
+    return [(split, info.num_examples, info.num_bytes) for split, info in sorted(builder.info.splits.items())]
 
 
 def _keys(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:

@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -25,8 +26,16 @@ from robust_tf.data.boxes.files import (
 )
 from robust_tf.data.boxes.voc import listed_names, voc_image
 from robust_tf.data.folder_scan import FolderScan, ImageFile
-from robust_tf.data.masks.mask_files import IGNORED_IN_FILE, MOST_CLASSES, check_size, check_values, read_mask
-from robust_tf.data.records import LabeledImages, check_class_names, few, printable
+from robust_tf.data.masks.mask_files import (
+    IGNORED_IN_FILE,
+    MOST_CLASSES,
+    check_size,
+    check_values,
+    read_mask,
+    to_bytes,
+)
+from robust_tf.data.masks.records import LabeledMasks
+from robust_tf.data.records import check_class_names, few, printable
 from robust_tf.errors import UserError
 
 # The classes of Pascal VOC by their number in the palette of its masks.
@@ -76,10 +85,10 @@ class MaskFolderPart:
             label = tf.ensure_shape(tf.numpy_function(self._checked, [index, label], tf.string, stateful=False), ())
         return index, tf.io.read_file(tf.gather(self._path_table, index)), label
 
-    def _checked(self, index: np.int64, content: bytes) -> bytes:
-        path = self.mask_paths[int(index)]
-        _check_pair(self.paths[int(index)], path, read_mask(content, printable(path)), self.num_classes)
-        return content
+    def _checked(self, index: np.int64, content: bytes | np.ndarray) -> bytes:
+        path, encoded = self.mask_paths[int(index)], to_bytes(content)
+        _check_pair(self.paths[int(index)], path, read_mask(encoded, printable(path)), self.num_classes)
+        return encoded
 
     @functools.cached_property
     def _path_table(self) -> tf.Tensor:
@@ -105,7 +114,7 @@ class MaskFolderPart:
             yield _mask_of(path)
 
 
-def open_mask_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledImages:
+def open_mask_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledMasks:
     """Opens a folder of images with masks.
 
     The folder has one of these layouts. Image and mask have the same name except for the suffix, which is .png for
@@ -171,7 +180,7 @@ def open_mask_folder(root: pathlib.Path, *, split_seed: int = 0) -> LabeledImage
         )
 
     settings = (split_seed, class_names, len(train), len(validation))
-    return LabeledImages(
+    return LabeledMasks(
         class_names=class_names,
         train=part(everything[:num_train]),
         test=part(everything[num_train:]),
@@ -333,7 +342,11 @@ def _check_pair(image: str, path: str, mask: np.ndarray, num_classes: int) -> bo
     return bool(turned)
 
 
-def _in_parallel(function, items):  # type: ignore[no-untyped-def]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def _in_parallel(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
     """Yields the results of a function in the order of the items. Pillow decodes outside of Python's lock."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(function, items)

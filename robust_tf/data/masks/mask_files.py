@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from robust_tf.errors import UserError
 
@@ -42,8 +42,9 @@ def read_mask(content: bytes, where: str) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, UserError):
             raise
+        reason = "not a PNG" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(
-            f"A mask must be a PNG file that can be read. Received: {where} ({error}). Convert or repair it."
+            f"A mask must be a PNG file that can be read. Received: {where} ({reason}). Convert or repair it."
         ) from error
 
 
@@ -80,6 +81,11 @@ def check_size(mask: np.ndarray, height: int, width: int, where: str) -> None:
         )
 
 
+def to_bytes(content: bytes | np.ndarray) -> bytes:
+    """Returns the argument of a function under `tf.numpy_function`, which is an array outside of graphs, as bytes."""
+    return bytes(np.asarray(content, object).item())
+
+
 def decode_mask(label: tf.Tensor) -> tf.Tensor:
     """Returns the mask of a label. It can run within a graph of `tf.data`.
 
@@ -97,8 +103,8 @@ def decode_mask(label: tf.Tensor) -> tf.Tensor:
         [[0, 2, -1]]
     """
 
-    def decoded(content: bytes) -> np.ndarray:
-        mask = read_mask(content, "a mask")
+    def decoded(content: bytes | np.ndarray) -> np.ndarray:
+        mask = read_mask(to_bytes(content), "a mask")
         return np.where(mask == IGNORED_IN_FILE, np.int32(IGNORED), mask)
 
     return tf.ensure_shape(tf.numpy_function(decoded, [label], tf.int32, stateful=False), (None, None))

@@ -6,12 +6,12 @@ from etils import epath
 
 from robust_tf.data.datasets import FOLDER_PREFIX, TFDS_PREFIX
 from robust_tf.data.masks.folder import open_mask_folder
+from robust_tf.data.masks.records import LabeledMasks
 from robust_tf.data.masks.tfds_masks import open_tfds_masks
-from robust_tf.data.records import LabeledImages
 from robust_tf.errors import UserError
 
 
-def open_masks(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, split_seed: int = 0) -> LabeledImages:
+def open_masks(name: str, data_dir: epath.Path | pathlib.Path | None = None, *, split_seed: int = 0) -> LabeledMasks:
     """Opens a data set of images with masks, downloading and preparing it first if TFDS has it.
 
     The labels of the records are encoded masks, see `decode_mask`. The parts of the result also have the method

@@ -9,14 +9,14 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
+from robust_tf.data.boxes.tfds_boxes import split_names, split_sizes
 from robust_tf.data.masks.mask_files import IGNORED_IN_FILE, MOST_CLASSES, decode_mask
-from robust_tf.data.records import LabeledImages, check_class_names
+from robust_tf.data.masks.records import LabeledMasks
+from robust_tf.data.records import check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
 from robust_tf.data.tfds_records import TfdsPart
 from robust_tf.errors import UserError
 
-_TEST_SPLITS = ("test", "validation", "val")
-_VALIDATION_SPLITS = ("validation", "val")
 # Number of masks that are read to find the number of classes if the data set does not state it.
 _MASKS_LOOKED_AT = 200
 
@@ -76,7 +76,7 @@ class TfdsMaskPart(TfdsPart):
         return tf.io.encode_png(tf.cast(shifted, tf.uint8)[..., None])
 
 
-def open_tfds_masks(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledImages:
+def open_tfds_masks(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledMasks:
     """Opens a data set of TFDS that has masks, downloading and preparing it first if necessary.
 
     Each example needs an image and one mask: an image with one channel of 8 bits. The classes are those that TFDS
@@ -101,17 +101,10 @@ def open_tfds_masks(name: str, data_dir: epath.Path | pathlib.Path | None) -> La
     there = [split for split, info in builder.info.splits.items() if info.num_examples]
     if "train" not in there:
         raise UserError(f"A data set needs a split called train. Received: {name} with {', '.join(there)}.")
-    train, validation = "train", None
-    test = next((split for split in _TEST_SPLITS if split in there), None)
-    if test is None:
-        train, test = "train[:80%]", "train[80%:]"  # TFDS shuffles the images when it prepares the data set
-    elif test not in _VALIDATION_SPLITS:
-        validation = next((split for split in _VALIDATION_SPLITS if split in there), None)
+    train, test, validation = split_names(there)
     notes: tuple[str, ...] = ()
-    if values:
-        class_names = values.class_names
-    else:
-        class_names = tuple(getattr(builder.info.features[mask_key], "names", None) or ())
+    stated = values.class_names if values else getattr(builder.info.features[mask_key], "names", None)
+    class_names = tuple(stated or ())
     if not class_names:
         some = min(_MASKS_LOOKED_AT, builder.info.splits["train"].num_examples)
         highest = max(int(mask[mask != IGNORED_IN_FILE].max(initial=0)) for mask in part(f"train[:{some}]").masks())
@@ -127,14 +120,13 @@ def open_tfds_masks(name: str, data_dir: epath.Path | pathlib.Path | None) -> La
     if validation is not None:
         own_validation = np.repeat([False, True], [part(train).num_examples, part(validation).num_examples])
         train = f"{train}+{validation}"
-    sizes = [(split, info.num_examples, info.num_bytes) for split, info in sorted(builder.info.splits.items())]
-    return LabeledImages(
+    return LabeledMasks(
         class_names=class_names,
         train=part(train),
         test=part(test),
         validation=own_validation,
         num_bytes=int(builder.info.dataset_size or 0),
-        fingerprint=f"{builder.info.full_name} {train} {test} {sizes} masks",
+        fingerprint=f"{builder.info.full_name} {train} {test} {split_sizes(builder)} masks",
         trusted=False,
         notes=notes,
     )
