@@ -117,7 +117,7 @@ class DataConfig:
                 f"--subset={self.subset} --examples_per_class={self.examples_per_class}."
             )
         if self.task_type != "classification":
-            # These choose, mix or change images by their one label, or would move pixels away from their annotations.
-            names = ("classes", "mixing", "rand_augment", "examples_per_class", "downscale", "exif", "skip_bad_images")
+            # These choose or mix images by their one label, or would move pixels away from their annotations.
+            names = ("classes", "mixing", "rand_augment", "examples_per_class", "downscale", "skip_bad_images")
             check_default(self, names, "--task_type=classification")
         check_local_folders(self, ("cache_dir",))

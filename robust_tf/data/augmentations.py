@@ -95,7 +95,7 @@ def _gray(image: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(image * tf.constant(_LUMA), axis=-1, keepdims=True)
 
 
-def _color_jitter(image: tf.Tensor, seed: tf.Tensor, *, strength: float) -> tf.Tensor:
+def color_jitter(image: tf.Tensor, seed: tf.Tensor, *, strength: float) -> tf.Tensor:
     """Changes brightness, contrast and saturation in random order, each by a random factor in 1 +- strength."""
     factor_seed, order_seed = tf.unstack(tf.random.split(seed, 2))
     factors = tf.random.stateless_uniform([3], factor_seed, 1.0 - strength, 1.0 + strength)
@@ -122,7 +122,7 @@ def _lighting(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 def _imagenet(picture: Picture, image_size: int, seed: tf.Tensor) -> tf.Tensor:
     crop_seed, jitter_seed, lighting_seed = tf.unstack(tf.random.split(seed, 3))
     image = _random_resized_crop(picture, image_size, crop_seed)
-    return _lighting(_color_jitter(image, jitter_seed, strength=0.1), lighting_seed)
+    return _lighting(color_jitter(image, jitter_seed, strength=0.1), lighting_seed)
 
 
 def _shift(picture: Picture, image_size: int, seed: tf.Tensor) -> tf.Tensor:

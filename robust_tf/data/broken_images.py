@@ -4,11 +4,14 @@ import contextlib
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 
+from robust_tf.data.boxes.transforms import TOO_MANY_BOXES
+from robust_tf.data.masks.transforms import SIZES_DIFFER
 from robust_tf.data.records import Part
 from robust_tf.data.transforms import FLOATS_OUT_OF_RANGE, decode
 from robust_tf.errors import UserError, warn_user
@@ -72,6 +75,10 @@ def broken_images_named(parts: Sequence[Part]) -> Iterator[None]:
                     f"Cannot decode the image {part.name(int(broken[0]))}{others}: {reason_of(part, int(broken[0]))}. "
                     "Repair or remove it, or leave such images out with skip_bad_images=True (--skip_bad_images)."
                 ) from error
+        # A mask that cannot be read, or whose size or number of boxes is found to be wrong only now.
+        for rule in (r"UserError: (.+)", rf"({SIZES_DIFFER}.*)", rf"({TOO_MANY_BOXES}.*)"):
+            if found := re.search(rule, error.message):
+                raise UserError(f"{found[1].strip()} Correct the annotation, or remove its image.") from error
         if FLOATS_OUT_OF_RANGE in error.message:
             rule = error.message[error.message.index(FLOATS_OUT_OF_RANGE) :].partition(" images.")[0]
             raise UserError(

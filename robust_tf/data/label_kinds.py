@@ -73,19 +73,21 @@ def _class_preprocessing(data: DataConfig, images: LabeledImages) -> Preprocessi
 
 
 def _box_preprocessing(data: DataConfig, images: LabeledImages) -> BoxPreprocessing:
+    del images
     return BoxPreprocessing(
         image_size=data.image_size or _IMAGE_SIZE,
         augmentation=data.augmentation or _AUGMENTATION,
         most_boxes=_MOST_BOXES,
-        decoding=Decoding(alpha_background=data.alpha_background),
+        decoding=Decoding(exif=data.exif, alpha_background=data.alpha_background),
     )
 
 
 def _mask_preprocessing(data: DataConfig, images: LabeledImages) -> MaskPreprocessing:
+    del images
     return MaskPreprocessing(
         image_size=data.image_size or _IMAGE_SIZE,
         augmentation=data.augmentation or _AUGMENTATION,
-        decoding=Decoding(alpha_background=data.alpha_background),
+        decoding=Decoding(exif=data.exif, alpha_background=data.alpha_background),
     )
 
 

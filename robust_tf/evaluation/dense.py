@@ -138,6 +138,7 @@ def load_dense_subject(config: EvaluateConfig, name: str) -> DenseSubject:
             dataset=dataset,
             data_dir=config.data_dir,
             image_size=network.input_shape[1],
+            exif=job.exif,
             alpha_background=job.alpha_background,
             split_seed=job.split_seed if dataset == job.dataset else 0,
         ),

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import keras
 import numpy as np
@@ -183,7 +184,7 @@ def test_flags_of_an_evaluation_that_are_for_classifiers_are_refused(flags, mess
         ({"mixing": "mixup"}, "--mixing is for --task_type=classification"),
         ({"classes": (0, 1)}, "--classes is for --task_type=classification"),
         ({"examples_per_class": 3}, "--examples_per_class is for --task_type=classification"),
-        ({"exif": "apply"}, "--exif is for --task_type=classification"),
+        ({"downscale": 16}, "--downscale is for --task_type=classification"),
         ({"baseline": True}, "--baseline is for classification"),
     ],
 )
@@ -299,3 +300,18 @@ def test_detections_are_compared_in_pixels_of_the_original_image():
     scores.add(truth, found)
     assert scores.value() == pytest.approx(1.0)
     assert scores.measures().others["ap_small"] == pytest.approx(1.0) and "ap_large" not in scores.measures().others
+
+
+def test_a_mask_that_changes_after_the_data_set_was_opened_is_named(scenes, tmp_path):
+    folder = tmp_path / "scenes"
+    shutil.copytree(scenes, folder)
+    data = DataConfig(task_type="segmentation", dataset=f"folder:{folder}", image_size=SIZE, cache="none")
+    task = load_task(data, batch_size=4)
+    for path in (folder / "test" / "masks").iterdir():
+        Image.new("L", (8, 8)).save(path)
+    with pytest.raises(UserError, match="A mask must have the size of its image"), task.broken_images_named():
+        list(task.test)
+    for path in (folder / "test" / "masks").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="A mask must be a PNG file"), task.broken_images_named():
+        list(task.test)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from robust_tf.data.augmentations import _color_jitter
+from robust_tf.data.augmentations import color_jitter
 from robust_tf.errors import UserError, unknown_name
 
 # Names of the augmentations, from the weakest to the strongest.
@@ -68,7 +68,7 @@ class View(NamedTuple):
         square = tf.transpose(tf.reshape(square, (image_size, image_size, 3)), (1, 0, 2))
         square = tf.clip_by_value(square * (1.0 / 255.0), 0.0, 1.0)  # rounding may give slightly more
         if jitter_seed is not None:
-            square = _color_jitter(square, jitter_seed, strength=_JITTER_STRENGTH)
+            square = color_jitter(square, jitter_seed, strength=_JITTER_STRENGTH)
         # The same operation on ones tells which rows and columns it has filled.
         covered = [
             _scaled_axis(tf.ones((length, 1)), scale, shift, image_size)[:, 0] > 0.5

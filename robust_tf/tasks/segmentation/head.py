@@ -180,8 +180,8 @@ def _deep_and_fine(classifier: keras.Model) -> tuple[keras.KerasTensor, keras.Ke
     if not maps:
         raise UserError(
             "A segmenter needs a backbone with feature maps (batch, height, width, channels). Received: "
-            f"{classifier.name!r} with the stages {', '.join(stages(classifier)) or 'none'}. Use a classifier of one of "
-            "the architectures in robust_tf.models.ARCHITECTURES."
+            f"{classifier.name!r} with the stages {', '.join(stages(classifier)) or 'none'}. Use a classifier of one "
+            "of the architectures in robust_tf.models.ARCHITECTURES."
         )
     deep = maps[-1]
     wanted = 4 * deep.shape[1]
