@@ -23,6 +23,7 @@ from robust_tf.serving.publish.export import export_classifier
 from robust_tf.serving.publish.export_dense import export_dense
 from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results
 from robust_tf.serving.publish.staging import readers_of
+from robust_tf.serving.wire.names import IMAGE_BYTES_SIGNATURE
 from robust_tf.tasks.measuring import Measurement
 from robust_tf.tasks.table import dense_task
 from robust_tf.training.checkpoint import TrainingProgress
@@ -129,7 +130,9 @@ def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None 
 def print_next_commands(job: JobConfig) -> None:
     """Prints the commands that a user may want to run next, ready to copy."""
     sample = load_job_task(job).sample() if job.run.export_dir else b""
-    console.print("Next:", *(f"  {command}" for command in next_commands(job.run, sample)), sep="\n")
+    signature = "" if job.data.task_type == "classification" else IMAGE_BYTES_SIGNATURE
+    commands = next_commands(job.run, sample, signature_name=signature)
+    console.print("Next:", *(f"  {command}" for command in commands), sep="\n")
 
 
 def _publish(job: JobConfig, results: JobResults) -> None:
