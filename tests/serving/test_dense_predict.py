@@ -3,17 +3,22 @@
 import base64
 import io
 import json
+import re
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
 
 from robust_tf import predict
+from robust_tf.config.run import RunConfig
 from robust_tf.errors import UserError
 from robust_tf.models import save_classifier
+from robust_tf.reporting.next_commands import next_commands
 from robust_tf.serving.client import connect
 from robust_tf.serving.client.dense import Box, DensePrediction, dense_task
 from robust_tf.serving.client.dense_predictions import DenseFormat, PictureFolder, drawn
+from robust_tf.tasks.table import task_type_of
 from tests.serving.conftest import running_server
 from tests.serving.dense_models import BOX_LABELS, MASK_LABELS, SIZE
 from tests.serving.models import write_config
@@ -229,6 +234,22 @@ def test_task_is_read_from_the_signatures(dense_server, embedded):
     ):
         with connect(server.url, model_name=name) as client:
             assert dense_task(client) == task
+
+
+def test_next_commands_of_a_job_name_the_signature():
+    run_config = RunConfig(workdir="runs/toys", export_dir="exports")
+    request = re.search(r"curl -d '(.*)' http", next_commands(run_config, b"picture", signature_name="image_bytes")[-1])
+    assert json.loads(request[1]) == {"signature_name": "image_bytes", "instances": [{"b64": "cGljdHVyZQ=="}]}
+
+
+def test_models_without_a_graph_are_no_detectors():
+    sequential = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    assert task_type_of(keras.models.clone_model(sequential)) == "classification"
+
+    class Subclassed(keras.Model):
+        """A model that knows its outputs only when it is called."""
+
+    assert task_type_of(Subclassed()) == "classification"
 
 
 @pytest.mark.slow
