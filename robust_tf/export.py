@@ -1,4 +1,4 @@
-"""Publishes a classifier for TensorFlow Serving, ONNX Runtime and LiteRT.
+"""Publishes a classifier for TensorFlow Serving, ONNX Runtime and LiteRT, or a detector or segmenter for TF Serving.
 
     python -m robust_tf.export --classifier=W/classifier.keras --export_dir=E --model_name=pets
     python -m robust_tf.export --classifier=W/classifier.keras --export_dir=E --model_name=pets --format=onnx,litert
@@ -7,6 +7,8 @@ The first command writes `E/pets/1`, or the next free version number, and the se
 `E/pets/litert/2/model.tflite`. A version appears only after it has been checked. The names of the classes, the
 data set and the accuracies come from the `results.json` that the training job wrote next to its classifier; flags take
 precedence over it.
+
+A network for detection or segmentation is recognized, and is published as a SavedModel only.
 """
 
 import dataclasses
@@ -22,6 +24,10 @@ from robust_tf.flags import flag, parse_flags
 from robust_tf.serving.artifacts.card import FORMATS, INT8_FORMAT, SAVED_MODEL_FORMAT, check_formats, read_labels
 
 if TYPE_CHECKING:
+    import keras
+
+    from robust_tf.config.data import TaskType
+    from robust_tf.results import JobResults
     from robust_tf.serving.publish.formats import Samples
 
 _NUM_SAMPLES = 600  # the first half for the ranges of the activations, the rest for comparing int8 with the classifier
@@ -31,7 +37,10 @@ _NUM_SAMPLES = 600  # the first half for the ranges of the activations, the rest
 class ExportConfig:
     """What to publish, where, and with which signatures."""
 
-    classifier: str = flag("", "Classifier to publish: the path of a .keras file or the name of a published model.")
+    classifier: str = flag(
+        "",
+        "Classifier, detector or segmenter to publish: the path of a .keras file, or the name of a published model.",
+    )
     export_dir: str = flag("", "Folder that holds all served models.")
     model_name: str = flag("", "Name of the model in requests.")
     format: tuple[str, ...] = flag(
@@ -84,6 +93,7 @@ def main(argv: Sequence[str]) -> None:
     from robust_tf.serving.publish.export import export_classifier
     from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results, probe_from_results
     from robust_tf.serving.publish.staging import format_folder, model_folder, readers_of
+    from robust_tf.tasks.table import task_type_of
 
     base = model_folder(pathlib.Path(config.export_dir), config.model_name)
     check_output_folder(base, "--export_dir")
@@ -96,11 +106,15 @@ def main(argv: Sequence[str]) -> None:
             f"reduced first. Received: {path}, trained with --downscale={results.downscale}. Train it without this "
             "flag."
         )
+    model = read_model(path)
+    results.check_image_size(image_shape(model)[1], path)
+    task_type = task_type_of(model)
+    if task_type != "classification":
+        _publish_dense(config, model, results, task_type)
+        return
     probe = None
     if config.attack_probe:
         probe = probe_from_results(results, norm=config.norm, steps=config.attack_steps)
-    model = read_model(path)
-    results.check_image_size(image_shape(model)[1], path)
     classifier = plain_classifier(model)
     if warning := pixel_warning(classifier):
         print(f"WARNING: {warning}")
@@ -123,6 +137,37 @@ def main(argv: Sequence[str]) -> None:
     for name in config.format:
         version_dir = format_folder(base, name) / first.name
         print(f"Published {version_dir} ({readers_of(version_dir)})")
+
+
+def _publish_dense(config: ExportConfig, network: "keras.Model", results: "JobResults", task_type: "TaskType") -> None:
+    """Publishes a network for detection or segmentation."""
+    from robust_tf.serving.publish.export_dense import export_dense
+    from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results
+    from robust_tf.serving.publish.staging import readers_of
+
+    subject = f"{config.classifier}, a network for {task_type}"
+    if config.format != (SAVED_MODEL_FORMAT,):
+        raise UserError(
+            f"A network for {task_type} is published as --format={SAVED_MODEL_FORMAT}. Received: {subject}, "
+            f"--format={','.join(config.format)}."
+        )
+    for name in ("attack_probe", "resize_size", "norm"):
+        if getattr(config, name) not in (None, False, ""):
+            raise UserError(
+                f"--{name} is for classifiers. Received: {subject}, --{name}={getattr(config, name)}. Leave it out."
+            )
+    version_dir = export_dense(
+        network,
+        config.export_dir,
+        config.model_name,
+        version=config.version,
+        labels=read_labels(config.labels) if config.labels else results.class_names or None,
+        decoding=decoding_from_results(results),
+        model_card=card_from_results(results, license_name=config.license, task_type=task_type),
+        world_readable=config.world_readable,
+        measure_latency=True,
+    )
+    print(f"Published {version_dir} ({readers_of(version_dir)})")
 
 
 def _samples(config: ExportConfig) -> "Samples":

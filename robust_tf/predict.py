@@ -1,10 +1,11 @@
-"""Classifies images with a served model, an export, or a classifier.
+"""Classifies images, or finds objects in them, with a served model, an export, or a `.keras` file.
 
     python -m robust_tf.predict --server=http://localhost:8501 --model_name=pets cat.jpg photos/
     python -m robust_tf.predict --artifact=exports/pets/1 --output=predictions.csv photos/
     python -m robust_tf.predict --classifier=runs/pets/classifier.keras --probe_epsilon=0.5 photos/
 
-This prints the most probable classes of each image, or writes them to a file. Folders are searched for images, with all
+This prints the most probable classes of each image, or writes them to a file. With a detector, it prints the boxes, and
+with a segmenter, the share of each class; `--draw=FOLDER` draws them. Folders are searched for images, with all
 their subfolders. If a run with `--output` is stopped or killed, the same command continues it.
 """
 
@@ -24,6 +25,8 @@ from robust_tf.flags import flag, parse_flags
 from robust_tf.serving.artifacts.card import read_labels
 from robust_tf.serving.client import Client, Guess, ServerError, connect
 from robust_tf.serving.client.base import Probe, ask_in_batches
+from robust_tf.serving.client.dense import DensePrediction, ask_dense, dense_task
+from robust_tf.serving.client.dense_predictions import DRAWN_SCORE, DenseFormat, PictureFolder, drawn
 from robust_tf.serving.client.pictures import find_pictures
 from robust_tf.serving.client.predictions import SUFFIXES, Format, Prediction, predictions_file
 from robust_tf.serving.client.retries import RETRY_SECONDS
@@ -31,7 +34,8 @@ from robust_tf.serving.wire.names import PROBE_SIGNATURE
 
 _DEFAULT_SERVER = "http://localhost:8501"
 _LISTED_AT_MOST = 20
-Answer = tuple[list[Guess], Probe | None]
+Answer = tuple[list[Guess], Probe | None] | DensePrediction
+AnyPrediction = Prediction | DensePrediction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,9 @@ class PredictConfig:
         f"default, {_DEFAULT_SERVER}, unless --classifier or --artifact is given.",
     )
     classifier: str = flag(
-        "", "Classifier to run in this process: the path of a .keras file or the name of a published model."
+        "",
+        "Classifier, detector or segmenter to run in this process: the path of a .keras file, or the name of a "
+        "published model.",
     )
     artifact: str = flag(
         "", "Export to run in this process: the folder of a version, or a model.onnx or model.tflite file."
@@ -66,9 +72,13 @@ class PredictConfig:
         "default, the names in results.json.",
     )
     # What to compute
-    top: int = flag(3, "Number of classes to print for each image. There are at most 5.")
+    top: int = flag(
+        3, "Number of classes, at most 5, or of detected objects to print for each image. Files have all objects."
+    )
     min_confidence: float = flag(
-        0.0, "Smallest probability, in [0, 1], at which the most probable class is accepted. Below it, it is rejected."
+        0.0,
+        "Smallest probability, in [0, 1], at which the most probable class is accepted. Below it, it is rejected. For "
+        "a detector, the lowest score of an object that is shown; without the flag, 0.05 in lists and 0.3 in drawings.",
     )
     probe_epsilon: float | None = flag(
         None,
@@ -81,6 +91,9 @@ class PredictConfig:
     # Where to write
     output: str = flag("", "File for the predictions, .csv or .jsonl (JSON Lines). By default, they are printed.")
     json: bool = flag(False, "Print one JSON object per line.")
+    draw: str = flag(
+        "", "Folder for a picture of each image with the boxes of a detector, or the mask of a segmenter, as PNG."
+    )
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size", "concurrency"):
@@ -120,9 +133,53 @@ class PredictConfig:
                 raise UserError(f"--{name} has no effect with {model}{extra}. Received: {getattr(self, name)!r}.")
 
     @property
-    def form(self) -> Format:
+    def model(self) -> str:
+        """The model as the user named it."""
+        return self.classifier or self.artifact or self.server or _DEFAULT_SERVER
+
+    @property
+    def form(self) -> "_Form":
         """What is said about each image."""
-        return Format(self.top, self.min_confidence, self.probe_epsilon is not None)
+        plain = Format(self.top, self.min_confidence, self.probe_epsilon is not None)
+        return _Form(plain, DenseFormat(self.top, self.min_confidence, self.masks))
+
+    @property
+    def masks(self) -> PictureFolder | None:
+        """Folder for the masks of a segmenter. Without an output, no masks are written."""
+        if not self.output:
+            return None
+        output = pathlib.Path(self.output)
+        return PictureFolder(output.with_name(f"{output.stem}_masks"), f"--output={self.output}")
+
+    @property
+    def drawings(self) -> PictureFolder | None:
+        """Folder for the drawings; None without the flag."""
+        return PictureFolder(pathlib.Path(self.draw), f"--draw={self.draw}") if self.draw else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What is said about each image, which depends on what the model turns out to be."""
+
+    plain: Format
+    dense: DenseFormat
+
+    @property
+    def csv_header(self) -> list[str]:
+        return self.plain.csv_header
+
+    def csv(self, prediction: AnyPrediction) -> str:
+        return self.plain.csv(_plain(prediction))
+
+    def json(self, prediction: AnyPrediction) -> str:
+        if isinstance(prediction, DensePrediction):
+            return self.dense.json(prediction)
+        return self.plain.json(prediction)
+
+    def text(self, prediction: AnyPrediction) -> str:
+        if isinstance(prediction, DensePrediction):
+            return self.dense.text(prediction)
+        return self.plain.text(prediction)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -149,14 +206,16 @@ def main(argv: Sequence[str]) -> int:
 def _write_predictions(config: PredictConfig, entries: Sequence[tuple[pathlib.Path, str]]) -> bool:
     """Writes the predictions that the output does not have yet. Returns whether an image was refused."""
     refused = []
-    with predictions_file(pathlib.Path(config.output), config.form, _settings(config)) as output:
+    path = pathlib.Path(config.output)
+    is_continued = path.is_file() and path.stat().st_size > 0
+    with predictions_file(path, config.form, _settings(config)) as output:
         missing = [entry for entry in entries if str(entry[0]) not in output.done]
         if len(missing) < len(entries):
             print(f"{config.output} already has {len(entries) - len(missing)} of {len(entries)} images.")
         with meter("images", total=len(entries)) as bar:
             done = len(entries) - len(missing)
             bar.update(done)
-            for prediction in _predictions(config, missing) if missing else ():
+            for prediction in _predictions(config, missing, is_continued) if missing else ():
                 output.add(prediction)
                 done += 1
                 if prediction.error:
@@ -172,15 +231,22 @@ def _write_predictions(config: PredictConfig, entries: Sequence[tuple[pathlib.Pa
     return bool(refused)
 
 
-def _predictions(config: PredictConfig, entries: Sequence[tuple[pathlib.Path, str]]) -> Iterator[Prediction]:
-    """Yields the prediction for each image, in order."""
+def _predictions(
+    config: PredictConfig, entries: Sequence[tuple[pathlib.Path, str]], is_continued: bool = False
+) -> Iterator[AnyPrediction]:
+    """Yields the prediction for each image, in order. With `is_continued`, files of an interrupted run are replaced."""
     answers = _Answers(entries)
     with _server_errors_explained(config), _open_model(config) as client:
+        if task := dense_task(client):
+            _check_dense(config, task)
+            yield from _dense_predictions(config, client, task, entries, is_continued)
+            return
+        if config.draw:
+            raise UserError(f"--draw is for detectors and segmenters. Received: {config.model}, a classifier.")
         if config.probe_epsilon is not None and not client.has_signature(PROBE_SIGNATURE):
-            model = config.artifact or config.server or _DEFAULT_SERVER
             raise UserError(
-                f"--probe_epsilon needs a model with the signature {PROBE_SIGNATURE}. Received: {model}, which has "
-                "none. Export it with --attack_probe, or use --classifier."
+                f"--probe_epsilon needs a model with the signature {PROBE_SIGNATURE}. Received: {config.model}, which "
+                "has none. Export it with --attack_probe, or use --classifier."
             )
 
         def ask(batch: list[bytes]) -> list[Answer]:
@@ -191,6 +257,56 @@ def _predictions(config: PredictConfig, entries: Sequence[tuple[pathlib.Path, st
 
         results = ask_in_batches(ask, answers.contents(), batch_size=config.batch_size, concurrency=config.concurrency)
         yield from answers.in_order(results)
+
+
+def _dense_predictions(
+    config: PredictConfig,
+    client: Client,
+    task: str,
+    entries: Sequence[tuple[pathlib.Path, str]],
+    is_continued: bool,
+) -> Iterator[AnyPrediction]:
+    """Yields the answer of a detector or segmenter for each image, in order, after drawing it."""
+    drawings = config.drawings
+    masks = config.masks if task == "segmentation" else None
+    if not is_continued:
+        for folder in (drawings, masks):
+            if folder:
+                folder.check(str(path) for path, _ in entries)
+
+    def ask(batch: list[bytes]) -> list[Answer]:
+        return list(ask_dense(client, batch, with_preview=drawings is not None))
+
+    answers = _Answers(entries)
+    results = ask_in_batches(ask, answers.contents(), batch_size=config.batch_size, concurrency=config.concurrency)
+    for prediction in answers.in_order(results):
+        if drawings and isinstance(prediction, DensePrediction):
+            drawings.write(prediction.image, drawn(prediction, min_score=config.min_confidence or DRAWN_SCORE))
+            prediction = prediction._replace(preview=b"")
+        yield prediction
+
+
+def _check_dense(config: PredictConfig, task: str) -> None:
+    """Refuses flags that mean nothing for a detector or segmenter."""
+    model = f"{config.model}, a network for {task}"
+    if config.probe_epsilon is not None:
+        raise UserError(
+            f"--probe_epsilon attacks classifiers. Received: {model}. Measure it under attack with "
+            "python -m robust_tf.evaluate."
+        )
+    if config.output.endswith(".csv"):
+        raise UserError(
+            f"The predictions of a network for {task} do not fit into the columns of a CSV file. Received: "
+            f"--output={config.output}. Use a name that ends in .jsonl."
+        )
+    if task == "segmentation" and config.min_confidence:
+        raise UserError(
+            f"--min_confidence is for classifiers and detectors. Received: {config.min_confidence} for {model}."
+        )
+
+
+def _plain(prediction: AnyPrediction) -> Prediction:
+    return prediction if isinstance(prediction, Prediction) else Prediction(prediction.image, error=prediction.error)
 
 
 def _open_model(config: PredictConfig) -> Client:
@@ -234,6 +350,8 @@ def _settings(config: PredictConfig) -> dict[str, Any]:
     """Returns everything on which a prediction depends."""
     names = ("server", "classifier", "artifact", "model_name", "version", "label", "labels", "top", "min_confidence")
     settings = {name: getattr(config, name) for name in (*names, "probe_epsilon", "probe_norm")}
+    if config.draw:  # left out otherwise, so that files of earlier versions can be continued
+        settings["draw"] = config.draw
     path = pathlib.Path(config.classifier or config.artifact)
     if (config.classifier or config.artifact) and path.exists():
         settings["sha256"] = _sha256(path)
@@ -270,13 +388,15 @@ class _Answers:
             if not reason:
                 yield content
 
-    def in_order(self, results: Iterable[Answer | ServerError]) -> Iterator[Prediction]:
+    def in_order(self, results: Iterable[Answer | ServerError]) -> Iterator[AnyPrediction]:
         """Yields a prediction for each picture, which may say why the picture was refused."""
         for result in results:
             yield from self._without_content()
             path, _ = self._seen.popleft()
             if isinstance(result, ServerError):
                 yield Prediction(str(path), error=result.message)
+            elif isinstance(result, DensePrediction):
+                yield result._replace(image=str(path))
             else:
                 guesses, probe = result
                 yield Prediction(str(path), tuple(guesses), probe)

@@ -176,7 +176,6 @@ def _check_dense(job: JobConfig) -> None:
         "baseline": False,
         "class_weight": "none",
         "on_alarm": "warn",
-        "export_dir": "",
     }
     values = flat_values(job)
     for name, value in required.items():

@@ -15,13 +15,15 @@ from robust_tf.job.results import closing_table
 from robust_tf.job.sources import classifier_path
 from robust_tf.job.task import load_job_task
 from robust_tf.job.testing import Evaluation
-from robust_tf.models import load_classifier, save_classifier
+from robust_tf.models import load_classifier, read_model, save_classifier
 from robust_tf.reporting import REPORT, write_examples, write_history, write_report
 from robust_tf.reporting.next_commands import next_commands
 from robust_tf.results import FILE_NAME, JobResults
 from robust_tf.serving.publish.export import export_classifier
+from robust_tf.serving.publish.export_dense import export_dense
 from robust_tf.serving.publish.model_card import card_from_results, decoding_from_results
 from robust_tf.serving.publish.staging import readers_of
+from robust_tf.serving.wire.names import IMAGE_BYTES_SIGNATURE
 from robust_tf.tasks.measuring import Measurement
 from robust_tf.tasks.table import dense_task
 from robust_tf.training.checkpoint import TrainingProgress
@@ -128,19 +130,30 @@ def finish_job(job: JobConfig, results: JobResults, baseline: JobResults | None 
 def print_next_commands(job: JobConfig) -> None:
     """Prints the commands that a user may want to run next, ready to copy."""
     sample = load_job_task(job).sample() if job.run.export_dir else b""
-    console.print("Next:", *(f"  {command}" for command in next_commands(job.run, sample)), sep="\n")
+    signature = "" if job.data.task_type == "classification" else IMAGE_BYTES_SIGNATURE
+    commands = next_commands(job.run, sample, signature_name=signature)
+    console.print("Next:", *(f"  {command}" for command in commands), sep="\n")
 
 
 def _publish(job: JobConfig, results: JobResults) -> None:
-    version_dir = export_classifier(
-        load_classifier(classifier_path(job)),
-        job.run.export_dir,
-        job.run.served_name,
-        model_card=card_from_results(results),
-        labels=results.class_names,
-        resize_size=results.resize_size,
-        decoding=decoding_from_results(results),
-    )
+    path, folder, name = classifier_path(job), job.run.export_dir, job.run.served_name
+    decoding = decoding_from_results(results)
+    if job.data.task_type == "classification":
+        version_dir = export_classifier(
+            load_classifier(path),
+            folder,
+            name,
+            model_card=card_from_results(results),
+            labels=results.class_names,
+            resize_size=results.resize_size,
+            decoding=decoding,
+        )
+    else:
+        card = card_from_results(results, task_type=job.data.task_type)
+        network = read_model(path)
+        version_dir = export_dense(
+            network, folder, name, model_card=card, labels=results.class_names, decoding=decoding
+        )
     console.print(f"Published {version_dir} ({readers_of(version_dir)}).")
 
 

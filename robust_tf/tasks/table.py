@@ -21,7 +21,7 @@ def task_type_of(model: keras.Model) -> TaskType:
     Args:
         model: Built model.
     """
-    outputs = model.output
+    outputs = getattr(model, "output", None)  # a Sequential or subclassed model may have none
     if isinstance(outputs, dict) and set(outputs) == {"boxes", "classes"}:
         return "detection"
     shape = getattr(outputs, "shape", ())

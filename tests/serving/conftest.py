@@ -22,9 +22,11 @@ from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_p
 from robust_tf.serving.artifacts import FORMATS
 from robust_tf.serving.publish import export
 from robust_tf.serving.publish.export import export_classifier
+from robust_tf.serving.publish.export_dense import export_dense
 from robust_tf.serving.publish.formats import Samples
 from robust_tf.serving.server.serve_config import ServeConfig
 from robust_tf.serving.server.server import Server
+from tests.serving.dense_models import BOX_LABELS, MASK_LABELS, small_detector, small_segmenter
 from tests.serving.models import (
     LABELS,
     export_small_classifier,
@@ -180,6 +182,29 @@ def classifier() -> keras.Model:
 def exported(tmp_path_factory, classifier) -> pathlib.Path:
     """Version folder of `classifier`, exported as the model "digits"."""
     return export_small_classifier(classifier, tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="session")
+def detector() -> keras.Model:
+    return small_detector()
+
+
+@pytest.fixture(scope="session")
+def segmenter() -> keras.Model:
+    return small_segmenter()
+
+
+@pytest.fixture(scope="session")
+def exported_detector(tmp_path_factory, detector) -> pathlib.Path:
+    """Version folder of `detector`, exported as the model "toys"."""
+    folder = tmp_path_factory.mktemp("boxes")
+    return export_dense(detector, folder, "toys", labels=BOX_LABELS, model_card={"dataset": "toys"})
+
+
+@pytest.fixture(scope="session")
+def exported_segmenter(tmp_path_factory, segmenter) -> pathlib.Path:
+    """Version folder of `segmenter`, exported as the model "scenes"."""
+    return export_dense(segmenter, tmp_path_factory.mktemp("masks"), "scenes", labels=MASK_LABELS, model_card={})
 
 
 @pytest.fixture

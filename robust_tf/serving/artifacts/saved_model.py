@@ -35,6 +35,12 @@ class SavedModelArtifact(Artifact):
             raise UserError(f"The SavedModel cannot be loaded. Received: {folder}: {error}.") from error
 
     def _run(self, images: np.ndarray) -> np.ndarray:
+        if self.model.signature("predict_pixels") is None:
+            kind = self.card.get("task_type", "something else")
+            raise UserError(
+                "Only an artifact with the signature predict_pixels has the logits of a classifier. Received: "
+                f"{self.model.path}, a network for {kind}."
+            )
         try:
             return self.model.run("predict_pixels", {"images": images}, ("logits",))["logits"]
         except ServingError as error:

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from robust_tf.errors import UserError
 from robust_tf.files import write_json
@@ -100,6 +100,20 @@ class Format:
         return _csv_line([cells.get(name, "") for name in self.csv_header])
 
 
+class Lines(Protocol):
+    """How predictions become lines of a file; `Format` is one for the predictions of classifiers."""
+
+    @property
+    def csv_header(self) -> list[str]:
+        """Names of the columns in a CSV file."""
+
+    def csv(self, prediction: Any) -> str:
+        """Returns one line of a CSV file."""
+
+    def json(self, prediction: Any) -> str:
+        """Returns one JSON object in one line."""
+
+
 class PredictionsFile:
     """A CSV or JSON Lines file to which predictions are appended; see `predictions_file`.
 
@@ -107,7 +121,7 @@ class PredictionsFile:
         done: Paths of the pictures that the file already has.
     """
 
-    def __init__(self, file: io.FileIO, path: pathlib.Path, form: Format) -> None:
+    def __init__(self, file: io.FileIO, path: pathlib.Path, form: Lines) -> None:
         self._file, self._path, self._form = file, path, form
         self._csv = path.suffix == ".csv"
         content = file.read()
@@ -119,15 +133,17 @@ class PredictionsFile:
             self.done = {row["image"] for row in csv.DictReader(io.StringIO(text, newline=""))}
         else:
             self.done = {json.loads(line)["image"] for line in text.splitlines()}
-        if self._csv and not whole:
-            self._write(_csv_line(form.csv_header))
+        self._has_header = bool(whole)
 
-    def add(self, prediction: Prediction) -> None:
+    def add(self, prediction: Any) -> None:
         """Appends a prediction.
 
         Raises:
             UserError: The file cannot be written to, for example because there is no space left.
         """
+        if self._csv and not self._has_header:
+            self._write(_csv_line(self._form.csv_header))
+            self._has_header = True
         self._write(self._form.csv(prediction) if self._csv else self._form.json(prediction))
 
     def _write(self, line: str) -> None:
@@ -145,7 +161,7 @@ class PredictionsFile:
 
 
 @contextlib.contextmanager
-def predictions_file(path: pathlib.Path, form: Format, settings: Mapping[str, Any]) -> Iterator[PredictionsFile]:
+def predictions_file(path: pathlib.Path, form: Lines, settings: Mapping[str, Any]) -> Iterator[PredictionsFile]:
     """Opens a file of predictions. If it exists, the run continues it.
 
     A second file, whose name ends in `.settings.json`, holds the settings, so that one file never mixes the predictions

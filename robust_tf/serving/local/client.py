@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from scipy.special import softmax
@@ -14,7 +15,7 @@ from tensorflow.core.protobuf import meta_graph_pb2
 
 from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
-from robust_tf.models import PUBLISHED, fetch_published, load_classifier
+from robust_tf.models import PUBLISHED, fetch_published, image_shape, plain_classifier, read_model
 from robust_tf.results import FILE_NAME, JobResults, MeasuredAttack
 from robust_tf.serving.artifacts import open_artifact
 from robust_tf.serving.artifacts.saved_model import SavedModelArtifact
@@ -22,9 +23,11 @@ from robust_tf.serving.client.base import Client, ServerError, Signature, Tensor
 from robust_tf.serving.model.inference import predict
 from robust_tf.serving.model.session import LoadedModel, from_tensorflow, shape_of
 from robust_tf.serving.model.status import ServingError
-from robust_tf.serving.publish.model_card import decoding_from_results, probe_from_results
+from robust_tf.serving.publish.dense_signatures import build_dense_signatures
+from robust_tf.serving.publish.model_card import checked_labels, decoding_from_results, probe_from_results
 from robust_tf.serving.publish.signatures import TOP_K, build_signatures, decode_images
 from robust_tf.serving.wire.names import DEFAULT_SIGNATURE
+from robust_tf.tasks.table import task_type_of
 
 Function = Callable[..., Mapping[str, Any]]
 
@@ -79,7 +82,7 @@ class LocalClient(Client):
 
 
 def open_classifier(name: str, *, labels: Sequence[str] = (), with_probe: bool = False, norm: str = "") -> LocalClient:
-    """Returns a client for a classifier, with the functions that an export of it would serve.
+    """Returns a client for a classifier, detector or segmenter, with the functions that an export of it would serve.
 
     The names of the classes and the preprocessing come from the `results.json` next to the file, as in an export.
 
@@ -106,9 +109,17 @@ def open_classifier(name: str, *, labels: Sequence[str] = (), with_probe: bool =
             "Images can be classified as they are only by a classifier that was trained on such images. Received: "
             f"{name}, trained with --downscale={results.downscale}."
         )
-    classifier = load_classifier(path)
+    model = read_model(path)
+    results.check_image_size(image_shape(model)[1], path)
+    task_type = task_type_of(model)
+    if task_type != "classification":
+        if with_probe:
+            raise UserError(f"An attack probe is for classifiers. Received: {name}, a network for {task_type}.")
+        decoding = decoding_from_results(results)
+        names = checked_labels(labels or results.class_names or None, _num_classes(model))
+        return _client_of(build_dense_signatures(model, labels=names, decoding=decoding))
+    classifier = plain_classifier(model)
     size, num_classes = classifier.input_shape[1], classifier.output_shape[-1]
-    results.check_image_size(size, path)
     if size is None:
         raise UserError(
             "Only a classifier for images of a fixed size can prepare encoded images. Received: the input shape "
@@ -124,7 +135,16 @@ def open_classifier(name: str, *, labels: Sequence[str] = (), with_probe: bool =
         decoding=decoding_from_results(results),
         attack_probe=probe_from_results(results, norm=norm) if with_probe else None,
     )
+    return _client_of(functions)
+
+
+def _client_of(functions: Mapping[str, Function]) -> LocalClient:
     return LocalClient(functions, lambda: {key: _signature_of(function) for key, function in functions.items()})
+
+
+def _num_classes(network: keras.Model) -> int:
+    outputs = network.output["classes"] if isinstance(network.output, dict) else network.output
+    return int(outputs.shape[-1])
 
 
 def open_export(location: str) -> LocalClient:

@@ -1,21 +1,17 @@
 """Publishes a classifier as a verified version in a folder that TensorFlow Serving watches."""
 
 import contextlib
-import dataclasses
-import datetime
 import os
 import pathlib
-import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-import robust_tf
 from robust_tf.data.transforms import AS_STORED, Decoding
 from robust_tf.errors import UserError
-from robust_tf.models import plain_classifier, weights_sha256
+from robust_tf.models import plain_classifier
 from robust_tf.models.folding import fold_batch_norm
 from robust_tf.serving.artifacts.card import (
     FORMATS,
@@ -28,6 +24,7 @@ from robust_tf.serving.artifacts.card import (
 )
 from robust_tf.serving.model.warmup import write_warmup
 from robust_tf.serving.publish.formats import CONVERTERS, Samples
+from robust_tf.serving.publish.model_card import checked_labels, export_facts
 from robust_tf.serving.publish.probe import AttackProbe
 from robust_tf.serving.publish.signatures import build_signatures
 from robust_tf.serving.publish.staging import (
@@ -111,7 +108,7 @@ def export_classifier(
     original = original or classifier
     classifier = plain_classifier(classifier)
     image_size, num_classes = _sizes(classifier)
-    labels = _checked_labels(labels, num_classes)
+    labels = checked_labels(labels, num_classes)
     resize_size = image_size if resize_size is None else resize_size
     if resize_size < image_size:
         raise UserError(
@@ -130,24 +127,13 @@ def export_classifier(
             check_version(format_folder(base, name), version)
 
     served = fold_batch_norm(classifier)
-    card = dict(model_card) | {
-        "model_name": model_name,
-        "architecture": classifier.name,
-        "weights_sha256": weights_sha256(classifier),
-        "classes": num_classes,
-        "labels": list(labels),
-        "image_size": image_size,
-        "resize_size": resize_size,
-        "pixel_range": [0.0, 1.0],
-        **dataclasses.asdict(decoding),
-        "exported": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "export_versions": {
-            "robust_tf": robust_tf.__version__,
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "python": platform.python_version(),
-        },
-    }
+    card = dict(model_card) | export_facts(
+        classifier,
+        model_name,
+        labels=labels,
+        resize_size=resize_size,
+        decoding=decoding,
+    )
 
     def write_saved_model(staging: pathlib.Path) -> None:
         module = tf.Module()
@@ -205,19 +191,3 @@ def _sizes(classifier: keras.Model) -> tuple[int, int]:
             f"{classifier.input_shape}."
         )
     return height, classifier.output_shape[-1]
-
-
-def _checked_labels(labels: Sequence[str] | None, num_classes: int) -> list[str]:
-    if labels is None:
-        return [str(index) for index in range(num_classes)]
-    if len(labels) != num_classes:
-        raise UserError(
-            f"Each of the classifier's {num_classes} classes needs a label. Received: {len(labels)} labels."
-        )
-    for label in labels:
-        if not label.strip() or "\n" in label or "\r" in label:
-            raise UserError(f"A label must be one line of text that is not empty. Received: {label!r}.")
-    if len(set(labels)) != len(labels):
-        twice = sorted({label for label in labels if list(labels).count(label) > 1})
-        raise UserError(f"Labels must differ from each other. Received more than once: {', '.join(twice)}.")
-    return list(labels)

@@ -43,25 +43,38 @@ def decode_images(
     """
 
     def prepare(encoded: tf.Tensor) -> tf.Tensor:
-        image = decode(encoded, decoding)
-        size = tf.shape(image, out_type=tf.int64)[:2]
-        checks = [
-            tf.debugging.assert_less_equal(
-                tf.reduce_prod(size),
-                tf.constant(_MAX_PIXELS, tf.int64),
-                f"An image must have at most {_MAX_PIXELS} pixels.",
-            ),
-            tf.debugging.assert_less_equal(
-                tf.reduce_max(size),
-                _MAX_SIDE_RATIO * tf.reduce_min(size),
-                f"An image must be at most {_MAX_SIDE_RATIO} times as long as it is wide.",
-            ),
-        ]
-        with tf.control_dependencies(checks):
-            image = tf.identity(image)
+        image = decode_limited(encoded, decoding)
         return evaluation_transform(image, image_size=image_size, resize_size=resize_size)
 
     return tf.map_fn(prepare, image_bytes, fn_output_signature=tf.TensorSpec([image_size, image_size, 3], tf.float32))
+
+
+def decode_limited(encoded: tf.Tensor, decoding: Decoding) -> tf.Tensor:
+    """Decodes an image, and refuses it if it would take too much memory.
+
+    Args:
+        encoded: Encoded image, a scalar string: JPEG, PNG, GIF (first frame), BMP or WebP.
+        decoding: How EXIF rotation and transparency are treated, as in training.
+
+    Returns:
+        Image, (height, width, 3) uint8. The run fails with INVALID_ARGUMENT if the image is refused.
+    """
+    image = decode(encoded, decoding)
+    size = tf.shape(image, out_type=tf.int64)[:2]
+    checks = [
+        tf.debugging.assert_less_equal(
+            tf.reduce_prod(size),
+            tf.constant(_MAX_PIXELS, tf.int64),
+            f"An image must have at most {_MAX_PIXELS} pixels.",
+        ),
+        tf.debugging.assert_less_equal(
+            tf.reduce_max(size),
+            _MAX_SIDE_RATIO * tf.reduce_min(size),
+            f"An image must be at most {_MAX_SIDE_RATIO} times as long as it is wide.",
+        ),
+    ]
+    with tf.control_dependencies(checks):
+        return tf.identity(image)
 
 
 def build_signatures(
@@ -131,7 +144,7 @@ def build_signatures(
 
     @tf.function(input_signature=[pixels])
     def predict_pixels(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return predict(_checked_pixels(tf.ensure_shape(images, image_shape)))
+        return predict(checked_pixels(tf.ensure_shape(images, image_shape)))
 
     @tf.function(input_signature=[tf.TensorSpec(image_shape, tf.uint8, name="images")])
     def predict_uint8(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -139,7 +152,7 @@ def build_signatures(
 
     @tf.function(input_signature=[pixels])
     def features(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        values = feature_model(_checked_pixels(tf.ensure_shape(images, image_shape)), training=False)
+        values = feature_model(checked_pixels(tf.ensure_shape(images, image_shape)), training=False)
         return {"features": tf.cast(values, tf.float32)}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="inputs")])
@@ -153,7 +166,7 @@ def build_signatures(
 
     @tf.function(input_signature=[encoded])
     def preview(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"preview_image_bytes": _encode_png(images_of(tf.ensure_shape(image_bytes, [None])))}
+        return {"preview_image_bytes": encode_png(images_of(tf.ensure_shape(image_bytes, [None])))}
 
     signatures = {
         "serving_default": serving_default,
@@ -190,15 +203,19 @@ def build_signatures(
             "margin": worst.margin,
             "adversarial_class": tf.gather(names, tf.argmax(worst.logits, axis=-1)),
             "adversarial_probabilities": tf.nn.softmax(worst.logits),
-            "clean_image_bytes": _encode_png(images),
-            "adversarial_image_bytes": _encode_png(worst.images_adv),
+            "clean_image_bytes": encode_png(images),
+            "adversarial_image_bytes": encode_png(worst.images_adv),
         }
 
     return signatures | {PROBE_SIGNATURE: probe}
 
 
-def _checked_pixels(images: tf.Tensor) -> tf.Tensor:
-    """Returns the images unchanged. Pixels clearly outside [0, 1], or NaN, make the run fail with INVALID_ARGUMENT."""
+def checked_pixels(images: tf.Tensor) -> tf.Tensor:
+    """Returns the images unchanged. Pixels clearly outside [0, 1], or NaN, make the run fail with INVALID_ARGUMENT.
+
+    Args:
+        images: Images (batch, height, width, 3) float32.
+    """
     low, high = tf.reduce_min(images), tf.reduce_max(images)
     check = tf.debugging.Assert(  # this fails for NaN too, because any comparison with NaN is false
         tf.reduce_all((images >= -_PIXEL_TOLERANCE) & (images <= 1.0 + _PIXEL_TOLERANCE)),
@@ -208,7 +225,14 @@ def _checked_pixels(images: tf.Tensor) -> tf.Tensor:
         return tf.identity(images)
 
 
-def _encode_png(images: tf.Tensor) -> tf.Tensor:
-    """Encodes images (batch, height, width, 3) float32 in [0, 1] as PNG, (batch,) string."""
+def encode_png(images: tf.Tensor) -> tf.Tensor:
+    """Encodes images as PNG.
+
+    Args:
+        images: Images (batch, height, width, 3) float32 in [0, 1].
+
+    Returns:
+        Encoded images, (batch,) string.
+    """
     as_uint8 = tf.cast(tf.round(tf.clip_by_value(images, 0.0, 1.0) * 255.0), tf.uint8)
     return tf.map_fn(tf.io.encode_png, as_uint8, fn_output_signature=tf.TensorSpec([], tf.string))

@@ -1,4 +1,4 @@
-"""The web page at `GET /`, which shows the served models and classifies an image."""
+"""The web page at `GET /`, which shows the served models and what they answer to an image."""
 
 import base64
 import functools

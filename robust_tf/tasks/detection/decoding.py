@@ -9,6 +9,9 @@ from robust_tf.tasks.detection.boxes import clip, decode
 
 # Only the candidates of the highest scores are compared with each other, as in the paper on RetinaNet.
 MOST_CANDIDATES = 1000
+MOST_DETECTIONS = 100  # as many as COCO's average precision counts
+SCORE_THRESHOLD = 0.05
+IOU_THRESHOLD = 0.5
 
 
 def decode_detections(
@@ -16,9 +19,9 @@ def decode_detections(
     anchors: np.ndarray,
     *,
     image_size: int,
-    most: int = 100,
-    score_threshold: float = 0.05,
-    iou_threshold: float = 0.5,
+    most: int = MOST_DETECTIONS,
+    score_threshold: float = SCORE_THRESHOLD,
+    iou_threshold: float = IOU_THRESHOLD,
 ) -> dict[str, tf.Tensor]:
     """Returns the detections in each image. The function runs eagerly and in graphs, with static shapes.
 
