@@ -659,8 +659,8 @@ def test_a_broken_image_is_named_or_it_is_skipped_and_counted(job, tmp_path, cap
     # The evaluation uses the same images, and reads them in the same way.
     subject = load_subject(f"{job('goes_on').run.workdir}/classifier.keras")
     of_training = load_job_task(job("goes_on", **options))
-    assert subject.task.preprocessing.decoding == of_training.preprocessing.decoding
-    assert subject.task.preprocessing.decoding == decoding_from_results(JobResults.from_json(results))
+    assert subject.task.class_preprocessing.decoding == of_training.class_preprocessing.decoding
+    assert subject.task.class_preprocessing.decoding == decoding_from_results(JobResults.from_json(results))
     assert subject.task.test_examples.part.paths == of_training.test_examples.part.paths  # type: ignore[attr-defined]
     assert subject.task.num_test == results["num_test_images"]
 

@@ -141,7 +141,7 @@ def test_float_images_in_another_range_are_refused(tmp_path):
 
 def test_a_float_image_that_leaves_the_range_later_is_an_error(tmp_path):
     task = make_task("tfds:small_floats_late", batch_size=64, image_size=4, data_dir=tmp_path)
-    assert task.preprocessing.highest_float != 255.0  # TFDS did not shuffle the image to the front
+    assert task.class_preprocessing.highest_float != 255.0  # TFDS did not shuffle the image to the front
     with (
         pytest.raises(UserError, match=r"must lie in \[0, 1\] like those of the first images\. Received: pixels out"),
         task.broken_images_named(),

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import cast
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ from robust_tf.config.data import DataConfig
 from robust_tf.config.evaluation import EvaluateConfig
 from robust_tf.config.job import JobConfig
 from robust_tf.data import load_task
+from robust_tf.data.boxes import BoxPreprocessing
 from robust_tf.errors import UserError
 from robust_tf.evaluation import dense as dense_evaluation
 from robust_tf.evaluation.run import run_evaluation
@@ -223,7 +225,10 @@ def test_boxes_and_masks_are_stored_with_their_images(task_type, scenes, tmp_pat
         task = load_task(data, batch_size=1)
         if task_type == "detection":
             task = dataclasses.replace(
-                task, preprocessing=dataclasses.replace(task.preprocessing, encode_boxes=lambda *boxes: boxes[0])
+                task,
+                preprocessing=dataclasses.replace(
+                    cast(BoxPreprocessing, task.preprocessing), encode_boxes=lambda *boxes: boxes[0]
+                ),
             )
         found = list(task.train(first_epoch=0, epochs=1).as_numpy_iterator())
         return sorted(found, key=lambda batch: batch[0].tobytes())

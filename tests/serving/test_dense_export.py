@@ -122,11 +122,11 @@ def test_boxes_are_in_pixels_of_the_encoded_image(boxes, detector, shape):
     count = int(inside.sum())
     np.testing.assert_allclose(answer["scores"][1][:count], expected["scores"][0].numpy()[inside], atol=1e-5)
     # A box of nearly the same score may come first, so the areas are compared in order of their size.
-    areas = [
+    served, own = (
         np.sort((each[:, 2] - each[:, 0]) * (each[:, 3] - each[:, 1]))
         for each in (answer["boxes"][0][:count], edges[inside])
-    ]
-    np.testing.assert_allclose(*areas, rtol=1e-3, atol=0.5)
+    )
+    np.testing.assert_allclose(served, own, rtol=1e-3, atol=0.5)
 
 
 def test_mask_equals_that_of_the_network(masks, segmenter):
