@@ -11,6 +11,7 @@ from PIL import Image
 
 from robust_tf import export
 from robust_tf.data.boxes import BoxPreprocessing
+from robust_tf.data.masks import MaskPreprocessing
 from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError
 from robust_tf.models import save_classifier
@@ -149,6 +150,18 @@ def test_mask_has_the_size_of_the_encoded_image(masks):
     assert (small == expected).mean() > 0.999
     assert (large[1::3, ::2] == large[::3, 1::2]).all()  # each pixel of the square became 3x2 pixels
     assert [label.decode() for label in answer["labels"][0]] == MASK_LABELS
+
+
+@pytest.mark.parametrize("shape", [(SIZE // 2, 2 * SIZE + 1), (45, 40)])
+def test_pixel_of_the_mask_has_the_class_at_its_center(masks, shape):
+    (encoded,) = pictures(shape)
+    prepare = tf.function(MaskPreprocessing(image_size=SIZE).evaluation_example)
+    square, _ = prepare(tf.constant(encoded), tf.constant(png(np.zeros((*shape, 1), np.uint8))))
+    mask = masks.run("serving_default", {"images": square.numpy()[None]})["mask"][0]
+    answer = masks.run("image_bytes", {"image_bytes": np.array([encoded], object)})
+    rows, columns = (np.floor((np.arange(length) + 0.5) * SIZE / length).astype(int) for length in shape)
+    found = np.asarray(Image.open(io.BytesIO(answer["mask_png_bytes"][0])))
+    assert (found == mask[rows][:, columns]).mean() > 0.995
 
 
 @pytest.mark.parametrize("name", ["boxes", "masks"])
