@@ -143,6 +143,7 @@ def test_flags_that_do_not_fit_are_refused(
     ):
         with pytest.raises(UserError, match=message):
             run(*flags, photos)
+    assert not list(tmp_path.glob("x.csv*"))  # nothing is left of a run that was refused
 
 
 def test_tables_for_people():

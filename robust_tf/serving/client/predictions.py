@@ -195,7 +195,12 @@ def predictions_file(path: pathlib.Path, form: Lines, settings: Mapping[str, Any
         else:
             write_json(record, dict(settings))
         file.seek(0)
-        yield PredictionsFile(file, path, form)
+        try:
+            yield PredictionsFile(file, path, form)
+        finally:
+            if not os.fstat(file.fileno()).st_size:  # the run was refused before its first prediction
+                record.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
 
 def _check_settings(path: pathlib.Path, record: pathlib.Path, settings: Mapping[str, Any]) -> None:
