@@ -17,8 +17,9 @@ import pytest  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from tensorflow.python.framework import config as tf_config  # noqa: E402  # there is no public function for it
 
-# Entries that are removed only when their process ends, by `robust_tf.files.temporary_cache` and by AutoGraph.
-_REMOVED_AT_EXIT = ("robust_tf-", "__autograph_generated_file")
+# Entries that are removed only when their process ends, by `robust_tf.files.temporary_cache` and by AutoGraph, whose
+# files may also have been compiled.
+_REMOVED_AT_EXIT = ("robust_tf-", "__autograph_generated_file", "__pycache__")
 
 
 def pytest_configure(config: pytest.Config) -> None:

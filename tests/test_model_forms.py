@@ -142,7 +142,9 @@ def run_source(saved: Saved, data_dir: pathlib.Path) -> None:
 PROGRAMS = {"evaluate": run_evaluate, "visualize": run_visualize, "export": run_export, "--source": run_source}
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program", [name if name != "export" else pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS]
+)
 @pytest.mark.parametrize(
     "saved", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in TAKEN], indirect=True
 )
@@ -150,7 +152,9 @@ def test_a_form_works_in_a_program(saved, program, data_dir):
     PROGRAMS[program](saved, data_dir)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program", [name if name != "export" else pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS]
+)
 @pytest.mark.parametrize("saved", REFUSED, indirect=True)
 def test_a_form_is_refused_in_one_line(saved, program, data_dir):
     with pytest.raises(UserError, match=saved.form.refusal) as raised:

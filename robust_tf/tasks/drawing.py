@@ -4,15 +4,16 @@ import math
 import pathlib
 import textwrap
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 
 from robust_tf.errors import UserError
 from robust_tf.files import replaced_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.patches import Patch
 
 Color = tuple[int, int, int]
 _Area = tuple[int, int, int, int]  # top, left, bottom, right
@@ -205,6 +206,10 @@ def save_task_sheet(
         >>> pathlib.Path("sheet.png").exists()
         True
     """
+    # Only here, because robust_tf.predict draws boxes and masks, and must start without matplotlib.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = len(captions)
     if not rows or not columns or len(row_names) != len(rows) or any(len(row) != columns for row in rows):
         raise UserError(
@@ -243,7 +248,9 @@ def save_task_sheet(
         figure.savefig(temporary, metadata={"Software": None})
 
 
-def _legend(class_names: Sequence[str], shown: Collection[int] | None) -> list[Patch]:
+def _legend(class_names: Sequence[str], shown: Collection[int] | None) -> "list[Patch]":
+    from matplotlib.patches import Patch
+
     numbers = range(len(class_names)) if shown is None else sorted({max(-1, number) for number in shown})
     _check_classes(np.array(list(numbers), int), class_names)
     entries = []

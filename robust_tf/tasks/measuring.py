@@ -66,11 +66,11 @@ class Measurer:
     ) -> None:
         self._dense, self._task, self._attack, self._batch_size = dense, task, attack, batch_size
 
-        @tf.function(reduce_retracing=True)  # without XLA, which cannot compile the suppression of overlapping boxes
+        @tf.function(reduce_retracing=True, autograph=False)  # XLA cannot compile the suppression of boxes
         def predict(images: tf.Tensor) -> Mapping[str, tf.Tensor]:
             return dense.predict(network, images)
 
-        @tf.function(reduce_retracing=True, jit_compile=jit_compile)
+        @tf.function(reduce_retracing=True, autograph=False, jit_compile=jit_compile)
         def attacked(images: tf.Tensor, labels: Any) -> tf.Tensor:
             return dense.attacked(network, images, labels, attack=attack)
 

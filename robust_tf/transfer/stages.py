@@ -185,7 +185,7 @@ def _depth(stage: str) -> tuple[int, int]:
 
 def _layers_before_features(classifier: keras.Model) -> list[keras.layers.Layer]:
     names = [layer.name for layer in classifier.layers]
-    if "features" not in names and any(stage_of(name) == HEAD for name in names):
+    if not {"features", "logits"} & set(names) and any(stage_of(name) == HEAD for name in names):
         # A head for boxes or masks takes the maps of several stages.
         by_stage = stages(classifier).items()
         return [

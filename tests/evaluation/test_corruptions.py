@@ -113,7 +113,7 @@ def test_the_error_is_the_share_of_wrong_predictions():
 
 def subject_of(dataset: str, classes: tuple[int, ...] = ()) -> types.SimpleNamespace:
     preprocessing = Preprocessing(image_size=8, resize_size=8, augmentation="none")
-    task = types.SimpleNamespace(preprocessing=preprocessing, image_size=8, resize_size=8)
+    task = types.SimpleNamespace(class_preprocessing=preprocessing, image_size=8, resize_size=8)
     return types.SimpleNamespace(dataset=dataset, classes=classes, task=task)
 
 

@@ -35,6 +35,10 @@ def pictures(*shapes):
     return np.array([png(rng.integers(0, 256, (*shape, 3), np.uint8)) for shape in shapes], object)
 
 
+# Every test needs an export, which takes seconds.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def boxes(exported_detector):
     model = LoadedModel(exported_detector)
@@ -226,7 +230,6 @@ def test_wrong_answers_are_not_published(name, request, tmp_path, monkeypatch):
     assert not list((tmp_path / "net").iterdir())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "function", "message"),
     [
@@ -281,7 +284,6 @@ def test_flags_for_classifiers_are_refused(segmenter, tmp_path, monkeypatch, fla
     assert not (tmp_path / "e").exists()
 
 
-@pytest.mark.slow
 def test_program_publishes_a_detector_with_the_facts_of_its_job(detector, tmp_path, capsys, monkeypatch):
     save_classifier(detector, tmp_path / "d.keras")
     JobResults(

@@ -24,6 +24,10 @@ from tests.serving.dense_models import BOX_LABELS, MASK_LABELS, SIZE
 from tests.serving.models import write_config
 
 
+# Every test needs an export, which takes seconds.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def photos(tmp_path):
     """A folder with two pictures of the same name and a broken one."""
@@ -253,7 +257,6 @@ def test_models_without_a_graph_are_no_detectors():
     assert task_type_of(Subclassed()) == "classification"
 
 
-@pytest.mark.slow
 def test_page_draws_boxes_and_masks(dense_server, browser, photos):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select, WebDriverWait

@@ -101,7 +101,7 @@ def test_outputs_belong_to_the_anchors_of_their_place():
 def test_mixed_precision(policy):
     classifier = with_dtype_policy(build(), policy)
     detector = build_detector(classifier, 3, seed=0)
-    for name in ("head_lateral_p2", "head_smooth_p2", "head_boxes_tower1_conv", "head_classes_tower4_norm"):
+    for name in ("head_lateral_p2", "head_smooth_p2", "head_boxes_tower1_conv", "head_classes_tower2_norm"):
         assert detector.get_layer(name).compute_dtype == policy[6:], name
     for name in ("head_boxes_conv", "head_classes_conv"):
         assert detector.get_layer(name).compute_dtype == "float32", name

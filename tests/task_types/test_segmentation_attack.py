@@ -52,8 +52,7 @@ def accuracy(model, images, masks) -> np.ndarray:
     return pixel_accuracy_of_each_image(model(images), masks).numpy()
 
 
-@pytest.mark.parametrize("random_start", [False, True])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(("norm", "random_start"), [("linf", False), ("l2", True)])
 def test_the_result_is_in_the_ball_and_never_better_than_no_attack(norm, random_start):
     model = small_model()
     images, masks = small_data(model)
@@ -72,6 +71,7 @@ def test_the_result_is_in_the_ball_and_never_better_than_no_attack(norm, random_
         np.testing.assert_array_equal(before, weight)
 
 
+@pytest.mark.slow
 def test_a_graph_gives_the_same_result_and_images_do_not_depend_on_their_batch():
     model = small_model()
     images, masks = small_data(model)
@@ -103,6 +103,7 @@ def test_the_result_is_the_worst_over_the_losses():
     assert len({tuple(values) for values in alone}) > 1  # the losses do not all lead to the same images
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_named_twice_is_restarted():
     model = small_model()
     images, masks = small_data(model)
@@ -172,6 +173,7 @@ def test_iterates_are_ranked_by_their_wrong_pixels_and_climbed_by_their_loss(nam
     np.testing.assert_allclose(tape.gradient(ranked, logits), tape.gradient(plain, logits), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_an_image_that_is_wrong_everywhere_stays_in_the_ball_and_finite():
     model = small_model()
     images, masks = small_data(model)

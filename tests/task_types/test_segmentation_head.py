@@ -16,6 +16,7 @@ from robust_tf.tasks.segmentation.mean_iou import MeanIoU
 from robust_tf.transfer.stages import stage_of
 from tests.task_types.mask_scenes import scenes
 
+USUAL = ("resnet18", "mobilenet_v2", "resnet20")  # the others run with the slow tests
 NORMALIZATION = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 # Sides of the last map and of the finer map for images of 64 pixels.
 MAPS = {
@@ -41,7 +42,9 @@ def names_of(model: keras.Model) -> list[str]:
     return [layer.name for layer in model.layers]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_every_architecture_becomes_a_segmenter(architecture):
     classifier = without_initial_values(lambda: build_classifier(architecture, 10, image_size=64, **NORMALIZATION))
     segmenter = build_segmenter(classifier, 5, seed=0)
