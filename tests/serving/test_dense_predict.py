@@ -23,7 +23,6 @@ from tests.serving.conftest import running_server
 from tests.serving.dense_models import BOX_LABELS, MASK_LABELS, SIZE
 from tests.serving.models import write_config
 
-
 # Every test needs an export, which takes seconds.
 pytestmark = pytest.mark.slow
 
