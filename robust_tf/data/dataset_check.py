@@ -124,7 +124,7 @@ def _check_annotated(
         builder = builder_of(name, data_dir)
         missing = _not_there(name, dataset_info(name), builder)
         if missing is not None:
-            # The command that prepares the data set needs the type of the task, too.
+            # The command that prepares the data set also needs the type of the task.
             flags = f"--task_type={task_type} --prepare="
             return dataclasses.replace(
                 missing, advice=tuple(line.replace("--prepare=", flags) for line in missing.advice)

@@ -78,7 +78,7 @@ def _ends(stage: str, layers: list[keras.layers.Layer]) -> list[keras.KerasTenso
     """Returns the feature maps at the end of a stage: usually one, and two if the stage ends with a pooling layer."""
     maps = [layer for layer in layers if _is_map(layer)]
     if stage == HEAD:
-        # Pooling to a fixed size, as in VGG, has no stride. What comes before it ends with an activation.
+        # Pooling to a fixed size, as in VGG, has no stride. The layers before it end with an activation.
         maps = [layer for layer in maps if isinstance(layer, _ACTIVATIONS)]
     if not maps:
         return []

@@ -21,7 +21,7 @@ def voc_xml(objects, *, size=(16, 12)):
     text = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>" if size else ""
     for name, left, top, right, bottom, *difficult in objects:
         edges = f"<xmin>{left}</xmin><ymin>{top}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax>"
-        # A part of an object has a box of its own, which is not an object.
+        # A part of an object also has a box, which is not an object.
         part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
         flag = f"<difficult>{difficult[0]}</difficult>" if difficult else ""
         text += f"<object><name>{name}</name>{flag}{part}<bndbox>{edges}</bndbox></object>"

@@ -60,7 +60,7 @@ def test_every_architecture_becomes_a_segmenter(architecture):
     assert {stage_of(layer.name) for layer in classifier.layers} <= stages
     maps = tuple(segmenter.get_layer(name).input.shape[1] for name in ("head_pyramid1_conv", "head_fine_conv"))
     assert maps == MAPS.get(architecture, (2, 8))
-    # What comes before the pooling belongs to the last map, whatever its name. The rest of the old head is left out.
+    # The layers before the pooling belong to the last map, whatever their names. The rest of the old head is left out.
     assert ("head_bn" in names_of(segmenter)) == ("head_bn" in names_of(classifier))
     assert not {"head_dense1", "features", "logits"} & set(names_of(segmenter))
     rates = [segmenter.get_layer(f"head_pyramid{index}_conv").dilation_rate[0] for index in (2, 3, 4)]

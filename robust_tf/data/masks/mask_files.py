@@ -65,7 +65,7 @@ def check_values(mask: np.ndarray, num_classes: int, where: str) -> None:
 
 
 def check_size(mask: np.ndarray, height: int, width: int, where: str) -> None:
-    """Refuses a mask whose size differs from that of its image.
+    """Refuses a mask that does not have the size of its image.
 
     Args:
         mask: (height, width) int32.

@@ -71,7 +71,7 @@ def ask_dense(client: Client, images: Sequence[bytes], *, with_preview: bool = F
     Args:
         client: Client for which `dense_task` is not empty.
         images: Encoded images.
-        with_preview: Whether to ask for a preview of each decoded image, too.
+        with_preview: Whether to also ask for a preview of each decoded image.
 
     Returns:
         The answer for each image. `image` is empty.

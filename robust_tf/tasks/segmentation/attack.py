@@ -64,7 +64,7 @@ def attack_segmenter(
 
     Raises:
         UserError: A loss is unknown or there is none, or the shapes or types do not fit. In an eager call also: the
-            images are not in [0, 1], or a mask holds a number that is no class of the model.
+            images are not in [0, 1], or a mask holds a number that is not a class of the model.
         InvalidArgumentError: In a `tf.function`, the images are not in [0, 1].
 
     Source: Croce et al. 2024, arXiv 2306.12941 ("masked_ce", "js", and the worst case over losses).
@@ -142,7 +142,7 @@ def _ranked_loss(logits: tf.Tensor, masks: tf.Tensor, loss: Callable[[tf.Tensor,
     """Returns a number for each image, (batch,), that is the larger, the more pixels are wrong.
 
     `climb` keeps the iterate of the highest loss. Here its value is the number of wrong pixels, plus a part below 1/2
-    that rises with the loss and decides between equal numbers. The gradient is that of the loss alone.
+    that rises with the loss and decides between equal numbers. The gradient is the gradient of the loss alone.
     """
     value = loss(logits, masks)
     rank = _wrong_pixels(logits, masks) + 0.5 * value / (1.0 + tf.abs(value))

@@ -34,7 +34,7 @@ def build_segmenter(classifier: keras.Model, num_classes: int, *, seed: int) -> 
     * **Dilation.** The paper's rates suit maps of 33 pixels a side. Here they are in proportion to the side of the map,
       see `dilation_rates`, because a dilated kernel that is larger than the map sees only its center.
     * **Width.** The paper's 256 channels are the maximum. A backbone with fewer channels, such as ResNet-20 with 64,
-      gets a head of its own width, since the head would otherwise cost many times as much as the backbone.
+      gets a narrower head, which would otherwise cost many times as much as the backbone.
     * **Normalization.** GroupNormalization instead of BatchNormalization. Segmentation is trained with few images in a
       batch, whose statistics are noisy. GroupNormalization treats every image alone, so the head computes the same
       function in training and in inference mode, where the attacks run, also while the backbone is frozen.

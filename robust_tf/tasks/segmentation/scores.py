@@ -61,7 +61,7 @@ class SegmentationScores:
         )
 
     def difference(self, other: Self) -> Measures:
-        """Returns the mean IoU minus that of another network on the same images, with its interval."""
+        """Returns the difference from the mean IoU of another network on the same images, with its interval."""
         ours, theirs = self.confusion(), other.confusion()
         return Measures(value=miou(ours) - miou(theirs), interval=bootstrap_interval(ours, theirs))
 
