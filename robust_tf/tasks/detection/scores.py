@@ -80,7 +80,7 @@ class AveragePrecision:
         return Measures(value=value, interval=interval, others=_known(figures), per_class=_known(per_class))
 
     def difference(self, other: Self) -> Measures:
-        """Returns the difference from the average precision of another detector on the same images, with its interval."""
+        """Returns the difference from another detector's average precision on the same images, with its interval."""
         compared = bootstrap_difference(self.matches(), other.matches())
         return Measures(value=compared.difference, interval=compared.interval)
 
