@@ -26,11 +26,14 @@ _TEST_FRACTION = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderPart:
-    """Image files and their labels in the order of the examples. See `Part` for the methods."""
+class FilePart:
+    """Image files in the order of the examples. See `Part` for the methods. Subclasses know the labels.
+
+    Attributes:
+        paths: Paths of the images.
+    """
 
     paths: tuple[str, ...]
-    targets: tuple[int, ...]
 
     @property
     def num_examples(self) -> int:
@@ -50,13 +53,38 @@ class FolderPart:
         Returns:
             The index, the encoded image and the label.
         """
-        return index, tf.io.read_file(tf.gather(self._path_table, index)), tf.gather(self._label_table, index)
+        return index, tf.io.read_file(tf.gather(self._path_table, index)), self.label(index)
+
+    def label(self, index: tf.Tensor) -> tf.Tensor:
+        """Returns the label of an example by its number, an integer scalar."""
+        raise NotImplementedError
+
+    def labels(self) -> np.ndarray:
+        """Returns zeros, (num_examples,) int64, for images whose label is not a class."""
+        return np.zeros(self.num_examples, np.int64)
+
+    def name(self, index: int) -> str:
+        """Returns the path of an image."""
+        return printable(self.paths[index])
 
     @functools.cached_property
     def _path_table(self) -> tf.Tensor:
-        with tf.init_scope():  # outside of the graph of the function that happens to use it first
-            # As bytes, because the name of a file may not be valid text.
-            return tf.constant([os.fsencode(path) for path in self.paths], tf.string)
+        return path_table(self.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderPart(FilePart):
+    """Image files and their classes.
+
+    Attributes:
+        targets: Label of each image.
+    """
+
+    targets: tuple[int, ...]
+
+    def label(self, index: tf.Tensor) -> tf.Tensor:
+        """Returns the class of an example by its number, an integer scalar."""
+        return tf.gather(self._label_table, index)
 
     @functools.cached_property
     def _label_table(self) -> tf.Tensor:
@@ -67,9 +95,12 @@ class FolderPart:
         """Returns all labels, (num_examples,) int64."""
         return np.array(self.targets, np.int64)
 
-    def name(self, index: int) -> str:
-        """Returns the path of an image."""
-        return printable(self.paths[index])
+
+def path_table(paths: Sequence[str]) -> tf.Tensor:
+    """Returns paths as a tensor of strings, outside of the graph of the function that happens to use it first."""
+    with tf.init_scope():
+        # As bytes, because the name of a file may not be valid text.
+        return tf.constant([os.fsencode(path) for path in paths], tf.string)
 
 
 def open_folder(root: pathlib.Path, *, split_seed: int = 0, skip_bad_images: bool = False) -> LabeledImages:

@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
 
+from robust_tf.data.folder_records import FilePart
 from robust_tf.data.folder_scan import ImageFile
-from robust_tf.data.records import LabeledImages, Part, printable
+from robust_tf.data.records import LabeledImages, Part
 
 # Numbers of a row of a label: top, left, bottom, right, class, crowd.
 BOX_NUMBERS = 6
@@ -91,54 +91,23 @@ class AnnotatedImage:
 
 
 @dataclasses.dataclass(frozen=True)
-class BoxFolderPart:
-    """Image files and their boxes in the order of the examples. See `Part` for the methods.
+class BoxFolderPart(FilePart):
+    """Image files and their boxes.
 
     Attributes:
-        paths: Paths of the images.
         box_labels: Label of each image, see `encode_label`.
     """
 
-    paths: tuple[str, ...]
     box_labels: tuple[bytes, ...]
 
-    @property
-    def num_examples(self) -> int:
-        """Number of images."""
-        return len(self.paths)
-
-    def records(self) -> tf.data.Dataset:
-        """Returns a dataset of (index, encoded image, label), the label as a string."""
-        return tf.data.Dataset.range(len(self.paths)).map(self.record, num_parallel_calls=tf.data.AUTOTUNE)
-
-    def record(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns one record by its number. With this method, examples can be read in any order.
-
-        Args:
-            index: Number of the example, an integer scalar.
-
-        Returns:
-            The index, the encoded image and the label.
-        """
-        return index, tf.io.read_file(tf.gather(self._path_table, index)), tf.gather(self._label_table, index)
-
-    @functools.cached_property
-    def _path_table(self) -> tf.Tensor:
-        with tf.init_scope():  # outside of the graph of the function that happens to use it first
-            return tf.constant([os.fsencode(path) for path in self.paths], tf.string)
+    def label(self, index: tf.Tensor) -> tf.Tensor:
+        """Returns the boxes of an example as a string."""
+        return tf.gather(self._label_table, index)
 
     @functools.cached_property
     def _label_table(self) -> tf.Tensor:
         with tf.init_scope():
             return tf.constant(self.box_labels, tf.string)
-
-    def labels(self) -> np.ndarray:
-        """Returns zeros, (num_examples,) int64, because an image has no class here."""
-        return np.zeros(self.num_examples, np.int64)
-
-    def name(self, index: int) -> str:
-        """Returns the path of an image."""
-        return printable(self.paths[index])
 
     def boxes(self) -> Iterator[np.ndarray]:
         """Yields the boxes of each image, (boxes, 6) float32, in the order of the examples."""

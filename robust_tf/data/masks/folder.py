@@ -25,6 +25,7 @@ from robust_tf.data.boxes.files import (
     turned_note,
 )
 from robust_tf.data.boxes.voc import listed_names, voc_image
+from robust_tf.data.folder_records import FilePart, path_table
 from robust_tf.data.folder_scan import FolderScan, ImageFile
 from robust_tf.data.masks.mask_files import (
     IGNORED_IN_FILE,
@@ -46,44 +47,26 @@ VOC_CLASSES = tuple(
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskFolderPart:
-    """Image files and their masks in the order of the examples. See `Part` for the methods.
+class MaskFolderPart(FilePart):
+    """Image files and their masks.
 
     Attributes:
-        paths: Paths of the images.
         mask_paths: Paths of the masks.
         num_classes: Number of classes.
         is_checked: Whether all masks were checked when the data set was opened. If not, each is checked when it is
             read.
     """
 
-    paths: tuple[str, ...]
     mask_paths: tuple[str, ...]
     num_classes: int
     is_checked: bool
 
-    @property
-    def num_examples(self) -> int:
-        """Number of images."""
-        return len(self.paths)
-
-    def records(self) -> tf.data.Dataset:
-        """Returns a dataset of (index, encoded image, label), the label as a string."""
-        return tf.data.Dataset.range(len(self.paths)).map(self.record, num_parallel_calls=tf.data.AUTOTUNE)
-
-    def record(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns one record by its number. With this method, examples can be read in any order.
-
-        Args:
-            index: Number of the example, an integer scalar.
-
-        Returns:
-            The index, the encoded image and the encoded mask.
-        """
+    def label(self, index: tf.Tensor) -> tf.Tensor:
+        """Returns the encoded mask of an example."""
         label = tf.io.read_file(tf.gather(self._mask_path_table, index))
         if not self.is_checked:
             label = tf.ensure_shape(tf.numpy_function(self._checked, [index, label], tf.string, stateful=False), ())
-        return index, tf.io.read_file(tf.gather(self._path_table, index)), label
+        return label
 
     def _checked(self, index: np.int64, content: bytes | np.ndarray) -> bytes:
         path, encoded = self.mask_paths[int(index)], to_bytes(content)
@@ -91,22 +74,8 @@ class MaskFolderPart:
         return encoded
 
     @functools.cached_property
-    def _path_table(self) -> tf.Tensor:
-        with tf.init_scope():  # outside of the graph of the function that happens to use it first
-            return tf.constant([os.fsencode(path) for path in self.paths], tf.string)
-
-    @functools.cached_property
     def _mask_path_table(self) -> tf.Tensor:
-        with tf.init_scope():
-            return tf.constant([os.fsencode(path) for path in self.mask_paths], tf.string)
-
-    def labels(self) -> np.ndarray:
-        """Returns zeros, (num_examples,) int64, because an image has no class here."""
-        return np.zeros(self.num_examples, np.int64)
-
-    def name(self, index: int) -> str:
-        """Returns the path of an image."""
-        return printable(self.paths[index])
+        return path_table(self.mask_paths)
 
     def masks(self) -> Iterator[np.ndarray]:
         """Yields each mask, (height, width) int32 with 255 for ignored pixels, in the order of the examples."""
