@@ -131,7 +131,7 @@ def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledI
         test=part(test),
         validation=own_validation,
         num_bytes=int(builder.info.dataset_size or 0),
-        fingerprint=f"{builder.info.full_name} {train} {test} {_sizes(builder)}",
+        fingerprint=f"{builder.info.full_name} {train} {test} {split_sizes(builder)}",
         trusted=is_row(name),
         highest_float=highest_float,
         notes=notes,
@@ -158,11 +158,14 @@ def _highest_float(part: TfdsPart, name: str) -> float | None:
     )
 
 
-def _sizes(builder: tfds.core.DatasetBuilder) -> list[tuple[str, int, int]]:
+def split_sizes(builder: tfds.core.DatasetBuilder) -> list[tuple[str, int, int]]:
     """Returns the name, the number of images and the size of each split.
 
     If each user has to collect the images, as for Birdsnap, two copies of the same version of a data set may differ.
     The sizes then distinguish them.
+
+    Args:
+        builder: Builder whose data is prepared.
     """
     return [(name, info.num_examples, info.num_bytes) for name, info in sorted(builder.info.splits.items())]
 

@@ -14,7 +14,7 @@ from tensorflow_datasets.core.features import bounding_boxes_utils
 from robust_tf.data.boxes.records import BOX_NUMBERS, LabeledBoxes
 from robust_tf.data.records import check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
-from robust_tf.data.tfds_records import TfdsPart
+from robust_tf.data.tfds_records import TfdsPart, split_sizes
 from robust_tf.data.transforms import Picture
 from robust_tf.errors import UserError
 
@@ -152,11 +152,6 @@ def split_names(labeled: Sequence[str]) -> tuple[str, str, str | None]:
     if test is None:
         return "train[:80%]", "train[80%:]", None  # TFDS shuffles the images when it prepares the data set
     return "train", test, next((split for split in _VALIDATION_SPLITS if split in labeled and split != test), None)
-
-
-def split_sizes(builder: tfds.core.DatasetBuilder) -> list[tuple[str, int, int]]:
-    """Returns the name, the number of images and the size of each split, which distinguish copies that differ."""
-    return [(split, info.num_examples, info.num_bytes) for split, info in sorted(builder.info.splits.items())]
 
 
 def _keys(builder: tfds.core.DatasetBuilder, name: str) -> tuple[str, str]:

@@ -9,12 +9,12 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from robust_tf.data.boxes.tfds_boxes import split_names, split_sizes
+from robust_tf.data.boxes.tfds_boxes import split_names
 from robust_tf.data.masks.mask_files import IGNORED_IN_FILE, MOST_CLASSES, decode_mask
 from robust_tf.data.masks.records import LabeledMasks
 from robust_tf.data.records import check_class_names
 from robust_tf.data.tfds_preparation import prepared_builder
-from robust_tf.data.tfds_records import TfdsPart
+from robust_tf.data.tfds_records import TfdsPart, split_sizes
 from robust_tf.errors import UserError
 
 # Number of masks that are read to find the number of classes if the data set does not state it.
