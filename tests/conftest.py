@@ -80,9 +80,17 @@ def mocked_tfds() -> Callable[..., AbstractContextManager[None]]:
     return tfds.testing.mock_data
 
 
+@pytest.fixture
+def browser(_chromium):
+    """Headless Chromium under Selenium with an empty page, and a log of the messages in its console since then."""
+    # The page of an earlier test goes on asking its server, which has stopped, and would fill the log with errors.
+    _chromium.get("about:blank")
+    _chromium.get_log("browser")
+    return _chromium
+
+
 @pytest.fixture(scope="session")
-def browser():
-    """Headless Chromium under Selenium, with a log of the messages in its console."""
+def _chromium():
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")

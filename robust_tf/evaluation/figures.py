@@ -19,7 +19,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-_ROW_NAME_LENGTH = 22  # number of characters that fit along the side of a picture on a sheet
+# Numbers of characters that fit along the side of a picture on a sheet, and on an inch of a legend or a title.
+_ROW_NAME_LENGTH = 22
+_LETTERS_PER_INCH = 11
 
 
 class Curve(NamedTuple):
@@ -47,18 +49,18 @@ def save_curve(path: pathlib.Path, curves: Sequence[Curve], *, norm: str, title:
         norm: Norm of the perturbations, for the label of the axis.
         title: Title of the plot.
     """
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    names = [_wrapped(curve.name, 6 * _LETTERS_PER_INCH) for curve in curves]
+    height = 4 + _height_of_further_lines(names)
+    figure, axes = pyplot.subplots(figsize=(6, height), layout="constrained")
     # With different dashes, curves that lie on each other stay visible.
-    for curve, dashes in zip(curves, itertools.cycle(("-", "--", "-.", ":"))):
-        (line,) = axes.plot(
-            curve.epsilons, 100 * np.array(curve.accuracy), marker="o", linestyle=dashes, label=curve.name
-        )
+    for curve, name, dashes in zip(curves, names, itertools.cycle(("-", "--", "-.", ":"))):
+        (line,) = axes.plot(curve.epsilons, 100 * np.array(curve.accuracy), marker="o", linestyle=dashes, label=name)
         low, high = 100 * np.array(curve.intervals).T
         axes.fill_between(curve.epsilons, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel(f"epsilon ({norm}, pixels in [0, 1])")
     axes.set_ylabel("accuracy, % (band: 95 % interval)")
     axes.set_ylim(-2, 102)
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(_wrapped(title, 5 * _LETTERS_PER_INCH), fontsize="medium")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize="small")
     save(path, figure)
@@ -71,14 +73,16 @@ def save_reliability(path: pathlib.Path, calibrations: dict[str, Calibration]) -
         path: PNG file to write.
         calibrations: Calibration of each classifier, by its name in the legend.
     """
+    texts = [f"{name}: ECE {100 * bins.expected_calibration_error:.1f} %" for name, bins in calibrations.items()]
+    texts = [_wrapped(text, 5 * _LETTERS_PER_INCH) for text in texts]
+    height = 6.4 + _height_of_further_lines(texts)
     figure, (axes, counts) = pyplot.subplots(
-        2, 1, figsize=(5, 6), layout="constrained", sharex=True, height_ratios=(3, 1)
+        2, 1, figsize=(5, height), layout="constrained", sharex=True, height_ratios=(3, 1)
     )
     axes.plot([0, 1], [0, 1], color="gray", linestyle="--", label="perfectly calibrated")
     width = 1.0 / (len(calibrations) + 0.25)
-    for position, (name, bins) in enumerate(calibrations.items()):
+    for position, (label, bins) in enumerate(zip(texts, calibrations.values(), strict=True)):
         filled = bins.counts > 0
-        label = f"{name}: ECE {100 * bins.expected_calibration_error:.1f} %"
         accuracy, counted = bins.accuracy[filled], bins.counts[filled]
         hits = np.round(accuracy * counted).astype(int)
         ends = np.array([wilson_interval(int(hit), int(count)) for hit, count in zip(hits, counted, strict=True)])
@@ -87,11 +91,10 @@ def save_reliability(path: pathlib.Path, calibrations: dict[str, Calibration]) -
         bin_width = np.diff(bins.edges) * width
         counts.bar(bins.edges[:-1] + position * bin_width, bins.counts, bin_width, align="edge")
     axes.set_ylabel("accuracy")
-    # This corner is usually empty, because few classifiers are more accurate than they are confident.
-    axes.legend(loc="upper left", fontsize="small")
     counts.set_ylabel("images")
     counts.set_xlabel("confidence")
     axes.set_xlim(0, 1)
+    figure.legend(loc="outside lower center", fontsize="small")
     save(path, figure)
 
 
@@ -128,7 +131,7 @@ def save_sheet(
             axis.set_yticks([])
     for axis, name in zip(axes[:, 0], row_names, strict=False):
         axis.set_ylabel(_wrapped(name, _ROW_NAME_LENGTH), fontsize=7)
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(_wrapped(title, int(side * len(rows[0]) * _LETTERS_PER_INCH)), fontsize="medium")
     save(path, figure)
 
 
@@ -136,6 +139,11 @@ def _wrapped(name: str, length: int) -> str:
     """Breaks a name into lines of at most `length` characters, also after underscores."""
     lines = (textwrap.fill(line.replace("_", "_ "), length) for line in name.splitlines())
     return "\n".join(lines).replace("_ ", "_")
+
+
+def _height_of_further_lines(texts: Sequence[str]) -> float:
+    """Returns the height in inches that a legend needs for its lines beyond the first."""
+    return 0.17 * (sum(text.count("\n") + 1 for text in texts) - 1)
 
 
 def magnified(perturbation: np.ndarray) -> np.ndarray:
