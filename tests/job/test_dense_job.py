@@ -99,6 +99,7 @@ def test_a_finished_job_is_not_run_again(trained, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", ["detection"], indirect=True)
 def test_a_job_that_was_interrupted_ends_with_the_same_weights(trained, scenes, source, tmp_path, monkeypatch):
     """Interrupted after the first epoch, in the measurement of the second one."""
     whole, parts = trained, dense_job(trained.data.task_type, scenes, source, tmp_path / "parts")

@@ -82,31 +82,39 @@ def test_two_devices_use_the_same_weight_perturbation(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1], ids=["chief", "worker"])
-def test_two_workers_give_the_same_weights_as_one_even_if_one_is_killed(single, victim):
-    """The other worker notices, restarts by itself, and waits until the killed one has been started again.
+def test_two_workers_give_the_same_weights_as_one_even_if_each_is_killed_once(single):
+    """First the worker is killed, then the chief. The other one restarts by itself, and waits for the killed one.
 
     While the chief waits, it can be stopped, and a chief that is started alone gives up.
     """
-    workdir, ports = single.with_name(f"workers{victim}"), free_ports(2)
-    workers = [start_worker(index, ports, workdir, f"--epochs={EPOCHS}") for index in (0, 1)]
-    survivor = 1 - victim
-    try:
-        wait_until(lambda: any((workdir / "checkpoints").glob("epoch0001*")))
-        workers[victim].kill()
-        workers[victim].communicate()
-        printed = wait_for_line(workers[survivor], f"Waiting for worker {victim} (127.0.0.1:{ports[victim]}: ")
+    workdir, ports = single.with_name("workers"), free_ports(2)
+    epochs = f"--epochs={EPOCHS}"
+    workers = [start_worker(index, ports, workdir, epochs) for index in (0, 1)]
+
+    def waits_for(victim: int) -> None:
+        printed = wait_for_line(workers[1 - victim], f"Waiting for worker {victim} (127.0.0.1:{ports[victim]}: ")
         assert "Restarting (restart 1 of at most 3)" in printed
         assert "gives up after 600 s (--worker_timeout)" in printed
-        if survivor == 0:
-            workers[0].terminate()
-            assert workers[0].wait(timeout=30) == 143
-            workers[0].communicate()
-            workers[0] = start_worker(0, ports, workdir, "--worker_timeout=0.1", f"--epochs={EPOCHS}")
-            out, _ = workers[0].communicate(timeout=120)
-            assert workers[0].returncode == 2 and f"Received: no worker 1 (127.0.0.1:{ports[1]}: " in out
-            workers[0] = start_worker(0, ports, workdir, f"--epochs={EPOCHS}")
-        workers[victim] = start_worker(victim, ports, workdir, f"--epochs={EPOCHS}")
+
+    try:
+        wait_until(lambda: any((workdir / "checkpoints").glob("epoch0001*")))
+        workers[1].kill()
+        workers[1].communicate()
+        waits_for(1)
+        workers[0].terminate()
+        assert workers[0].wait(timeout=30) == 143
+        workers[0].communicate()
+        workers[0] = start_worker(0, ports, workdir, "--worker_timeout=0.1", epochs)
+        out, _ = workers[0].communicate(timeout=120)
+        assert workers[0].returncode == 2 and f"Received: no worker 1 (127.0.0.1:{ports[1]}: " in out
+
+        workers = [start_worker(index, ports, workdir, epochs) for index in (0, 1)]
+        for index in (0, 1):
+            wait_for_line(workers[index], f"Worker {index}: all 2 workers are there.")
+        workers[0].kill()
+        workers[0].communicate()
+        waits_for(0)
+        workers[0] = start_worker(0, ports, workdir, epochs)
         out = [finish(worker) for worker in workers]
     finally:
         for worker in workers:
