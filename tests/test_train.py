@@ -561,6 +561,7 @@ def test_unfreezing_at_an_epoch_survives_an_interruption(transfer, monkeypatch):
         np.testing.assert_array_equal(ours, theirs, err_msg=ours.path)
 
 
+@pytest.mark.slow
 def test_transfer_from_a_checkpoint_of_the_reference(transfer, tmp_path):
     """The normalization in the checkpoint is kept, and the backbone stays bit-equal."""
     original = build_classifier("resnet8", 10, image_size=16, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))

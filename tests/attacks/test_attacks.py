@@ -130,6 +130,7 @@ def test_fab_finds_the_nearest_image_across_a_linear_boundary(norm, targets):
     np.testing.assert_allclose(within, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_square_comes_near_the_optimum_of_a_smooth_linear_model(norm):
     """Neighboring pixels have similar weights, which suits the patches."""

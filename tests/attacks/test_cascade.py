@@ -77,6 +77,7 @@ def test_the_result_of_an_image_does_not_depend_on_its_batch(case):
     assert part.felled_by == tuple(together.felled_by[i] for i in half)
 
 
+@pytest.mark.slow
 def test_a_second_run_traces_no_attack_again(case):
     _, images, labels = case
     traces = []
@@ -194,6 +195,7 @@ def test_the_versions_have_the_published_attacks():
             attacks_of_version(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_makes_the_forward_passes_that_the_table_says(name):
     """The passes are counted on a model that resists every attack; a pass with its gradient counts as three."""

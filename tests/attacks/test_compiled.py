@@ -86,6 +86,7 @@ def assert_the_same_with_xla(case, name, norm):
     assert (compiled.sizes(name), with_xla.sizes(name)) == ([], [11])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "norm"), USUAL)
 def test_an_attack_gives_the_same_result_with_xla(case, name, norm):
     assert_the_same_with_xla(case, name, norm)
@@ -283,6 +284,7 @@ def test_random_numbers_are_those_of_tensorflow_with_and_without_xla(shape):
         assert draw(tf.zeros([0, 2], tf.int32), shape).shape == (0, *shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pgd", "apgd-ce", "apgd-t"])
 def test_without_early_stop_the_margins_get_lower(case, name):
     """The attack then goes on after the first wrong prediction, so that its images also fool similar models."""

@@ -207,6 +207,7 @@ def test_a_training_batch_must_have_images_of_rank_4():
 SCALES = [1.0, 10.0, 100.0, 1e4, 1e-8, 1e-12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("attack", ["pgd", "fgsm", "apgd"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -56,6 +56,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_choices_between_images_have_inputs_of_their_rank(name, norm, ranks):
     def run(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:

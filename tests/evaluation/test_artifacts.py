@@ -228,6 +228,7 @@ def two_classes():
     return keras.Model(pixels, keras.layers.Dense(2)(keras.layers.Flatten()(pixels)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "message"),
     [

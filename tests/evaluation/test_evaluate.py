@@ -123,6 +123,7 @@ def test_defaults_come_from_the_job_next_to_the_classifier(flags, jobs):
     assert EvaluateConfig(classifier=jobs["good"].classifier).folder == jobs["good"].folder / "evaluation"
 
 
+@pytest.mark.slow
 def test_two_classifiers_are_compared_with_corruptions(flags, jobs, tmp_path, capsys):
     arguments = flags(compare=jobs["poor"].classifier, corruptions="true", num_images=30, num_examples=2)
     evaluate.main(arguments)
@@ -167,6 +168,7 @@ def test_classifiers_before_and_after_transfer_are_measured_on_their_tasks(flags
     assert "No paired differences: the two classifiers were not measured on the same images." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_finished_parts_are_not_run_again_and_others_can_be_added(flags, tmp_path, monkeypatch):
     evaluate.main(flags("both", epsilon="0.25,0.5", num_images=20))
     evaluate.main(flags("added", epsilon="0.25", num_images=20))
@@ -209,6 +211,7 @@ def test_later_attacks_are_expected_to_run_on_the_images_that_resist():
     assert robustness.passes_of(finished, epsilons_left=1) == (900 * fgsm + 800 * pgd, 0)
 
 
+@pytest.mark.slow
 def test_xla_gives_the_same_verdicts_and_says_that_it_compiles(flags, capsys):
     settings = {"attack": "pgd", "epsilon": "0.25,1", "batch_size": 24}
     plain, compiled = (flags(name, jit_compile=name, **settings) for name in ("false", "true"))

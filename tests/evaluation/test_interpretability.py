@@ -97,6 +97,7 @@ def test_large_perturbations_change_the_prediction_and_stay_in_the_ball():
     assert np.linalg.norm((images_adv - images).reshape(3, -1), axis=1).max() <= 3.0 + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rows"), [("gradients", 3), ("inversion", 3), ("perturbations", 5)])
 def test_the_program_draws_the_rows_of_both_classifiers(jobs, data_dir, tmp_path, kind, rows):
     arguments = {

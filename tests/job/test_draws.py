@@ -167,6 +167,7 @@ def test_draws_are_the_jobs_of_their_seeds_and_are_reported(job, tmp_path, capsy
     assert results_of(tmp_path / "w")["draw_means"]["draws"] == 4
 
 
+@pytest.mark.slow
 def test_draws_without_a_baseline_give_means(job, tmp_path):
     train.run(job("w", draws=2, eval_epsilon=0.0))
     results = JobResults.read(tmp_path / "w" / "results.json")

@@ -91,6 +91,7 @@ def test_jobs_that_share_objects_compute_what_single_jobs_compute(job, monkeypat
     assert len(loaded) == 2
 
 
+@pytest.mark.slow
 def test_a_source_that_was_replaced_is_loaded_again(job, tmp_path):
     with sharing():
         first = run(job("first"))

@@ -39,6 +39,7 @@ def forward_of(model: keras.Model, *, batch: int = 1) -> Work:
 
 # Multiply-adds in units of 1e9, from torchvision's documentation of its models. The ResNet-18 for CIFAR has 0.5559
 # (0.56 in its authors' tables).
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "size", "giga"),
     [

@@ -9,6 +9,7 @@ from robust_tf.serving.publish import staging
 from tests.serving.models import small_classifier
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_fresh_process")
 @pytest.mark.parametrize("readable", [True, False])
 def test_every_user_can_read_a_version_unless_told_otherwise(readable, tmp_path, capsys):

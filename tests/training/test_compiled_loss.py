@@ -51,6 +51,7 @@ def one_hot_again(y, p):
     return keras.losses.categorical_crossentropy(tf.one_hot(tf.cast(y, tf.int32), 3), p, from_logits=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "encode", "loss"),
     [

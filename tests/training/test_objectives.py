@@ -282,6 +282,7 @@ def test_only_trainable_kernels_are_perturbed():
     assert [id(weight) for weight in perturbed_weights(classifier)] == [id(logits.kernel)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_awp_with_size_zero_equals_the_plain_step(how):
     """All weights and statistics are bit-equal."""
@@ -465,6 +466,7 @@ def test_the_fgsm_preset_takes_the_steps_of_the_paper(norm, mode):
     assert_same_weights(ours, theirs, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "attack"), [({}, L2), ({"trades_beta": 6.0}, LINF)], ids=["l2", "linf"])
 def test_epsilon_rises_in_training_and_not_in_evaluation(attack, recipe):
     images, labels = data(8)
@@ -494,6 +496,7 @@ def test_epsilon_rises_in_training_and_not_in_evaluation(attack, recipe):
     assert figures[0]["loss"] > figures[0]["clean_loss"] + 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["trades_awp", "free"])
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_moves_the_weights_as_float32_does(policy, recipe, monkeypatch):
