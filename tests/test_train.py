@@ -333,7 +333,7 @@ def test_a_run_that_is_interrupted_several_times_ends_like_an_uninterrupted_one(
 
 @pytest.mark.slow
 def test_a_killed_run_ends_like_an_uninterrupted_one():
-    figures = kill.run(kills=2, seed=1, epochs=8)
+    figures = kill.run(kills=3, seed=1, epochs=12)
     assert figures["different"] == []
     assert len(set(figures["states"]) - {""}) > 1  # killed at different steps
 
