@@ -1,5 +1,6 @@
 """Reads a folder of images that has one folder for each class."""
 
+import abc
 import collections
 import dataclasses
 import functools
@@ -26,7 +27,7 @@ _TEST_FRACTION = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
-class FilePart:
+class FilePart(abc.ABC):
     """Image files in the order of the examples. See `Part` for the methods. Subclasses know the labels.
 
     Attributes:
@@ -55,9 +56,9 @@ class FilePart:
         """
         return index, tf.io.read_file(tf.gather(self._path_table, index)), self.label(index)
 
+    @abc.abstractmethod
     def label(self, index: tf.Tensor) -> tf.Tensor:
         """Returns the label of an example by its number, an integer scalar."""
-        raise NotImplementedError
 
     def labels(self) -> np.ndarray:
         """Returns zeros, (num_examples,) int64, for images whose label is not a class."""
