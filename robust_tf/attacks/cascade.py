@@ -54,7 +54,7 @@ def cascade(
         attacks: Names in `ATTACKS`, in the order in which they run.
         norm: Norm of the ball, "linf", "l2" or "l1".
         epsilon: Radius of the ball, in [0, 1] pixel units.
-        batch_size: Largest number of images in a batch.
+        batch_size: Largest number of images in a batch. Long attacks get fewer, see `CompiledAttacks.images_at_once`.
         seed: Seed for all random numbers.
         state: State of an interrupted run with the same arguments, from which to continue.
         image_ids: Numbers of the images in their data set, (num_images,) integers. The random numbers depend on them,
@@ -119,10 +119,12 @@ def cascade(
     while not state.done:
         # The running attack was given the images that still resist and the images that it has felled so far.
         given = np.array([i for i, felled in enumerate(state.felled_by) if felled in ("", state.running)], int)
+        size = batch_size
         if state.running != CLEAN and given.size:
             # All at once now, because the attacks to come have no more images than this one.
             compiled.prepare(attacks[state.attack - 1 :], images[given[:batch_size]], batch_size=batch_size)
-        batch = given[state.images_done : state.images_done + batch_size]
+            size = compiled.images_at_once(state.running, images.shape[1:], batch_size=batch_size)
+        batch = given[state.images_done : state.images_done + size]
         if batch.size:
             state = _after_batch(state, compiled, data, batch)
         if state.images_done == len(given):

@@ -20,6 +20,12 @@ from robust_tf.errors import UserError
 # whole batch at the same time, which could be too much for larger batches.
 _PIXELS_FOR_COMPILING_AT_ONCE = 512 * 64 * 64
 
+# Largest number of forward passes times pixels in a batch of an attack without XLA on a CPU, unless the batch has only
+# a few images. It lets the state be saved, and the progress bar move, every few minutes, where a whole batch could take
+# hours. Smaller batches would be slower.
+_PASSES_TIMES_PIXELS = 2 * 10**8
+_FEW_IMAGES = 8
+
 # What TensorFlow raises if XLA does not know an operation or a type, or if parts of XLA or CUDA are missing.
 _CANNOT_COMPILE = (
     tf.errors.InvalidArgumentError,
@@ -94,6 +100,22 @@ class CompiledAttacks:
     def sizes(self, name: str) -> list[int]:
         """Returns the batch sizes that an attack was compiled for, smallest first; empty if it runs with any size."""
         return sorted(size for size in self._functions.get(name, {}) if size is not None)
+
+    def images_at_once(self, name: str, image_shape: Sequence[int], *, batch_size: int) -> int:
+        """Returns how many images one call of `attack` should get, so that it ends within minutes.
+
+        XLA compiles an attack for a batch size, so it always gets whole batches. Without it, a long attack gets fewer
+        images on a CPU. How many depends only on the attack and the size of the images, not on the machine.
+
+        Args:
+            name: Name in `ATTACKS`.
+            image_shape: Height, width and channels of an image.
+            batch_size: Largest number of images.
+        """
+        if self._whole:
+            return batch_size
+        cost = ATTACKS[name].forward_passes * image_shape[0] * image_shape[1]
+        return min(batch_size, max(_FEW_IMAGES, _PASSES_TIMES_PIXELS // cost))
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Returns the logits (batch, classes) float32 of images (batch, height, width, channels) float32."""

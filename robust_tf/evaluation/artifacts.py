@@ -289,8 +289,9 @@ def _transferred(
     count = len(images.ids)
     keys = [f"{target.key}/{plan.norm}/{name}/{epsilon:.9g}" for target in targets]
     known: list[list[int]] = [state_file.finished(key) or state_file.unfinished(key) or [] for key in keys]
-    for start in range(0, count, plan.batch_size):
-        stop = min(start + plan.batch_size, count)
+    size = gradient.images_at_once(name, images.pixels.shape[1:], batch_size=plan.batch_size)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
         missing = [number for number, predictions in enumerate(known) if len(predictions) < stop]
         if missing:
             batch = slice(start, stop)

@@ -9,6 +9,7 @@ import tensorflow as tf
 from small_models import assert_in_ball, small_batch, small_network, without_gradients
 
 from robust_tf.attacks import ATTACKS, CascadeState, CompiledAttacks, attacks_of_version, autoattack, cascade
+from robust_tf.attacks import compiled as compiled_module
 from robust_tf.attacks import warning_flags as flags
 from robust_tf.attacks.losses import with_classes
 from robust_tf.attacks.seeds import image_seeds
@@ -75,6 +76,24 @@ def test_the_result_of_an_image_does_not_depend_on_its_batch(case):
     half = np.arange(1, 24, 2)
     part = last(cascade(compiled, images[half], labels[half], image_ids=half, **arguments))
     assert part.felled_by == tuple(together.felled_by[i] for i in half)
+
+
+def test_a_long_attack_gets_fewer_images_at_once(case, monkeypatch):
+    compiled, images, labels = case
+    arguments = {**ARGUMENTS, "attacks": ["pgd", "square"], "epsilon": 0.1, "batch_size": 20}
+    whole = list(cascade(compiled, images, labels, **arguments))
+    assert compiled.images_at_once("square", (28, 28, 3), batch_size=128) == 51
+    assert compiled.images_at_once("square", (224, 224, 3), batch_size=128) == 8
+    assert compiled.images_at_once("square", (224, 224, 3), batch_size=5) == 5
+    assert compiled.images_at_once("pgd", (28, 28, 3), batch_size=128) == 128
+    with_xla = CompiledAttacks(compiled.model, "l2", jit_compile=True)
+    assert with_xla.images_at_once("square", (224, 224, 3), batch_size=128) == 128
+    # As many as PGD may take 17 of. Square makes 83 times as many passes, so it gets the least, 8.
+    monkeypatch.setattr(compiled_module, "_PASSES_TIMES_PIXELS", 17 * 60 * 8 * 8)
+    parts = list(cascade(compiled, images, labels, **arguments))
+    assert [state.images_done for state in parts if state.running == "pgd"][:2] == [0, 17]
+    assert [state.images_done for state in parts if state.running == "square"][:2] == [0, 8]
+    assert len(parts) > len(whole) and verdict(parts[-1]) == verdict(whole[-1])
 
 
 @pytest.mark.slow

@@ -41,9 +41,11 @@ LIMIT = 120  # seconds to wait for something that takes a moment; enough even on
 
 def free_port() -> int:
     """Returns a free port."""
-    # Below the range of outgoing connections, one of which could take the port before the caller does.
+    # Below the range of outgoing connections, one of which could take the port before the caller does. The numbers come
+    # from the system, because Keras seeds Python's own, and then two processes would try the same ports.
     while True:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", random.randint(10_000, 30_000))) as found:
+        port = random.SystemRandom().randint(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as found:
             return found.getsockname()[1]
 
 

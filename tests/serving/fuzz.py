@@ -1,6 +1,9 @@
 """Sends damaged and nonsensical requests. Each must get a client error or an answer, and none may harm the server.
 
-python -m tests.serving.fuzz --requests=10000
+    python -m tests.serving.fuzz --requests=10000
+
+The server also has a health service, which gets such requests as well, and logs all requests that it can answer. The
+logs have to be readable at the end.
 """
 
 import argparse
@@ -21,8 +24,9 @@ import httpx
 import hypothesis
 import numpy as np
 import tensorflow as tf
+from grpc_health.v1 import health_pb2
 from hypothesis import strategies as st
-from tensorflow_serving.apis import classification_pb2, inference_pb2, predict_pb2
+from tensorflow_serving.apis import classification_pb2, inference_pb2, predict_pb2, prediction_log_pb2
 
 from tests.serving.conftest import running_server
 from tests.serving.models import write_all
@@ -39,6 +43,10 @@ _SIGNATURES += ["echo_float32", "echo_int64", "echo_bool", "echo_half", "serving
 # `tests/conftest.py` sets the variable to the folder that holds all temporary folders.
 _TEMPORARY = os.environ.get("PYTEST_DEBUG_TEMPROOT") or tempfile.gettempdir()
 _LOCAL = (_TEMPORARY + "/", sys.prefix + "/", str(pathlib.Path(__file__).parents[2]) + "/")
+_CALLS = {
+    "Check": "/grpc.health.v1.Health/Check",
+    **{name: f"/tensorflow.serving.PredictionService/{name}" for name in ("Predict", "Classify", "MultiInference")},
+}
 _SECONDS = 120  # an answer that takes longer counts as a hang, even on a busy machine
 
 
@@ -90,6 +98,7 @@ def _grpc_seeds() -> list[tuple[str, bytes]]:
         ("Predict", example),
         ("Classify", classify),
         ("MultiInference", multi),
+        ("Check", health_pb2.HealthCheckRequest(service="PredictionService")),
     ]
     return [(method, message.SerializeToString()) for method, message in seeds]
 
@@ -180,10 +189,7 @@ def run(rest_url: str, grpc_target: str, *, requests: int, seed: int) -> dict:
     )
     choices = st.randoms(use_true_random=False)
     with httpx.Client(base_url=rest_url, timeout=_SECONDS) as client, grpc.insecure_channel(grpc_target) as channel:
-        calls = {
-            method: channel.unary_unary(f"/tensorflow.serving.PredictionService/{method}")
-            for method in ("Predict", "Classify", "MultiInference")
-        }
+        calls = {method: channel.unary_unary(path) for method, path in _CALLS.items()}
 
         @hypothesis.seed(seed)
         @generated
@@ -250,10 +256,24 @@ def _failure_of(check: Callable[[], None]) -> list[str]:
     return []
 
 
+def _count_logged(folder: pathlib.Path) -> int:
+    """Returns the number of requests in the log files of a folder.
+
+    Raises:
+        tf.errors.DataLossError: A record is damaged.
+        google.protobuf.message.DecodeError: A record is not a PredictionLog.
+    """
+    files = [str(path) for path in folder.glob("*.tfrecord")]
+    records = tf.data.TFRecordDataset(files).as_numpy_iterator()
+    return len([prediction_log_pb2.PredictionLog.FromString(record) for record in records])
+
+
 @contextlib.contextmanager
-def _own_server() -> Iterator[tuple[str, str]]:
-    with tempfile.TemporaryDirectory() as folder, running_server(**write_all(pathlib.Path(folder))) as running:
-        yield running.url, running.target
+def _own_server(logs: pathlib.Path) -> Iterator[tuple[str, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        flags = write_all(pathlib.Path(folder), logs=logs)
+        with running_server(**flags, enable_grpc_healthcheck_service=True) as running:
+            yield running.url, running.target
 
 
 def main() -> int:
@@ -261,8 +281,10 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with _own_server() as (rest_url, grpc_target):
-        figures = run(rest_url, grpc_target, **vars(arguments))
+    with tempfile.TemporaryDirectory() as logs:
+        with _own_server(pathlib.Path(logs)) as (rest_url, grpc_target):
+            figures = run(rest_url, grpc_target, **vars(arguments))
+        figures["logged"] = _count_logged(pathlib.Path(logs))
     print(json.dumps(figures, indent=2))
     return int(bool(figures["wrong"]))
 

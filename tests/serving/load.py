@@ -3,8 +3,9 @@
     python -m tests.serving.load --seconds=600 --clients=16 --swap_every=20
 
 This starts `python -m robust_tf.serve` on a model whose versions answer with their own number, replaces the versions
-one after another, and checks that each answer is right for its version. It prints figures as JSON, and exits with 1 if
-anything failed.
+one after another, and checks that each answer is right for its version. The server logs every request, and has to have
+logged exactly those that it answered. A health check asks every second whether it is serving. With --batching, each
+version brings its own batching parameters. The program prints figures as JSON, and exits with 1 if anything failed.
 """
 
 import argparse
@@ -21,9 +22,13 @@ import grpc
 import httpx
 import numpy as np
 import tensorflow as tf
-from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2, prediction_service_pb2_grpc
 
 from tests.serving.conftest import LIMIT, free_port, until
+from tests.serving.models import logging_entry, model_entry
+
+_BATCHING = "max_batch_size { value: 64 } batch_timeout_micros { value: 1000 } allowed_batch_sizes: [16, 32, 64]"
 
 
 def save_version(base: pathlib.Path, number: int) -> None:
@@ -39,6 +44,7 @@ def save_version(base: pathlib.Path, number: int) -> None:
 
     hidden = base / f".new-{number}"
     tf.saved_model.save(module, str(hidden), signatures={"serving_default": serve})
+    (hidden / "batching_params.pbtxt").write_text(_BATCHING)
     hidden.rename(base / str(number))
 
 
@@ -50,6 +56,7 @@ class Load:
         self.target = f"127.0.0.1:{grpc_port}"
         self.seen: Counter[int] = Counter()
         self.failures: list[str] = []
+        self.health_checks = 0
         self.stopping = threading.Event()
         self._lock = threading.Lock()
 
@@ -71,6 +78,20 @@ class Load:
                     self.failures.append(failure)
                 else:
                     self.seen[int(version[0])] += 1
+
+    def watch_health(self) -> None:
+        """Asks the server every second whether it is serving, until the load stops."""
+        with grpc.insecure_channel(self.target) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            while not self.stopping.wait(1.0):
+                try:
+                    status = health.Check(health_pb2.HealthCheckRequest(), timeout=LIMIT).status
+                    failure = "" if status == health_pb2.HealthCheckResponse.SERVING else f"health status {status}"
+                except grpc.RpcError as error:
+                    failure = repr(error)
+                with self._lock:
+                    self.health_checks += 1
+                    self.failures += [failure] if failure else []
 
     def _ask_rest(self):
         client = httpx.Client(timeout=LIMIT)
@@ -102,6 +123,15 @@ def resident_megabytes(pid: int) -> float:
     raise ValueError(f"no VmRSS for {pid}")
 
 
+def count_logged(folder: pathlib.Path) -> int:
+    """Returns the number of requests in the log files of a folder. Each must be a whole message with its reply."""
+    count = 0
+    for record in tf.data.TFRecordDataset([str(path) for path in folder.glob("*.tfrecord")]).as_numpy_iterator():
+        log = prediction_log_pb2.PredictionLog.FromString(record).predict_log
+        count += set(log.response.outputs) == {"y", "version"} and list(log.request.inputs) == ["x"]
+    return count
+
+
 def run(*, swaps: int, clients: int, swap_every: float, batching: bool) -> dict:
     """Runs the load over a number of version changes, and returns figures.
 
@@ -115,16 +145,22 @@ def run(*, swaps: int, clients: int, swap_every: float, batching: bool) -> dict:
         base = pathlib.Path(folder) / "m"
         base.mkdir()
         save_version(base, 1)
+        logs = pathlib.Path(folder) / "logs"
+        logs.mkdir()
+        config = pathlib.Path(folder) / "models.config"
+        config.write_text("model_config_list {" + model_entry("m", base, logging_entry(logs / "m")) + "}")
         rest_port, grpc_port = free_port(), free_port()
-        command = [sys.executable, "-m", "robust_tf.serve", "--model_name=m", f"--model_base_path={base}"]
+        command = [sys.executable, "-m", "robust_tf.serve", f"--model_config_file={config}"]
         command += [f"--rest_api_port={rest_port}", f"--port={grpc_port}", "--file_system_poll_wait_seconds=0.2"]
-        command += ["--enable_batching"] if batching else []
+        command += ["--enable_grpc_healthcheck_service"]
+        command += ["--enable_batching", "--enable_per_model_batching_parameters"] if batching else []
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             if not server.stdout.readline().startswith("Ready"):
                 raise RuntimeError("the server did not start")
             load = Load(rest_port, grpc_port)
             threads = [threading.Thread(target=load.run_client, args=(seed,)) for seed in range(clients)]
+            threads.append(threading.Thread(target=load.watch_health))
             for thread in threads:
                 thread.start()
             memory, newest, start = [], 1, time.monotonic()
@@ -145,12 +181,18 @@ def run(*, swaps: int, clients: int, swap_every: float, batching: bool) -> dict:
             code = server.wait(LIMIT)
         finally:
             server.kill()
+        logged = count_logged(logs)
+    requests = sum(load.seen.values())
+    if logged != requests:
+        load.failures.append(f"{logged} requests are in the logs, but {requests} were answered")
     return {
         "seconds": round(elapsed, 1),
         "clients": clients,
         "batching": batching,
-        "requests": sum(load.seen.values()),
-        "requests_per_second": round(sum(load.seen.values()) / elapsed, 1),
+        "requests": requests,
+        "requests_per_second": round(requests / elapsed, 1),
+        "logged": logged,
+        "health_checks": load.health_checks,
         "failures": len(load.failures),
         "first_failures": load.failures[:5],
         "versions_published": newest,

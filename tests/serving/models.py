@@ -137,10 +137,13 @@ def export_small_classifier(classifier: keras.Model, export_dir: pathlib.Path) -
     )
 
 
-def write_config(folder: pathlib.Path, bases: dict[str, pathlib.Path]) -> dict[str, str]:
-    """Writes config files for these models, and returns their paths by flag."""
+def write_config(
+    folder: pathlib.Path, bases: dict[str, pathlib.Path], *, logs: pathlib.Path | None = None
+) -> dict[str, str]:
+    """Writes config files for these models, and returns their paths by flag. `logs` is a folder for request logs."""
     label = {"half_plus_two": 'version_labels { key: "stable" value: 123 }'}
-    entries = "".join(model_entry(name, base, label.get(name, "")) for name, base in bases.items())
+    logging = {name: logging_entry(logs / name) if logs else "" for name in bases}
+    entries = "".join(model_entry(name, base, label.get(name, "") + logging[name]) for name, base in bases.items())
     (folder / "models.config").write_text("model_config_list {\n" + entries + "}\n")
     (folder / "monitoring.config").write_text("prometheus_config { enable: true }\n")
     return {
@@ -154,12 +157,20 @@ def model_entry(name: str, base_path: pathlib.Path, more: str = "") -> str:
     return f'config {{ name: "{name}" base_path: "{base_path}" model_platform: "tensorflow" {more} }}\n'
 
 
-def write_all(folder: pathlib.Path) -> dict[str, str]:
+def logging_entry(prefix: pathlib.Path | str, rate: float = 1.0, kind: str = 'type: "tfrecord"') -> str:
+    """Returns the entry in a model's config that logs a share of its requests to files with this prefix."""
+    return (
+        f'logging_config {{ log_collector_config {{ {kind} filename_prefix: "{prefix}" }} '
+        f"sampling_config {{ sampling_rate: {rate} }} }}"
+    )
+
+
+def write_all(folder: pathlib.Path, *, logs: pathlib.Path | None = None) -> dict[str, str]:
     """Writes all three models into a new folder, and returns the paths of their config files by flag."""
     save_half_plus_two(folder / "half_plus_two" / "00000123")
     save_echo(folder / "echo" / "1")
     export_small_classifier(small_classifier(), folder)
-    return write_config(folder, {name: folder / name for name in ("half_plus_two", "echo", "digits")})
+    return write_config(folder, {name: folder / name for name in ("half_plus_two", "echo", "digits")}, logs=logs)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,11 @@ def test_metadata_holds_the_signatures(server):
         (PREDICT, "", 400, "JSON Parse error: The document is empty"),
         (PREDICT, "instances = [1, 2]", 400, "JSON Parse error: Invalid value. at offset: 0"),
         (PREDICT, b'{"instances": "\xff"}', 400, "JSON Parse error"),
+        *(
+            (path, f"{{{entry}}}", 400, "JSON Parse error: The surrogate pair in string is invalid.")
+            for path in (PREDICT, "/v1/models/half_plus_two:classify")
+            for entry in (r'"signature_name": "\ud800"', r'"instances": ["x\udc00"]', r'"\ud800": 1')
+        ),
         (PREDICT, [1], 400, "Is not object"),
         (PREDICT, {}, 400, "Missing 'inputs' or 'instances' key"),
         (PREDICT, {"inputs": [1], "instances": [1]}, 400, "expecting only one of 'inputs' or 'instances'"),

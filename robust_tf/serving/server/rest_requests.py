@@ -99,13 +99,19 @@ def _parse_leniently(body: bytes) -> Any:
         text = body.decode("utf-8", "surrogateescape")
         document, end = json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
         text[:end].encode("utf-8")  # only the document must be valid UTF-8, not what follows it
-        return document
     except json.JSONDecodeError as error:
         raise invalid(f"JSON Parse error: Invalid value. at offset: {error.pos}") from error
     except UnicodeEncodeError as error:
         raise invalid(f"JSON Parse error: Invalid encoding in string. at offset: {error.start}") from error
     except (RecursionError, ValueError) as error:  # ValueError: an integer with thousands of digits
         raise invalid(f"JSON Parse error: nested too deeply or too long a number: {error}") from error
+    try:
+        json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:  # half a pair, written as an escape
+        raise invalid("JSON Parse error: The surrogate pair in string is invalid.") from error
+    except RecursionError as error:
+        raise invalid(f"JSON Parse error: nested too deeply: {error}") from error
+    return document
 
 
 def _parse_rows(document: Mapping[str, Any], definition: meta_graph_pb2.SignatureDef) -> dict[str, np.ndarray]:
@@ -284,7 +290,7 @@ def _text(shape: Sequence[int]) -> str:
 
 def _to_bytes(value: str | dict[str, Any]) -> bytes:
     if isinstance(value, str):
-        return value.encode("utf-8", "surrogatepass")
+        return value.encode("utf-8")
     if not _is_bytes(value):
         raise invalid(f"JSON Value: {_excerpt(value)} not formatted correctly for base64 data")
     text: str = "".join(value["b64"].split())
