@@ -6,6 +6,7 @@ frameworks is missing on either side.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import json
@@ -15,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 
@@ -92,6 +93,7 @@ def serve(build: Callable[[StepSettings], Step]) -> None:
                 gc.collect()
         except Exception as error:  # noqa: BLE001  # whatever stops a step is what the benchmark reports
             answer["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+        ctypes.CDLL(None).fflush(None)  # what libraries in C have printed
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -102,10 +104,14 @@ class StepProcess:
     Args:
         command: Command that runs `serve`, such as `[sys.executable, "-m", "tests.bench.torch_step"]`.
         without: Names of environment variables that the process must not inherit.
+        environment: Further environment variables.
     """
 
-    def __init__(self, command: Sequence[str], *, without: Sequence[str] = ()) -> None:
+    def __init__(
+        self, command: Sequence[str], *, without: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # see `close`
+        self._read = 0
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -115,7 +121,8 @@ class StepProcess:
             cwd=pathlib.Path(__file__).parents[2],
             # Otherwise the first process takes all memory of a GPU.
             env={name: value for name, value in os.environ.items() if name not in without}
-            | {"TF_FORCE_GPU_ALLOW_GROWTH": "true"},
+            | {"TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+            | dict(environment or {}),
         )
 
     def close(self) -> None:
@@ -144,6 +151,13 @@ class StepProcess:
         """Frees all steps."""
         self._ask(call="clear")
 
+    def new_output(self) -> str:
+        """Returns what the process has printed since the last call."""
+        # With an offset of its own, because the process writes at the one that both files share.
+        content = os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size - self._read, self._read)
+        self._read += len(content)
+        return content.decode("utf-8", "replace")
+
     def kill(self) -> None:
         """Ends the process at once. A call that waits for it fails."""
         self._process.kill()
@@ -166,13 +180,16 @@ class StepProcess:
         return answer
 
 
-def torch_process(python: str) -> StepProcess:
+def torch_process(python: str, *, environment: Mapping[str, str] | None = None) -> StepProcess:
     """Starts the process of PyTorch.
 
     Args:
         python: Command of a Python with torch and torchvision.
+        environment: Further environment variables.
     """
     # The libraries that TensorFlow's environment may name there are other versions than PyTorch's.
     return StepProcess(
-        [*shlex.split(python), "-m", "tests.bench.torch_step"], without=("PYTHONPATH", "LD_LIBRARY_PATH")
+        [*shlex.split(python), "-m", "tests.bench.torch_step"],
+        without=("PYTHONPATH", "LD_LIBRARY_PATH"),
+        environment=environment,
     )

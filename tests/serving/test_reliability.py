@@ -15,10 +15,11 @@ def test_no_request_fails_and_no_answer_is_wrong_while_versions_change(batching)
 
 
 @pytest.mark.slow
-def test_killed_exporter_leaves_no_broken_version():
-    figures = kill.run(kills=2, seed=0)
+@pytest.mark.parametrize("formats", [("savedmodel",), ("savedmodel", "onnx", "litert")])
+def test_killed_exporter_leaves_no_broken_version(formats):
+    figures = kill.run(kills=2, seed=0, formats=formats)
     assert figures["broken"] == []
-    assert figures["published"] > 0
+    assert list(figures["published"]) == list(formats) and min(figures["published"].values()) > 0
 
 
 @pytest.mark.slow
