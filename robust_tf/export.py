@@ -55,7 +55,7 @@ class ExportConfig:
     labels: str = flag(
         "",
         "Text file with the names of the classes in the order of the logits, one on each line. By default, the names "
-        "in results.json.",
+        "in results.json or, for a published model, those of its data set in TFDS.",
     )
     resize_size: int | None = flag(
         None,

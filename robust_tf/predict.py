@@ -69,7 +69,7 @@ class PredictConfig:
     labels: str = flag(
         "",
         "Text file with the names of the classes of --classifier in the order of the logits, one on each line. By "
-        "default, the names in results.json.",
+        "default, the names in results.json or, for a published model, those of its data set in TFDS.",
     )
     # What to compute
     top: int = flag(

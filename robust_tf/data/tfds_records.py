@@ -13,7 +13,7 @@ from etils import epath
 
 from robust_tf.data.datasets import dataset_info, is_row
 from robust_tf.data.records import LabeledImages, check_class_names
-from robust_tf.data.tfds_preparation import prepared_builder
+from robust_tf.data.tfds_preparation import builder_of, prepared_builder
 from robust_tf.errors import UserError
 from robust_tf.sharing import is_sharing, shared
 
@@ -94,6 +94,19 @@ class TfdsPart:
     def _read(self, features: set[str], decoders: dict[str, Any] | None = None, **options: object) -> tf.data.Dataset:
         partial = tfds.decode.PartialDecoding(features, decoders=decoders or {})
         return self.builder.as_dataset(split=self.split, decoders=partial, shuffle_files=False, **options)
+
+
+def class_names_of(name: str) -> tuple[str, ...]:
+    """Returns the names of the classes of a data set of TFDS, which need not be prepared.
+
+    Args:
+        name: Key of `DATASETS`, or `tfds:NAME[/config][:version]`.
+
+    Raises:
+        UserError: If TFDS has no such data set, or it is not an image classification data set.
+    """
+    builder = builder_of(name)
+    return tuple(builder.info.features[_keys(builder, name)[1]].names)
 
 
 def open_tfds(name: str, data_dir: epath.Path | pathlib.Path | None) -> LabeledImages:

@@ -14,9 +14,8 @@ from robust_tf.config.evaluation import DEFAULT_BATCH_SIZE
 from robust_tf.data import TaskData, load_task
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import PUBLISHED, fetch_published, load_classifier, weights_sha256
+from robust_tf.models.published_results import published_results
 from robust_tf.results import FILE_NAME, JobResults, MeasuredAttack
-
-_PUBLISHED_DATASETS = {"imagenet": "imagenet2012", "fashion_mnist": "fashion_mnist"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,8 +215,6 @@ def job_of(path: pathlib.Path, name: str) -> JobResults:
         path: File of the classifier.
         name: The classifier as the user wrote it, which may be the name of a published model.
     """
-    if name not in PUBLISHED:
-        return JobResults.read(path.parent / FILE_NAME) or JobResults()
-    model = PUBLISHED[name]
-    attack = MeasuredAttack(norm=model.norm, epsilon=model.epsilon) if model.epsilon else None
-    return JobResults(dataset=_PUBLISHED_DATASETS[model.dataset], robust_accuracy_attack=attack)
+    if name in PUBLISHED:
+        return published_results(name)
+    return JobResults.read(path.parent / FILE_NAME) or JobResults()

@@ -9,6 +9,7 @@ the same time, so this rest can be too small for it, even below 0.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import statistics
@@ -44,7 +45,7 @@ class Kernels:
 
     seconds: float
     calls: Counter[str]
-    milliseconds: Counter[str]
+    milliseconds: dict[str, float]
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ def kernels_of(lines: Iterable[str], *, seconds: float) -> Kernels:
     Returns:
         The kernels, by primitive and pass.
     """
-    calls, milliseconds = Counter[str](), Counter[str]()
+    calls, milliseconds = Counter[str](), collections.defaultdict[str, float](float)
     for line in lines:
         fields = line.split(",")
         if not line.startswith("onednn_verbose") or "exec" not in fields:
@@ -145,15 +146,19 @@ def table(ours: list[Kernels], torch: list[Kernels]) -> list[str]:
     sums = [sum(value for name, (_, value) in each.items() if name != _STEP) for each in medians]
     totals = [each[_STEP][1] for each in medians]
     rests = [total - kernels for total, kernels in zip(totals, sums, strict=True)]
-    for name, values in (("all kernels", sums), ("the step", totals), ("the step without its kernels", rests)):
-        lines.append(row(name, (0, values[0]), (0, values[1])))
+    for name, (our_value, other_value) in (
+        ("all kernels", sums),
+        ("the step", totals),
+        ("the step without its kernels", rests),
+    ):
+        lines.append(row(name, (0.0, our_value), (0.0, other_value)))
     return lines
 
 
 def _medians(runs: list[Kernels]) -> dict[str, tuple[float, float]]:
     """Returns the number of calls and their time in ms, by kind of kernel, and for the whole step."""
     names = {name for run in runs for name in run.calls}
-    found = {
+    found: dict[str, tuple[float, float]] = {
         name: (
             statistics.median(run.calls[name] for run in runs),
             statistics.median(run.milliseconds[name] for run in runs),

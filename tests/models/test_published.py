@@ -20,6 +20,8 @@ from robust_tf.errors import UserError
 from robust_tf.models import build_classifier, load_classifier, to_reference_state
 from robust_tf.models import published as published_module
 from robust_tf.models.published import PUBLISHED, PublishedModel, fetch_checkpoint, fetch_published, standard_twin
+from robust_tf.models.published_results import published_results
+from robust_tf.results import MeasuredAttack
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 NAME = "resnet8_l2_eps1"
@@ -358,3 +360,13 @@ def test_the_packaged_classifiers_have_the_accuracies_of_the_table() -> None:
         images_adv = pgd(classifier, images, labels, norm="l2", epsilon=1.0, step_size=0.25, steps=10)
         robust = np.mean(classifier.predict(images_adv, verbose=0).argmax(axis=-1) == labels)
         assert at_least <= robust <= at_most, name
+
+
+def test_the_classes_of_published_models_have_the_names_of_their_data_set():
+    fashion = published_results("resnet20_fashion_mnist_l2_eps1")
+    assert fashion.class_names[::9] == ("T-shirt/top", "Ankle boot")
+    assert (fashion.dataset, fashion.robust_accuracy_attack) == ("fashion_mnist", MeasuredAttack(norm="l2", epsilon=1))
+    imagenet = published_results("resnet50_l2_eps0")
+    assert (imagenet.dataset, imagenet.robust_accuracy_attack) == ("imagenet2012", None)
+    # The reference sorts the folders of the classes, which have these names.
+    assert len(imagenet.class_names) == 1000 and list(imagenet.class_names) == sorted(imagenet.class_names)

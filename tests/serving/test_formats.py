@@ -157,6 +157,7 @@ def test_program_publishes_a_packaged_model_in_several_formats(tmp_path, capsys)
     saved_model, file = (open_artifact(str(folder)) for folder in folders)
     assert saved_model.logits(images) == pytest.approx(file.logits(images), abs=1e-4)
     assert saved_model.card["latency_ms_per_image"]["batch_1"] > 0
+    assert saved_model.labels == file.labels and file.labels[0] == "T-shirt/top"
 
 
 @pytest.mark.slow

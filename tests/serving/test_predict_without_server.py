@@ -11,6 +11,7 @@ import pytest
 
 from robust_tf import predict
 from robust_tf.errors import UserError
+from robust_tf.models.published_results import published_results
 from robust_tf.results import JobResults, MeasuredAttack
 from robust_tf.serving.client import predictions
 from robust_tf.serving.client.base import Guess, Probe
@@ -186,6 +187,13 @@ def test_two_runs_cannot_write_the_same_file(tmp_path):
         second = predictions_file(tmp_path / "p.csv", FORM, {})
         with pytest.raises(UserError, match="Another program is writing"), second:
             pass
+
+
+def test_a_published_model_names_its_classes_and_knows_the_norm_of_its_probe(capsys):
+    flags = ["--classifier=resnet20_fashion_mnist_l2_eps0", "--top=5", "--probe_epsilon=1"]
+    [line] = answers(capsys, *flags, str(IMAGES / "a.png"))
+    names = set(published_results("resnet20_fashion_mnist_l2_eps0").class_names)
+    assert len(names) == 10 and {guess["label"] for guess in line["predictions"]} < names
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from tensorflow.core.protobuf import meta_graph_pb2
 from robust_tf.data.transforms import Decoding
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.models import PUBLISHED, fetch_published, image_shape, plain_classifier, read_model
-from robust_tf.results import FILE_NAME, JobResults, MeasuredAttack
+from robust_tf.models.published_results import published_results
+from robust_tf.results import FILE_NAME, JobResults
 from robust_tf.serving.artifacts import open_artifact
 from robust_tf.serving.artifacts.saved_model import SavedModelArtifact
 from robust_tf.serving.client.base import Client, ServerError, Signature, TensorInfo
@@ -84,11 +85,12 @@ class LocalClient(Client):
 def open_classifier(name: str, *, labels: Sequence[str] = (), with_probe: bool = False, norm: str = "") -> LocalClient:
     """Returns a client for a classifier, detector or segmenter, with the functions that an export of it would serve.
 
-    The names of the classes and the preprocessing come from the `results.json` next to the file, as in an export.
+    The names of the classes and the preprocessing come from the `results.json` next to the file, as in an export. For
+    a published model, the names are those of its data set in TFDS.
 
     Args:
         name: Path of a `.keras` file, or name of a published model.
-        labels: Names of the classes in the order of the logits. By default, those in `results.json`.
+        labels: Names of the classes in the order of the logits. By default, see above.
         with_probe: Whether the client can attack images.
         norm: Norm of this attack, "linf" or "l2". "" takes the norm of the job's evaluation.
 
@@ -99,7 +101,8 @@ def open_classifier(name: str, *, labels: Sequence[str] = (), with_probe: bool =
     if path.suffix == ".keras":
         results = JobResults.read(path.with_name(FILE_NAME)) or JobResults()
     elif name in PUBLISHED:
-        path, results = fetch_published(name), _published_results(name)
+        path, results = fetch_published(name), published_results(name)
+        norm = norm or PUBLISHED[name].norm
     else:
         raise unknown_name(
             "classifier (neither the path of a .keras file nor the name of a published model)", name, PUBLISHED
@@ -195,12 +198,6 @@ def open_export(location: str) -> LocalClient:
         return {DEFAULT_SIGNATURE: Signature({"image_bytes": TensorInfo("DT_STRING", (None,))}, outputs)}
 
     return LocalClient({DEFAULT_SIGNATURE: serving_default}, signatures, artifact.close)
-
-
-def _published_results(name: str) -> JobResults:
-    model = PUBLISHED[name]
-    attack = MeasuredAttack(norm=model.norm, epsilon=model.epsilon)
-    return JobResults(robust_accuracy_attack=attack)
 
 
 def _run(model: LoadedModel, signature_name: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
