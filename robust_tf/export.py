@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from robust_tf.environment import start_tensorflow
 from robust_tf.errors import UserError, exit_on_user_error
 from robust_tf.files import check_output_folder
-from robust_tf.flags import flag, parse_flags
+from robust_tf.flags import flag, parse_flags, to_text
 from robust_tf.serving.artifacts.card import FORMATS, INT8_FORMAT, SAVED_MODEL_FORMAT, check_formats, read_labels
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class ExportConfig:
     format: tuple[str, ...] = flag(
         (SAVED_MODEL_FORMAT,),
         f"Formats to publish, separated by commas: {', '.join(FORMATS)}. onnx needs the extra [onnx], and the two "
-        "others the extra [litert]. litert_int8 also needs the data set of the training job, from whose validation "
-        "images it takes the ranges of the activations.",
+        "others the extra [litert]. litert_int8 also needs the data set of the training job (or --dataset), from whose "
+        "validation images it takes the ranges of the activations.",
     )
     version: int | None = flag(
         None, "Version number. By default, the next number that is free in all formats of the model."
@@ -61,6 +61,13 @@ class ExportConfig:
         None,
         "Length in pixels that the shorter side of an encoded image is resized to before the center crop. By default, "
         "the one in results.json, or the size of the classifier's images.",
+    )
+    dataset: str = flag(
+        "", "Data set of the images for litert_int8. By default, the one of the training job in results.json."
+    )
+    classes: tuple[int, ...] = flag(
+        (),
+        "Labels of this data set to keep, in the order of the logits. By default, those of the training job, or all.",
     )
     data_dir: str = flag("", "Folder of TensorFlow Datasets, for litert_int8. By default, the library's own folder.")
     license: str = flag("", "License of the classifier, for the model card.")
@@ -80,6 +87,12 @@ class ExportConfig:
             if not getattr(self, name):
                 raise UserError(f"--classifier, --export_dir and --model_name are needed. Received: no --{name}.")
         check_formats(self.format)
+        for name in ("dataset", "classes", "data_dir"):
+            if getattr(self, name) and INT8_FORMAT not in self.format:
+                raise UserError(
+                    f"--{name} is for --format={INT8_FORMAT}. Received: --{name}={to_text(getattr(self, name))} with "
+                    f"--format={','.join(self.format)}."
+                )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -171,11 +184,11 @@ def _publish_dense(config: ExportConfig, network: "keras.Model", results: "JobRe
 
 
 def _samples(config: ExportConfig) -> "Samples":
-    """Returns validation images of the data set on which the classifier was trained."""
+    """Returns validation images of --dataset or, without it, of the data set on which the classifier was trained."""
     from robust_tf.evaluation.subject import load_subject
     from robust_tf.serving.publish.formats import Samples
 
-    subject = load_subject(config.classifier, data_dir=config.data_dir)
+    subject = load_subject(config.classifier, dataset=config.dataset, classes=config.classes, data_dir=config.data_dir)
     return Samples(*subject.task.preview(_NUM_SAMPLES))
 
 

@@ -161,13 +161,22 @@ def test_program_publishes_a_packaged_model_in_several_formats(tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_program_takes_the_samples_from_the_data_set_of_the_job(tmp_path, data_dir):
+def test_program_takes_the_samples_from_the_data_set_of_the_flags_or_of_the_job(tmp_path, data_dir, monkeypatch):
+    read_samples = export._samples
     images = keras.Input((8, 8, 3), name="images")
     keras.Model(images, keras.layers.Dense(10)(keras.layers.Flatten()(images))).save(tmp_path / "classifier.keras")
     flags = [f"--classifier={tmp_path / 'classifier.keras'}", f"--export_dir={tmp_path / 'E'}", "--model_name=digits"]
     with pytest.raises(UserError, match="The data set of .* is not known"):
         export.main(["export", *flags, "--format=litert_int8"])
+    with pytest.raises(UserError, match="its logits|logits for"):  # the data set of the flags has five classes
+        export.main(["export", *flags, "--format=litert_int8", "--dataset=digits", "--classes=5,6,7,8,9"])
+    with pytest.raises(UserError, match="--dataset is for --format=litert_int8. Received: --dataset=digits with"):
+        export.main(["export", *flags, "--format=litert", "--dataset=digits"])
+    samples = []
+    monkeypatch.setattr(export, "_samples", lambda config: samples.append(read_samples(config)) or samples[-1])
+    export.main(["export", *flags, "--format=litert_int8", "--dataset=digits", f"--data_dir={data_dir}"])
     (tmp_path / "results.json").write_text(json.dumps({"dataset": "digits"}))
     export.main(["export", *flags, "--format=litert_int8", f"--data_dir={data_dir}"])
-    card = json.loads((tmp_path / "E" / "digits" / "litert_int8" / "1" / "model_card.json").read_text())
+    np.testing.assert_array_equal(samples[0].images, samples[1].images)
+    card = json.loads((tmp_path / "E" / "digits" / "litert_int8" / "2" / "model_card.json").read_text())
     assert card["comparison"]["num_images"] >= 50
