@@ -4,7 +4,7 @@
     python -m tests.bench.dense_overfit --task_type=detection --epochs=70
     python -m tests.bench.dense_overfit --task_type=segmentation --epochs=220
 
-The backbone is that of the robust Fashion-MNIST classifier that comes with the package. It prints the average precision
+The backbone comes from the robust Fashion-MNIST classifier in this package. The program prints the average precision
 or the mean IoU on the images of the training.
 """
 

@@ -153,7 +153,7 @@ class StepProcess:
 
     def new_output(self) -> str:
         """Returns what the process has printed since the last call."""
-        # With an offset of its own, because the process writes at the one that both files share.
+        # `pread` leaves the position of the file alone, at which the process goes on writing.
         content = os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size - self._read, self._read)
         self._read += len(content)
         return content.decode("utf-8", "replace")
