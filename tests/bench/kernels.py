@@ -5,7 +5,7 @@
 Both frameworks run the same kinds of kernels, and oneDNN reports each with its time (ONEDNN_VERBOSE). The steps take
 turns. The table has a row for each kind of kernel: the number of calls in a step and their time in ms, as the median of
 the steps. The last rows are the whole step and what no kernel of oneDNN accounts for. TensorFlow may run two kernels at
-the same time, so this rest can be too small for it, even below 0.
+the same time, and this rest is then too small. With TF_NUM_INTEROP_THREADS=1 it runs one after the other.
 """
 
 import argparse
