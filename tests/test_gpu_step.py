@@ -66,10 +66,12 @@ def test_the_table_has_ratios_memory_and_first_calls(stand_ins, monkeypatch, cap
         seconds = 0.02 if name == "torch bfloat16" else 0.01
         assert row["s_per_step"] >= seconds and row["first_call_s"] >= 10 * seconds
         assert row["images_per_s"] == pytest.approx(4 / row["s_per_step"], rel=1e-3)
-        ratio = row["images_per_s"] / rows["torch bfloat16"]["images_per_s"]
-        compiled = row["images_per_s"] / rows["torch_compile bfloat16"]["images_per_s"]
-        assert f"| {name} | {row['images_per_s']:,.0f} | {ratio:.2f} | {compiled:.2f} |" in out
-        assert f"| 1.2 | {row['first_call_s']:.1f} |" in out
+        cells = next(line for line in out.splitlines() if line.startswith(f"| {name} |")).split(" | ")
+        # The figures of the file are rounded, so a ratio of them may round to another last digit than the table's.
+        for cell, other in zip(cells[2:4], ("torch bfloat16", "torch_compile bfloat16"), strict=True):
+            assert float(cell) == pytest.approx(row["images_per_s"] / rows[other]["images_per_s"], abs=0.006)
+        assert float(cells[1].replace(",", "")) == pytest.approx(row["images_per_s"], abs=0.6)
+        assert cells[-2] == "1.2" and float(cells[-1].rstrip(" |")) == pytest.approx(row["first_call_s"], abs=0.06)
     assert len(stand_ins) == 4
 
 
