@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from robust_tf.attacks.checks import check_logits, check_threat_model
-from robust_tf.attacks.loops import batches_stay_whole
+from robust_tf.attacks.loops import for_accelerator
 from robust_tf.attacks.losses import Model, logits_of
 from robust_tf.attacks.outputs import callable_in_graphs, with_classes
 from robust_tf.attacks.table import ATTACKS
@@ -239,7 +239,7 @@ class CompiledAttacks:
 
         if size is None:
             return run.get_concrete_function()
-        with batches_stay_whole():
+        with for_accelerator():
             return run.get_concrete_function()
 
     def _compile(self, names: Sequence[str], first: np.ndarray, size: int) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple, cast
 import tensorflow as tf
 
 from robust_tf.attacks.checks import check_at_least, check_threat_model, checked_batch
-from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting, select_images
+from robust_tf.attacks.loops import State, in_graph, repeat, repeat_while_resisting, select_images, step_of_loop
 from robust_tf.attacks.losses import LOSSES, Model, is_correct, likeliest_targets, logits_of, num_classes, slope_of
 from robust_tf.attacks.seeds import Seed, as_seeds, fold_in
 from robust_tf.attacks.threat_models import NORMS, Geometry
@@ -190,6 +190,7 @@ def _nearest_boundary(model: Model, points: tf.Tensor, labels: tf.Tensor, geomet
     classes = num_classes(logits_of(model, points))
 
     # One class after the other, because all gradients at once would take the memory of `classes` batches.
+    @step_of_loop
     def nearer(k: tf.Tensor, nearest: _Boundary) -> tuple[tf.Tensor, _Boundary]:
         # For each image, label + k runs through all other classes.
         new = _boundary_of(model, points, labels, (labels + k) % classes, geometry)

@@ -7,7 +7,7 @@ work inside `fit`, where autograph is off.
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import tensorflow as tf
 
@@ -19,21 +19,42 @@ State = dict[str, tf.Tensor]
 # are prepared again for every new batch size.
 _SHRINK_AT = 8
 
-_batches_stay_whole = contextvars.ContextVar("_batches_stay_whole", default=False)
+_for_accelerator = contextvars.ContextVar("_for_accelerator", default=False)
+
+Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 @contextlib.contextmanager
-def batches_stay_whole() -> Iterator[None]:
-    """Makes the attacks that are traced inside this block keep all images in the batch, also those that have fallen.
+def for_accelerator() -> Iterator[None]:
+    """Makes the attacks that are traced inside this block suit XLA and GPUs. The verdicts are the same either way.
 
-    XLA needs this, because it compiles for fixed shapes. Without XLA it is useful on a GPU, where cuDNN looks for the
-    fastest convolution again for every new batch size. The verdicts are the same either way.
+    All images stay in the batch, also those that have fallen. XLA needs this, because it compiles for fixed shapes.
+    Without XLA it is useful on a GPU, where cuDNN looks for the fastest convolution again for every new batch size.
+
+    The step of a loop is not a function of its own. XLA does not need that, and XLA's cache would not find the program
+    again, because each process gives its functions other names.
     """
-    token = _batches_stay_whole.set(True)
+    token = _for_accelerator.set(True)
     try:
         yield
     finally:
-        _batches_stay_whole.reset(token)
+        _for_accelerator.reset(token)
+
+
+def step_of_loop(step: Step) -> Step:
+    """Returns the step of a `tf.while_loop` as a function of its own, where that is faster: in a graph on a CPU.
+
+    TensorFlow passes the gradient of max pooling to oneDNN only if it comes after its pooling in the order in which it
+    visits the graph. In the cycle of a loop the gradient often comes first. It is then computed by another kernel,
+    which took a tenth of the attack on a ResNet-18 (see tests/bench/README.md). The graph of a function has no cycle.
+
+    Args:
+        step: Function of tensors, or structures of tensors, that returns such.
+    """
+    if _for_accelerator.get() or tf.executing_eagerly() or tf.config.list_logical_devices("GPU"):
+        return step
+    # Inlined, the function would become a part of the cycle.
+    return cast(Step, tf.function(step, autograph=False, experimental_attributes={"_noinline": True}))
 
 
 def select_images(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
@@ -44,9 +65,10 @@ def select_images(condition: tf.Tensor, images: tf.Tensor, others: tf.Tensor) ->
 def repeat(step: Callable[[tf.Tensor, State], State], state: State, times: int | tf.Tensor) -> State:
     """Returns the state after `state = step(i, state)` for i = 0, 1, ..., `times` - 1."""
     keys = sorted(state)
+    call = step_of_loop(step)
 
     def body(i: tf.Tensor, *values: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        new = step(i, dict(zip(keys, values, strict=True)))
+        new = call(i, dict(zip(keys, values, strict=True)))
         return (i + 1, *(new[key] for key in keys))
 
     if isinstance(times, int) and times == 1:
@@ -84,9 +106,9 @@ def repeat_while_resisting(step: Callable[[tf.Tensor, State], State], state: Sta
         The state of all images in their original order. A fallen image has the state in which it left the batch, or
         the last one if batches stay whole.
     """
-    if _batches_stay_whole.get():
+    if _for_accelerator.get():
         return _repeat_until_all_fall(step, state, times)
-    keys = sorted(state)
+    keys, call = sorted(state), step_of_loop(step)
     count = tf.shape(state["fallen"])[0]
 
     def going_on(i: tf.Tensor, rows: tf.Tensor, active: State, everything: State) -> tf.Tensor:
@@ -96,7 +118,7 @@ def repeat_while_resisting(step: Callable[[tf.Tensor, State], State], state: Sta
     def body(
         i: tf.Tensor, rows: tf.Tensor, active: State, everything: State
     ) -> tuple[tf.Tensor, tf.Tensor, State, State]:
-        active = _without_the_fallen(active, step(i, active))
+        active = _without_the_fallen(active, call(i, active))
         fallen = tf.math.count_nonzero(active["fallen"], dtype=tf.int32)
 
         def shrink() -> tuple[tf.Tensor, State, State]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import keras
 import tensorflow as tf
 
+from robust_tf.attacks.loops import step_of_loop
 from robust_tf.attacks.outputs import CheckedModel, Model, outputs_of
 from robust_tf.attacks.outputs import logits_of as logits_of
 from robust_tf.attacks.outputs import with_classes as with_classes
@@ -264,6 +265,7 @@ def mean_slope(
     if draws == 1:
         return slope
 
+    @step_of_loop
     def add(i: tf.Tensor, total: Slope) -> tuple[tf.Tensor, Slope]:
         new = slope_of(model, points, loss_of, labels)
         total_loss, total_gradient = total.loss + new.loss, total.gradient + new.gradient

@@ -87,7 +87,8 @@ def _l2_step(gradient: tf.Tensor, step_size: Scale) -> tf.Tensor:
     # float32. Such gradients are therefore scaled up first. For all other gradients the result equals the reference
     # bit by bit, and the 1e-10 shortens the step by less than 1e-4.
     largest = linf_norm(gradient)
-    gradient = tf.where(largest < _TINY_GRADIENT, tf.math.divide_no_nan(gradient, largest), gradient)
+    # One division, by 1 where nothing is scaled, is faster than a choice between two results for each pixel.
+    gradient = gradient / tf.where((largest > 0.0) & (largest < _TINY_GRADIENT), largest, tf.ones_like(largest))
     return step_size * gradient / (l2_norm(gradient) + 1e-10)
 
 

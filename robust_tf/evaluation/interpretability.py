@@ -9,6 +9,7 @@ import tensorflow as tf
 from scipy import ndimage
 
 from robust_tf.attacks import AttackConfig, run_pgd
+from robust_tf.attacks.loops import step_of_loop
 from robust_tf.attacks.losses import find_loss, slope_of
 from robust_tf.models import features_of
 
@@ -127,6 +128,7 @@ def invert_features(
             difference = _flat(representation(points, training=False)) - wanted
             return tf.sqrt(tf.reduce_sum(difference**2, axis=1) + 1e-20) / size
 
+        @step_of_loop
         def step(index: tf.Tensor, points: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(points)

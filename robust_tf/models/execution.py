@@ -11,6 +11,8 @@ import tensorflow as tf
 from keras import ops
 
 from robust_tf.models.folding import batch_norm_after_convolution
+from robust_tf.models.image_steps import blocks_of_pixels, clipped, is_clip, is_normalization, normalized
+from robust_tf.models.weight_gradient import convolved, has_fast_weight_gradient
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _IMAGE_CHANNELS = 4  # the most channels that count as those of an image
@@ -30,6 +32,7 @@ class Execution:
     - A folded convolution of an image with stride 2, as in the stem of a ResNet, is computed on blocks of 2 x 2 pixels,
       as a convolution of four times as many channels with stride 1. The gradient of the image, which only an attack
       needs, is faster that way (see tests/bench/README.md).
+    - Images are clipped and normalized in rows, without broadcasts over their few channels.
 
     The classifier is not changed. It stays an ordinary Keras model, and its file can be loaded without this package,
     because only the calls of its layers are replaced here. Layers for which there is no faster way, and models that
@@ -40,8 +43,9 @@ class Execution:
         unbiased: Whether the moving variances of the layers in `fused_layers` follow the unbiased variance of the
             batch, as in PyTorch, instead of the biased one, as in Keras. Layers whose input size is unknown always
             follow the biased one.
-        fused: Whether one operation computes BatchNorm in training mode. XLA fuses Keras's operations by itself, and
-            the one operation was not found to be faster there (see tests/bench/README.md).
+        fused: Whether one operation computes BatchNorm in training mode, and images are normalized in rows. XLA fuses
+            Keras's operations by itself, and the one operation was not found to be faster there (see
+            tests/bench/README.md).
 
     Example:
         >>> import keras, numpy
@@ -115,7 +119,7 @@ class Execution:
         @functools.cache  # so that a layer that is called twice stays one layer
         def wrapper(operation: Any) -> Any:
             if not isinstance(operation, keras.layers.Layer):
-                return operation
+                return _Clip(operation) if self._is_fused and is_clip(operation) else operation
             if isinstance(operation, keras.Model):
                 return self._copy(operation, folded=folded, path=f"{path}{operation.name}/")
             if operation.name in pairs:
@@ -123,14 +127,18 @@ class Execution:
                 layer = _FoldedConvolution(operation, layers[pairs[operation.name]], lambda: self._kept_for(name))
                 self._foldings[name] = layer
                 return layer
-            return self._wrapped(operation)
+            return self._wrapped(operation, folded=folded)
 
         def call(layer: Any, x: Any, *others: Any, **options: Any) -> Any:
             return x if layer.name in norms else layer(x, *others, **options)
 
         return keras.models.clone_model(graph, clone_function=wrapper, call_function=call)
 
-    def _wrapped(self, layer: keras.layers.Layer) -> keras.layers.Layer:
+    def _wrapped(self, layer: keras.layers.Layer, *, folded: bool) -> keras.layers.Layer:
+        if self._is_fused and is_normalization(layer):
+            return _Normalization(layer)
+        if self._is_fused and not folded and has_fast_weight_gradient(layer):
+            return _Convolution(layer)
         if not (self._is_fused and _is_fusable(layer)):
             return _Shared(layer)
         fused = _FusedBatchNorm(layer, unbiased=self._unbiased and _has_known_size(layer))
@@ -142,9 +150,9 @@ class Execution:
 
 
 class _Wrapper(keras.layers.Layer):
-    """Base class of layers that stand in for another layer and share its variables."""
+    """Base class of layers that stand in for another layer, or operation, and share its variables."""
 
-    def __init__(self, layer: keras.layers.Layer) -> None:
+    def __init__(self, layer: Any) -> None:
         # Neither inputs nor variables are cast here. The other layer casts them as its own dtype policy says.
         super().__init__(name=layer.name, dtype="float32", autocast=False)
         self.layer = layer
@@ -163,6 +171,27 @@ class _Shared(_Wrapper):
         if self.layer._call_has_training_arg:
             kwargs["training"] = training
         return self.layer(*args, **kwargs)
+
+
+class _Clip(_Wrapper):
+    """Calls `keras.ops.clip`, whose gradient is computed in a faster way."""
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return clipped(self.layer, x)
+
+
+class _Normalization(_Wrapper):
+    """Calls a Normalization, in rows of an image."""
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return normalized(self.layer, x)
+
+
+class _Convolution(_Wrapper):
+    """Calls a convolution, whose weight gradient is computed in a faster way."""
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return convolved(self.layer, x)
 
 
 class _FusedBatchNorm(_Wrapper):
@@ -254,7 +283,7 @@ class _FoldedConvolution(_Wrapper):
             )
             x = x[:, :height, :width]
             x = tf.pad(x, [[0, 0], [0, height - x.shape[1]], [0, width - x.shape[2]], [0, 0]])
-            y = tf.nn.conv2d(tf.nn.space_to_depth(x, 2), kernel, strides=1, padding="VALID")
+            y = tf.nn.conv2d(blocks_of_pixels(x), kernel, strides=1, padding="VALID")
         else:
             y = conv.convolution_op(x, kernel)
         return tf.nn.bias_add(y, bias, data_format="NHWC" if conv.data_format == "channels_last" else "NCHW")

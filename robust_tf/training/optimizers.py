@@ -4,12 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from robust_tf.errors import UserError, unknown_name
 from robust_tf.transfer.stages import stage_of
 
 # Variables that BatchNorm updates in its forward pass, not by gradients.
 _STATISTICS = ("moving_mean", "moving_variance")
+
+
+def _handle_of(variable: Any) -> tf.Tensor:
+    """Returns the handle of a variable of Keras or TensorFlow; with several replicas, the one on this device."""
+    return (variable.value if isinstance(variable, keras.Variable) else variable).handle
 
 
 class _StatisticsAverages:
@@ -219,10 +225,17 @@ class PyTorchSGD(_StagewiseOptimizer):
         direction, learning_rate = self._adjusted(gradient, variable, learning_rate)
         if self.momentum:
             buffer = self._buffers[self._get_variable_index(variable)]
-            moved = self.momentum * buffer + direction
-            self.assign(buffer, moved)
-            direction = direction + self.momentum * moved if self.nesterov else moved
-        self.assign_sub(variable, learning_rate * direction)
+            # One pass over the weights instead of five.
+            tf.raw_ops.ResourceApplyMomentum(
+                var=_handle_of(variable),
+                accum=_handle_of(buffer),
+                lr=learning_rate,
+                grad=direction,
+                momentum=keras.ops.cast(self.momentum, variable.dtype),
+                use_nesterov=self.nesterov,
+            )
+        else:
+            self.assign_sub(variable, learning_rate * direction)
         self._follow(variable)
 
     def get_config(self) -> dict[str, Any]:

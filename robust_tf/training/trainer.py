@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from robust_tf.attacks import AttackConfig, climb
 from robust_tf.attacks.checks import assert_pixels
+from robust_tf.attacks.loops import for_accelerator
 from robust_tf.console import console
 from robust_tf.errors import UserError
 from robust_tf.models.execution import Execution
@@ -380,7 +381,7 @@ class AdversarialTrainer(CompiledByXla, ReplicatedModel):
         if first and self.attack.active and self._clean_figures and not objective.knows_clean_figures:
             self._measure_clean(batch)
         folded = self._execution.weights_unchanged() if self.attack.active else contextlib.nullcontext()
-        with self._unbiased_statistics(batch.images, objective.input_passes), folded:
+        with self._unbiased_statistics(batch.images, objective.input_passes), folded, self._loops():
             return objective.inputs(self, batch)
 
     def _gradients(self, batch: Batch, inputs: Any) -> _Step:
@@ -425,7 +426,7 @@ class AdversarialTrainer(CompiledByXla, ReplicatedModel):
     def _attacked(self, batch: Batch, attack: AttackConfig) -> Any:
         """Attacks the compiled loss with the network in inference mode."""
         loss = self.compiled_loss
-        with self._execution.weights_unchanged():
+        with self._execution.weights_unchanged(), self._loops():
             return climb(
                 lambda images: batch.network(images, False),
                 batch.images,
@@ -434,6 +435,9 @@ class AdversarialTrainer(CompiledByXla, ReplicatedModel):
                 attack=attack,
                 seed=batch.seed,
             )
+
+    def _loops(self) -> contextlib.AbstractContextManager[None]:
+        return for_accelerator() if self.jit_compile else contextlib.nullcontext()
 
     def _measure_clean(self, batch: Batch) -> None:
         outputs = keras.tree.map_structure(

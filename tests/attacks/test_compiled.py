@@ -13,7 +13,7 @@ from small_models import small_batch, small_network
 
 from robust_tf.attacks import ATTACKS, CascadeState, CompiledAttacks, attacks_of_version, autoattack, cascade, seeds
 from robust_tf.attacks import compiled as compiled_module
-from robust_tf.attacks.loops import batches_stay_whole, repeat_while_resisting
+from robust_tf.attacks.loops import for_accelerator, repeat_while_resisting
 from robust_tf.attacks.seeds import image_seeds
 from robust_tf.errors import UserError
 
@@ -261,7 +261,7 @@ def test_a_loop_over_a_whole_batch_ends_when_all_have_fallen():
             "images_adv": state["images_adv"] + 1.0,
         }
 
-    with batches_stay_whole():
+    with for_accelerator():
         state = repeat_while_resisting(step, start, 100)
     assert state["steps"].numpy().tolist() == [7, 7, 7, 7]
     # The result of an image no longer changes after it has fallen, as in a batch that shrinks.

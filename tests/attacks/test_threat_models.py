@@ -57,6 +57,22 @@ def test_rounding_does_not_add_up_over_a_large_image(norm, epsilon, value):
         assert np.min(lengths) >= 0.99 * epsilon
 
 
+def test_l2_steps_have_their_length_along_tiny_gradients_too():
+    """Along larger gradients they equal the reference's, whose squares vanish in float32 along tiny ones."""
+    gradient = np.random.default_rng(0).standard_normal((5, 4, 5, 2)).astype(np.float32)
+    sizes = [1.0, 1e-5, 1e-9, 1e-30, 0.0]
+    gradient *= np.array(sizes, np.float32)[:, None, None, None]
+    step = NORMS["l2"].step(tf.constant(gradient), 0.5)
+    large = tf.constant(gradient[:2])
+    reference = 0.5 * large / (tf.sqrt(tf.reduce_sum(large**2, axis=(1, 2, 3), keepdims=True)) + 1e-10)
+    np.testing.assert_array_equal(step[:2], reference)
+    lengths = NORMS["l2"].length(step)[:, 0, 0, 0].numpy()
+    np.testing.assert_allclose(lengths[:4], 0.5, rtol=1e-4)
+    assert lengths[4] == 0.0
+    exact = gradient[3].astype(np.float64)
+    np.testing.assert_allclose(step[3], 0.5 * exact / np.linalg.norm(exact), rtol=1e-4)
+
+
 def test_l1_projection_is_the_nearest_point():
     """Seen from the projection, no point of a convex set may lie in the direction of the point that was projected."""
     images, points = images_and_points()
