@@ -34,7 +34,8 @@ elif program == "evaluate":
     output = pathlib.Path(flags["output"])
     output.mkdir()
     share = json.loads((output.parent / "results.json").read_text())["clean_accuracy"]
-    attacks = [{"attack": "pgd", "accuracy": share - 0.2}, {"attack": "autoattack", "accuracy": share - 0.3}]
+    names = flags["attack"].split(",")
+    attacks = [{"attack": name, "accuracy": share - 0.2 - index / 10} for index, name in enumerate(names)]
     clean = {"accuracy": share, "num_images": int(flags["num_images"])}
     (output / "evaluation.json").write_text(json.dumps({"classifiers": [{"clean": clean, "attacks": attacks}]}))
 """
@@ -74,6 +75,14 @@ def test_the_table_has_means_seeds_and_differences(run):
     assert runs[0] == "data --prepare=fashion_mnist --data_dir=" + trainings[0].split("--data_dir=")[1].split()[0]
     assert len(trainings) == 4 and all("--epochs=3" in line and "--nodeterministic" in line for line in trainings)
     assert len([line for line in runs if line.startswith("evaluate") and "--attack=pgd,autoattack" in line]) == 4
+
+
+def test_another_attack_is_another_evaluation_of_the_same_trainings(run):
+    run("--seeds=0", "--num_images=8")
+    code, output, runs = run("--seeds=0", "--num_images=8", "--attack=apgd-ce+apgd-t")
+    assert code == 0 and [line.split()[0] for line in runs if not line.startswith("data")] == ["evaluate"] * 2
+    assert "| apgd-ce+apgd-t, 8 images | 60.0% (60.0%) | 59.0% (59.0%) | -1.0 (-1.0) |" in output.out
+    assert "AutoAttack" not in output.out
 
 
 def test_finished_cells_are_skipped_and_failed_ones_run_again(run, tmp_path):

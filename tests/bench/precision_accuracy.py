@@ -5,7 +5,9 @@
 
 Each cell of the table is a training with configs/fashion_mnist_l2.cfg and an evaluation: clean, under PGD-20 and under
 AutoAttack. The cells run side by side and share one GPU. After an interruption, the same command goes on where
-it stopped; finished cells are not run again. `--dataset=digits --epochs=1 --num_images=8 --jobs=2
+it stopped; finished cells are not run again. On a CPU, two cells with a thread each (`--jobs=2`,
+TF_NUM_INTRAOP_THREADS=1) use two cores best, and `--attack=apgd-ce+apgd-t`, the first two attacks of AutoAttack, takes
+about a quarter of the time of all four. `--dataset=digits --epochs=1 --num_images=8 --jobs=2
 --flags="--architecture=resnet8 --subset=400"` tries it out on a CPU.
 """
 
@@ -24,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "fashion_mnist_l2.cfg"
+_TITLES = {"autoattack": "AutoAttack"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,9 @@ def _arguments() -> argparse.Namespace:
         "--data_dir", default=os.environ.get("TFDS_DATA_DIR", ""), help="Folder of TFDS. Default: $TFDS_DATA_DIR."
     )
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument(
+        "--attack", default="autoattack", help="Attack besides PGD-20, as in robust_tf.evaluate. Default: autoattack."
+    )
     parser.add_argument("--num_images", type=int, default=1000, help="Number of test images that the attacks get.")
     parser.add_argument(
         "--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2], help="With commas."
@@ -162,7 +168,7 @@ def _run_cell(cell: Cell, arguments: argparse.Namespace, programs: _Programs) ->
             "evaluate",
             [
                 f"--classifier={workdir / 'classifier.keras'}",
-                "--attack=pgd,autoattack",
+                f"--attack=pgd,{arguments.attack}",
                 "--norm=l2",
                 "--epsilon=1",
                 f"--num_images={arguments.num_images}",
@@ -177,7 +183,7 @@ def _run_cell(cell: Cell, arguments: argparse.Namespace, programs: _Programs) ->
 
 
 def _evaluation(cell: Cell, arguments: argparse.Namespace) -> pathlib.Path:
-    folder: pathlib.Path = arguments.folder / str(cell) / f"evaluation_{arguments.num_images}"
+    folder: pathlib.Path = arguments.folder / str(cell) / f"evaluation_{arguments.attack}_{arguments.num_images}"
     return folder
 
 
@@ -189,8 +195,8 @@ def _measured(cell: Cell, arguments: argparse.Namespace) -> dict[str, float]:
     except FileNotFoundError:
         return {}
     (entry,) = evaluation["classifiers"]
-    (pgd,), (autoattack,) = (
-        [attack for attack in entry["attacks"] if attack["attack"] == name] for name in ("pgd", "autoattack")
+    (pgd,), (strong,) = (
+        [attack for attack in entry["attacks"] if attack["attack"] == name] for name in ("pgd", arguments.attack)
     )
     whole = results["num_test_images"]
     number = entry["clean"]["num_images"]
@@ -199,7 +205,7 @@ def _measured(cell: Cell, arguments: argparse.Namespace) -> dict[str, float]:
         f"PGD-20 of the final test, {whole:,} images": results["robust_accuracy"],
         f"clean, {number:,} images": entry["clean"]["accuracy"],
         f"PGD-20, {number:,} images": pgd["accuracy"],
-        f"AutoAttack, {number:,} images": autoattack["accuracy"],
+        f"{_TITLES.get(arguments.attack, arguments.attack)}, {number:,} images": strong["accuracy"],
     }
 
 
