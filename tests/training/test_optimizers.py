@@ -1,6 +1,7 @@
 """The optimizers are compared with the PyTorch reference, with steps computed by hand, and with Keras's optimizers."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -70,6 +71,21 @@ def test_nesterov_steps_equal_those_computed_by_hand():
     # d = g + 0.1 w; b = 0.5 b + d; w -= 0.1 (d + 0.5 b): 1.0 -> d 2.1, b 2.1; 0.685 -> d 1.0685, b 2.1185
     optimizer = PyTorchSGD(0.1, momentum=0.5, nesterov=True, weight_decay=0.1)
     np.testing.assert_allclose(weights_after(optimizer, [2.0, 1.0]), [0.685, 0.685 - 0.1 * 2.12775], rtol=1e-6)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors may round a product and a sum once")
+def test_sgd_rounds_in_the_order_of_pytorch():
+    rng = np.random.default_rng(0)
+    weight = keras.Variable(rng.normal(size=(30, 30)).astype(np.float32), name="kernel")
+    optimizer = PyTorchSGD(0.1, momentum=0.9, weight_decay=5e-4)
+    expected, buffer = weight.numpy().copy(), np.zeros((30, 30), np.float32)
+    update = tf.function(lambda gradient: optimizer.apply([gradient], [weight]))
+    for _ in range(20):
+        gradient = rng.normal(size=(30, 30)).astype(np.float32)
+        update(tf.constant(gradient))
+        buffer = np.float32(0.9) * buffer + (gradient + np.float32(5e-4) * expected)
+        expected = expected - np.float32(0.1) * buffer
+    np.testing.assert_array_equal(weight, expected)
 
 
 def test_without_momentum_there_is_no_buffer():
