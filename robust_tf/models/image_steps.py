@@ -4,6 +4,7 @@ TensorFlow's operations on a CPU are slow where a broadcast or a copy runs over 
 compute the same values with long runs (see tests/bench/README.md).
 """
 
+import functools
 from typing import Any
 
 import keras
@@ -14,8 +15,12 @@ _FEW_CHANNELS = 4
 
 def is_clip(operation: Any) -> bool:
     """Whether an operation of a Functional model is `keras.ops.clip`."""
-    clip = keras.ops.clip(keras.Input((1,)), 0.0, 1.0)._keras_history.operation
-    return type(operation) is type(clip)
+    return type(operation) is _clip_class()
+
+
+@functools.cache
+def _clip_class() -> type:
+    return type(keras.ops.clip(keras.Input((1,)), 0.0, 1.0)._keras_history.operation)
 
 
 def clipped(operation: Any, x: tf.Tensor) -> tf.Tensor:
