@@ -32,6 +32,7 @@ from robust_tf.job.planning.table import fused_activation_bytes
 from robust_tf.job.task import TaskSummary
 from robust_tf.training.metrics import CrossEntropy
 from robust_tf.training.trainer import AdversarialTrainer
+from robust_tf.training.xla import compiles_with_xla
 
 # GPU memory that CUDA, cuDNN's workspaces and TensorFlow take in addition to the tensors. This number is quoted
 # from memory, not measured.
@@ -90,7 +91,9 @@ def job_work(job: JobConfig, classifier: keras.Model, task: TaskSummary) -> JobW
     steps = optimizer_steps_per_epoch(optimization, replays=adversarial.replays, batches=task.steps_per_epoch)
     recipe = job_recipe(adversarial, optimization, steps)
     trainer = AdversarialTrainer(classifier, adversarial.training_attack, recipe=recipe, seed=job.run.seed)
-    trainer.compile(optimizer=job_optimizer(optimization, steps), loss=CrossEntropy(), jit_compile=False)
+    # Without XLA, the trainer computes weight gradients on a CPU in another way than on the device that is planned for.
+    compiled = compiles_with_xla(True, classifier)
+    trainer.compile(optimizer=job_optimizer(optimization, steps), loss=CrossEntropy(), jit_compile=compiled)
     trainer.optimizer.build(classifier.trainable_variables)
 
     batch_size = optimization.batch_size
