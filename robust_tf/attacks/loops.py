@@ -31,7 +31,7 @@ def for_accelerator() -> Iterator[None]:
     All images stay in the batch, also those that have fallen. XLA needs this, because it compiles for fixed shapes.
     Without XLA it is useful on a GPU, where cuDNN looks for the fastest convolution again for every new batch size.
 
-    The step of a loop is not a function of its own. XLA does not need that, and XLA's cache would not find the program
+    The step of a loop is not a separate function. XLA does not need that, and XLA's cache would not find the program
     again, because each process gives its functions other names.
     """
     token = _for_accelerator.set(True)
@@ -42,7 +42,7 @@ def for_accelerator() -> Iterator[None]:
 
 
 def step_of_loop(step: Step) -> Step:
-    """Returns the step of a `tf.while_loop` as a function of its own, where that is faster: in a graph on a CPU.
+    """Returns the step of a `tf.while_loop` as a separate function, where that is faster: in a graph on a CPU.
 
     TensorFlow passes the gradient of max pooling to oneDNN only if it comes after its pooling in the order in which it
     visits the graph. In the cycle of a loop the gradient often comes first. It is then computed by another kernel,

@@ -1,4 +1,4 @@
-"""The loops of the attacks: on a CPU their steps are functions of their own, with the same results."""
+"""The loops of the attacks: on a CPU their steps are separate functions, with the same results."""
 
 import os
 import pathlib
