@@ -5,9 +5,9 @@
 
 Each cell of the table is a training with configs/fashion_mnist_l2.cfg and an evaluation: clean, under PGD-20 and under
 AutoAttack. The cells run side by side and share one GPU. After an interruption, the same command goes on where
-it stopped; finished cells are not run again. On a CPU, two cells with a thread each (`--jobs=2`,
-TF_NUM_INTRAOP_THREADS=1) use two cores best, and `--attack=apgd-ce+apgd-t`, the first two attacks of AutoAttack, takes
-about a quarter of the time of all four. `--dataset=digits --epochs=1 --num_images=8 --jobs=2
+it stopped; finished cells are not run again. On two CPU cores, run two cells with one thread each (`--jobs=2`,
+TF_NUM_INTRAOP_THREADS=1); `--attack=apgd-ce+apgd-t`, the first two attacks of AutoAttack, is cheaper than all four.
+`--dataset=digits --epochs=1 --num_images=8 --jobs=2
 --flags="--architecture=resnet8 --subset=400"` tries it out on a CPU.
 """
 

@@ -95,8 +95,8 @@ def test_images_of_many_pixels_or_unknown_size_are_left_to_keras():
         assert kinds
 
 
-@pytest.mark.parametrize(("trainable", "count"), [(True, 0), (False, 0)])
-def test_the_training_mode_of_an_execution_uses_them(trainable, count):
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_training_mode_of_an_execution_uses_them(trainable):
     inputs = keras.Input((4, 4, 128))
     conv = keras.layers.Conv2D(16, 3, padding="same", dtype="mixed_bfloat16")
     model = keras.Model(inputs, conv(inputs))
@@ -112,5 +112,5 @@ def test_the_training_mode_of_an_execution_uses_them(trainable, count):
         return tape.gradient(y, [x, *weights])
 
     kinds = [operation.type for operation in step.get_concrete_function(x).graph.get_operations()]
-    assert kinds.count("Conv2DBackpropFilter") == count
+    assert "Conv2DBackpropFilter" not in kinds
     assert all(gradient is not None for gradient in step(x))
